@@ -1,0 +1,13 @@
+"""Errors of gblr_plugin: each message says what is wrong, where, and what is allowed."""
+
+from __future__ import annotations
+
+__all__ = ["ConfigError", "GBLRError"]
+
+
+class GBLRError(Exception):
+    """Base class of the errors raised by gblr_plugin."""
+
+
+class ConfigError(GBLRError, ValueError):
+    """A setting, budget, layer name or input that cannot be used as given."""

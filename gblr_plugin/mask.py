@@ -1,0 +1,196 @@
+r"""Gaussian-Dirichlet (Gaudi) masks: boxcars that can be differentiated in their width and location.
+
+With normalised width ``w`` and location ``l`` on an axis of length N, the mask is the inverse real FFT of (paper Sec. 3.2)
+
+    G(k) = w sinc(k w) / sinc(k / N) * exp(i pi k (1/N - w)) * exp(-2 pi i k l) * exp(-k^2 / (2 sigma^2)),   k = 0 .. N // 2.
+
+``sigma = None`` (infinity) gives the exact boxcar; a finite sigma gives that boxcar circularly convolved with a Gaussian of
+standard deviation N / (2 pi sigma) samples. Under the straight-through estimator (STE) widths and locations are integers in
+the forward pass, and mask and gradients are differences of shifted copies of two length-N tables: one FFT per
+(N, sigma) instead of K of them per step.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+
+__all__ = ["gaudi_mask", "integer_locations", "integer_widths", "mask_tables", "table_mask"]
+
+
+def integer_widths(width: Tensor, n: int, align: int = 1) -> Tensor:
+    """Round normalised widths to whole multiples of ``align`` samples, at most the axis.
+
+    Args:
+        width: Any shape, floating point in [0, 1] (fractions of the axis).
+        n: Axis length N.
+        align: Tile T; 1 is the published method.
+
+    Returns:
+        int64 of the same shape, in [0, N].
+    """
+    return (torch.round(width.detach() * (n / align)) * align).long().clamp_(0, n)
+
+
+def integer_locations(location: Tensor, n: int, align: int = 1) -> Tensor:
+    """Round normalised locations to whole multiples of ``align`` samples, modulo the axis; int64 in [0, N)."""
+    return (torch.round(location.detach() * (n / align)) * align).long().remainder_(n)
+
+
+def _frequencies(n: int, sigma: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(k, sinc(k / N), Gaussian window) for k = 0 .. N // 2 in float64."""
+    k = torch.arange(n // 2 + 1, dtype=torch.float64)
+    window = torch.ones_like(k) if sigma is None else torch.exp(-(k**2) / (2 * sigma**2))
+    return k, torch.sinc(k / n), window
+
+
+@lru_cache(maxsize=512)
+def _tables(n: int, sigma: float | None) -> Tensor:
+    k, dirichlet, window = _frequencies(n, sigma)
+    if sigma is None:
+        unit = torch.zeros(n, dtype=torch.float64)
+        unit[0] = 1.0
+    else:
+        unit = torch.fft.irfft((window / n).to(torch.complex128), n=n, norm="forward")
+    prefix = unit.cumsum(0)
+    slope = torch.fft.irfft(torch.exp(1j * torch.pi * k / n) / dirichlet * window, n=n, norm="forward")
+    # Prefix sums of the periodic extension grow by one (the sum of `unit`) each period.
+    return torch.stack([torch.cat([prefix - 2, prefix - 1, prefix]), slope.repeat(3)])
+
+
+def mask_tables(
+    n: int, sigma: float | None, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """The two tables from which every STE mask of an axis and its gradients are read.
+
+    Args:
+        n: Axis length N.
+        sigma: Smoothness, > 0; ``None`` for the exact boxcar.
+        dtype: Result dtype; default ``torch.get_default_dtype()``. Computed in float64.
+        device: Result device.
+
+    Returns:
+        (2, 3N): running sums of the width-1 mask over three periods, and three periods of the width derivative at the
+        trailing edge.
+
+    Raises:
+        ConfigError: If N < 1 or sigma <= 0.
+    """
+    if n < 1:
+        raise ConfigError(f"gaudi mask: axis length must be at least 1, got {n}")
+    if sigma is not None and not sigma > 0:
+        raise ConfigError(f"gaudi mask: sigma must be positive, or None for the exact boxcar, got {sigma}")
+    return _tables(n, sigma).to(device=device, dtype=dtype or torch.get_default_dtype(), copy=True)
+
+
+def _shifted(table: Tensor, shift: Tensor, n: int) -> Tensor:
+    """Rows ``table[2N - shift : 3N - shift]``, (K, N), for integer shifts in [0, 2N]; copies rows, needs no index matrix."""
+    return table.as_strided((2 * n + 1, n), (1, 1)).index_select(0, 2 * n - shift)
+
+
+class _TableMask(torch.autograd.Function):
+    @staticmethod
+    def forward(width: Tensor, location: Tensor, tables: Tensor, w: Tensor, start: Tensor) -> Tensor:
+        n = tables.shape[1] // 3
+        prefix = tables[0]
+        return _shifted(prefix, start, n).sub_(_shifted(prefix, start + w, n))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        width, location, tables, w, start = inputs
+        ctx.save_for_backward(tables, w, start)
+        ctx.dtypes = width.dtype, location.dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        tables, w, start = ctx.saved_tensors
+        n = tables.shape[1] // 3
+        slope = tables[1]
+        # One K x N temporary at a time; a row of the slope table per component, reduced at once against the gradient.
+        trailing = torch.einsum("kn,kn->k", grad.to(tables.dtype), _shifted(slope, start + w, n))
+        leading = torch.einsum("kn,kn->k", grad.to(tables.dtype), _shifted(slope, start, n))
+        width_dtype, location_dtype = ctx.dtypes
+        return trailing.to(width_dtype), (trailing - leading).to(location_dtype), None, None, None
+
+
+def table_mask(width: Tensor, location: Tensor, tables: Tensor, align: int = 1) -> Tensor:
+    """STE mask from precomputed :func:`mask_tables`.
+
+    Args:
+        width: (K,) normalised widths in [0, 1].
+        location: (K,) normalised locations.
+        tables: (2, 3N) from :func:`mask_tables`; sets the dtype and device of the result.
+        align: Snap widths and locations to multiples of this many samples.
+
+    Returns:
+        (K, N) mask of the rounded intervals; gradients pass through the rounding unchanged.
+    """
+    n = tables.shape[1] // 3
+    w, start = integer_widths(width, n, align), integer_locations(location, n, align)
+    mask: Tensor = _TableMask.apply(width, location, tables, w, start)
+    return mask
+
+
+def _fft_mask(width: Tensor, location: Tensor, n: int, sigma: float | None) -> Tensor:
+    """The published frequency-domain form, (K, N); differentiable by autograd for real-valued arguments."""
+    k, dirichlet, window = (part.to(device=width.device, dtype=width.dtype) for part in _frequencies(n, sigma))
+    w, loc = width[:, None], location[:, None]
+    amplitude = w * torch.sinc(k * w) / dirichlet * window
+    phase = torch.pi * k * (1 / n - w - 2 * loc)
+    return torch.fft.irfft(torch.polar(torch.ones_like(phase), phase) * amplitude, n=n, norm="forward")
+
+
+def gaudi_mask(
+    width: Tensor,
+    location: Tensor,
+    n: int,
+    sigma: float | None,
+    *,
+    straight_through: bool = True,
+    form: str = "table",
+    align: int = 1,
+) -> Tensor:
+    """Gaudi masks of K components on an axis of length N (paper Sec. 3.2; tables: docs/how-it-works.md).
+
+    Args:
+        width: (K,) floating point, fraction of the axis in [0, 1].
+        location: (K,) floating point, fraction of the axis; taken modulo 1.
+        n: Axis length N.
+        sigma: Smoothness, > 0; ``None`` for the exact boxcar.
+        straight_through: Round to whole samples forward and pass gradients unchanged (paper Sec. 3.2). ``False`` evaluates
+            the mask at the real-valued parameters, which needs the FFT form.
+        form: ``"table"``, or ``"fft"`` for the published formula, kept as the reference.
+        align: With ``straight_through``, round to multiples of this many samples.
+
+    Returns:
+        (K, N) mask in the dtype of ``width``; differentiable in ``width`` and ``location``. The derivative in the width does
+        not vanish at width 0, so that a dead component can come back.
+
+    Raises:
+        ConfigError: If shapes differ from (K,), sigma <= 0, n < 1, align < 1, or ``form`` is unknown.
+
+    Example:
+        >>> gaudi_mask(torch.tensor([0.5]), torch.tensor([0.25]), 4, None)
+        tensor([[0., 1., 1., 0.]])
+    """
+    if width.dim() != 1 or width.shape != location.shape:
+        raise ConfigError(
+            f"gaudi mask: width and location must be (K,), got {tuple(width.shape)} and {tuple(location.shape)}"
+        )
+    if form not in ("table", "fft"):
+        raise ConfigError(f"gaudi mask: form must be 'table' or 'fft', got {form!r}")
+    if align < 1:
+        raise ConfigError(f"gaudi mask: align must be at least 1, got {align}")
+    tables = mask_tables(n, sigma, width.dtype, width.device)
+    if straight_through and form == "table":
+        return table_mask(width, location, tables, align)
+    if straight_through:
+        width = width + (integer_widths(width, n, align) / n - width).detach()
+        location = location + (integer_locations(location, n, align) / n - location).detach()
+    return _fft_mask(width, location, n, sigma)

@@ -1,0 +1,202 @@
+"""Generalized block low-rank (GBLR) matrices with a fixed, integer structure.
+
+A GBLR matrix (Lee & Kim, ICLR 2024, Eq. 2) is a sum of K rank-1 blocks that may lie anywhere and overlap,
+
+    W = sum_k (b_k^R * u_k) (b_k^C * v_k)^T,
+
+where ``b_k^R`` and ``b_k^C`` are 0/1 indicators of cyclic intervals of the rows and columns. This module knows intervals
+and what they cost; how they are learned, found or multiplied fast is the business of the modules above it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .errors import ConfigError
+
+__all__ = ["Intervals", "StructuredMatrix", "multiply_adds"]
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Cyclic intervals of K components along one axis.
+
+    Args:
+        width: (K,) int64, number of indices covered, in ``[0, length]``.
+        start: (K,) int64, first index covered, in ``[0, length)``.
+        length: Number of indices of the axis.
+
+    Raises:
+        ConfigError: If shapes or dtypes differ from the above, or a value is out of range.
+    """
+
+    width: Tensor
+    start: Tensor
+    length: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("width", self.width), ("start", self.start)):
+            if value.dtype != torch.int64 or value.dim() != 1:
+                raise ConfigError(f"intervals: {name} must be a 1-d int64 tensor, got {value.dtype} {tuple(value.shape)}")
+        if self.width.shape != self.start.shape:
+            raise ConfigError(
+                f"intervals: width and start must have one shape, got {tuple(self.width.shape)} and {tuple(self.start.shape)}"
+            )
+        if self.length < 1:
+            raise ConfigError(f"intervals: length must be at least 1, got {self.length}")
+        if self.width.numel() and not self.width.is_meta:
+            if bool((self.width < 0).any()) or bool((self.width > self.length).any()):
+                raise ConfigError(f"intervals: widths must lie in [0, {self.length}]")
+            if bool((self.start < 0).any()) or bool((self.start >= self.length).any()):
+                raise ConfigError(f"intervals: starts must lie in [0, {self.length})")
+
+    @classmethod
+    def full(cls, num_components: int, length: int, device: torch.device | str | None = None) -> Intervals:
+        """K intervals that each cover the whole axis."""
+        width = torch.full((num_components,), length, dtype=torch.int64, device=device)
+        return cls(width, torch.zeros_like(width), length)
+
+    @property
+    def num_components(self) -> int:
+        """K, the number of intervals."""
+        return self.width.numel()
+
+    def support(self) -> Tensor:
+        """Indicator of the covered indices, (K, length) bool."""
+        index = torch.arange(self.length, device=self.width.device)
+        return (index - self.start[:, None]) % self.length < self.width[:, None]
+
+    def select(self, index: Tensor) -> Intervals:
+        """The intervals at ``index`` ((J,) int64 or (K,) bool)."""
+        return Intervals(self.width[index], self.start[index], self.length)
+
+
+def multiply_adds(row_width: Tensor, col_width: Tensor) -> Tensor:
+    """Multiply-adds per component of one matrix-vector product: width sum where both widths are non-zero (paper Eq. 4).
+
+    Args:
+        row_width: (..., K) integer row widths.
+        col_width: (..., K) integer column widths.
+
+    Returns:
+        (..., K) of the input dtype; zero where either width is zero, since such a component need not be computed.
+    """
+    return torch.where((row_width > 0) & (col_width > 0), row_width + col_width, torch.zeros_like(row_width))
+
+
+@dataclass(frozen=True)
+class StructuredMatrix:
+    """An (m, n) GBLR matrix: factors and the integer intervals on which they live.
+
+    With ``row_splits = s > 1`` the matrix is a stack of s GBLR matrices of m/s rows each (packed q, k, v: s = 3); the
+    components are ordered by split and row intervals are cyclic within their split.
+
+    Args:
+        u: (K, m / s) floating point, zero outside the row intervals.
+        v: (K, n) floating point, zero outside the column intervals.
+        rows: K row intervals of an axis of length m / s.
+        cols: K column intervals of an axis of length n.
+        split_sizes: Number of components of each split; ``(K,)`` for an unsplit matrix.
+
+    Raises:
+        ConfigError: If the parts do not fit together.
+    """
+
+    u: Tensor
+    v: Tensor
+    rows: Intervals
+    cols: Intervals
+    split_sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        num = self.rows.num_components
+        if self.u.shape != (num, self.rows.length) or self.v.shape != (num, self.cols.length):
+            raise ConfigError(
+                f"structured matrix: factors {tuple(self.u.shape)}, {tuple(self.v.shape)} do not fit "
+                f"{num} components on axes of length {self.rows.length} and {self.cols.length}"
+            )
+        if self.cols.num_components != num or sum(self.split_sizes) != num:
+            raise ConfigError(f"structured matrix: row, column and split component counts differ from {num}")
+
+    @classmethod
+    def from_factors(
+        cls,
+        u: Tensor,
+        v: Tensor,
+        rows: Intervals | None = None,
+        cols: Intervals | None = None,
+        split_sizes: tuple[int, ...] | None = None,
+    ) -> StructuredMatrix:
+        """Build from factors, zeroing what lies outside the intervals (``None``: full width, one split)."""
+        rows = Intervals.full(u.shape[0], u.shape[1], u.device) if rows is None else rows
+        cols = Intervals.full(v.shape[0], v.shape[1], v.device) if cols is None else cols
+        zero = u.new_zeros(())
+        return cls(
+            torch.where(rows.support(), u, zero),
+            torch.where(cols.support(), v, zero),
+            rows,
+            cols,
+            (u.shape[0],) if split_sizes is None else split_sizes,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the matrix represented."""
+        return self.rows.length * self.row_splits, self.cols.length
+
+    @property
+    def row_splits(self) -> int:
+        """Number s of matrices stacked along the rows."""
+        return len(self.split_sizes)
+
+    @property
+    def component_multiply_adds(self) -> Tensor:
+        """(K,) int64 multiply-adds of each component."""
+        return multiply_adds(self.rows.width, self.cols.width)
+
+    @property
+    def num_components(self) -> int:
+        """Number of components that cost anything (both widths non-zero)."""
+        return int((self.component_multiply_adds > 0).sum())
+
+    @property
+    def stored(self) -> int:
+        """Number of stored factor entries, equal to the multiply-adds of one matrix-vector product."""
+        return int(self.component_multiply_adds.sum())
+
+    @property
+    def relative_flops(self) -> float:
+        """Multiply-adds of one matrix-vector product over those of the dense matrix, m * n."""
+        m, n = self.shape
+        return self.stored / (m * n)
+
+    def live(self) -> StructuredMatrix:
+        """The same matrix without its zero-cost components."""
+        keep = self.component_multiply_adds > 0
+        sizes = tuple(int(part.sum()) for part in keep.split(self.split_sizes))
+        return StructuredMatrix(self.u[keep], self.v[keep], self.rows.select(keep), self.cols.select(keep), sizes)
+
+    def to(self, *args: object, **kwargs: object) -> StructuredMatrix:
+        """Move or cast as :meth:`torch.Tensor.to`; intervals follow the device and stay int64."""
+        u, v = self.u.to(*args, **kwargs), self.v.to(*args, **kwargs)  # type: ignore[call-overload]  # passes through
+
+        def move(part: Intervals) -> Intervals:
+            return Intervals(part.width.to(u.device), part.start.to(u.device), part.length)
+
+        return StructuredMatrix(u, v, move(self.rows), move(self.cols), self.split_sizes)
+
+    def to_dense(self) -> Tensor:
+        """The (m, n) matrix."""
+        return torch.cat(
+            [u.T @ v for u, v in zip(self.u.split(self.split_sizes), self.v.split(self.split_sizes), strict=True)]
+        )
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x @ W.T + bias`` by the factored product, for ``x`` of shape (..., n); returns (..., m)."""
+        z = F.linear(x, self.v).split(self.split_sizes, dim=-1)
+        y = torch.cat([part @ u for part, u in zip(z, self.u.split(self.split_sizes), strict=True)], dim=-1)
+        return y if bias is None else y + bias
