@@ -1,0 +1,56 @@
+"""Generalized block low-rank (GBLR) weights, learned by gradient descent, for NNI, Lightning, torchao and TensorBoard.
+
+Only torch is imported here (and torchao with the tensor); NNI, Lightning and TensorBoard are imported when the bridge to
+them is used: ``gblr_plugin.nni``, ``gblr_plugin.lightning``, ``gblr_plugin.tensorboard``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it. Resolved on first use (PEP 562), so that importing the package stays light.
+_EXPORTS = {
+    "ConfigError": "errors",
+    "GBLRConfig": "config",
+    "GBLRConv1d": "layers",
+    "GBLRConv2d": "layers",
+    "GBLRError": "errors",
+    "GBLRLayer": "layers",
+    "GBLRLinear": "layers",
+    "GBLRTensor": "tensor",
+    "Intervals": "structure",
+    "LayerGoal": "learner",
+    "Schedule": "schedule",
+    "StructureLearner": "learner",
+    "StructuredMatrix": "structure",
+    "convert": "convert",
+    "decompose": "decomposition",
+    "gaudi_mask": "mask",
+    "load": "serialization",
+    "param_groups": "optim",
+    "prepare": "prepare",
+    "report": "report",
+    "save": "serialization",
+}
+_BRIDGES = ("lightning", "nni", "plot", "tensorboard")
+
+__all__ = ["__version__", *_EXPORTS, *_BRIDGES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+    elif name in _BRIDGES:
+        value = import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Submodules of the same name (convert, prepare, report) must not shadow the function once imported.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,376 @@
+"""Trainable structured layers: drop-in modules whose weight is a GBLR matrix with learnable intervals.
+
+The factors, widths and locations are plain parameters, so that optimizers, gradient clipping, AMP, ``torch.compile`` and
+``state_dict`` work as with any module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .errors import ConfigError
+from .mask import integer_locations, integer_widths, mask_tables, table_mask
+from .structure import Intervals, StructuredMatrix, multiply_adds
+
+__all__ = ["GBLRConv1d", "GBLRConv2d", "GBLRLayer", "GBLRLinear"]
+
+
+class GBLRLayer(nn.Module):
+    """What the structured layers share: parameters, masks, counting, and the choice of product.
+
+    The layer's weight is the (m, n) matrix ``sum_k (b_k^R * u_k)(b_k^C * v_k)^T`` (paper Eq. 2), or with ``row_splits = s`` a
+    stack of s such matrices of m / s rows with K / s components each.
+
+    Attributes:
+        U: (K, m / s) parameter, row factors.
+        V: (K, n) parameter, column factors.
+        widths: (2, K) parameter in [0, 1], fractions of the row and of the column axis. Kept in float32 or wider.
+        locations: (2, K) parameter in [0, 1), likewise.
+        align: Tile of rows and columns to which intervals snap; (1, 1) is the published method.
+        row_splits: Number s of matrices stacked along the rows.
+    """
+
+    U: nn.Parameter
+    V: nn.Parameter
+    widths: nn.Parameter
+    locations: nn.Parameter
+    row_tables: Tensor
+    column_tables: Tensor
+    smoothness: Tensor
+    align: tuple[int, int]
+    row_splits: int
+
+    def _init_structure(self, matrix: StructuredMatrix, align: tuple[int, int], dtype: torch.dtype) -> None:
+        """Register parameters that represent ``matrix`` exactly; splits are padded to one component count."""
+        sizes = matrix.split_sizes
+        most = max(max(sizes), 1)
+
+        def padded(part: Tensor) -> Tensor:
+            blocks = [
+                F.pad(block, (0, 0) * (block.dim() - 1) + (0, most - block.shape[0])) for block in part.split(sizes)
+            ]
+            return torch.cat(blocks)
+
+        rows, cols = matrix.rows, matrix.cols
+        lengths = torch.tensor([[rows.length], [cols.length]], device=matrix.u.device)
+        structure_dtype = torch.promote_types(dtype, torch.float32)
+        self.U = nn.Parameter(padded(matrix.u).to(dtype))
+        self.V = nn.Parameter(padded(matrix.v).to(dtype))
+        widths = torch.stack([padded(rows.width), padded(cols.width)])
+        starts = torch.stack([padded(rows.start), padded(cols.start)])
+        self.widths = nn.Parameter((widths / lengths).to(structure_dtype))
+        self.locations = nn.Parameter((starts / lengths).to(structure_dtype))
+        self.align = align
+        self.row_splits = len(sizes)
+        self.register_buffer("smoothness", torch.tensor(math.inf, dtype=torch.float64))
+        self._sigma: float | None = None
+        for name, axis in (("row_tables", rows.length), ("column_tables", cols.length)):
+            tables = mask_tables(axis, None, structure_dtype, matrix.u.device)
+            self.register_buffer(name, tables, persistent=False)
+
+    # -- shapes and counts -------------------------------------------------------------------------------------------
+
+    @property
+    def axis_lengths(self) -> tuple[int, int]:
+        """(m / s, n): what a normalised width of 1 covers."""
+        return self.U.shape[1], self.V.shape[1]
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.U.shape[1] * self.row_splits, self.V.shape[1]
+
+    @torch.no_grad()
+    def intervals(self) -> tuple[Intervals, Intervals]:
+        """The present integer row and column intervals of all K components, as the masks round them."""
+        return tuple(  # type: ignore[return-value]  # two entries: rows, columns
+            Intervals(integer_widths(width, n, tile), integer_locations(location, n, tile), n)
+            for width, location, n, tile in zip(self.widths, self.locations, self.axis_lengths, self.align, strict=True)
+        )
+
+    @property
+    def component_multiply_adds(self) -> Tensor:
+        """(K,) int64 multiply-adds of each component's present intervals."""
+        rows, cols = self.intervals()
+        return multiply_adds(rows.width, cols.width)
+
+    @property
+    def stored(self) -> int:
+        """Factor entries inside the present intervals: multiply-adds of one matrix-vector product (paper Eq. 4)."""
+        return int(self.component_multiply_adds.sum())
+
+    @property
+    def num_components(self) -> int:
+        """Number of live components (both widths non-zero)."""
+        return int((self.component_multiply_adds > 0).sum())
+
+    @property
+    def relative_flops(self) -> float:
+        """Multiply-adds over m * n; above 1 before learning has shrunk a full-rank start."""
+        m, n = self.matrix_shape
+        return self.stored / (m * n)
+
+    # -- smoothness and structure ------------------------------------------------------------------------------------
+
+    @property
+    def sigma(self) -> float | None:
+        """Smoothness of the masks; ``None`` is the exact boxcar."""
+        return self._sigma
+
+    def set_sigma(self, sigma: float | None) -> None:
+        """Set the smoothness of the masks, > 0, or ``None`` for the exact boxcar; updates the tables in place."""
+        if sigma == self._sigma:
+            return
+        for tables, n in zip((self.row_tables, self.column_tables), self.axis_lengths, strict=True):
+            tables.copy_(mask_tables(n, sigma, tables.dtype, tables.device))
+        self.smoothness.fill_(math.inf if sigma is None else sigma)
+        self._sigma = sigma
+
+    @property
+    def structure_frozen(self) -> bool:
+        """Whether widths and locations are fixed exact boxcars."""
+        return not self.widths.requires_grad
+
+    @torch.no_grad()
+    def freeze_structure(self, whole_widths: Tensor | None = None) -> None:
+        """Fix the intervals as exact boxcars: what is trained from here on is what is counted, converted and deployed.
+
+        Args:
+            whole_widths: (2, K) int64 widths to fix; default the present ones.
+        """
+        rows, cols = self.intervals()
+        widths = torch.stack([rows.width, cols.width]) if whole_widths is None else whole_widths
+        starts = torch.stack([rows.start, cols.start])
+        lengths = torch.tensor(self.axis_lengths, dtype=torch.float64, device=widths.device)[:, None]
+        self.widths.copy_(widths / lengths)
+        self.locations.copy_(starts / lengths)
+        self.set_sigma(None)
+        for parameter in (self.widths, self.locations):
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+    def masks(self) -> tuple[Tensor, Tensor]:
+        """Row mask (K, m / s) and column mask (K, n), differentiable in widths and locations."""
+        return (
+            table_mask(self.widths[0], self.locations[0], self.row_tables, self.align[0]),
+            table_mask(self.widths[1], self.locations[1], self.column_tables, self.align[1]),
+        )
+
+    def masked_factors(self) -> tuple[Tensor, Tensor]:
+        """Row factors (K, m / s) and column factors (K, n) under their masks."""
+        row_mask, col_mask = self.masks()
+        return row_mask.to(self.U.dtype) * self.U, col_mask.to(self.V.dtype) * self.V
+
+    def to_dense(self) -> Tensor:
+        """The (m, n) matrix of the present, possibly smooth, masks; differentiable."""
+        return self._dense(*self.masked_factors())
+
+    def _dense(self, u: Tensor, v: Tensor) -> Tensor:
+        s = self.row_splits
+        if s == 1:
+            return u.T @ v
+        return torch.bmm(u.view(s, -1, u.shape[1]).transpose(1, 2), v.view(s, -1, v.shape[1])).flatten(0, 1)
+
+    @torch.no_grad()
+    def structure(self) -> StructuredMatrix:
+        """A copy of the present integer structure and its factors, without dead components."""
+        rows, cols = self.intervals()
+        sizes = (self.U.shape[0] // self.row_splits,) * self.row_splits
+        return StructuredMatrix.from_factors(self.U.detach(), self.V.detach(), rows, cols, sizes).live()
+
+    def _factored_is_cheaper(self, positions: int) -> bool:
+        """Compare multiply-adds over ``positions`` inputs: K (m/s + n) each, or mn each plus one reconstruction."""
+        k = self.U.shape[0]
+        rows, cols = self.axis_lengths
+        return positions * k * (rows + cols) <= k * rows * cols + positions * rows * self.row_splits * cols
+
+    # -- module plumbing ---------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # `.half()` must not round the structure: 8 bits cannot address an axis of 768.
+        keep = [self.widths, self.locations, self.row_tables, self.column_tables, self.smoothness]
+        wide = {id(part) for part in keep} | {id(part.grad) for part in keep if part.grad is not None}
+        wide |= {id(part.data) for part in keep}
+        pointers = {part.data_ptr() for part in keep if not part.is_meta}
+
+        def guarded(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            structural = id(tensor) in wide or (not tensor.is_meta and tensor.data_ptr() in pointers)
+            if structural and moved.is_floating_point() and moved.dtype.itemsize < 4:
+                return tensor.to(device=moved.device)
+            return moved
+
+        return super()._apply(guarded, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if not self.smoothness.is_meta:
+            value = float(self.smoothness)
+            self.set_sigma(None if math.isinf(value) else value)
+
+    def extra_repr(self) -> str:
+        splits = f", row_splits={self.row_splits}" if self.row_splits > 1 else ""
+        align = f", align={self.align}" if self.align != (1, 1) else ""
+        sigma = "boxcar" if self.sigma is None else f"{self.sigma:g}"
+        return f"{super().extra_repr()}, components={self.U.shape[0]}{splits}{align}, sigma={sigma}"
+
+
+def _check_align(align: int | tuple[int, int]) -> tuple[int, int]:
+    pair = (align, align) if isinstance(align, int) else tuple(align)
+    if len(pair) != 2 or any(not isinstance(tile, int) or tile < 1 for tile in pair):
+        raise ConfigError(f"align: need a positive integer or a pair of them, got {align!r}")
+    return pair[0], pair[1]
+
+
+class GBLRLinear(GBLRLayer, nn.Linear):
+    """A linear layer ``y = x W^T + b`` with a trainable GBLR weight; takes the place of ``nn.Linear`` and HF ``Conv1D``.
+
+    Args:
+        matrix: Start of the (out_features, in_features) weight.
+        bias: (out_features,) or ``None``.
+        align: Tile of rows and columns to which intervals snap.
+        dtype: Of the factors; default that of ``matrix``.
+
+    Shape:
+        Input (..., in_features), output (..., out_features).
+    """
+
+    def __init__(
+        self,
+        matrix: StructuredMatrix,
+        bias: Tensor | None = None,
+        *,
+        align: int | tuple[int, int] = 1,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: there is no dense weight to allocate
+        self.out_features, self.in_features = matrix.shape
+        self._init_structure(matrix, _check_align(align), dtype or matrix.u.dtype)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # nn.Linear's parameter, here computed
+        """The dense (m, n) weight, computed on demand."""
+        return self.to_dense()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``x W^T + b`` by the factored product or the dense reconstruction, whichever takes fewer multiply-adds."""
+        u, v = self.masked_factors()
+        if not self._factored_is_cheaper(input.numel() // max(self.in_features, 1)):
+            return F.linear(input, self._dense(u, v), self.bias)
+        z = F.linear(input, v)
+        if self.row_splits == 1:
+            return F.linear(z, u.T, self.bias)
+        s = self.row_splits
+        parts = torch.einsum("...sk,skm->...sm", z.unflatten(-1, (s, -1)), u.view(s, -1, u.shape[1]))
+        y = parts.flatten(-2)
+        return y if self.bias is None else y + self.bias
+
+
+class _GBLRConv(GBLRLayer):
+    """Convolutions as c_out x (c_in * prod(kernel)) matrices (paper Sec. 4, MATH: one row per output channel)."""
+
+    bias: nn.Parameter | None
+    kernel_size: tuple[int, ...]
+    in_channels: int
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
+
+    def _init_conv(self, matrix: StructuredMatrix, like: Any, align: int | tuple[int, int], bias: Tensor | None) -> None:
+        if like.groups != 1:
+            raise ConfigError(f"convolution with groups={like.groups}: only groups=1 can be structured")
+        for name in (
+            "in_channels out_channels kernel_size stride padding dilation groups padding_mode transposed output_padding "
+            "_reversed_padding_repeated_twice"
+        ).split():
+            setattr(self, name, getattr(like, name))
+        expected = like.out_channels, like.in_channels * math.prod(like.kernel_size)
+        if matrix.shape != expected:
+            raise ConfigError(f"convolution: weight matrix must be {expected}, got {matrix.shape}")
+        self._init_structure(matrix, _check_align(align), matrix.u.dtype)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
+
+    def _output_positions(self, input: Tensor) -> int:
+        conv: Any = self
+        spatial = input.shape[-len(self.kernel_size) :]
+        positions = math.prod(input.shape[: input.dim() - len(self.kernel_size) - 1])
+        for axis, size in enumerate(spatial):
+            reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
+            if conv.padding == "same":
+                pad = reach - 1
+            else:
+                pad = 0 if conv.padding == "valid" else 2 * conv.padding[axis]
+            positions *= max((size + pad - reach) // conv.stride[axis] + 1, 0)
+        return positions
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The convolution by two factor convolutions or the dense kernel, whichever takes fewer multiply-adds."""
+        conv: Any = self
+        u, v = self.masked_factors()
+        kernel = (self.in_channels, *self.kernel_size)
+        if not self._factored_is_cheaper(self._output_positions(input)):
+            output: Tensor = conv._conv_forward(input, self._dense(u, v).view(-1, *kernel), self.bias)
+            return output
+        z = conv._conv_forward(input, v.view(-1, *kernel), None)
+        convolve = F.conv1d if len(self.kernel_size) == 1 else F.conv2d
+        ones = (1,) * len(self.kernel_size)
+        # One output channel of split i reads the components of split i: a grouped 1 x 1 convolution.
+        s = self.row_splits
+        point = u.view(s, -1, u.shape[1]).transpose(1, 2).flatten(0, 1)
+        return convolve(z, point.reshape(*point.shape, *ones), self.bias, groups=s)
+
+
+class GBLRConv1d(_GBLRConv, nn.Conv1d):
+    """``nn.Conv1d`` with a trainable GBLR weight, the (c_out, c_in * k) matrix.
+
+    Args:
+        matrix: Start of the weight matrix.
+        like: The dense convolution whose geometry is taken over.
+        bias: (c_out,) or ``None``.
+        align: Tile of rows and columns to which intervals snap.
+
+    Raises:
+        ConfigError: If ``groups`` is not 1 or the matrix does not fit.
+    """
+
+    def __init__(
+        self,
+        matrix: StructuredMatrix,
+        like: nn.Conv1d,
+        bias: Tensor | None = None,
+        *,
+        align: int | tuple[int, int] = 1,
+    ) -> None:
+        nn.Module.__init__(self)
+        self._init_conv(matrix, like, align, bias)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # the convolution's parameter, here computed
+        """The dense (c_out, c_in, k) weight, computed on demand."""
+        return self.to_dense().view(self.out_channels, self.in_channels, *self.kernel_size)
+
+
+class GBLRConv2d(_GBLRConv, nn.Conv2d):
+    """``nn.Conv2d`` with a trainable GBLR weight, the (c_out, c_in * kh * kw) matrix; arguments as :class:`GBLRConv1d`."""
+
+    def __init__(
+        self,
+        matrix: StructuredMatrix,
+        like: nn.Conv2d,
+        bias: Tensor | None = None,
+        *,
+        align: int | tuple[int, int] = 1,
+    ) -> None:
+        nn.Module.__init__(self)
+        self._init_conv(matrix, like, align, bias)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # the convolution's parameter, here computed
+        """The dense (c_out, c_in, kh, kw) weight, computed on demand."""
+        return self.to_dense().view(self.out_channels, self.in_channels, *self.kernel_size)

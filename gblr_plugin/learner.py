@@ -1,0 +1,298 @@
+"""Drives the structure of a model's layers through training: prox-and-clip, sigma, lambda, and the final freeze.
+
+One object serves every host. NNI's pruner and the Lightning callback only decide when it is attached to which optimizer,
+and who turns its clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .budget import AxisSpec, WidthBudget
+from .errors import ConfigError, GBLRError
+from .layers import GBLRLayer
+from .optim import StepHook, check_optimized, structure_lr
+from .proximal import prox_and_clip_
+from .schedule import Schedule
+
+__all__ = ["LayerGoal", "StructureLearner"]
+
+
+@dataclass(frozen=True)
+class LayerGoal:
+    """What a layer's structure is to become.
+
+    Args:
+        budget: Relative FLOPs to end at, in (0, 1]; lambda is found automatically.
+        threshold: Alternatively a fixed lambda, as published.
+        group: Layers of one group share one budget, weighted by their dense multiply-adds; ``None``: on its own.
+        min_flops: Least relative FLOPs of this layer within its group.
+        max_flops: Most relative FLOPs of this layer within its group.
+
+    Raises:
+        ConfigError: Unless exactly one of ``budget`` and ``threshold`` is given and all are in range.
+    """
+
+    budget: float | None = None
+    threshold: float | None = None
+    group: Hashable = None
+    min_flops: float = 0.0
+    max_flops: float = math.inf
+
+    def __post_init__(self) -> None:
+        if (self.budget is None) == (self.threshold is None):
+            raise ConfigError("goal: give either a budget or a fixed threshold (lambda), not both or none")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise ConfigError(f"goal: budget must be relative FLOPs in (0, 1], got {self.budget}")
+        if self.threshold is not None and not (0 <= self.threshold < math.inf):
+            raise ConfigError(f"goal: threshold (lambda) must be finite and at least 0, got {self.threshold}")
+        if self.min_flops > self.max_flops:
+            raise ConfigError(f"goal: min_flops {self.min_flops} exceeds max_flops {self.max_flops}")
+
+
+class StructureLearner:
+    """Learns the structure of layers while any training loop trains them.
+
+    After each real optimizer step it turns its clock, sets the threshold (fixed lambda, or the one that meets the ramped
+    budget), runs one fused prox-and-clip over all layers, and updates sigma. At the end of the ramp it settles the widths
+    on whole samples within the budget and freezes the structure as exact boxcars.
+
+    Args:
+        layers: Structured layers by name. Layers that appear twice are counted once.
+        goals: A goal for each name.
+        schedule: Warm-up, homotopy and cool-down. ``None``: the host turns the clock with :meth:`set_progress`.
+
+    Raises:
+        ConfigError: If names differ, or the goals of a group contradict each other.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, GBLRLayer], goals: Mapping[str, LayerGoal], schedule: Schedule | None
+    ) -> None:
+        if set(layers) != set(goals):
+            raise ConfigError(f"structure learner: layers and goals differ in {sorted(set(layers) ^ set(goals))}")
+        self.layers = dict(layers)
+        self.goals = {name: goals[name] for name in layers}
+        self.schedule = schedule
+        self.step_count = 0
+        self.progress = 0.0
+        self.frozen = False
+        self._group_ids = self._number_groups()
+        self._start_costs: list[float] | None = None
+        self._hooks: list[StepHook] = []
+        self._budget: WidthBudget | None = None
+        self._last_thresholds: Tensor | None = None
+        self._last_lr = 0.0
+
+    # -- setting up --------------------------------------------------------------------------------------------------
+
+    def _number_groups(self) -> list[int]:
+        numbers: dict[Hashable, int] = {}
+        targets: dict[int, tuple[float | None, float | None]] = {}
+        ids = []
+        for name, goal in self.goals.items():
+            key: Hashable = ("layer", name) if goal.group is None else ("group", goal.group)
+            number = numbers.setdefault(key, len(numbers))
+            asked = goal.budget, goal.threshold
+            if targets.setdefault(number, asked) != asked:
+                raise ConfigError(
+                    f"layer {name!r}: group {goal.group!r} has two goals, {targets[number]} and {asked} (budget, threshold)"
+                )
+            ids.append(number)
+        return ids
+
+    def begin(self) -> None:
+        """Set the starting smoothness and record the starting costs; a no-op once begun (also after a resume)."""
+        if self._start_costs is not None:
+            return
+        self._start_costs = [0.0] * (max(self._group_ids, default=-1) + 1)
+        for layer, group in zip(self.layers.values(), self._group_ids, strict=True):
+            self._start_costs[group] += layer.stored
+        self._set_sigma()
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Run :meth:`after_step` after each real step of the optimizer that holds the structure parameters."""
+        self._hooks.append(StepHook(optimizer, lambda: self.after_step(optimizer)))
+
+    def attach_all(self, optimizers: list[Optimizer]) -> None:
+        """Attach to those optimizers that hold structure parameters, and begin.
+
+        Raises:
+            ConfigError: If the widths of a layer are in none of them.
+        """
+        if not self.frozen:
+            check_optimized(self.layers, optimizers)
+        self.begin()
+        ids = {id(layer.widths) for layer in self.layers.values()}
+        for optimizer in optimizers:
+            if any(id(p) in ids for group in optimizer.param_groups for p in group["params"]):
+                self.attach(optimizer)
+
+    def detach(self) -> None:
+        """Leave all optimizers as they were."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    # -- each step ---------------------------------------------------------------------------------------------------
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """One real optimizer step was taken. With several optimizers the clock follows the first."""
+        if self._hooks and self._hooks[0].optimizer is optimizer:
+            self.step_count += 1
+            if self.schedule is not None and not self.frozen:
+                self.progress = self.schedule.progress(self.step_count)
+        if self.frozen:
+            return
+        self._shrink(structure_lr(optimizer))
+        if self.schedule is not None:
+            self._set_sigma()
+            if self.progress >= 1.0:
+                self.freeze()
+
+    def set_progress(self, progress: float) -> None:
+        """Turn the clock from outside (AGP and linear schedules): share of the budget's way covered, in [0, 1]."""
+        if self.frozen:
+            return
+        self.progress = min(1.0, max(0.0, progress))
+        self._set_sigma()
+
+    def _set_sigma(self) -> None:
+        schedule = self.schedule or Schedule(0, 1)
+        if not self.frozen:
+            sigma = schedule.sigma(self.progress)
+            for layer in self.layers.values():
+                layer.set_sigma(sigma)
+
+    def _targets(self, device: torch.device) -> Tensor:
+        """(G,) multiply-adds that each group may cost now."""
+        if self._start_costs is None:
+            raise GBLRError("structure learner: call begin() before the first step")
+        covered = Schedule.ramp(self.progress) if self.schedule is not None else self.progress
+        targets = [math.inf] * len(self._start_costs)
+        dense = [0.0] * len(self._start_costs)
+        for layer, group in zip(self.layers.values(), self._group_ids, strict=True):
+            dense[group] += math.prod(layer.matrix_shape)
+        for goal, group in zip(self.goals.values(), self._group_ids, strict=True):
+            if goal.budget is not None:
+                end = goal.budget * dense[group]
+                start = max(self._start_costs[group], end)
+                targets[group] = start + (end - start) * covered
+        return torch.tensor(targets, dtype=torch.float64, device=device)
+
+    def _width_budget(self, device: torch.device) -> WidthBudget:
+        if self._budget is None or self._budget.device != device:
+            specs = [
+                AxisSpec(layer.axis_lengths, layer.align, layer.U.shape[0], math.prod(layer.matrix_shape))
+                for layer in self.layers.values()
+            ]
+            lower = [goal.min_flops * spec.dense for goal, spec in zip(self.goals.values(), specs, strict=True)]
+            upper = [goal.max_flops * spec.dense for goal, spec in zip(self.goals.values(), specs, strict=True)]
+            self._budget = WidthBudget(specs, self._group_ids, lower, upper, device)
+        return self._budget
+
+    def _flat_widths(self) -> Tensor:
+        return torch.cat([layer.widths.detach() for layer in self.layers.values()], dim=1)
+
+    @torch.no_grad()
+    def _shrink(self, lr: float) -> None:
+        widths = [layer.widths for layer in self.layers.values()]
+        device = widths[0].device
+        flat = self._flat_widths()
+        self._check_finite(flat)
+        in_warmup = self.schedule is not None and self.progress <= 0.0
+        fixed = torch.tensor(
+            [0.0 if in_warmup else (goal.threshold or 0.0) * self._driven_share() * lr for goal in self.goals.values()],
+            dtype=torch.float64,
+            device=device,
+        )
+        thresholds = fixed
+        if not in_warmup and any(goal.budget is not None for goal in self.goals.values()):
+            by_budget = self._width_budget(device).thresholds(flat, self._targets(device), growth=lr)
+            thresholds = torch.where(self._has_budget(device), by_budget, fixed)
+        prox_and_clip_(widths, [layer.locations for layer in self.layers.values()], thresholds)
+        self._last_thresholds, self._last_lr = thresholds, lr
+
+    def _driven_share(self) -> float:
+        """A fixed lambda is constant under our own schedule, and ramped by a host that turns the clock."""
+        return 1.0 if self.schedule is not None else self.progress
+
+    def _has_budget(self, device: torch.device) -> Tensor:
+        return torch.tensor([goal.budget is not None for goal in self.goals.values()], device=device)
+
+    def _check_finite(self, flat: Tensor) -> None:
+        if not flat.is_cuda and not bool(torch.isfinite(flat).all()):  # on CUDA freeze() checks: no sync each step
+            self._raise_non_finite()
+
+    def _raise_non_finite(self) -> None:
+        for name, layer in self.layers.items():
+            for what in ("widths", "locations", "U", "V"):
+                if not bool(torch.isfinite(getattr(layer, what)).all()):
+                    raise GBLRError(
+                        f"layer {name!r}: {what} became NaN or infinite at step {self.step_count}; lower the learning "
+                        "rate or clip gradients"
+                    )
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Meet the budget exactly, settle on whole widths, and fix the structure as exact boxcars."""
+        if self.frozen:
+            return
+        self._raise_non_finite()
+        self.progress = 1.0
+        self._shrink(self._last_lr)
+        flat = self._flat_widths()
+        targets = self._targets(flat.device)
+        whole = self._width_budget(flat.device).settle(flat, targets)
+        sizes = [layer.U.shape[0] for layer in self.layers.values()]
+        for layer, part in zip(self.layers.values(), whole.split(sizes, dim=1), strict=True):
+            layer.freeze_structure(part)
+        self.frozen = True
+
+    # -- watching ----------------------------------------------------------------------------------------------------
+
+    @property
+    def sigma(self) -> float | None:
+        """Present smoothness; ``None`` is the exact boxcar."""
+        return next((layer.sigma for layer in self.layers.values()), None)
+
+    def lambdas(self) -> dict[str, float]:
+        """Present lambda per layer: threshold over learning rate (paper Algorithm 1); 0 once frozen."""
+        if self._last_thresholds is None or self.frozen or self._last_lr == 0:
+            return dict.fromkeys(self.layers, 0.0)
+        values = (self._last_thresholds / self._last_lr).tolist()
+        return dict(zip(self.layers, values, strict=True))
+
+    @property
+    def relative_flops(self) -> float:
+        """Multiply-adds of all layers over those of their dense weights."""
+        dense = sum(math.prod(layer.matrix_shape) for layer in self.layers.values())
+        return sum(layer.stored for layer in self.layers.values()) / dense if dense else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Clock and starting costs; everything else is in the layers and the optimizer."""
+        return {
+            "step_count": self.step_count,
+            "progress": self.progress,
+            "frozen": self.frozen,
+            "start_costs": self._start_costs,
+            "last_lr": self._last_lr,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume; the layers' own state must have been loaded too."""
+        self.step_count = int(state["step_count"])
+        self.progress = float(state["progress"])
+        self.frozen = bool(state["frozen"])
+        self._start_costs = state["start_costs"]
+        self._last_lr = float(state["last_lr"])
+        if self.frozen:
+            for layer in self.layers.values():
+                layer.freeze_structure()

@@ -1,0 +1,108 @@
+"""Between dense and structured modules: which can be structured, their weight as a matrix, and swapping them in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .errors import ConfigError
+from .layers import GBLRConv1d, GBLRConv2d, GBLRLayer, GBLRLinear
+from .structure import StructuredMatrix
+
+__all__ = ["check_structurable", "replace_modules", "structurable", "structured_like", "weight_matrix"]
+
+
+def _is_hf_conv1d(module: nn.Module) -> bool:
+    """Hugging Face's ``Conv1D``: a linear layer whose weight is stored (in, out). Recognised without importing it."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+def structurable(module: nn.Module) -> bool:
+    """Whether the module is of a kind that can be structured (exact types; subclasses may do other things)."""
+    return type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or _is_hf_conv1d(module)
+
+
+def check_structurable(module: nn.Module, name: str) -> None:
+    """Raise a ConfigError that names the layer unless it can be structured as it stands."""
+    if not structurable(module):
+        raise ConfigError(
+            f"layer {name!r}: a {type(module).__name__} cannot be structured; allowed are Linear, Conv1d, Conv2d and "
+            "Hugging Face Conv1D"
+        )
+    if getattr(module, "groups", 1) != 1:
+        raise ConfigError(f"layer {name!r}: convolution with groups={module.groups}: only groups=1 can be structured")
+    if parametrize.is_parametrized(module) or "weight_g" in dict(module.named_parameters(recurse=False)):
+        raise ConfigError(f"layer {name!r}: its weight is parametrized; remove the parametrization first")
+    weight: Any = module.weight
+    if type(weight.data) is not Tensor:
+        raise ConfigError(f"layer {name!r}: its weight is a {type(weight.data).__name__}, need a plain tensor")
+    if not weight.dtype.is_floating_point:
+        raise ConfigError(f"layer {name!r}: its weight has dtype {weight.dtype}, need a floating point one")
+    if not weight.is_meta and not bool(torch.isfinite(weight.detach()).all()):
+        raise ConfigError(f"layer {name!r}: its weight has NaN or infinite entries")
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The module's weight as an (m, n) matrix, rows = outputs; shares memory. Convolutions: (c_out, c_in * prod(kernel))."""
+    weight: Tensor = module.weight.detach()  # type: ignore[operator, union-attr]  # a tensor for every structurable kind
+    return weight.T if _is_hf_conv1d(module) else weight.flatten(1)
+
+
+def structured_like(
+    module: nn.Module, matrix: StructuredMatrix, *, align: int | tuple[int, int] = 1
+) -> GBLRLayer:
+    """A trainable structured module in place of a dense one.
+
+    Args:
+        module: nn.Linear, nn.Conv1d, nn.Conv2d or Hugging Face ``Conv1D``.
+        matrix: Start of its (m, n) weight matrix.
+        align: Tile of rows and columns to which intervals snap.
+
+    Returns:
+        The structured module, with the dense module's bias, dtype, device, training mode, ``requires_grad`` flags, and
+        the caller's own forward and backward hooks.
+
+    Raises:
+        ConfigError: If the kind of module cannot be structured.
+    """
+    check_structurable(module, type(module).__name__)
+    weight: Any = module.weight
+    bias: Any = module.bias
+    matrix = matrix.to(device=weight.device, dtype=weight.dtype)
+    layer: GBLRLayer
+    if isinstance(module, nn.Conv1d):
+        layer = GBLRConv1d(matrix, module, bias, align=align)
+    elif isinstance(module, nn.Conv2d):
+        layer = GBLRConv2d(matrix, module, bias, align=align)
+    else:
+        layer = GBLRLinear(matrix, bias, align=align)
+    if bias is not None:
+        layer.bias.requires_grad_(bias.requires_grad)  # type: ignore[union-attr]  # present whenever the dense one is
+    if not weight.requires_grad:
+        for parameter in (layer.U, layer.V, layer.widths, layer.locations):
+            parameter.requires_grad_(False)
+    layer.train(module.training)
+    for table in (
+        "_forward_hooks _forward_pre_hooks _forward_hooks_with_kwargs _forward_pre_hooks_with_kwargs "
+        "_forward_hooks_always_called _backward_hooks _backward_pre_hooks"
+    ).split():
+        getattr(layer, table).update(getattr(module, table))
+    return layer
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Replace modules, by identity, wherever a parent holds them; shared modules stay shared.
+
+    Args:
+        model: Changed in place. It cannot itself be replaced.
+        replacements: ``id(old module)`` to new module.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in replacements:
+                parent._modules[name] = replacements[id(child)]
