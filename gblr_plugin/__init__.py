@@ -26,13 +26,13 @@ _EXPORTS = {
     "Schedule": "schedule",
     "StructureLearner": "learner",
     "StructuredMatrix": "structure",
-    "convert": "convert",
+    "convert": "conversion",
     "decompose": "decomposition",
     "gaudi_mask": "mask",
     "load": "serialization",
     "param_groups": "optim",
-    "prepare": "prepare",
-    "report": "report",
+    "prepare": "conversion",
+    "report": "reporting",
     "save": "serialization",
 }
 _BRIDGES = ("lightning", "nni", "plot", "tensorboard")
@@ -43,12 +43,11 @@ __all__ = ["__version__", *_EXPORTS, *_BRIDGES]
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         value = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+        globals()[name] = value
     elif name in _BRIDGES:
         value = import_module(f".{name}", __name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Submodules of the same name (convert, prepare, report) must not shadow the function once imported.
-    globals()[name] = value
     return value
 
 
