@@ -13,7 +13,7 @@ from .errors import ConfigError
 from .layers import GBLRConv1d, GBLRConv2d, GBLRLayer, GBLRLinear
 from .structure import StructuredMatrix
 
-__all__ = ["check_structurable", "replace_modules", "structurable", "structured_like", "weight_matrix"]
+__all__ = ["can_gain", "check_structurable", "replace_modules", "structurable", "structured_like", "weight_matrix"]
 
 
 def _is_hf_conv1d(module: nn.Module) -> bool:
@@ -25,6 +25,12 @@ def _is_hf_conv1d(module: nn.Module) -> bool:
 def structurable(module: nn.Module) -> bool:
     """Whether the module is of a kind that can be structured (exact types; subclasses may do other things)."""
     return type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or _is_hf_conv1d(module)
+
+
+def can_gain(module: nn.Module, row_splits: int = 1) -> bool:
+    """Whether one full rank-1 component per split costs less than the dense product: m + s n < m n."""
+    m, n = weight_matrix(module).shape
+    return m + row_splits * n < m * n
 
 
 def check_structurable(module: nn.Module, name: str) -> None:

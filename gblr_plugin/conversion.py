@@ -1,0 +1,219 @@
+"""Prepare a model for structure learning, and convert it to frozen structured weights when it is trained."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .decomposition import initialise
+from .errors import ConfigError
+from .layers import GBLRLayer
+from .selection import select_layers
+from .structure import StructuredMatrix
+from .swap import can_gain, check_structurable, replace_modules, structured_like, weight_matrix
+
+__all__ = ["LayerSettings", "convert", "frozen_like", "prepare", "prepare_layers"]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """How a dense layer is turned into a trainable structured one.
+
+    Args:
+        initialiser: ``"svd"`` (full widths, as published), ``"trapezoid"``, ``"interval"``, ``"random"``, or a
+            decomposition (``"pursuit"``, ``"gblr"``) that starts at ``budget``.
+        num_components: K per split; default min(m / s, n).
+        row_splits: Number of matrices packed along the rows (packed query, key, value: 3).
+        align: Tile of rows and columns to which intervals snap; an integer or a pair.
+        budget: Relative FLOPs to start at, for initialisers that take one.
+        seed: Of random initialisers.
+    """
+
+    initialiser: str = "svd"
+    num_components: int | None = None
+    row_splits: int = 1
+    align: int | tuple[int, int] = 1
+    budget: float | None = None
+    seed: int = 0
+
+
+def _check_untied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((name, module))
+    for name, module in chosen.items():
+        weight: Any = module.weight
+        other = next((n for n, owner in owners[id(weight)] if owner is not module), None)
+        if other is not None:
+            raise ConfigError(f"layer {name!r}: its weight is tied to that of {other!r}; untie it or leave it out")
+
+
+def prepare_layers(model: nn.Module, settings: Mapping[str, LayerSettings]) -> dict[str, GBLRLayer]:
+    """Swap named dense layers for trainable structured ones, in place.
+
+    Everything is checked and computed before the model is touched. A layer that cannot be cheaper than dense stays dense,
+    with a warning and a note that :func:`gblr_plugin.report` shows.
+
+    Args:
+        model: Changed in place.
+        settings: Settings by module name.
+
+    Returns:
+        The new layers by name, without those that stay dense. A shared module has one entry.
+
+    Raises:
+        ConfigError: If a name is unknown, a layer cannot be structured, its weight is tied or has NaN entries, or none of the
+            layers can gain.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    unknown = [name for name in settings if name not in modules]
+    if unknown:
+        raise ConfigError(f"layers: no module named {unknown[0]!r} in the model")
+    chosen: dict[str, nn.Module] = {}
+    for name in settings:
+        check_structurable(modules[name], name)
+        if all(modules[name] is not module for module in chosen.values()):
+            chosen[name] = modules[name]
+    _check_untied(model, chosen)
+    kept = {name: module for name, module in chosen.items() if not can_gain(module, settings[name].row_splits)}
+    if chosen and len(kept) == len(chosen):
+        name, module = next(iter(kept.items()))
+        shape = tuple(weight_matrix(module).shape)
+        raise ConfigError(f"layer {name!r}: a {shape[0]} x {shape[1]} weight is too small to gain from structure")
+    layers: dict[str, GBLRLayer] = {}
+    for name, module in chosen.items():
+        if name not in kept:
+            layers[name] = _structured(name, module, settings[name])
+    for name, module in kept.items():
+        module.gblr_note = "too small to gain, kept dense"  # type: ignore[assignment]  # a plain attribute
+        _logger.warning("layer %r is too small to gain from structure and stays dense", name)
+    replace_modules(model, {id(chosen[name]): layer for name, layer in layers.items()})
+    return layers
+
+
+def _structured(name: str, module: nn.Module, setting: LayerSettings) -> GBLRLayer:
+    try:
+        matrix = initialise(
+            weight_matrix(module),
+            setting.initialiser,
+            num_components=setting.num_components,
+            row_splits=setting.row_splits,
+            budget=setting.budget,
+            align=setting.align,
+            seed=setting.seed,
+        )
+        return structured_like(module, matrix, align=setting.align)
+    except ConfigError as error:
+        message = str(error)
+        raise ConfigError(message if message.startswith("layer ") else f"layer {name!r}: {message}") from error
+
+
+def prepare(
+    model: nn.Module,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+    settings: LayerSettings | None = None,
+) -> dict[str, GBLRLayer]:
+    """Swap the selected dense layers of a model for trainable structured ones, in place.
+
+    Args:
+        model: Changed in place.
+        include: Names, glob patterns or type names; ``None`` for every layer that can gain.
+        exclude: Taken away again.
+        settings: One for all layers; default :class:`LayerSettings`.
+
+    Returns:
+        The new layers by name, as a :class:`~gblr_plugin.StructureLearner` takes them.
+
+    Raises:
+        ConfigError: See :func:`prepare_layers` and :func:`~gblr_plugin.selection.select_layers`.
+    """
+    chosen = select_layers(model, include, exclude)
+    return prepare_layers(model, dict.fromkeys(chosen, settings or LayerSettings()))
+
+
+def frozen_like(module: nn.Module, matrix: StructuredMatrix, *, plan: Any = None) -> nn.Module:
+    """A plain nn.Linear / nn.Conv1d / nn.Conv2d whose weight is a frozen :class:`~gblr_plugin.GBLRTensor`.
+
+    A matrix that costs at least as much as the dense product becomes a dense weight instead.
+
+    Args:
+        module: The dense or structured module whose geometry, bias, mode and hooks are taken over.
+        matrix: Its (m, n) weight.
+        plan: Passed to :meth:`GBLRTensor.from_structured`.
+
+    Returns:
+        The frozen module; its bias still trains if it did.
+    """
+    from .tensor import GBLRTensor  # needs torchao, which the trainable path does not
+
+    conv = isinstance(module, (nn.Conv1d, nn.Conv2d))
+    shape = (matrix.shape[0], module.in_channels, *module.kernel_size) if conv else matrix.shape  # type: ignore[union-attr, misc, operator]
+    weight: Tensor
+    note = None
+    if matrix.relative_flops >= 1.0:
+        weight = matrix.to_dense().reshape(shape)  # type: ignore[arg-type]  # integers
+        note = "not cheaper than dense, stored dense"
+    else:
+        weight = GBLRTensor.from_structured(matrix, shape=shape, plan=plan)
+    new: nn.Module
+    bias: Any = module.bias
+    if conv:
+        kind = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
+        new = kind(
+            module.in_channels,  # type: ignore[arg-type]
+            module.out_channels,  # type: ignore[arg-type]
+            module.kernel_size,  # type: ignore[arg-type]
+            stride=module.stride,  # type: ignore[arg-type]
+            padding=module.padding,  # type: ignore[arg-type]
+            dilation=module.dilation,  # type: ignore[arg-type]
+            bias=bias is not None,
+            padding_mode=module.padding_mode,  # type: ignore[arg-type]
+            device="meta",
+        )
+    else:
+        new = nn.Linear(matrix.shape[1], matrix.shape[0], bias=bias is not None, device="meta")
+    new.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        new.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+    if note is not None:
+        new.gblr_note = note  # type: ignore[assignment]  # a plain attribute, shown by the report
+    new.train(module.training)
+    for table in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+        getattr(new, table).update(getattr(module, table))
+    return new
+
+
+def convert(model: nn.Module, *, plan: Any = None) -> nn.Module:
+    """Replace every trainable structured layer by a plain module with a frozen structured weight, in place.
+
+    Args:
+        model: A model with structured layers; changed in place (or replaced, if it is such a layer itself).
+        plan: How kernels are chosen, see :class:`~gblr_plugin.GBLRTensor`.
+
+    Returns:
+        The model. Its outputs are those of the structured layers with exact boxcar masks.
+
+    Raises:
+        ConfigError: If a layer's masks are still smooth: converting it would change the network; freeze it first.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, GBLRLayer)}
+    for name, layer in layers.items():
+        if layer.sigma is not None:
+            raise ConfigError(
+                f"layer {name or type(layer).__name__!r}: its masks are still smooth (sigma {layer.sigma:g}); finish training "
+                "or call freeze_structure() before converting"
+            )
+    frozen = {id(layer): frozen_like(layer, layer.structure(), plan=plan) for layer in layers.values()}
+    if id(model) in frozen:
+        return frozen[id(model)]
+    replace_modules(model, frozen)
+    return model

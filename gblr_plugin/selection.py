@@ -1,0 +1,68 @@
+"""Choose layers of a model by name, glob pattern or type."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from .errors import ConfigError
+from .layers import GBLRLayer
+from .swap import can_gain, check_structurable, structurable
+
+__all__ = ["select_layers"]
+
+
+def select_layers(
+    model: nn.Module, include: Iterable[str] | None = None, exclude: Iterable[str] = ()
+) -> dict[str, nn.Module]:
+    """Dense layers of a model that are to be structured.
+
+    Args:
+        model: Any model.
+        include: Module names, glob patterns over names (``"blocks.*.mlp.*"``) or type names (``"Linear"``). ``None``: every
+            layer that can be structured and made cheaper.
+        exclude: The same kinds of patterns, taken away again.
+
+    Returns:
+        Module by name, in the model's order; a module that appears twice has its first name.
+
+    Raises:
+        ConfigError: If a pattern matches nothing, a module named in full cannot be structured, or nothing is left.
+    """
+    if isinstance(include, str) or isinstance(exclude, str):
+        raise ConfigError("layers: include and exclude are lists of patterns, not one string")
+    modules = {name: module for name, module in model.named_modules() if name}
+
+    def matches(pattern: str, name: str, module: nn.Module) -> bool:
+        return fnmatchcase(name, pattern) or type(module).__name__ == pattern
+
+    def check(pattern: str) -> None:
+        if not any(matches(pattern, name, module) for name, module in modules.items()):
+            near = difflib.get_close_matches(pattern, modules, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"layers: {pattern!r} matches no module of the model{hint}")
+
+    exclude = list(exclude)
+    for pattern in exclude:
+        check(pattern)
+    if include is None:
+        chosen = {name: module for name, module in modules.items() if structurable(module) and can_gain(module)}
+    else:
+        include = list(include)
+        chosen = {}
+        for pattern in include:
+            check(pattern)
+            if pattern in modules:
+                check_structurable(modules[pattern], pattern)
+        for name, module in modules.items():
+            exact = name in include
+            if exact or (structurable(module) and any(matches(pattern, name, module) for pattern in include)):
+                chosen[name] = module
+    chosen = {n: mod for n, mod in chosen.items() if not any(matches(pattern, n, mod) for pattern in exclude)}
+    chosen = {n: mod for n, mod in chosen.items() if not isinstance(mod, GBLRLayer)}
+    if not chosen:
+        raise ConfigError("layers: the selection is empty; allowed are Linear, Conv1d, Conv2d and Hugging Face Conv1D")
+    return chosen
