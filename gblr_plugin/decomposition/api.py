@@ -1,0 +1,222 @@
+"""`decompose`: the best structured approximation of a dense matrix within a budget of multiply-adds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..structure import Intervals, StructuredMatrix
+from .interval_finder import interval
+from .metric import DAMPING, Metric
+from .problem import Grid, Problem
+from .random import random
+from .svd import svd
+from .trapezoid import trapezoid
+
+__all__ = ["METHODS", "decompose", "initialise"]
+
+METHODS: dict[str, Callable[[Problem], StructuredMatrix]] = {
+    "gblr": trapezoid,
+    "svd": svd,
+    "trapezoid": trapezoid,
+    "interval": interval,
+    "random": random,
+}
+"""Decomposition methods by name."""
+
+
+def _check_weight(weight: Tensor, row_splits: int) -> None:
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.dtype.is_floating_point:
+        what = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise ConfigError(f"decompose: weight must be a 2-d floating-point tensor (m, n), got {what}")
+    if min(weight.shape) < 1:
+        raise ConfigError(f"decompose: weight must have rows and columns, got shape {tuple(weight.shape)}")
+    if weight.is_meta:
+        raise ConfigError("decompose: weight is on the meta device, it has no values to approximate")
+    if not bool(torch.isfinite(weight).all()):
+        raise ConfigError("decompose: weight holds NaN or infinite values")
+    if not isinstance(row_splits, int) or row_splits < 1 or weight.shape[0] % row_splits:
+        raise ConfigError(
+            f"decompose: row_splits must be a positive divisor of the {weight.shape[0]} rows, got {row_splits!r}"
+        )
+
+
+def _check_tiles(align: int | tuple[int, int]) -> tuple[int, int]:
+    rows, cols = align if isinstance(align, (tuple, list)) and len(align) == 2 else (align, align)
+    for tile in (rows, cols):
+        if not isinstance(tile, int) or tile < 1:
+            raise ConfigError(f"decompose: align must be a positive int or a pair (rows, cols) of them, got {align!r}")
+    return rows, cols
+
+
+def _metric(calibration: Tensor | None, weight: Tensor, damping: float) -> Metric:
+    n = weight.shape[1]
+    if calibration is None:
+        return Metric()
+    if (
+        not isinstance(calibration, Tensor)
+        or calibration.dim() != 2
+        or calibration.shape[1] != n
+        or not len(calibration)
+    ):
+        what = tuple(calibration.shape) if isinstance(calibration, Tensor) else type(calibration).__name__
+        raise ConfigError(
+            f"decompose: calibration must be (N, {n}) activations or an ({n}, {n}) second moment, got {what}"
+        )
+    if not bool(torch.isfinite(calibration).all()):
+        raise ConfigError("decompose: calibration holds NaN or infinite values")
+    data = calibration.detach().to(device=weight.device, dtype=torch.float64)
+    if data.shape == (n, n) and torch.allclose(data, data.T, rtol=1e-4, atol=1e-6 * float(data.abs().max())):
+        return Metric.from_moment(data, damping)
+    return Metric.from_moment(data.T @ data / len(data), damping)
+
+
+def _share(total: int, parts: int) -> list[int]:
+    return [total // parts + (index < total % parts) for index in range(parts)]
+
+
+def _solve(
+    weight: Tensor,
+    method: str,
+    *,
+    budget: float | None,
+    metric: Metric,
+    tiles: tuple[int, int],
+    max_components: int | None,
+    row_splits: int,
+    seed: int,
+) -> StructuredMatrix:
+    """Solve each split on its own and stack the results in the dtype of the weight."""
+    if method not in METHODS:
+        raise ConfigError(f"decompose: method must be one of {', '.join(METHODS)}, got {method!r}")
+    if max_components is not None and (not isinstance(max_components, int) or max_components < row_splits):
+        raise ConfigError(
+            f"decompose: max_components must be an int of at least {row_splits} (one a split), got {max_components!r}"
+        )
+    parts = weight.detach().double().chunk(row_splits)
+    m, n = parts[0].shape
+    limits = [min(m, n)] * row_splits if max_components is None else _share(max_components, row_splits)
+    allowed = max(limits) * (m + n) if budget is None else math.floor(budget * m * n + 1e-6)
+    rows, cols = Grid(m, tiles[0]), Grid(n, tiles[1])
+    cheapest = int(rows.widths(torch.tensor(1)) + cols.widths(torch.tensor(1)))
+    if allowed < cheapest:
+        raise ConfigError(
+            f"decompose: a budget of {budget} of a {m} x {n} matrix allows {allowed} multiply-adds, "
+            f"fewer than the {cheapest} of its smallest block; raise the budget or leave this matrix dense"
+        )
+    solve = METHODS[method]
+    solved = [
+        solve(Problem(part, allowed, rows, cols, limit, metric, seed + index)).live()
+        for index, (part, limit) in enumerate(zip(parts, limits, strict=True))
+    ]
+    dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+    return StructuredMatrix(
+        torch.cat([part.u for part in solved]).to(dtype),
+        torch.cat([part.v for part in solved]).to(dtype),
+        Intervals(torch.cat([p.rows.width for p in solved]), torch.cat([p.rows.start for p in solved]), m),
+        Intervals(torch.cat([p.cols.width for p in solved]), torch.cat([p.cols.start for p in solved]), n),
+        tuple(part.rows.num_components for part in solved),
+    )
+
+
+@torch.no_grad()
+def decompose(
+    weight: Tensor,
+    budget: float,
+    *,
+    method: str = "gblr",
+    calibration: Tensor | None = None,
+    align: int | tuple[int, int] = 1,
+    max_components: int | None = None,
+    row_splits: int = 1,
+    seed: int = 0,
+    damping: float = DAMPING,
+) -> StructuredMatrix:
+    """Approximate a dense matrix by a GBLR matrix within a budget.
+
+    Args:
+        weight: (m, n) floating point, finite.
+        budget: Allowed multiply-adds of a matrix-vector product over those of the dense matrix, m * n; in (0, 1].
+        method: ``"gblr"`` (the best: `pursuit`, or `trapezoid` where that is better), ``"pursuit"``, ``"trapezoid"``,
+            ``"svd"``, ``"interval"`` (the published initialiser) or ``"random"``.
+        calibration: (N, n) input activations or their (n, n) second moment. The error minimised is then that of the output
+            ``W x`` over these inputs, otherwise ``||W - W_hat||_F``. A square symmetric tensor is taken for a moment.
+        align: Intervals begin and end at multiples of this many rows and columns; an int or a pair (rows, cols).
+        max_components: Largest number K of components; default ``min(m / row_splits, n)`` for each split.
+        row_splits: Number of matrices stacked in the rows of the weight (packed q, k, v: 3), each given its share of the budget.
+        seed: Seed of random draws; the result is deterministic for a seed.
+        damping: Added to the diagonal of the second moment, as a fraction of its mean.
+
+    Returns:
+        A matrix with ``relative_flops <= budget`` in the dtype of the weight (float32 for half precision), without components
+        that cost nothing. At ``budget = 1`` it is the weight to rounding: one component a row or column, which a dense
+        product computes for m * n multiply-adds.
+
+    Raises:
+        ConfigError: If an argument is out of the ranges above, or the budget does not pay for a single block.
+    """
+    _check_weight(weight, row_splits)
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
+        raise ConfigError(f"decompose: budget must be a number in (0, 1], got {budget!r}")
+    return _solve(
+        weight,
+        method,
+        budget=float(budget),
+        metric=_metric(calibration, weight, damping),
+        tiles=_check_tiles(align),
+        max_components=max_components,
+        row_splits=row_splits,
+        seed=seed,
+    )
+
+
+@torch.no_grad()
+def initialise(
+    weight: Tensor,
+    method: str = "svd",
+    *,
+    num_components: int | None = None,
+    row_splits: int = 1,
+    budget: float | None = None,
+    align: int | tuple[int, int] = 1,
+    seed: int = 0,
+) -> StructuredMatrix:
+    """Starting point of a trainable layer.
+
+    Args:
+        weight: (m, n) dense weight.
+        method: As in :func:`decompose`. Only ``"svd"`` and ``"random"`` can do without a budget: they then give
+            ``num_components`` full-width components, which may cost more than the dense matrix (the published start).
+        num_components: Largest number K of components of the result; default ``min(m / row_splits, n)`` a split.
+        row_splits: Number of matrices stacked in the rows.
+        budget: Relative FLOPs in (0, 1], or ``None``.
+        align: As in :func:`decompose`.
+        seed: Seed of random draws.
+
+    Returns:
+        A matrix of at most ``num_components`` components.
+
+    Raises:
+        ConfigError: As :func:`decompose`; also where a method that needs a budget is given none.
+    """
+    if budget is not None:
+        return decompose(
+            weight, budget, method=method, align=align, max_components=num_components, row_splits=row_splits, seed=seed
+        )
+    if method not in ("svd", "random"):
+        raise ConfigError(f"initialise: method {method!r} needs a budget; without one use 'svd' or 'random'")
+    _check_weight(weight, row_splits)
+    return _solve(
+        weight,
+        method,
+        budget=None,
+        metric=Metric(),
+        tiles=_check_tiles(align),
+        max_components=num_components,
+        row_splits=row_splits,
+        seed=seed,
+    )

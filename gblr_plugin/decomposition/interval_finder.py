@@ -1,0 +1,126 @@
+r"""The published starting point (Lee & Kim, ICLR 2024, appendix): intervals from correlations, then gradient steps.
+
+Rows that belong together correlate in W W^T and columns in W^T W. A row of either matrix, smoothed along the axis and
+thresholded, shows runs; the longest becomes a component's interval. Adam then lowers ||W - W_hat||_F^2 over factors, widths and
+locations through Gaudi masks, the widths being projected on the budget after each step. Kept for comparison: `pursuit` is
+better and much faster.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..mask import gaudi_mask, integer_locations, integer_widths
+from ..structure import Intervals, StructuredMatrix, multiply_adds
+from .problem import Problem
+from .svd import leading_triplets
+
+__all__ = ["interval", "longest_run"]
+
+
+def longest_run(active: Tensor) -> tuple[Tensor, Tensor]:
+    """Longest cyclic run of True in each row of a (K, N) bool tensor: ((K,) widths, (K,) starts), int64."""
+    n = active.shape[1]
+    twice = torch.cat([active, active], 1)
+    index = torch.arange(2 * n, device=active.device).expand_as(twice)
+    last_gap = torch.where(twice, torch.full_like(index, -1), index).cummax(1).values
+    width, end = (index - last_gap).clamp(max=n).max(1)
+    return width, (end - width + 1) % n
+
+
+def _smooth_rows(gram: Tensor, anchors: Tensor) -> Tensor:
+    """Magnitudes of the anchored rows of a Gram matrix, (K, N), averaged over a cyclic window and scaled to maximum 1."""
+    rows = gram[anchors].abs()
+    window = max(1, gram.shape[1] // 32) | 1
+    padded = F.pad(rows[:, None], (window // 2, window // 2), mode="circular")
+    rows = F.avg_pool1d(padded, window, 1)[:, 0]
+    return rows / rows.amax(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+
+
+def _project_widths(widths: Tensor, lengths: Tensor, allowed: float) -> None:
+    """Lower all widths by one common amount, in place, so that sum(widths * lengths) is at most ``allowed``.
+
+    Args:
+        widths: (2, K) fractions in [0, 1].
+        lengths: (2, 1) axis lengths.
+        allowed: Multiply-adds to spend.
+    """
+    if float((widths * lengths).sum()) <= allowed:
+        return
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (
+            (middle, high) if float(((widths - middle).clamp(min=0) * lengths).sum()) > allowed else (low, middle)
+        )
+    widths.sub_(high).clamp_(min=0)
+
+
+@torch.enable_grad()
+def interval(problem: Problem, steps: int = 1000, lr: float = 5e-3) -> StructuredMatrix:
+    """Intervals by smoothing and thresholding, then Adam with projection on the budget.
+
+    Args:
+        problem: The matrix, its budget and grids; the metric of the problem weighs the error.
+        steps: Adam steps on factors, widths and locations.
+        lr: Learning rate relative to the size of the factors; widths and locations use a tenth of it.
+    """
+    weight = problem.weight
+    m, n = weight.shape
+    count = problem.max_components
+    lengths = torch.tensor([[m], [n]], dtype=torch.float64, device=weight.device)
+    left, values, right = leading_triplets(weight, min(m, n, count))
+    scale = values.sqrt()
+    repeats = -(-count // len(values))
+    anchors = [part.abs().argmax(1).repeat(repeats)[:count] for part in (left.T, right)]
+    smooth = [_smooth_rows(gram, at) for gram, at in zip((weight @ weight.T, weight.T @ weight), anchors, strict=True)]
+    low, high = 0.0, 1.0
+    for _ in range(20):  # the threshold at which the runs cost what is allowed
+        middle = (low + high) / 2
+        runs = [longest_run(part >= middle) for part in smooth]
+        spent = int(multiply_adds(runs[0][0], runs[1][0]).sum())
+        low, high = (middle, high) if spent > problem.allowed else (low, middle)
+    runs = [longest_run(part >= high) for part in smooth]
+
+    u = (left * scale).T.repeat(repeats, 1)[:count].float().requires_grad_()
+    v = (right * scale[:, None]).repeat(repeats, 1)[:count].float().requires_grad_()
+    widths = (torch.stack([run[0] for run in runs]) / lengths).float().requires_grad_()
+    locations = (torch.stack([run[1] for run in runs]) / lengths).float().requires_grad_()
+    size = float(scale.mean()) / max(m, n) ** 0.5
+    optimizer = torch.optim.Adam(
+        [{"params": [u, v], "lr": lr * max(size, 1e-12) * 10}, {"params": [widths, locations], "lr": lr / 10}]
+    )
+    target = problem.metric.whiten(weight).float()
+    root = None if problem.metric.root is None else problem.metric.root.float()
+    for step in range(steps):
+        sigma = 1.0 + 99.0 * step / max(steps - 1, 1)
+        masked_u = u * gaudi_mask(widths[0], locations[0], m, sigma, align=problem.rows.tile)
+        masked_v = v * gaudi_mask(widths[1], locations[1], n, sigma, align=problem.cols.tile)
+        loss = (target - masked_u.T @ (masked_v if root is None else masked_v @ root)).square().sum()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        optimizer.step()
+        with torch.no_grad():
+            widths.clamp_(0, 1)
+            _project_widths(widths, lengths.float(), problem.allowed)
+            locations.sub_(locations.floor())
+    return _frozen(u.detach().double(), v.detach().double(), widths.detach(), locations.detach(), problem)
+
+
+def _frozen(u: Tensor, v: Tensor, widths: Tensor, locations: Tensor, problem: Problem) -> StructuredMatrix:
+    """Whole intervals within the budget: rounding may overspend, so the components that carry least are dropped."""
+    m, n = problem.weight.shape
+    tiles = problem.rows.tile, problem.cols.tile
+    rows, cols = (
+        Intervals(
+            integer_widths(widths[axis], size, tiles[axis]), integer_locations(locations[axis], size, tiles[axis]), size
+        )
+        for axis, size in enumerate((m, n))
+    )
+    cost = multiply_adds(rows.width, cols.width)
+    energy = (u * rows.support()).square().sum(1) * (v * cols.support()).square().sum(1)
+    order = torch.argsort(energy / cost.clamp(min=1), descending=True, stable=True)
+    kept = order[cost[order].cumsum(0) <= problem.allowed].sort().values
+    return StructuredMatrix.from_factors(u[kept], v[kept], rows.select(kept), cols.select(kept)).live()

@@ -1,0 +1,127 @@
+r"""Low rank at a lower price: the factors of any rank-r product can be gauged into trapezoids.
+
+A product A C of rank r is unchanged by A R, R^-1 C: r^2 free numbers. They suffice to make A lower trapezoidal (component k
+on rows k .. m) and C upper trapezoidal (component k on columns k .. n). Both are plain intervals, so the cost falls from
+r (m + n) to r (m + n) - r (r - 1). An orthogonal LQ settles the first side; the second is an LU without row exchanges,
+whose growth is held down by the choice of the column at which the zeros begin.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..structure import Intervals, StructuredMatrix
+from .problem import Problem
+from .svd import low_rank_factors
+
+__all__ = ["gauge_trapezoids", "lu_no_pivot", "trapezoid"]
+
+MAX_GROWTH = 1e6
+"""Largest accepted growth of the factors: past it float32 copies of them would lose the product."""
+
+
+def lu_no_pivot(matrix: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
+    """(L, U) with L unit lower triangular and ``L U = matrix``, without exchanging rows.
+
+    Args:
+        matrix: (r, r) floating point, all leading minors non-zero (else the factors are not finite).
+        block: Size below which columns are eliminated one by one.
+    """
+    size = len(matrix)
+    if size <= block:
+        work = matrix.clone()
+        for k in range(size - 1):
+            work[k + 1 :, k] /= work[k, k].clone()
+            work[k + 1 :, k + 1 :] -= torch.outer(work[k + 1 :, k], work[k, k + 1 :])
+        return torch.tril(work, -1) + torch.eye(size, dtype=work.dtype, device=work.device), torch.triu(work)
+    half = size // 2
+    lower, upper = torch.zeros_like(matrix), torch.zeros_like(matrix)
+    lower[:half, :half], upper[:half, :half] = lu_no_pivot(matrix[:half, :half], block)
+    upper[:half, half:] = torch.linalg.solve_triangular(
+        lower[:half, :half], matrix[:half, half:], upper=False, unitriangular=True
+    )
+    lower[half:, :half] = torch.linalg.solve_triangular(
+        upper[:half, :half], matrix[half:, :half], upper=True, left=False
+    )
+    schur = matrix[half:, half:] - lower[half:, :half] @ upper[:half, half:]
+    lower[half:, half:], upper[half:, half:] = lu_no_pivot(schur, block)
+    return lower, upper
+
+
+def _shift(interval: Intervals, offset: int) -> Intervals:
+    return Intervals(interval.width, (interval.start + offset) % interval.length, interval.length)
+
+
+def gauge_trapezoids(left: Tensor, right: Tensor, problem: Problem) -> StructuredMatrix | None:
+    """The product ``left @ right`` as trapezoids on the grids of the problem.
+
+    Args:
+        left: (m, r) float64.
+        right: (r, n) float64.
+        problem: Gives the grids of the rows and columns.
+
+    Returns:
+        A matrix equal to ``left @ right`` up to rounding, its components balanced in norm; ``None`` where no offset keeps
+        the growth below ``MAX_GROWTH`` (leading minors that vanish, e.g. of block-diagonal matrices).
+    """
+    rank, n = right.shape
+    rows, cols = problem.rows.trailing(rank), problem.cols.trailing(rank)
+    # LQ of the leading block of `left`, as the QR of its transpose: left @ basis is lower trapezoidal.
+    basis, _ = torch.linalg.qr(left[:rank].T)
+    left, right = left @ basis, basis.T @ right
+    step = max(problem.cols.tile, n // 8 // problem.cols.tile * problem.cols.tile)
+    # Where the zeros begin is free. A wrapped start is on the grid only where the tile divides the axis.
+    offsets = range(0, n, step) if problem.cols.cyclic else range(1)
+    best: tuple[float, StructuredMatrix] | None = None
+    for offset in offsets:
+        turned = torch.roll(right, -offset, 1)
+        lower, upper = lu_no_pivot(turned[:, :rank])
+        if not bool(torch.isfinite(lower).all() and torch.isfinite(upper).all()):
+            continue
+        new_left = left @ lower
+        new_right = torch.linalg.solve_triangular(lower, turned, upper=False, unitriangular=True)
+        norm_left, norm_right = torch.linalg.norm(new_left, dim=0), torch.linalg.norm(new_right, dim=1)
+        product = norm_left * norm_right
+        scale = float(torch.linalg.norm(left) * torch.linalg.norm(right)) or 1.0
+        growth = float(product.max()) / scale
+        if not growth <= MAX_GROWTH or (best is not None and growth >= best[0]):
+            continue
+        balance = torch.where(product > 0, (norm_right / norm_left).sqrt(), torch.ones_like(product))
+        u, v = (new_left * balance).T, torch.roll(new_right / balance[:, None], offset, 1)
+        best = growth, StructuredMatrix.from_factors(u.contiguous(), v.contiguous(), rows, _shift(cols, offset))
+    return None if best is None else best[1]
+
+
+def _exact(problem: Problem) -> StructuredMatrix:
+    """The matrix itself: one component per row (or column, of which there are fewer), narrow on one side, full on the other."""
+    m, n = problem.weight.shape
+    by_rows = m <= n
+    grid = problem.rows if by_rows else problem.cols
+    count = min(m, n)
+    unit = torch.eye(count, dtype=problem.weight.dtype, device=problem.weight.device)
+    index = torch.arange(count, dtype=torch.int64) // grid.tile
+    narrow = grid.intervals(torch.ones_like(index), index)
+    if by_rows:
+        return StructuredMatrix.from_factors(unit, problem.weight.clone(), rows=narrow)
+    return StructuredMatrix.from_factors(problem.weight.T.contiguous(), unit, cols=narrow)
+
+
+def trapezoid(problem: Problem) -> StructuredMatrix:
+    """The best low-rank matrix whose trapezoids the budget pays; never above the SVD of equal cost.
+
+    A budget of m * n returns the matrix exactly, in min(m, n) components: dense is always at hand at that price.
+    """
+    m, n = problem.weight.shape
+    if problem.allowed >= m * n and problem.max_components >= min(m, n):
+        return _exact(problem)
+    cost = problem.trapezoid_cost()
+    rank = int((cost <= problem.allowed).sum()) - 1
+    left, right = low_rank_factors(problem, rank)
+    if rank == 0:
+        return StructuredMatrix.from_factors(left.T.contiguous(), right.contiguous())
+    found = gauge_trapezoids(left, right, problem)
+    if found is not None:
+        return found
+    rank = min(rank, problem.allowed // (m + n))
+    return StructuredMatrix.from_factors(left[:, :rank].T.contiguous(), right[:rank].contiguous())
