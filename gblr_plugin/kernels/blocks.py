@@ -1,0 +1,128 @@
+"""The factored product by torch operations: differentiable, traceable, on any device and dtype.
+
+Stage 1 makes z^T (K, tokens) from the column blocks, ``z^T[list] += V_J x_J^T``; stage 2 makes each row block of the
+output from its own list, ``y_J = z^T[list]^T U_J``. z stays transposed so that both take whole rows of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .layout import Block, Layout, block_values
+
+__all__ = ["CHUNK", "convolution", "linear", "linear_inference"]
+
+CHUNK = 256  # tokens per pass: z^T of a few thousand components then stays in the caches
+
+
+def _list(index: Tensor, block: Block) -> Tensor:
+    return index.narrow(0, block.list_at, block.count)
+
+
+def _accumulate(z: Tensor, part: Tensor, index: Tensor, block: Block, dim: int) -> None:
+    part = part.to(z.dtype)
+    if block.first >= 0:
+        z.narrow(dim, block.first, block.count).add_(part)
+    else:
+        z.index_add_(dim, _list(index, block), part)
+
+
+def _select(z: Tensor, index: Tensor, block: Block, dim: int) -> Tensor:
+    if block.first >= 0:
+        return z.narrow(dim, block.first, block.count)
+    return z.index_select(dim, _list(index, block))
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums over blocks are kept in float32 where the factors are narrower."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def linear(x: Tensor, values: Tensor, index: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
+    """``x @ W.T + bias`` for x (tokens, n); returns (tokens, m). Differentiable in x and bias; static but for tokens."""
+    x_t = x.t()
+    if layout.num_components:
+        z = x.new_zeros(layout.num_components, x.shape[0], dtype=_sum_dtype(x.dtype))
+    else:
+        z = x_t[:0]  # keeps the result in the graph of x
+    for block in layout.col_blocks:
+        if block.count:
+            part = block_values(values, block) @ x_t.narrow(0, block.start, block.stop - block.start)
+            _accumulate(z, part, index, block, 0)
+    z = z.to(x.dtype)
+    y = torch.cat([_select(z, index, b, 0).t() @ block_values(values, b) for b in layout.row_blocks], dim=1)
+    return y if bias is None else y + bias
+
+
+def linear_inference(x: Tensor, values: Tensor, index: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
+    """As :func:`linear` without gradients: chunks of tokens, results written in place."""
+    tokens, m = x.shape[0], layout.shape[0]
+    y = x.new_empty(tokens, m)
+    for at in range(0, tokens, CHUNK):
+        x_chunk, y_chunk = x[at : at + CHUNK], y[at : at + CHUNK]
+        z = x.new_zeros(layout.num_components, x_chunk.shape[0], dtype=_sum_dtype(x.dtype))
+        x_t = x_chunk.t()
+        for block in layout.col_blocks:
+            if not block.count:
+                continue
+            x_part, factor = x_t[block.start : block.stop], block_values(values, block)
+            if block.first >= 0 and z.dtype == x.dtype:
+                z[block.first : block.first + block.count].addmm_(factor, x_part)
+            else:
+                _accumulate(z, factor @ x_part, index, block, 0)
+        z = z.to(x.dtype)
+        for block in layout.row_blocks:
+            z_t, factor = _select(z, index, block, 0).t(), block_values(values, block)
+            target = y_chunk[:, block.start : block.stop]
+            if bias is None:
+                torch.mm(z_t, factor, out=target)
+            else:
+                torch.addmm(bias[block.start : block.stop], z_t, factor, out=target)
+    return y
+
+
+def convolution(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    layout: Layout,
+    bias: Tensor | None,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+) -> Tensor:
+    """Convolution of x (batch, c_in, ...) with the (c_out, c_in * prod(kernel)) matrix; returns (batch, c_out, ...).
+
+    Stage 1 convolves the channels of each column block with its components; stage 2 is a 1x1 convolution. Column blocks
+    hold whole channels (see :func:`~gblr_plugin.kernels.plan.fixed_plan`).
+    """
+    taps = 1
+    for size in kernel:
+        taps *= size
+    convolve = F.conv1d if len(kernel) == 1 else F.conv2d
+
+    def stage(x_part: Tensor, weight: Tensor) -> Tensor:
+        return convolve(x_part, weight, None, stride, padding, dilation)  # type: ignore[arg-type]  # one size per axis
+
+    # One component's own shape gives the output size for every padding mode.
+    probe = stage(x[:, :1], values.new_zeros(1, 1, *kernel)) if not layout.num_components else None
+    z: Tensor | None = None if probe is None else probe[:, :0]
+    for block in layout.col_blocks:
+        if not block.count:
+            continue
+        channel, channels = block.start // taps, (block.stop - block.start) // taps
+        weight = block_values(values, block).view(block.count, channels, *kernel)
+        part = stage(x.narrow(1, channel, channels), weight)
+        if z is None:
+            shape = (part.shape[0], layout.num_components, *part.shape[2:])
+            z = part.new_zeros(shape, dtype=_sum_dtype(x.dtype))
+        _accumulate(z, part, index, block, 1)
+    assert z is not None  # every component meets a column block
+    size = z.shape[2:]
+    flat = z.to(x.dtype).flatten(2)
+    y = torch.cat([block_values(values, b).t() @ _select(flat, index, b, 1) for b in layout.row_blocks], dim=1)
+    y = y.unflatten(2, size)
+    return y if bias is None else y + bias.view(-1, *(1 for _ in size))

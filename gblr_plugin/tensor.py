@@ -1,0 +1,301 @@
+"""GBLRTensor: a frozen structured weight that multiplies by its factors, in the shape of torchao's tensor subclasses."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any, NoReturn
+
+import torch
+import torchao.core.config
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torchao.utils import TorchAOBaseTensor
+
+from .errors import ConfigError, GBLRError
+from .kernels import blocks, product
+from .kernels.layout import Block, Layout, pack, to_dense, unpack
+from .kernels.plan import Plan, fixed_plan
+from .structure import StructuredMatrix
+
+__all__ = ["GBLRTensor"]
+
+aten = torch.ops.aten
+
+
+class GBLRTensor(TorchAOBaseTensor):
+    """A frozen (m, n) GBLR matrix held as integer intervals and factors, in the storage of a plan of kernels.
+
+    ``F.linear`` and ``F.conv1d`` / ``F.conv2d`` (``groups=1``) multiply by the factors and never form the matrix. Gradients
+    reach the input and the bias, not the weight. Build it with :meth:`from_structured`.
+
+    Tensor Attributes:
+        factors: (entries,) floating point, the factors block by block, or the dense matrix where the plan says so.
+        index: int32, the component list of each block, then row widths, row starts, column widths and column starts.
+
+    Non-Tensor Attributes:
+        packing: Static offsets into both buffers (:class:`~gblr_plugin.kernels.layout.Layout`).
+        plan: Block sizes and the kernel per number of tokens (:class:`~gblr_plugin.kernels.plan.Plan`).
+        outer_shape: Shape that modules see: (m, n), or (c_out, c_in, ...) of a convolution.
+    """
+
+    tensor_data_names = ["factors", "index"]
+    tensor_attribute_names = ["packing", "plan", "outer_shape"]
+
+    factors: Tensor
+    index: Tensor
+    packing: Layout
+    plan: Plan
+    outer_shape: tuple[int, ...]
+
+    def __new__(
+        cls, factors: Tensor, index: Tensor, packing: Layout, plan: Plan, outer_shape: tuple[int, ...]
+    ) -> GBLRTensor:
+        """Wrap buffers packed by :func:`~gblr_plugin.kernels.layout.pack`."""
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[no-any-return, attr-defined]  # untyped in torch
+            cls, outer_shape, dtype=factors.dtype, device=factors.device, requires_grad=False
+        )
+
+    def __init__(
+        self, factors: Tensor, index: Tensor, packing: Layout, plan: Plan, outer_shape: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.factors = factors
+        self.index = index
+        self.packing = packing
+        self.plan = plan
+        self.outer_shape = tuple(outer_shape)
+
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes tensor_contents
+        return (
+            f"GBLRTensor(shape={tuple(self.outer_shape)}, components={self.num_components}, "
+            f"relative_flops={self.relative_flops:.4f}, padding={self.packing.padding:.3f}, "
+            f"blocks=({self.plan.block_rows}, {self.plan.block_cols}), dtype={self.dtype}, device={self.device})"
+        )
+
+    @classmethod
+    @torch.compiler.disable
+    def from_structured(
+        cls,
+        matrix: StructuredMatrix,
+        *,
+        shape: tuple[int, ...] | None = None,
+        plan: Plan | str | None = None,
+    ) -> GBLRTensor:
+        """Pack a structured matrix.
+
+        Args:
+            matrix: The (m, n) weight; its dtype and device are kept, components without cost are dropped.
+            shape: Outer shape; (m, n) by default, (c_out, c_in, k...) with c_in * prod(k) = n for a convolution.
+            plan: ``None`` or ``"fixed"``: by the cost model, deterministic. ``"auto"``: measured here and now. Or a plan.
+
+        Raises:
+            ConfigError: If the shape does not fit, the factors are not floating point, or the plan is unknown.
+        """
+        m, n = matrix.shape
+        shape = (m, n) if shape is None else tuple(int(size) for size in shape)
+        if len(shape) not in (2, 3, 4) or shape[0] != m or prod(shape[1:]) != n:
+            raise ConfigError(
+                f"GBLR tensor: shape {shape} does not fit a {m} x {n} matrix; allowed are 2 to 4 sizes (m, ...) "
+                "whose product after the first is n"
+            )
+        if not matrix.u.is_floating_point() or matrix.v.dtype != matrix.u.dtype:
+            raise ConfigError(
+                f"GBLR tensor: factors must share one floating-point dtype, got {matrix.u.dtype} and {matrix.v.dtype}"
+            )
+        matrix = StructuredMatrix(
+            matrix.u.detach(), matrix.v.detach(), matrix.rows, matrix.cols, matrix.split_sizes
+        )
+        unit = prod(shape[2:])
+        if plan is None or plan == "fixed":
+            plan = fixed_plan(matrix, unit)
+        if not isinstance(plan, Plan):
+            raise ConfigError(f"GBLR tensor: plan must be 'fixed', 'auto' or a Plan, got {plan!r}")
+        if plan.block_cols % unit:
+            raise ConfigError(
+                f"GBLR tensor: block_cols of a convolution must be a multiple of its {unit} taps, got {plan.block_cols}"
+            )
+        layout, values, index = pack(matrix, plan.block_rows, plan.block_cols)
+        return cls(values, index, layout, plan, shape)
+
+    def to_structured(self) -> StructuredMatrix:
+        """The components stored, in their order; dense storage comes back as one component per row.
+
+        Raises:
+            ConfigError: For the transpose of a matrix with row splits.
+        """
+        return unpack(self.packing, self.factors, self.index)
+
+    def to_dense(self) -> Tensor:  # type: ignore[override]  # torch's takes a dtype for sparse tensors
+        """The matrix in the outer shape, dtype as stored."""
+        return to_dense(self.packing, self.factors, self.index).reshape(self.outer_shape)
+
+    def dequantize(self) -> Tensor:
+        """Alias of :meth:`to_dense`, the name that torchao and PEFT call."""
+        return self.to_dense()
+
+    @property
+    def stored(self) -> int:
+        """Factor entries inside the intervals = multiply-adds of one product, without padding."""
+        return self.packing.stored
+
+    @property
+    def relative_flops(self) -> float:
+        """:attr:`stored` over m * n."""
+        m, n = self.packing.shape
+        return self.packing.stored / (m * n)
+
+    @property
+    def num_components(self) -> int:
+        """Number of components stored, K."""
+        return self.packing.num_components
+
+    def share_memory_(self) -> NoReturn:  # type: ignore[override]  # refused on purpose
+        """Refused: sharing a wrapper without storage of its own crashes the process.
+
+        Raises:
+            GBLRError: Always.
+        """
+        raise GBLRError("GBLR tensor: share_memory_() is not possible; share the state_dict by file (torch.save) instead")
+
+
+implements = GBLRTensor.implements
+implements_torch_function = GBLRTensor.implements_torch_function
+
+
+def _autocast(x: Tensor, weight: GBLRTensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input, factors and bias in the dtype in which autocast would run a dense product."""
+    values, kind = weight.factors, x.device.type
+    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        x, values, bias = x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+    if x.dtype != values.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise GBLRError(
+            f"GBLR tensor: input, weight and bias must share one dtype, got {x.dtype}, {values.dtype}"
+            + ("" if bias is None else f" and {bias.dtype}")
+        )
+    return x, values, bias
+
+
+def _linear(x: Tensor, weight: GBLRTensor, bias: Tensor | None) -> Tensor:
+    m, n = weight.packing.shape
+    if x.shape[-1] != n:
+        raise GBLRError(f"GBLR tensor: input of shape {tuple(x.shape)} does not fit a {m} x {n} weight")
+    x, values, bias = _autocast(x, weight, bias)
+    rows = x.reshape(-1, n)
+    with torch.autocast(x.device.type, enabled=False):
+        kernel = weight.plan.kernels[-1][1] if torch.compiler.is_compiling() else weight.plan.kernel(rows.shape[0])
+        y = product.linear(rows, values, weight.index, weight.packing, bias, kernel)
+    return y.view(*x.shape[:-1], m)
+
+
+@implements(aten.linear.default)
+@implements_torch_function(F.linear)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    def call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not isinstance(weight, GBLRTensor) or isinstance(input, GBLRTensor):
+            raise GBLRError("GBLR tensor: only the weight of a product can be a GBLRTensor")
+        return _linear(input, weight, bias)
+
+    return call(*args, **kwargs)
+
+
+def _sizes(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    return (value,) * dims if isinstance(value, int) else tuple(value) * (dims if len(value) == 1 else 1)
+
+
+@implements_torch_function([F.conv1d, F.conv2d])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    dims = 1 if func is F.conv1d else 2
+
+    def call(
+        input: Tensor,
+        weight: GBLRTensor,
+        bias: Tensor | None = None,
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        if groups != 1:
+            raise ConfigError(f"GBLR tensor: convolutions need groups=1, got {groups}")
+        if len(weight.outer_shape) != dims + 2 or input.shape[-dims - 1] != weight.outer_shape[1]:
+            raise GBLRError(
+                f"GBLR tensor: input of shape {tuple(input.shape)} does not fit a convolution weight {weight.outer_shape}"
+            )
+        x, values, bias = _autocast(input, weight, bias)
+        options = (
+            _sizes(stride, dims),
+            padding if isinstance(padding, str) else _sizes(padding, dims),
+            _sizes(dilation, dims),
+        )
+        batched = x.dim() == dims + 2
+        x = x if batched else x.unsqueeze(0)
+        with torch.autocast(x.device.type, enabled=False):
+            if weight.packing.dense:
+                dense = to_dense(weight.packing, values, weight.index).reshape(weight.outer_shape)
+                y = func(x, dense, bias, *options)
+            else:
+                y = blocks.convolution(
+                    x, values, weight.index, weight.packing, bias, weight.outer_shape[2:], *options
+                )
+        return y if batched else y.squeeze(0)
+
+    return call(*args, **kwargs)
+
+
+@implements(aten._to_copy.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
+    self = args[0]
+    options = self._get_to_kwargs(*args[1:], **{k: v for k, v in kwargs.items() if k != "memory_format"})
+    dtype = options.pop("dtype")
+    if not dtype.is_floating_point:
+        raise GBLRError(f"GBLR tensor: factors must stay floating point, got {dtype}")
+    moved = GBLRTensor(
+        self.factors.to(dtype=dtype, **options),
+        self.index.to(**options),  # indices move, they are never cast
+        self.packing,
+        self.plan,
+        self.outer_shape,
+    )
+    return return_and_correct_aliasing(func, args, kwargs, moved)  # type: ignore[no-any-return]  # untyped in torch
+
+
+def _transposed(func: Any, args: Any, kwargs: Any) -> GBLRTensor:
+    self = args[0]
+    if len(self.outer_shape) != 2:
+        raise GBLRError(f"GBLR tensor: only 2-D weights can be transposed, this one is {self.outer_shape}")
+    result = GBLRTensor(self.factors, self.index, self.packing.t(), self.plan, self.outer_shape[::-1])
+    return return_and_correct_aliasing(func, args, kwargs, result)  # type: ignore[no-any-return]  # untyped in torch
+
+
+@implements(aten.t.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
+    return _transposed(func, args, kwargs)
+
+
+@implements(aten.transpose.int)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
+    if {dim % 2 for dim in args[1:3]} != {0, 1}:
+        raise GBLRError(f"GBLR tensor: transpose needs the two axes, got {args[1:3]}")
+    return _transposed(func, args, kwargs)
+
+
+@implements(aten.mm.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    x, weight = args
+    if isinstance(x, GBLRTensor):
+        return _linear(weight.t(), x, None).t()
+    return _linear(x, weight.t(), None)
+
+
+@implements(aten.addmm.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    bias, x, weight = args
+    if kwargs or isinstance(x, GBLRTensor) or bias.dim() != 1:
+        raise GBLRError("GBLR tensor: addmm takes a 1-D bias, a plain input and a GBLRTensor, without scaling")
+    return _linear(x, weight.t(), bias)
+
+
+torch.serialization.add_safe_globals([GBLRTensor, Layout, Block, Plan])
+torchao.core.config.ALLOWED_AO_MODULES.add(__name__)
