@@ -31,7 +31,7 @@ class GBLRTensor(TorchAOBaseTensor):
 
     Tensor Attributes:
         factors: (entries,) floating point, the factors block by block, or the dense matrix where the plan says so.
-        index: int32, the component list of each block, then row widths, row starts, column widths and column starts.
+        lists: int32, the component list of each block, then row widths, row starts, column widths and column starts.
 
     Non-Tensor Attributes:
         packing: Static offsets into both buffers (:class:`~gblr_plugin.kernels.layout.Layout`).
@@ -39,17 +39,17 @@ class GBLRTensor(TorchAOBaseTensor):
         outer_shape: Shape that modules see: (m, n), or (c_out, c_in, ...) of a convolution.
     """
 
-    tensor_data_names = ["factors", "index"]
+    tensor_data_names = ["factors", "lists"]
     tensor_attribute_names = ["packing", "plan", "outer_shape"]
 
     factors: Tensor
-    index: Tensor
+    lists: Tensor
     packing: Layout
     plan: Plan
     outer_shape: tuple[int, ...]
 
     def __new__(
-        cls, factors: Tensor, index: Tensor, packing: Layout, plan: Plan, outer_shape: tuple[int, ...]
+        cls, factors: Tensor, lists: Tensor, packing: Layout, plan: Plan, outer_shape: tuple[int, ...]
     ) -> GBLRTensor:
         """Wrap buffers packed by :func:`~gblr_plugin.kernels.layout.pack`."""
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[no-any-return, attr-defined]  # untyped in torch
@@ -57,11 +57,11 @@ class GBLRTensor(TorchAOBaseTensor):
         )
 
     def __init__(
-        self, factors: Tensor, index: Tensor, packing: Layout, plan: Plan, outer_shape: tuple[int, ...]
+        self, factors: Tensor, lists: Tensor, packing: Layout, plan: Plan, outer_shape: tuple[int, ...]
     ) -> None:
         super().__init__()
         self.factors = factors
-        self.index = index
+        self.lists = lists
         self.packing = packing
         self.plan = plan
         self.outer_shape = tuple(outer_shape)
@@ -124,11 +124,11 @@ class GBLRTensor(TorchAOBaseTensor):
         Raises:
             ConfigError: For the transpose of a matrix with row splits.
         """
-        return unpack(self.packing, self.factors, self.index)
+        return unpack(self.packing, self.factors, self.lists)
 
     def to_dense(self) -> Tensor:  # type: ignore[override]  # torch's takes a dtype for sparse tensors
         """The matrix in the outer shape, dtype as stored."""
-        return to_dense(self.packing, self.factors, self.index).reshape(self.outer_shape)
+        return to_dense(self.packing, self.factors, self.lists).reshape(self.outer_shape)
 
     def dequantize(self) -> Tensor:
         """Alias of :meth:`to_dense`, the name that torchao and PEFT call."""
@@ -185,7 +185,7 @@ def _linear(x: Tensor, weight: GBLRTensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, n)
     with torch.autocast(x.device.type, enabled=False):
         kernel = weight.plan.kernels[-1][1] if torch.compiler.is_compiling() else weight.plan.kernel(rows.shape[0])
-        y = product.linear(rows, values, weight.index, weight.packing, bias, kernel)
+        y = product.linear(rows, values, weight.lists, weight.packing, bias, kernel)
     return y.view(*x.shape[:-1], m)
 
 
@@ -233,11 +233,11 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
         x = x if batched else x.unsqueeze(0)
         with torch.autocast(x.device.type, enabled=False):
             if weight.packing.dense:
-                dense = to_dense(weight.packing, values, weight.index).reshape(weight.outer_shape)
+                dense = to_dense(weight.packing, values, weight.lists).reshape(weight.outer_shape)
                 y = func(x, dense, bias, *options)
             else:
                 y = blocks.convolution(
-                    x, values, weight.index, weight.packing, bias, weight.outer_shape[2:], *options
+                    x, values, weight.lists, weight.packing, bias, weight.outer_shape[2:], *options
                 )
         return y if batched else y.squeeze(0)
 
@@ -253,7 +253,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
         raise GBLRError(f"GBLR tensor: factors must stay floating point, got {dtype}")
     moved = GBLRTensor(
         self.factors.to(dtype=dtype, **options),
-        self.index.to(**options),  # indices move, they are never cast
+        self.lists.to(**options),  # indices move, they are never cast
         self.packing,
         self.plan,
         self.outer_shape,
@@ -265,7 +265,7 @@ def _transposed(func: Any, args: Any, kwargs: Any) -> GBLRTensor:
     self = args[0]
     if len(self.outer_shape) != 2:
         raise GBLRError(f"GBLR tensor: only 2-D weights can be transposed, this one is {self.outer_shape}")
-    result = GBLRTensor(self.factors, self.index, self.packing.t(), self.plan, self.outer_shape[::-1])
+    result = GBLRTensor(self.factors, self.lists, self.packing.t(), self.plan, self.outer_shape[::-1])
     return return_and_correct_aliasing(func, args, kwargs, result)  # type: ignore[no-any-return]  # untyped in torch
 
 
