@@ -1,0 +1,33 @@
+"""Tasks that ``gblr run`` can train: a Lightning module and its data, chosen by name or import path."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from ..errors import ConfigError
+
+__all__ = ["TASKS", "get_task"]
+
+TASKS = {
+    "digits_vit": ("gblr_plugin.tasks.digits", "DigitsTask"),
+    "byte_gpt": ("gblr_plugin.tasks.text", "TextTask"),
+}
+
+
+def get_task(name: str) -> Any:
+    """The task class called ``name``: one of :data:`TASKS`, or ``"package.module:Class"`` for a user's own.
+
+    Raises:
+        ConfigError: If there is no such task.
+    """
+    if name in TASKS:
+        module, attribute = TASKS[name]
+    elif ":" in name:
+        module, _, attribute = name.partition(":")
+    else:
+        raise ConfigError(f"task: unknown task {name!r}; allowed are {', '.join(TASKS)} or 'package.module:Class'")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"task: cannot import {name!r}: {error}") from error

@@ -1,0 +1,155 @@
+"""What a task provides, and the Lightning module and data module that the built-in tasks share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+__all__ = ["ClassifierModule", "PairsDataModule", "Task", "TrainSettings", "WarmupCosine"]
+
+
+class TrainSettings(Protocol):
+    """The part of a run's settings that a task's module needs; see :class:`gblr_plugin.run.settings.Training`."""
+
+    epochs: int
+    lr: float
+    weight_decay: float
+    warmup_fraction: float
+    batch_size: int
+    label_smoothing: float
+
+
+class Task(Protocol):
+    """A network, its data, and the figure by which it is judged.
+
+    Attributes:
+        metric: Name of the figure, logged as ``test_<metric>``.
+        higher_is_better: Direction of the metric.
+        layers: Glob patterns of the layers that are compressed unless the config says otherwise.
+    """
+
+    metric: str
+    higher_is_better: bool
+    layers: list[str]
+
+    def network(self) -> nn.Module:
+        """A new, randomly initialised network."""
+
+    def module(self, network: nn.Module, training: TrainSettings, steps: int) -> ClassifierModule:
+        """The Lightning module that trains ``network`` for ``steps`` optimizer steps."""
+
+    def data(self, seed: int, batch_size: int) -> PairsDataModule:
+        """The data, split by ``seed``."""
+
+    def example_input(self, batch: int = 1) -> Tensor:
+        """An input of the network, for counting and timing."""
+
+
+@dataclass(frozen=True)
+class WarmupCosine:
+    """Factor of the learning rate at a step: linear up over the first ``warmup`` of ``steps``, then a half cosine to 0."""
+
+    steps: int
+    warmup: float
+
+    def __call__(self, step: int) -> float:
+        """Factor in [0, 1]."""
+        rise = max(self.warmup * self.steps, 1.0)
+        if step < rise:
+            return (step + 1) / (rise + 1)
+        return 0.5 * (1 + math.cos(math.pi * min((step - rise) / max(self.steps - rise, 1.0), 1.0)))
+
+
+class ClassifierModule(pl.LightningModule):
+    """Cross-entropy training of a network over (input, target) batches, with linear warm-up and cosine decay.
+
+    Args:
+        network: Maps inputs to logits whose last dimension is the class.
+        training: Learning rate, weight decay, warm-up and label smoothing.
+        metric: ``"accuracy"``, or ``"perplexity"``, the exponential of the mean cross-entropy.
+        steps: Optimizer steps that the schedule spans.
+    """
+
+    def __init__(self, network: nn.Module, training: TrainSettings, metric: str, steps: int) -> None:
+        super().__init__()
+        self.network = network
+        self.training_settings = training
+        self.metric = metric
+        self.schedule = WarmupCosine(steps, training.warmup_fraction)
+        # NNI re-creates optimizers and schedulers, for which it wants traced classes; see nni.trace.
+        self.optimizer_class: Callable[..., Any] = torch.optim.AdamW
+        self.scheduler_class: Callable[..., Any] = torch.optim.lr_scheduler.LambdaLR
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        logits: Tensor = self.network(x)
+        return logits
+
+    def _loss(self, logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, -2), target.flatten(), label_smoothing=smoothing)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        x, target = batch
+        loss = self._loss(self(x), target, self.training_settings.label_smoothing)
+        self.log("train_loss", loss)
+        return loss
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
+        x, target = batch
+        logits = self(x)
+        loss = self._loss(logits, target)
+        self.log(f"{stage}_loss", loss, batch_size=len(x), prog_bar=True)
+        if self.metric == "accuracy":
+            correct = (logits.argmax(-1) == target).float().mean()
+            self.log(f"{stage}_accuracy", correct, batch_size=len(x), prog_bar=True)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Loss and metric of one batch."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Loss and metric of one batch."""
+        self._evaluate(batch, "test")
+
+    def configure_optimizers(self) -> Any:
+        """AdamW under linear warm-up and cosine decay, stepped once per batch."""
+        settings = self.training_settings
+        optimizer = self.optimizer_class(self.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+        scheduler = self.scheduler_class(optimizer, self.schedule)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+class PairsDataModule(pl.LightningDataModule):
+    """Data loaders over in-memory training and held-out sets of (input, target).
+
+    Args:
+        train: Training set.
+        held_out: Held-out set, for validation and test.
+        batch_size: Of training batches; evaluation uses larger ones.
+        seed: Of the shuffling.
+    """
+
+    def __init__(self, train: Dataset[Any], held_out: Dataset[Any], batch_size: int, seed: int) -> None:
+        super().__init__()
+        self.train_set, self.held_out = train, held_out
+        self.batch_size, self.seed = batch_size, seed
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled batches, the last partial one dropped."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return DataLoader(self.train_set, self.batch_size, shuffle=True, drop_last=True, generator=generator)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Held-out batches in order."""
+        return DataLoader(self.held_out, 4 * self.batch_size)
+
+    test_dataloader = val_dataloader

@@ -1,0 +1,110 @@
+"""A small vision transformer on scikit-learn's handwritten digits (1797 images of 8 x 8, embedded in the library)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from ..errors import ConfigError
+from .base import ClassifierModule, PairsDataModule, TrainSettings
+from .transformer import Block
+
+__all__ = ["DigitsTask", "VisionTransformer"]
+
+
+class VisionTransformer(nn.Module):
+    """Vision transformer for square one-channel images, mean-pooled.
+
+    Args:
+        image_size: Height and width in pixels.
+        patch_size: Side of a patch, a divisor of ``image_size``.
+        dim: Width of the residual stream.
+        depth: Number of blocks.
+        heads: Attention heads, a divisor of ``dim``.
+        mlp_ratio: Hidden width of the MLPs over ``dim``.
+        classes: Number of classes.
+        dropout: On the residual branches.
+
+    Raises:
+        ConfigError: If sizes do not divide.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 8,
+        patch_size: int = 2,
+        dim: int = 64,
+        depth: int = 4,
+        heads: int = 4,
+        mlp_ratio: int = 2,
+        classes: int = 10,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if image_size % patch_size or dim % heads:
+            raise ConfigError(
+                f"model: patch_size {patch_size} must divide image_size {image_size}, and heads {heads} must divide dim {dim}"
+            )
+        tokens = (image_size // patch_size) ** 2
+        self.patch = nn.Conv2d(1, dim, patch_size, stride=patch_size)
+        self.position = nn.Parameter(0.02 * torch.randn(1, tokens, dim))
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 1, image_size, image_size) in [0, 1] to (batch, classes) logits."""
+        x = self.patch(x).flatten(2).transpose(1, 2) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(1))
+
+
+class DigitsTask:
+    """Classify handwritten digits.
+
+    Args:
+        held_out: Fraction of the images kept for evaluation, stratified by class.
+        **network: Arguments of :class:`VisionTransformer`.
+    """
+
+    metric = "accuracy"
+    higher_is_better = True
+    layers = ["network.blocks.*"]
+
+    def __init__(self, held_out: float = 0.25, **network: int | float) -> None:
+        if not 0 < held_out < 1:
+            raise ConfigError(f"model: held_out must be a fraction in (0, 1), got {held_out}")
+        self.held_out = held_out
+        self._network = network
+
+    def network(self) -> nn.Module:
+        """A new vision transformer."""
+        try:
+            return VisionTransformer(**self._network)  # type: ignore[arg-type]  # checked by the constructor
+        except TypeError as error:
+            raise ConfigError(f"model: {error}") from error
+
+    def module(self, network: nn.Module, training: TrainSettings, steps: int) -> ClassifierModule:
+        """Cross-entropy training."""
+        return ClassifierModule(network, training, self.metric, steps)
+
+    def data(self, seed: int, batch_size: int) -> PairsDataModule:
+        """Stratified split by ``seed``."""
+        from sklearn.datasets import load_digits  # with NNI, and only needed here
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        images = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None]
+        target = torch.tensor(digits.target, dtype=torch.int64)
+        train, test = train_test_split(
+            torch.arange(len(target)).numpy(), test_size=self.held_out, random_state=seed, stratify=digits.target
+        )
+        return PairsDataModule(
+            TensorDataset(images[train], target[train]), TensorDataset(images[test], target[test]), batch_size, seed
+        )
+
+    def example_input(self, batch: int = 1) -> Tensor:
+        """Random images in [0, 1]."""
+        return torch.rand(batch, 1, 8, 8)
