@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any, NoReturn
 
@@ -73,6 +75,11 @@ class GBLRTensor(TorchAOBaseTensor):
             f"blocks=({self.plan.block_rows}, {self.plan.block_cols}), dtype={self.dtype}, device={self.device})"
         )
 
+    def _stable_hash_for_caching(self) -> str:
+        """Key of compiled programs: all that a trace depends on."""
+        facts = repr((self.packing, self.plan, self.outer_shape, self.dtype, self.device.type))
+        return hashlib.sha256(facts.encode()).hexdigest()
+
     @classmethod
     @torch.compiler.disable
     def from_structured(
@@ -103,9 +110,7 @@ class GBLRTensor(TorchAOBaseTensor):
             raise ConfigError(
                 f"GBLR tensor: factors must share one floating-point dtype, got {matrix.u.dtype} and {matrix.v.dtype}"
             )
-        matrix = StructuredMatrix(
-            matrix.u.detach(), matrix.v.detach(), matrix.rows, matrix.cols, matrix.split_sizes
-        )
+        matrix = StructuredMatrix(matrix.u.detach(), matrix.v.detach(), matrix.rows, matrix.cols, matrix.split_sizes)
         unit = prod(shape[2:])
         if plan is None or plan == "fixed":
             plan = fixed_plan(matrix, unit)
@@ -156,36 +161,49 @@ class GBLRTensor(TorchAOBaseTensor):
         Raises:
             GBLRError: Always.
         """
-        raise GBLRError("GBLR tensor: share_memory_() is not possible; share the state_dict by file (torch.save) instead")
+        raise GBLRError(
+            "GBLR tensor: share_memory_() is not possible; share the state_dict by file (torch.save) instead"
+        )
 
 
 implements = GBLRTensor.implements
 implements_torch_function = GBLRTensor.implements_torch_function
 
 
-def _autocast(x: Tensor, weight: GBLRTensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Input, factors and bias in the dtype in which autocast would run a dense product."""
-    values, kind = weight.factors, x.device.type
-    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-        x, values, bias = x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
-    if x.dtype != values.dtype or (bias is not None and bias.dtype != x.dtype):
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Dtype in which autocast would run a dense product of x; None where it would leave it alone."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind) if x.is_floating_point() and x.dtype != torch.float64 else None
+
+
+def _operands(x: Tensor, weight: GBLRTensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input, factors and bias in one dtype, autocast's where it is on."""
+    factors, dtype = weight.factors, _autocast_dtype(x)
+    if dtype is not None:
+        x, factors, bias = x.to(dtype), factors.to(dtype), None if bias is None else bias.to(dtype)
+    if x.dtype != factors.dtype or (bias is not None and bias.dtype != x.dtype):
         raise GBLRError(
-            f"GBLR tensor: input, weight and bias must share one dtype, got {x.dtype}, {values.dtype}"
+            f"GBLR tensor: input, weight and bias must share one dtype, got {x.dtype}, {factors.dtype}"
             + ("" if bias is None else f" and {bias.dtype}")
         )
-    return x, values, bias
+    return x, factors, bias
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    return nullcontext() if _autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
 def _linear(x: Tensor, weight: GBLRTensor, bias: Tensor | None) -> Tensor:
     m, n = weight.packing.shape
     if x.shape[-1] != n:
         raise GBLRError(f"GBLR tensor: input of shape {tuple(x.shape)} does not fit a {m} x {n} weight")
-    x, values, bias = _autocast(x, weight, bias)
-    rows = x.reshape(-1, n)
-    with torch.autocast(x.device.type, enabled=False):
-        kernel = weight.plan.kernels[-1][1] if torch.compiler.is_compiling() else weight.plan.kernel(rows.shape[0])
-        y = product.linear(rows, values, weight.lists, weight.packing, bias, kernel)
+    rows, factors, bias = _operands(x.reshape(-1, n), weight, bias)
+    # A trace with a dynamic batch must not ask how many tokens there are.
+    kernel = "blocks" if torch.compiler.is_compiling() else weight.plan.kernel(rows.shape[0])
+    with _no_autocast(x):
+        y = product.linear(rows, factors, weight.lists, weight.packing, bias, kernel)
     return y.view(*x.shape[:-1], m)
 
 
@@ -223,7 +241,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
             raise GBLRError(
                 f"GBLR tensor: input of shape {tuple(input.shape)} does not fit a convolution weight {weight.outer_shape}"
             )
-        x, values, bias = _autocast(input, weight, bias)
+        x, factors, bias = _operands(input, weight, bias)
         options = (
             _sizes(stride, dims),
             padding if isinstance(padding, str) else _sizes(padding, dims),
@@ -231,14 +249,12 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
         )
         batched = x.dim() == dims + 2
         x = x if batched else x.unsqueeze(0)
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(input):
             if weight.packing.dense:
-                dense = to_dense(weight.packing, values, weight.lists).reshape(weight.outer_shape)
+                dense = to_dense(weight.packing, factors, weight.lists).reshape(weight.outer_shape)
                 y = func(x, dense, bias, *options)
             else:
-                y = blocks.convolution(
-                    x, values, weight.lists, weight.packing, bias, weight.outer_shape[2:], *options
-                )
+                y = blocks.convolution(x, factors, weight.lists, weight.packing, bias, weight.outer_shape[2:], *options)
         return y if batched else y.squeeze(0)
 
     return call(*args, **kwargs)

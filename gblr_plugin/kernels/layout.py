@@ -82,9 +82,7 @@ class Layout:
 def edges(length: int, block: int, splits: int = 1) -> list[tuple[int, int]]:
     """Blocks of at most ``block`` indices over an axis of ``length``, never across the border of a split."""
     part = length // splits
-    return [
-        (s * part + at, s * part + min(at + block, part)) for s in range(splits) for at in range(0, part, block)
-    ]
+    return [(s * part + at, s * part + min(at + block, part)) for s in range(splits) for at in range(0, part, block)]
 
 
 def _touches(intervals: Intervals, block: int) -> Tensor:
@@ -204,7 +202,9 @@ def unpack(layout: Layout, values: Tensor, index: Tensor) -> StructuredMatrix:
         return StructuredMatrix(eye, dense, one_row, Intervals.full(m, n, values.device), (m,))
     splits = len(layout.split_sizes)
     if layout.transposed and splits > 1:
-        raise ConfigError("GBLR tensor: the transpose of a matrix with row splits has no structured form, use to_dense()")
+        raise ConfigError(
+            "GBLR tensor: the transpose of a matrix with row splits has no structured form, use to_dense()"
+        )
     num, part = layout.num_components, m // splits
     ends = index.narrow(0, layout.intervals_at, 4 * num).long().view(4, num)
     if layout.transposed:

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
-
 from ..errors import ConfigError
 from ..structure import StructuredMatrix
-
 from .layout import padded_entries
 from .product import KERNELS
 

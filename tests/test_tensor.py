@@ -1,0 +1,355 @@
+"""GBLRTensor: torchao's own cases, then values, gradients, conversions, compilers and errors against the dense matrix."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.testing._internal import common_utils
+from torch.utils.flop_counter import FlopCounterMode
+from torchao.testing import utils as ao
+from torchao.utils import unwrap_tensor_subclass
+
+from gblr_plugin.errors import ConfigError, GBLRError
+from gblr_plugin.kernels.plan import Plan
+from gblr_plugin.structure import Intervals, StructuredMatrix
+from gblr_plugin.tensor import GBLRTensor
+
+SKIP = SimpleNamespace(suffixes={"gblr"}, is_skip=True)  # torchao calls .cuda() there
+
+
+def random_matrix(
+    components: int,
+    m: int,
+    n: int,
+    *,
+    splits: int = 1,
+    align: int = 1,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> StructuredMatrix:
+    """Random factors on random cyclic intervals, zero widths included, wrap-around included."""
+    g = torch.Generator().manual_seed(seed)
+
+    def intervals(length: int) -> Intervals:
+        steps = max(length // align, 1)
+        width = torch.randint(0, steps + 1, (components,), generator=g) * align
+        start = torch.randint(0, steps, (components,), generator=g) * align
+        return Intervals(width.clamp(max=length), start, length)
+
+    rows, cols = intervals(m // splits), intervals(n)
+    sizes = tuple(len(part) for part in torch.arange(components).tensor_split(splits))
+    u = torch.randn(components, m // splits, generator=g, dtype=dtype)
+    v = torch.randn(components, n, generator=g, dtype=dtype)
+    return StructuredMatrix.from_factors(u, v, rows, cols, sizes)
+
+
+def from_dense(dense: Tensor) -> GBLRTensor:
+    """Exact for any matrix: one component per row (or per column, if fewer)."""
+    m, n = dense.shape
+    eye = torch.eye(min(m, n), dtype=dense.dtype, device=dense.device)
+    u, v = (eye, dense) if m <= n else (dense.t().contiguous(), eye)
+    return GBLRTensor.from_structured(StructuredMatrix.from_factors(u, v), plan=Plan(16, 32))
+
+
+class _Cases(common_utils.TestCase):
+    TENSOR_SUBCLASS = GBLRTensor
+    FACTORY_FN = staticmethod(from_dense)
+    kwargs: dict[str, object] = {}
+    LINEAR_MIN_SQNR = 40
+    COMPILE_MIN_SQNR = 50
+
+
+class TestBasic(_Cases):
+    """torchao's basic cases, copied below."""
+
+
+class TestCompile(_Cases):
+    """torchao's compile cases, copied below."""
+
+
+needs_cuda = {} if torch.cuda.is_available() else {"test_device1_to_device2_device1_cpu_device2_cpu": SKIP}
+ao.copy_tests(ao.TorchAOBasicTestCase, TestBasic, "gblr", needs_cuda)
+ao.copy_tests(ao.TorchAOCompileTestCase, TestCompile, "gblr")
+
+
+SHAPES = [
+    (20, 48, 64, 1),
+    (31, 57, 33, 3),
+    (40, 301, 257, 1),
+    (0, 8, 9, 1),
+    (1, 3, 7, 1),
+    (64, 96, 160, 3),
+]
+
+
+def relative_error(result: Tensor, reference: Tensor) -> float:
+    return float((result.detach().double() - reference.detach()).norm() / reference.norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize(("components", "m", "n", "splits"), SHAPES)
+@pytest.mark.parametrize("shape", [(7,), (0,), (), (2, 130)], ids=str)
+def test_linear_equals_the_float64_formula(
+    components: int, m: int, n: int, splits: int, shape: tuple[int, ...]
+) -> None:
+    matrix = random_matrix(components, m, n, splits=splits)
+    weight = GBLRTensor.from_structured(matrix)
+    dense = matrix.to_dense().double()
+    x, bias = torch.randn(*shape, n), torch.randn(m)
+    with torch.no_grad():
+        y = F.linear(x, weight, bias)
+        plain = F.linear(x, weight)
+    assert y.shape == (*shape, m)
+    assert relative_error(y, F.linear(x.double(), dense, bias.double())) < 1e-5
+    assert relative_error(plain, F.linear(x.double(), dense)) < 1e-5
+
+
+@pytest.mark.parametrize(("components", "m", "n", "splits"), SHAPES)
+def test_structure_comes_back(components: int, m: int, n: int, splits: int) -> None:
+    matrix = random_matrix(components, m, n, splits=splits).live()
+    weight = GBLRTensor.from_structured(matrix)
+    back = weight.to_structured()
+    for name in ("u", "v"):
+        assert torch.equal(getattr(back, name), getattr(matrix, name))
+    for axis in ("rows", "cols"):
+        assert torch.equal(getattr(back, axis).width, getattr(matrix, axis).width)
+        assert torch.equal(getattr(back, axis).start, getattr(matrix, axis).start)
+    assert back.split_sizes == matrix.split_sizes
+    assert (weight.stored, weight.num_components) == (matrix.stored, matrix.num_components)
+    assert weight.relative_flops == matrix.relative_flops
+    torch.testing.assert_close(weight.to_dense(), matrix.to_dense(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(weight.dequantize(), weight.to_dense())
+
+
+def test_non_contiguous_inputs() -> None:
+    matrix = random_matrix(30, 70, 90)
+    weight, dense = GBLRTensor.from_structured(matrix), matrix.to_dense().double()
+    for x in (torch.randn(90, 11).t(), torch.randn(5, 3, 90).transpose(0, 1), torch.randn(8, 180)[:, ::2]):
+        with torch.no_grad():
+            assert relative_error(F.linear(x, weight), F.linear(x.double(), dense)) < 1e-5
+
+
+@pytest.mark.parametrize(("components", "m", "n", "splits"), SHAPES)
+def test_gradients_reach_input_and_bias(components: int, m: int, n: int, splits: int) -> None:
+    matrix = random_matrix(components, m, n, splits=splits, dtype=torch.float64)
+    weight, dense = GBLRTensor.from_structured(matrix), matrix.to_dense()
+    x, bias = torch.randn(4, n, dtype=torch.float64, requires_grad=True), torch.randn(m, dtype=torch.float64)
+    bias.requires_grad_()
+    out_grad = torch.randn(4, m, dtype=torch.float64)
+    mine = torch.autograd.grad(F.linear(x, weight, bias), (x, bias), out_grad)
+    reference = torch.autograd.grad(F.linear(x, dense, bias), (x, bias), out_grad)
+    torch.testing.assert_close(mine, reference)
+
+
+def test_a_layer_in_front_trains() -> None:
+    weight = GBLRTensor.from_structured(random_matrix(12, 10, 16))
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 10, bias=False))
+    model[1].weight = nn.Parameter(weight, requires_grad=False)
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    before = model[0].weight.detach().clone()
+    model(torch.randn(5, 8)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, model[0].weight)
+
+
+def linear_module(dtype: torch.dtype = torch.float32) -> nn.Linear:
+    module = nn.Linear(75, 50, dtype=dtype)
+    matrix = random_matrix(24, 50, 75, dtype=dtype)
+    module.weight = nn.Parameter(GBLRTensor.from_structured(matrix), requires_grad=False)
+    return module
+
+
+def test_copies_and_files_keep_the_weight() -> None:
+    module, x = linear_module(), torch.randn(9, 75)
+    reference = module(x)
+    assert torch.equal(copy.deepcopy(module)(x), reference)
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x), reference)
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    fresh = nn.Linear(75, 50)
+    fresh.load_state_dict(state, assign=True)
+    assert isinstance(fresh.weight, GBLRTensor)
+    assert fresh.weight.plan == module.weight.plan
+    assert torch.equal(fresh(x), reference)
+    same = linear_module()
+    with torch.no_grad():
+        same.weight.factors.zero_()
+    same.load_state_dict(state)
+    assert torch.equal(same(x), reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casting_casts_factors_only(dtype: torch.dtype) -> None:
+    module = linear_module().to(dtype)
+    assert module.weight.dtype == module.weight.factors.dtype == dtype
+    assert module.weight.lists.dtype == torch.int32
+    x = torch.randn(9, 75, dtype=dtype)
+    reference = F.linear(x.double(), module.weight.to_dense().double(), module.bias.double())
+    with torch.no_grad():
+        y = module(x)
+    assert y.dtype == dtype
+    assert relative_error(y, reference) < {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-12}[dtype]
+
+
+def test_moving_between_devices() -> None:
+    weight = linear_module().weight.to("meta")
+    assert (weight.device.type, weight.factors.device.type, weight.lists.device.type) == ("meta",) * 3
+    assert F.linear(torch.empty(3, 75, device="meta"), weight).shape == (3, 50)
+
+
+def test_autocast_decides_the_dtype() -> None:
+    module, x = linear_module(), torch.randn(9, 75)
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context, torch.autocast("cpu", torch.bfloat16):
+            assert module(x).dtype == torch.bfloat16
+    assert module.weight.dtype == torch.float32
+
+
+def test_dtypes_must_agree() -> None:
+    with pytest.raises(GBLRError, match="share one dtype"):
+        linear_module()(torch.randn(3, 75, dtype=torch.float64))
+
+
+def test_sharing_memory_is_refused() -> None:
+    with pytest.raises(GBLRError, match="share_memory_"):
+        linear_module().weight.share_memory_()
+
+
+def test_repr_says_what_it_is() -> None:
+    assert "GBLRTensor(shape=(50, 75)" in repr(linear_module().weight)
+    assert "GBLRTensor" in repr(linear_module().weight.data)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_transpose_and_matmul(splits: int) -> None:
+    matrix = random_matrix(24, 48, 75, splits=splits)
+    weight, dense = GBLRTensor.from_structured(matrix), matrix.to_dense()
+    torch.testing.assert_close(weight.t().to_dense(), dense.t(), rtol=1e-4, atol=1e-4)
+    x, y = torch.randn(6, 75), torch.randn(6, 48)
+    torch.testing.assert_close(x @ weight.t(), x @ dense.t(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y @ weight, y @ dense, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weight @ x.t(), dense @ x.t(), rtol=1e-4, atol=1e-4)
+    bias = torch.randn(48)
+    torch.testing.assert_close(torch.addmm(bias, x, weight.t()), bias + x @ dense.t(), rtol=1e-4, atol=1e-4)
+
+
+def test_dense_storage_where_factors_cost_more() -> None:
+    matrix = StructuredMatrix.from_factors(torch.randn(30, 32), torch.randn(30, 40))
+    weight = GBLRTensor.from_structured(matrix)
+    assert weight.packing.dense
+    assert weight.stored == 32 * 40
+    x = torch.randn(5, 40)
+    torch.testing.assert_close(F.linear(x, weight), matrix.linear(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weight.to_structured().to_dense(), weight.to_dense())
+    torch.testing.assert_close(weight.t().to_dense(), weight.to_dense().t())
+
+
+def test_compile_without_graph_breaks() -> None:
+    module, x = linear_module(), torch.randn(9, 75)
+    compiled = torch.compile(module, fullgraph=True)
+    torch.testing.assert_close(compiled(x), module(x))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_exported_program_runs_without_the_package(tmp_path: Path) -> None:
+    model, x = nn.Sequential(linear_module()), torch.randn(9, 75)
+    batch = torch.export.Dim("batch", min=2, max=4096)
+    program = torch.export.export(unwrap_tensor_subclass(copy.deepcopy(model)), (x,), dynamic_shapes=({0: batch},))
+    torch.testing.assert_close(program.module()(x[:5]), model(x[:5]))
+    torch.export.save(program, tmp_path / "model.pt2")
+    torch.save((x[:3], model(x[:3]).detach()), tmp_path / "io.pt")
+    code = (
+        "import sys, torch; sys.modules['gblr_plugin'] = None; program = torch.export.load('model.pt2').module(); "
+        "x, y = torch.load('io.pt'); torch.testing.assert_close(program(x), y)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_flop_counter_counts_the_structured_product(splits: int) -> None:
+    matrix = random_matrix(64, 192, 256, splits=splits, align=16)
+    weight = GBLRTensor.from_structured(matrix, plan=Plan(16, 16))
+    assert weight.packing.padding == 1.0
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        F.linear(torch.randn(5, 256), weight)
+    assert counter.get_total_flops() == 2 * 5 * matrix.stored
+
+
+CONVOLUTIONS = [
+    (nn.Conv2d, (3, 3), {"padding": 1}),
+    (nn.Conv2d, (3, 2), {"stride": 2, "padding": (1, 0), "dilation": (1, 2)}),
+    (nn.Conv2d, (3, 3), {"padding": "same"}),
+    (nn.Conv2d, (3, 3), {"padding": 1, "padding_mode": "reflect"}),
+    (nn.Conv2d, (1, 1), {}),
+    (nn.Conv1d, (5,), {"padding": 2, "stride": 3}),
+]
+
+
+@pytest.mark.parametrize("components", [25, 0])
+@pytest.mark.parametrize(("kind", "kernel", "options"), CONVOLUTIONS)
+def test_convolutions_equal_dense(
+    kind: type[nn.Conv1d] | type[nn.Conv2d], kernel: tuple[int, ...], options: dict[str, object], components: int
+) -> None:
+    module = kind(6, 10, kernel if len(kernel) > 1 else kernel[0], **options)  # type: ignore[arg-type]
+    matrix = random_matrix(components, 10, 6 * torch.Size(kernel).numel())
+    shape = tuple(module.weight.shape)
+    reference = copy.deepcopy(module)
+    reference.weight = nn.Parameter(matrix.to_dense().view(shape))
+    module.weight = nn.Parameter(GBLRTensor.from_structured(matrix, shape=shape, plan=None), requires_grad=False)
+    x = torch.randn(2, 6, *(13 for _ in kernel), requires_grad=True)
+    y, expected = module(x), reference(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(module(x[0]), reference(x[0]), rtol=1e-4, atol=1e-4)
+    (grad,) = torch.autograd.grad(y.square().sum(), x)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), x)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
+    assert copy.deepcopy(module).weight.shape == shape
+
+
+def test_convolution_costs_the_structured_product() -> None:
+    matrix = random_matrix(40, 64, 32 * 9, align=16)
+    plan = Plan(16, 36)
+    weight = GBLRTensor.from_structured(matrix, shape=(64, 32, 3, 3), plan=plan)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        F.conv2d(torch.randn(2, 32, 7, 7), weight, padding=1)
+    assert counter.get_total_flops() == 2 * 2 * 49 * weight.packing.entries
+
+
+def test_grouped_convolutions_are_refused() -> None:
+    weight = GBLRTensor.from_structured(random_matrix(4, 8, 18), shape=(8, 2, 3, 3))
+    with pytest.raises(ConfigError, match="groups=1"):
+        F.conv2d(torch.randn(1, 4, 8, 8), weight, groups=2)
+
+
+def test_compiled_convolution() -> None:
+    module = nn.Conv2d(6, 10, 3, padding=1)
+    matrix = random_matrix(25, 10, 54)
+    module.weight = nn.Parameter(GBLRTensor.from_structured(matrix, shape=(10, 6, 3, 3)), requires_grad=False)
+    x = torch.randn(2, 6, 9, 9)
+    torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x), rtol=1e-4, atol=1e-4)
+
+
+def test_bad_arguments_are_named() -> None:
+    matrix = random_matrix(4, 8, 18)
+    with pytest.raises(ConfigError, match="does not fit a 8 x 18"):
+        GBLRTensor.from_structured(matrix, shape=(8, 3, 3, 3))
+    with pytest.raises(ConfigError, match="plan must be"):
+        GBLRTensor.from_structured(matrix, plan="fast")
+    with pytest.raises(ConfigError, match="multiple of its 9 taps"):
+        GBLRTensor.from_structured(matrix, shape=(8, 2, 3, 3), plan=Plan(16, 16))
+    with pytest.raises(GBLRError, match="does not fit"):
+        F.linear(torch.randn(3, 17), GBLRTensor.from_structured(matrix))
