@@ -125,7 +125,7 @@ class ClassifierModule(pl.LightningModule):
         settings = self.training_settings
         optimizer = self.optimizer_class(self.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         scheduler = self.scheduler_class(optimizer, self.schedule)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class PairsDataModule(pl.LightningDataModule):

@@ -1,0 +1,1 @@
+"""``gblr run``: train or load, compress, fine-tune, convert, save, reload, and report."""

@@ -1,0 +1,107 @@
+"""The settings of ``gblr run``, with their meaning; one dataclass field is one key of the YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ConfigError
+
+__all__ = ["Method", "RunSettings", "Training"]
+
+
+@dataclass
+class Training:
+    """One training phase.
+
+    Args:
+        epochs: Passes over the training set.
+        lr: Peak learning rate of AdamW.
+        weight_decay: Of AdamW.
+        warmup_fraction: Share of the steps over which the rate rises; it falls as a half cosine afterwards.
+        batch_size: Training batch.
+        label_smoothing: Of the cross-entropy.
+    """
+
+    epochs: int = 30
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_fraction: float = 0.1
+    batch_size: int = 64
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ConfigError(f"lr must be positive, got {self.lr}")
+        for name in ("warmup_fraction", "label_smoothing", "weight_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+@dataclass
+class Method:
+    """One way of compressing the trained network; several are compared in one run.
+
+    Args:
+        name: ``"gblr"``, learned through NNI's GBLRPruner, or another structure family, one-shot and then fine-tuned.
+        config_list: NNI's compression config. Default: the task's layers at the run's budget.
+        training: Of the compression and fine-tuning phase; default the run's ``finetune``.
+        warmup: Share of the steps before anything shrinks (gblr).
+        cooldown: Share of the steps, at the end, with the structure frozen (gblr).
+        options: Further arguments of the pruner or family.
+    """
+
+    name: str
+    config_list: list[dict[str, Any]] | None = None
+    training: Training | None = None
+    warmup: float = 0.05
+    cooldown: float = 0.3
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("warmup", "cooldown"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be a share of the steps in [0, 1), got {getattr(self, name)}")
+        if self.warmup + self.cooldown >= 1:
+            raise ConfigError(f"warmup and cooldown leave no steps to learn in: {self.warmup} + {self.cooldown} >= 1")
+
+
+@dataclass
+class RunSettings:
+    """A whole run.
+
+    Args:
+        task: A built-in task (``digits_vit``, ``byte_gpt``) or ``"package.module:Class"``.
+        model: Arguments of the task: sizes of the network, the data's folder and split.
+        budget: Relative FLOPs of the compressed layers, in (0, 1].
+        seeds: One repetition each, of split, initialisation and training.
+        dense: Training of the dense network.
+        finetune: Training after (gblr: during) compression.
+        methods: What to compare; the first is the one that is saved.
+        latency_batch: Batch sizes at which latency is measured.
+        threads: CPU threads; default torch's.
+    """
+
+    task: str
+    budget: float
+    model: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    dense: Training = field(default_factory=Training)
+    finetune: Training = field(default_factory=Training)
+    methods: list[Method] = field(default_factory=lambda: [Method("gblr"), Method("low_rank")])
+    latency_batch: list[int] = field(default_factory=lambda: [1, 64])
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget <= 1:
+            raise ConfigError(f"budget must be relative FLOPs in (0, 1], got {self.budget}")
+        if not self.seeds or not self.methods:
+            raise ConfigError("seeds and methods must not be empty")
+        names = [method.name for method in self.methods]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"methods: each name may stand once, got {', '.join(names)}")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads must be at least 1, got {self.threads}")
