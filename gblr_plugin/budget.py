@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
+from .mask import integer_widths
 from .structure import multiply_adds
 
 __all__ = ["AxisSpec", "WidthBudget"]
@@ -86,10 +87,7 @@ class WidthBudget:
 
     def snap(self, widths: Tensor) -> Tensor:
         """Integer widths ((..., 2, C) int64) of normalised widths, as the masks round them."""
-        # The arithmetic of mask.integer_widths in the widths' own dtype, so that counts agree with masks.
-        scale = (self._length / self._tile).to(widths.dtype)
-        whole = torch.round(widths * scale).to(torch.float64) * self._tile
-        return torch.minimum(whole, self._length).long()
+        return integer_widths(widths, self._length, self._tile)
 
     def layer_cost(self, widths: Tensor) -> Tensor:
         """Multiply-adds per layer, (..., L) int64, of normalised widths (..., 2, C)."""
@@ -124,13 +122,16 @@ class WidthBudget:
         return high
 
     @torch.no_grad()
-    def thresholds(self, widths: Tensor, targets: Tensor, growth: float = 0.0) -> Tensor:
+    def thresholds(
+        self, widths: Tensor, targets: Tensor, growth: float = 0.0, upper: Sequence[float] | None = None
+    ) -> Tensor:
         """Thresholds for :func:`~gblr_plugin.proximal.prox_and_clip_`.
 
         Args:
             widths: (2, C) normalised widths of all layers side by side, after the gradient step.
             targets: (G,) multiply-adds per group; ``inf`` leaves a group alone.
             growth: Most that the live widths of a group below its target may grow, as a fraction of the axis.
+            upper: Most multiply-adds of each layer for now, in place of the final ``upper``.
 
         Returns:
             (L,) float64; after the shrinkage no group exceeds its target (unless its lower bounds alone do).
@@ -138,55 +139,84 @@ class WidthBudget:
         targets = targets.to(self._upper)
         clamp = None
         if self._bounded:
+            most = self._upper if upper is None else torch.tensor(upper, dtype=torch.float64).to(self._upper)
             each = torch.arange(self.num_layers, device=widths.device)
-            least = self._search(widths, self._upper, each, growth)
-            most = self._search(widths, self._lower, each, growth)
-            # `most` just undershoots the lower bound: step back by the resolution of the search.
-            clamp = least, torch.maximum(most - 2.0 * float(_WAYS) ** -_ROUNDS, least)
-        threshold = self._search(widths, targets, self._group, growth, clamp)
-        threshold = torch.where(targets.isinf(), torch.zeros_like(threshold), threshold)[self._group]
-        return threshold if clamp is None else threshold.maximum(clamp[0]).minimum(clamp[1])
+            least = self._search(widths, most, each, growth)
+            # The threshold just undershoots the lower bound: step back by the resolution of the search.
+            last = self._search(widths, self._lower, each, growth) - 2.0 * float(_WAYS) ** -_ROUNDS
+            last = torch.where(self._lower > 0, last, torch.ones_like(last))
+            clamp = least, torch.maximum(last, least)
+        threshold = self._search(widths, targets, self._group, growth, clamp)[self._group]
+        if clamp is not None:
+            threshold = threshold.maximum(clamp[0]).minimum(clamp[1])
+        return torch.where(targets.isinf()[self._group], torch.zeros_like(threshold), threshold)
 
     @torch.no_grad()
     def settle(self, widths: Tensor, targets: Tensor) -> Tensor:
         """Whole widths that use each group's target up to less than one step of one interval.
+
+        Components that only rounding made empty come back first, if they fit; then live widths grow, those whose rounding
+        lost most first. A width of exactly zero stays zero.
 
         Args:
             widths: (2, C) normalised widths that already meet the targets.
             targets: (G,) multiply-adds per group; ``inf`` only rounds.
 
         Returns:
-            (2, C) int64 widths. The widths whose rounding lost most are raised first; a live width only grows.
+            (2, C) int64 widths.
         """
         whole = self.snap(widths).to(torch.float64)
-        component_group = self._group[self._layer]
         targets = targets.to(self._upper)
-        for _ in range(int(self._length.max())):  # ends far earlier: each pass raises every live width once at most
-            cost = self._costs_of(whole)
-            slack = targets - cost.new_zeros(self.num_groups).index_add_(0, self._group, cost)
-            room = self._upper - cost
-            live = (whole > 0).all(0) & torch.isfinite(slack)[component_group]
-            step = torch.minimum(self._tile, self._length - whole)
-            lost = widths.to(torch.float64) - whole / self._length
-            usable = live & (step > 0) & (step <= slack[component_group]) & (step <= room[self._layer])
-            if not bool(usable.any()):
-                break
-            order = torch.where(usable, lost, -torch.inf).flatten().argsort(descending=True, stable=True)
-            order = order[usable.flatten()[order]]
-            flat_step = step.flatten()[order]
-            column = order % whole.shape[1]
-            fits = torch.ones_like(order, dtype=torch.bool)
-            for owner, limit in ((component_group[column], slack), (self._layer[column], room)):
-                by_owner = owner.argsort(stable=True)
-                running = flat_step[by_owner].cumsum(0)
-                first = torch.searchsorted(owner[by_owner], torch.arange(limit.numel(), device=owner.device))
-                before = torch.cat([running.new_zeros(1), running])[first][owner[by_owner]]
-                fits[by_owner] &= running - before <= limit[owner[by_owner]]
-            if not bool(fits.any()):
-                break
-            whole.view(-1)[order[fits]] += flat_step[fits]
+        while self._revive(whole, widths.to(torch.float64), targets):
+            pass
+        while self._raise(whole, widths.to(torch.float64), targets):
+            pass
         return whole.long()
 
-    def _costs_of(self, whole: Tensor) -> Tensor:
+    def _slack(self, whole: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(G,) what is left of each group's target and (L,) of each layer's upper bound."""
         cost = multiply_adds(whole[0], whole[1])
-        return cost.new_zeros(self.num_layers).index_add_(0, self._layer, cost)
+        cost = cost.new_zeros(self.num_layers).index_add_(0, self._layer, cost)
+        return targets - cost.new_zeros(self.num_groups).index_add_(0, self._group, cost), self._upper - cost
+
+    def _affordable(
+        self, score: Tensor, price: Tensor, column: Tensor, usable: Tensor, slack: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Indices of usable items whose price, added to that of all better ones, fits their group and layer."""
+        owners = self._group[self._layer][column], self._layer[column]
+        for owner, left in zip(owners, slack, strict=True):
+            usable = usable & (price <= left[owner])
+        usable = usable & torch.isfinite(slack[0])[owners[0]]
+        order = torch.where(usable, score, -torch.inf).argsort(descending=True, stable=True)
+        order = order[usable[order]]
+        fits = torch.ones_like(order, dtype=torch.bool)
+        for owner, left in zip(owners, slack, strict=True):
+            by_owner = owner[order].argsort(stable=True)
+            sorted_owner = owner[order][by_owner]
+            running = torch.cat([price.new_zeros(1), price[order][by_owner].cumsum(0)])
+            first = torch.searchsorted(sorted_owner, torch.arange(left.numel(), device=order.device))
+            fits[by_owner] &= running[1:] - running[first][sorted_owner] <= left[sorted_owner]
+        return order[fits]
+
+    def _revive(self, whole: Tensor, widths: Tensor, targets: Tensor) -> bool:
+        """Give components that rounding emptied their first tile back, in place; whether any was."""
+        empty = whole == 0
+        first = torch.where(empty, torch.minimum(self._tile, self._length), whole)
+        score = torch.where(empty, widths, torch.inf).amin(0)
+        column = torch.arange(whole.shape[1], device=whole.device)
+        usable = empty.any(0) & (score > 0)
+        chosen = self._affordable(score, first.sum(0), column, usable, self._slack(whole, targets))
+        whole[:, chosen] = first[:, chosen]
+        return chosen.numel() > 0
+
+    def _raise(self, whole: Tensor, widths: Tensor, targets: Tensor) -> bool:
+        """Raise live widths by one tile each, in place, as far as the slack goes; whether any was."""
+        step = torch.minimum(self._tile, self._length - whole)
+        usable = (whole > 0).all(0) & (step > 0)
+        lost = widths - whole / self._length
+        column = torch.arange(whole.shape[1], device=whole.device).repeat(2)
+        chosen = self._affordable(
+            lost.flatten(), step.flatten(), column, usable.flatten(), self._slack(whole, targets)
+        )
+        whole.view(-1)[chosen] += step.flatten()[chosen]
+        return chosen.numel() > 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import ConfigError
+from .errors import ConfigError, GBLRError
 from .mask import integer_locations, integer_widths, mask_tables, table_mask
 from .structure import Intervals, StructuredMatrix, multiply_adds
 
@@ -43,6 +43,7 @@ class GBLRLayer(nn.Module):
     row_tables: Tensor
     column_tables: Tensor
     smoothness: Tensor
+    frozen: Tensor
     align: tuple[int, int]
     row_splits: int
 
@@ -58,7 +59,7 @@ class GBLRLayer(nn.Module):
             return torch.cat(blocks)
 
         rows, cols = matrix.rows, matrix.cols
-        lengths = torch.tensor([[rows.length], [cols.length]], device=matrix.u.device)
+        lengths = torch.tensor([[rows.length], [cols.length]], dtype=torch.float64, device=matrix.u.device)
         structure_dtype = torch.promote_types(dtype, torch.float32)
         self.U = nn.Parameter(padded(matrix.u).to(dtype))
         self.V = nn.Parameter(padded(matrix.v).to(dtype))
@@ -68,8 +69,11 @@ class GBLRLayer(nn.Module):
         self.locations = nn.Parameter((starts / lengths).to(structure_dtype))
         self.align = align
         self.row_splits = len(sizes)
-        self.register_buffer("smoothness", torch.tensor(math.inf, dtype=torch.float64))
+        device = matrix.u.device
+        self.register_buffer("smoothness", torch.tensor(math.inf, dtype=torch.float64, device=device))
+        self.register_buffer("frozen", torch.tensor(False, device=device))
         self._sigma: float | None = None
+        self._structure_frozen = False
         for name, axis in (("row_tables", rows.length), ("column_tables", cols.length)):
             tables = mask_tables(axis, None, structure_dtype, matrix.u.device)
             self.register_buffer(name, tables, persistent=False)
@@ -127,15 +131,27 @@ class GBLRLayer(nn.Module):
         """Set the smoothness of the masks, > 0, or ``None`` for the exact boxcar; updates the tables in place."""
         if sigma == self._sigma:
             return
-        for tables, n in zip((self.row_tables, self.column_tables), self.axis_lengths, strict=True):
-            tables.copy_(mask_tables(n, sigma, tables.dtype, tables.device))
-        self.smoothness.fill_(math.inf if sigma is None else sigma)
+        if sigma is not None and self._structure_frozen:
+            raise GBLRError("the structure is frozen as exact boxcars: its masks cannot be smoothed again")
         self._sigma = sigma
+        self._refresh_buffers()
+
+    @torch.no_grad()
+    def _refresh_buffers(self) -> None:
+        """Write what the buffers hold anew: after a change of sigma, of dtype or device, or of uninitialised memory."""
+        for name, n in zip(("row_tables", "column_tables"), self.axis_lengths, strict=True):
+            tables = getattr(self, name)
+            if tables.device == self.widths.device:
+                tables.copy_(mask_tables(n, self._sigma, tables.dtype, tables.device))
+            else:  # a meta layer whose parameters were assigned from a state dict
+                setattr(self, name, mask_tables(n, self._sigma, tables.dtype, self.widths.device))
+        self.smoothness.fill_(math.inf if self._sigma is None else self._sigma)
+        self.frozen.fill_(self._structure_frozen)
 
     @property
     def structure_frozen(self) -> bool:
-        """Whether widths and locations are fixed exact boxcars."""
-        return not self.widths.requires_grad
+        """Whether :meth:`freeze_structure` has fixed widths and locations as exact boxcars."""
+        return self._structure_frozen
 
     @torch.no_grad()
     def freeze_structure(self, whole_widths: Tensor | None = None) -> None:
@@ -150,9 +166,14 @@ class GBLRLayer(nn.Module):
         lengths = torch.tensor(self.axis_lengths, dtype=torch.float64, device=widths.device)[:, None]
         self.widths.copy_(widths / lengths)
         self.locations.copy_(starts / lengths)
-        self.set_sigma(None)
+        self._mark_frozen(True)
+
+    def _mark_frozen(self, frozen: bool) -> None:
+        self._structure_frozen = frozen
+        self._sigma = None if frozen else self._sigma
+        self._refresh_buffers()
         for parameter in (self.widths, self.locations):
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(not frozen)
             parameter.grad = None
 
     def masks(self) -> tuple[Tensor, Tensor]:
@@ -193,26 +214,30 @@ class GBLRLayer(nn.Module):
     # -- module plumbing ---------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # `.half()` must not round the structure: 8 bits cannot address an axis of 768.
-        keep = [self.widths, self.locations, self.row_tables, self.column_tables, self.smoothness]
-        wide = {id(part) for part in keep} | {id(part.grad) for part in keep if part.grad is not None}
-        wide |= {id(part.data) for part in keep}
-        pointers = {part.data_ptr() for part in keep if not part.is_meta}
+        # `.half()` must not round the structure: 11 bits cannot address an axis of 4096. Sigma is kept as it was set.
+        keep: list[Tensor] = [self.widths, self.locations, self.row_tables, self.column_tables, self.smoothness]
+        keep += [part.grad for part in keep if part.grad is not None]
+        wide = {id(part) for part in keep}
 
         def guarded(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            structural = id(tensor) in wide or (not tensor.is_meta and tensor.data_ptr() in pointers)
-            if structural and moved.is_floating_point() and moved.dtype.itemsize < 4:
-                return tensor.to(device=moved.device)
-            return moved
+            narrowed = moved.is_floating_point() and moved.dtype.itemsize < (8 if tensor is smoothness else 4)
+            return tensor.to(device=moved.device) if id(tensor) in wide and narrowed else moved
 
-        return super()._apply(guarded, recurse)
+        smoothness, dtype, device = self.smoothness, self.row_tables.dtype, self.row_tables.device
+        super()._apply(guarded, recurse)
+        if (self.row_tables.dtype, self.row_tables.device) != (dtype, device):
+            self._refresh_buffers()
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not self.smoothness.is_meta:
             value = float(self.smoothness)
-            self.set_sigma(None if math.isinf(value) else value)
+            self._sigma = None if math.isinf(value) else value
+            if bool(self.frozen) != self._structure_frozen:
+                self._mark_frozen(bool(self.frozen))
+            self._refresh_buffers()
 
     def extra_repr(self) -> str:
         splits = f", row_splits={self.row_splits}" if self.row_splits > 1 else ""

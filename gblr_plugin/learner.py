@@ -6,6 +6,7 @@ and who turns its clock.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -18,11 +19,14 @@ from torch.optim import Optimizer
 from .budget import AxisSpec, WidthBudget
 from .errors import ConfigError, GBLRError
 from .layers import GBLRLayer
-from .optim import StepHook, check_optimized, structure_lr
+from .optim import StepHook, check_optimized, learning_rates
 from .proximal import prox_and_clip_
 from .schedule import Schedule
 
 __all__ = ["LayerGoal", "StructureLearner"]
+
+_logger = logging.getLogger(__name__)
+_CUDA_CHECK_EVERY = 32
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class StructureLearner:
         schedule: Warm-up, homotopy and cool-down. ``None``: the host turns the clock with :meth:`set_progress`.
 
     Raises:
-        ConfigError: If names differ, or the goals of a group contradict each other.
+        ConfigError: If names differ, the goals of a group contradict each other, or its bounds exclude its budget.
     """
 
     def __init__(
@@ -88,8 +92,9 @@ class StructureLearner:
         self._start_costs: list[float] | None = None
         self._hooks: list[StepHook] = []
         self._budget: WidthBudget | None = None
-        self._last_thresholds: Tensor | None = None
+        self._last_lambdas: Tensor | None = None
         self._last_lr = 0.0
+        self._check_bounds()
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
@@ -108,14 +113,30 @@ class StructureLearner:
             ids.append(number)
         return ids
 
+    def _check_bounds(self) -> None:
+        dense, least, most = self._zeros(), self._zeros(), self._zeros()
+        for (name, layer), goal, group in zip(self.layers.items(), self.goals.values(), self._group_ids, strict=True):
+            size = math.prod(layer.matrix_shape)
+            dense[group] += size
+            least[group] += goal.min_flops * size
+            most[group] += min(goal.max_flops, 2.0) * size
+            if goal.budget is not None and layer.widths.device != next(iter(self.layers.values())).widths.device:
+                raise ConfigError(f"layer {name!r}: all structured layers must be on one device")
+        for (name, goal), group in zip(self.goals.items(), self._group_ids, strict=True):
+            if goal.budget is not None and not least[group] <= goal.budget * dense[group] <= most[group]:
+                raise ConfigError(
+                    f"layer {name!r}: the bounds of its group allow relative FLOPs from {least[group] / dense[group]:.4g} to "
+                    f"{most[group] / dense[group]:.4g}, which excludes the budget {goal.budget:g}"
+                )
+
+    def _zeros(self) -> list[float]:
+        return [0.0] * (max(self._group_ids, default=-1) + 1)
+
     def begin(self) -> None:
         """Set the starting smoothness and record the starting costs; a no-op once begun (also after a resume)."""
-        if self._start_costs is not None:
-            return
-        self._start_costs = [0.0] * (max(self._group_ids, default=-1) + 1)
-        for layer, group in zip(self.layers.values(), self._group_ids, strict=True):
-            self._start_costs[group] += layer.stored
-        self._set_sigma()
+        if self._start_costs is None:
+            self._start_costs = [float(layer.stored) for layer in self.layers.values()]
+            self._set_sigma()
 
     def attach(self, optimizer: Optimizer) -> None:
         """Run :meth:`after_step` after each real step of the optimizer that holds the structure parameters."""
@@ -129,10 +150,10 @@ class StructureLearner:
         """
         if not self.frozen:
             check_optimized(self.layers, optimizers)
+        self.detach()
         self.begin()
-        ids = {id(layer.widths) for layer in self.layers.values()}
         for optimizer in optimizers:
-            if any(id(p) in ids for group in optimizer.param_groups for p in group["params"]):
+            if any(rate is not None for rate in self._rates(optimizer)):
                 self.attach(optimizer)
 
     def detach(self) -> None:
@@ -144,18 +165,23 @@ class StructureLearner:
     # -- each step ---------------------------------------------------------------------------------------------------
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """One real optimizer step was taken. With several optimizers the clock follows the first."""
-        if self._hooks and self._hooks[0].optimizer is optimizer:
+        """One real step of an optimizer was taken. With several optimizers the clock follows the first."""
+        if not self._hooks or self._hooks[0].optimizer is optimizer:
             self.step_count += 1
             if self.schedule is not None and not self.frozen:
                 self.progress = self.schedule.progress(self.step_count)
         if self.frozen:
             return
-        self._shrink(structure_lr(optimizer))
+        self._shrink(self._rates(optimizer))
         if self.schedule is not None:
-            self._set_sigma()
             if self.progress >= 1.0:
                 self.freeze()
+            else:
+                self._set_sigma()
+
+    def _rates(self, optimizer: Optimizer) -> list[float | None]:
+        """Learning rate of each layer's widths in an optimizer; ``None`` where it does not hold them."""
+        return learning_rates(optimizer, [layer.widths for layer in self.layers.values()])
 
     def set_progress(self, progress: float) -> None:
         """Turn the clock from outside (AGP and linear schedules): share of the budget's way covered, in [0, 1]."""
@@ -173,19 +199,31 @@ class StructureLearner:
 
     def _targets(self, device: torch.device) -> Tensor:
         """(G,) multiply-adds that each group may cost now."""
+        targets, starts = self._zeros(), self._zeros()
+        for goal, layer, cost, group in zip(
+            self.goals.values(), self.layers.values(), self._started(), self._group_ids, strict=True
+        ):
+            starts[group] += cost
+            targets[group] += math.inf if goal.budget is None else goal.budget * math.prod(layer.matrix_shape)
+        now = [self._on_the_way(start, end) for start, end in zip(starts, targets, strict=True)]
+        return torch.tensor(now, dtype=torch.float64, device=device)
+
+    def _upper_bounds(self) -> list[float]:
+        """Most multiply-adds of each layer now."""
+        return [
+            self._on_the_way(cost, goal.max_flops * math.prod(layer.matrix_shape))
+            for goal, layer, cost in zip(self.goals.values(), self.layers.values(), self._started(), strict=True)
+        ]
+
+    def _started(self) -> list[float]:
         if self._start_costs is None:
             raise GBLRError("structure learner: call begin() before the first step")
+        return self._start_costs
+
+    def _on_the_way(self, start: float, end: float) -> float:
+        """From the starting cost down to ``end``; an ``end`` above the start holds at once."""
         covered = Schedule.ramp(self.progress) if self.schedule is not None else self.progress
-        targets = [math.inf] * len(self._start_costs)
-        dense = [0.0] * len(self._start_costs)
-        for layer, group in zip(self.layers.values(), self._group_ids, strict=True):
-            dense[group] += math.prod(layer.matrix_shape)
-        for goal, group in zip(self.goals.values(), self._group_ids, strict=True):
-            if goal.budget is not None:
-                end = goal.budget * dense[group]
-                start = max(self._start_costs[group], end)
-                targets[group] = start + (end - start) * covered
-        return torch.tensor(targets, dtype=torch.float64, device=device)
+        return end if start <= end else start + (end - start) * covered
 
     def _width_budget(self, device: torch.device) -> WidthBudget:
         if self._budget is None or self._budget.device != device:
@@ -202,23 +240,28 @@ class StructureLearner:
         return torch.cat([layer.widths.detach() for layer in self.layers.values()], dim=1)
 
     @torch.no_grad()
-    def _shrink(self, lr: float) -> None:
+    def _shrink(self, rates: list[float | None]) -> None:
+        """Prox-and-clip of the layers that were just stepped: those with a learning rate."""
         widths = [layer.widths for layer in self.layers.values()]
         device = widths[0].device
         flat = self._flat_widths()
         self._check_finite(flat)
         in_warmup = self.schedule is not None and self.progress <= 0.0
-        fixed = torch.tensor(
-            [0.0 if in_warmup else (goal.threshold or 0.0) * self._driven_share() * lr for goal in self.goals.values()],
-            dtype=torch.float64,
-            device=device,
+        lambdas = [
+            0.0 if in_warmup else (goal.threshold or 0.0) * self._driven_share() for goal in self.goals.values()
+        ]
+        thresholds = torch.tensor(
+            [value * (rate or 0.0) for value, rate in zip(lambdas, rates, strict=True)], dtype=torch.float64, device=device
         )
-        thresholds = fixed
+        growth = max((rate for rate in rates if rate is not None), default=0.0)
         if not in_warmup and any(goal.budget is not None for goal in self.goals.values()):
-            by_budget = self._width_budget(device).thresholds(flat, self._targets(device), growth=lr)
-            thresholds = torch.where(self._has_budget(device), by_budget, fixed)
+            by_budget = self._width_budget(device).thresholds(
+                flat, self._targets(device), growth=growth, upper=self._upper_bounds()
+            )
+            thresholds = torch.where(self._has_budget(device), by_budget, thresholds)
         prox_and_clip_(widths, [layer.locations for layer in self.layers.values()], thresholds)
-        self._last_thresholds, self._last_lr = thresholds, lr
+        self._last_lr = growth
+        self._last_lambdas = thresholds / growth if growth > 0 else torch.zeros_like(thresholds)
 
     def _driven_share(self) -> float:
         """A fixed lambda is constant under our own schedule, and ramped by a host that turns the clock."""
@@ -228,7 +271,10 @@ class StructureLearner:
         return torch.tensor([goal.budget is not None for goal in self.goals.values()], device=device)
 
     def _check_finite(self, flat: Tensor) -> None:
-        if not flat.is_cuda and not bool(torch.isfinite(flat).all()):  # on CUDA freeze() checks: no sync each step
+        if flat.is_cuda and self.step_count % _CUDA_CHECK_EVERY:
+            return  # reading the answer waits for the GPU
+        locations = torch.cat([layer.locations.detach() for layer in self.layers.values()], dim=1)
+        if not bool(torch.isfinite(flat).all() & torch.isfinite(locations).all()):
             self._raise_non_finite()
 
     def _raise_non_finite(self) -> None:
@@ -246,15 +292,38 @@ class StructureLearner:
         if self.frozen:
             return
         self._raise_non_finite()
+        self.begin()
         self.progress = 1.0
-        self._shrink(self._last_lr)
         flat = self._flat_widths()
         targets = self._targets(flat.device)
-        whole = self._width_budget(flat.device).settle(flat, targets)
-        sizes = [layer.U.shape[0] for layer in self.layers.values()]
-        for layer, part in zip(self.layers.values(), whole.split(sizes, dim=1), strict=True):
+        budget = self._width_budget(flat.device)
+        thresholds = budget.thresholds(flat, targets, growth=self._last_lr)
+        # A step of an unmet budget only: a fixed lambda shrinks once per optimizer step.
+        thresholds = torch.where(self._has_budget(flat.device), thresholds, torch.zeros_like(thresholds))
+        layers = list(self.layers.values())
+        prox_and_clip_([layer.widths for layer in layers], [layer.locations for layer in layers], thresholds)
+        whole = budget.settle(self._flat_widths(), targets)
+        for layer, part in zip(layers, whole.split([layer.U.shape[0] for layer in layers], dim=1), strict=True):
             layer.freeze_structure(part)
         self.frozen = True
+        self._report_unmet()
+
+    def _report_unmet(self) -> None:
+        """Warn about groups that end more than a point under their budget, because live components are too few."""
+        cost, dense = self._zeros(), self._zeros()
+        for layer, group in zip(self.layers.values(), self._group_ids, strict=True):
+            cost[group] += layer.stored
+            dense[group] += math.prod(layer.matrix_shape)
+        named = {group: name for name, group in zip(self.layers, self._group_ids, strict=True)}
+        for group, name in named.items():
+            asked = self.goals[name].budget
+            if asked is not None and not asked - 0.01 <= cost[group] / dense[group] <= asked:
+                _logger.warning(
+                    "budget of layer %r and its group: asked for relative FLOPs %.4g, reached %.4g",
+                    name,
+                    asked,
+                    cost[group] / dense[group],
+                )
 
     # -- watching ----------------------------------------------------------------------------------------------------
 
@@ -265,10 +334,9 @@ class StructureLearner:
 
     def lambdas(self) -> dict[str, float]:
         """Present lambda per layer: threshold over learning rate (paper Algorithm 1); 0 once frozen."""
-        if self._last_thresholds is None or self.frozen or self._last_lr == 0:
+        if self._last_lambdas is None or self.frozen:
             return dict.fromkeys(self.layers, 0.0)
-        values = (self._last_thresholds / self._last_lr).tolist()
-        return dict(zip(self.layers, values, strict=True))
+        return dict(zip(self.layers, self._last_lambdas.tolist(), strict=True))
 
     @property
     def relative_flops(self) -> float:
@@ -296,3 +364,5 @@ class StructureLearner:
         if self.frozen:
             for layer in self.layers.values():
                 layer.freeze_structure()
+        elif self._start_costs is not None:
+            self._set_sigma()  # whichever of layers and learner is loaded first

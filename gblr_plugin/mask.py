@@ -23,23 +23,36 @@ from .errors import ConfigError
 __all__ = ["gaudi_mask", "integer_locations", "integer_widths", "mask_tables", "table_mask"]
 
 
-def integer_widths(width: Tensor, n: int, align: int = 1) -> Tensor:
-    """Round normalised widths to whole multiples of ``align`` samples, at most the axis.
+def integer_widths(width: Tensor, n: int | Tensor, align: int | Tensor = 1) -> Tensor:
+    """Round normalised widths to whole multiples of ``align`` samples, or to the whole axis.
 
     Args:
         width: Any shape, floating point in [0, 1] (fractions of the axis).
-        n: Axis length N.
-        align: Tile T; 1 is the published method.
+        n: Axis length N, or (broadcastable) float64 lengths.
+        align: Tile T, or float64 tiles; 1 is the published method.
 
     Returns:
-        int64 of the same shape, in [0, N].
+        int64 of the same shape, in [0, N]: the nearest of 0, T, 2T, ... and N itself, which need not be a multiple.
     """
-    return (torch.round(width.detach() * (n / align)) * align).long().clamp_(0, n)
+    width = width.detach()
+    scale = n / align
+    if isinstance(scale, Tensor):
+        scale = scale.to(width.dtype)  # as a Python number would be, so that counts agree with masks
+    whole = torch.round(width * scale).to(torch.float64) * align
+    ragged = n % align
+    if isinstance(ragged, Tensor) or ragged:
+        samples = width.to(torch.float64) * n
+        whole = torch.where((ragged > 0) & (samples > n - ragged / 2), n, whole)
+    if isinstance(n, Tensor):
+        return whole.clamp_(min=0).minimum(n).long()
+    return whole.long().clamp_(0, n)
 
 
 def integer_locations(location: Tensor, n: int, align: int = 1) -> Tensor:
-    """Round normalised locations to whole multiples of ``align`` samples, modulo the axis; int64 in [0, N)."""
-    return (torch.round(location.detach() * (n / align)) * align).long().remainder_(n)
+    """Round normalised locations (taken modulo 1) to whole multiples of ``align`` samples; int64 in [0, N)."""
+    location = location.detach()
+    whole = (torch.round((location - location.floor()) * (n / align)) * align).long().clamp_(min=0)
+    return torch.where(whole < n, whole, 0)  # the last tile wraps to the first sample, itself a multiple
 
 
 def _frequencies(n: int, sigma: float | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,7 +62,7 @@ def _frequencies(n: int, sigma: float | None) -> tuple[Tensor, Tensor, Tensor]:
     return k, torch.sinc(k / n), window
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=32)  # sigma changes every step: only the axes of one model are worth keeping
 def _tables(n: int, sigma: float | None) -> Tensor:
     k, dirichlet, window = _frequencies(n, sigma)
     if sigma is None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -18,7 +18,7 @@ __all__ = ["STRUCTURE_KEY", "StepHook", "param_groups", "split_structure_group",
 STRUCTURE_KEY = "gblr_structure"
 """Marks, as an optimizer group's key, the group that holds widths and locations."""
 
-_STRUCTURE_BETAS = (0.0, 0.999)
+_OWN_OPTIONS: dict[str, Any] = {"betas": (0.0, 0.999), "weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
 
 
 def structure_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -27,15 +27,14 @@ def structure_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for layer in layers for parameter in (layer.widths, layer.locations)]
 
 
-def _structure_options(group: dict[str, Any], lr: float | Tensor | None) -> dict[str, Any]:
-    """A group's options with the structure's own: betas (0, 0.999), no weight decay, no momentum (paper App. A.7)."""
+def _structure_options(group: dict[str, Any], ratio: float) -> dict[str, Any]:
+    """A group's options with the structure's own (paper App. A.7), and its learning rates times ``ratio``."""
     options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-    own = {"betas": _STRUCTURE_BETAS, "weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
-    options.update({key: value for key, value in own.items() if key in options})
-    if lr is not None:
-        if "initial_lr" in options:
-            options["initial_lr"] = lr
-        options["lr"] = lr
+    options.update({key: value for key, value in _OWN_OPTIONS.items() if key in options})
+    for key in ("lr", "initial_lr", "max_lr", "min_lr"):
+        if key in options:
+            rate = options[key]
+            options[key] = rate.clone() * ratio if isinstance(rate, Tensor) else rate * ratio
     options[STRUCTURE_KEY] = True
     return options
 
@@ -58,19 +57,45 @@ def param_groups(model: nn.Module, *, structure_lr: float | None = None, **optio
     structure = structure_parameters(model)
     ids = {id(parameter) for parameter in structure}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-    own: dict[str, Any] = {"params": structure, "weight_decay": 0.0, STRUCTURE_KEY: True}
+    own: dict[str, Any] = {"params": structure, **_OWN_OPTIONS, STRUCTURE_KEY: True}
     if structure_lr is not None:
         own["lr"] = structure_lr
     elif "lr" in options:
         own["lr"] = options["lr"]
-    if "momentum" in options:
-        own["momentum"] = 0.0
-    else:
-        own["betas"] = _STRUCTURE_BETAS
     return [{"params": rest, **options}, own]
 
 
-_SCHEDULER_LISTS = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs", "base_momentums", "max_momentums")
+# Per-group lists of torch's schedulers, by name; whether they hold learning rates.
+_SCHEDULER_LISTS = {
+    "base_lrs": True,
+    "_last_lr": True,
+    "max_lrs": True,
+    "min_lrs": True,
+    "lr_lambdas": False,
+    "base_momentums": False,
+    "max_momentums": False,
+}
+
+
+def _all_schedulers(schedulers: Iterable[Any]) -> list[Any]:
+    """Schedulers and those nested in them (SequentialLR, ChainedScheduler), each once."""
+    found: dict[int, Any] = {}
+    for scheduler in schedulers:
+        if scheduler is not None and id(scheduler) not in found:
+            found[id(scheduler)] = scheduler
+            found.update({id(inner): inner for inner in _all_schedulers(getattr(scheduler, "_schedulers", ()))})
+    return list(found.values())
+
+
+def _extend_scheduler(scheduler: Any, index: int, groups: int, ratio: float) -> None:
+    """Give a scheduler of ``groups`` groups one more, which follows group ``index`` at ``ratio`` times its rate."""
+    extended: list[int] = []
+    for name, is_rate in _SCHEDULER_LISTS.items():
+        values = getattr(scheduler, name, None)
+        # Two names may share one list: it must grow once.
+        if isinstance(values, list) and len(values) == groups and id(values) not in extended:
+            values.append(values[index] * ratio if is_rate else values[index])
+            extended.append(id(values))
 
 
 def split_structure_group(
@@ -80,45 +105,44 @@ def split_structure_group(
     lr: float | None = None,
     schedulers: Sequence[Any] = (),
 ) -> bool:
-    """Move structure parameters out of an optimizer's groups into one group of their own.
+    """Move structure parameters out of an optimizer's groups into groups of their own.
 
     Args:
         optimizer: Changed in place; the parameters' state is kept.
-        structure: Widths and locations; those that the optimizer does not hold are passed over.
-        lr: Learning rate of the new group; default that of the group they came from.
-        schedulers: Learning-rate schedulers of this optimizer; their per-group lists grow by a copy of the source group's
-            entry, so that the new group follows the same schedule.
+        structure: Widths and locations; those that the optimizer does not hold, or that have moved already, are passed over.
+        lr: Learning rate of the new group, on the scale of the source group's base rate (the peak of a OneCycleLR); under a
+            scheduler both rates keep that ratio. Default: the same rate.
+        schedulers: Learning-rate schedulers of this optimizer; their per-group lists grow by the source group's entry, so
+            that the new group follows the same schedule.
 
     Returns:
         Whether the optimizer holds any of the structure parameters.
+
+    Raises:
+        ConfigError: If ``lr`` is given but the source group's rate is 0.
     """
     ids = {id(parameter) for parameter in structure}
-    marked = [group for group in optimizer.param_groups if group.get(STRUCTURE_KEY)]
-    if marked:
-        return any(id(parameter) in ids for group in marked for parameter in group["params"])
+    followers = [scheduler for scheduler in _all_schedulers(schedulers) if scheduler.optimizer is optimizer]
     for index, group in enumerate(list(optimizer.param_groups)):
         moved = [parameter for parameter in group["params"] if id(parameter) in ids]
-        if not moved:
+        if not moved or group.get(STRUCTURE_KEY):
             continue
-        before = len(optimizer.param_groups)
-        names = group.get("param_names")
-        if names is not None:
-            pairs = list(zip(group["params"], names, strict=True))
-            group["param_names"] = [name for parameter, name in pairs if id(parameter) not in ids]
-            own_names = [name for parameter, name in pairs if id(parameter) in ids]
+        ratio = 1.0
+        if lr is not None:
+            base = float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+            if base == 0:
+                raise ConfigError("structure group: an own learning rate needs a non-zero rate of the group it comes from")
+            ratio = lr / base
+        new_group: dict[str, Any] = {"params": moved, **_structure_options(group, ratio)}
+        if "param_names" in group:
+            named = list(zip(group["params"], group["param_names"], strict=True))
+            group["param_names"] = [name for parameter, name in named if id(parameter) not in ids]
+            new_group["param_names"] = [name for parameter, name in named if id(parameter) in ids]
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
-        new_group = {"params": moved, **_structure_options(group, lr)}
-        if names is not None:
-            new_group["param_names"] = own_names
+        for scheduler in followers:
+            _extend_scheduler(scheduler, index, len(optimizer.param_groups), ratio)
         optimizer.add_param_group(new_group)
-        for scheduler in schedulers:
-            if scheduler is None or scheduler.optimizer is not optimizer:
-                continue
-            for name in _SCHEDULER_LISTS:
-                values = getattr(scheduler, name, None)
-                if isinstance(values, list) and len(values) == before:
-                    values.append(lr if lr is not None and name in ("base_lrs", "_last_lr") else values[index])
-    return any(group.get(STRUCTURE_KEY) for group in optimizer.param_groups)
+    return any(id(parameter) in ids for group in optimizer.param_groups for parameter in group["params"])
 
 
 class StepHook:
@@ -136,34 +160,34 @@ class StepHook:
     def __init__(self, optimizer: Optimizer, function: Callable[[], None]) -> None:
         self.optimizer = optimizer
         self._function: Callable[[], None] | None = function
+        self._previous = optimizer.__dict__.get("step")  # None: the class's own
         original = optimizer.step
 
         @functools.wraps(original)
-        def step(*args: Any, **kwargs: Any) -> Any:
+        def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
             for group in optimizer.param_groups:
-                # Schedulers that cycle momentum (OneCycleLR) write to every group.
-                if group.get(STRUCTURE_KEY) and "betas" in group:
-                    group["betas"] = _STRUCTURE_BETAS
+                if group.get(STRUCTURE_KEY):  # schedulers that cycle momentum (OneCycleLR) write to every group
+                    group.update({key: _OWN_OPTIONS[key] for key in ("betas", "momentum") if key in group})
             result = original(*args, **kwargs)
             found_inf = getattr(optimizer, "found_inf", None)
-            if self._function is not None and (found_inf is None or not float(found_inf)):
-                self._function()
+            if hook._function is not None and (found_inf is None or not float(found_inf)):
+                hook._function()
             return result
 
-        self._step = step
-        self._original = original
-        optimizer.step = step  # type: ignore[method-assign]  # on the instance: see above
+        hook = self
+        # A bound method: a scheduler made later wraps ``step.__func__``.
+        self._step = MethodType(step, optimizer)
+        optimizer.step = self._step  # type: ignore[method-assign]  # on the instance: see above
 
     def remove(self) -> None:
         """Stop; the optimizer's own ``step`` is restored unless something else has wrapped it meanwhile."""
         self._function = None
-        if self.optimizer.__dict__.get("step") is self._step:
-            if "step" in type(self.optimizer).__dict__ and getattr(self._original, "__func__", None) is getattr(
-                type(self.optimizer).step, "__func__", type(self.optimizer).step
-            ):
-                del self.optimizer.step
-            else:
-                self.optimizer.step = self._original  # type: ignore[method-assign]
+        if self.optimizer.__dict__.get("step") is not self._step:
+            return
+        if self._previous is None:
+            del self.optimizer.step
+        else:
+            self.optimizer.step = self._previous  # type: ignore[method-assign]
 
 
 def check_optimized(layers: dict[str, GBLRLayer], optimizers: Sequence[Optimizer]) -> None:
@@ -177,10 +201,7 @@ def check_optimized(layers: dict[str, GBLRLayer], optimizers: Sequence[Optimizer
             )
 
 
-def structure_lr(optimizer: Optimizer) -> float:
-    """Present learning rate of the structure's group (0 if there is none)."""
-    for group in optimizer.param_groups:
-        if group.get(STRUCTURE_KEY):
-            lr = group["lr"]
-            return float(lr) if not isinstance(lr, torch.Tensor) else float(lr.item())
-    return 0.0
+def learning_rates(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> list[float | None]:
+    """Present learning rate of each parameter in an optimizer; ``None`` for those it does not hold."""
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    return [float(rates[id(parameter)]) if id(parameter) in rates else None for parameter in parameters]
