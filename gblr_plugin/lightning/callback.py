@@ -1,0 +1,415 @@
+"""A Lightning callback that learns block structures, logs them and draws them; no NNI evaluator is needed."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from ..conversion import LayerSettings, prepare_layers
+from ..errors import ConfigError
+from ..layers import GBLRLayer
+from ..learner import LayerGoal, StructureLearner
+from ..optim import split_structure_group
+from ..schedule import Schedule
+from ..selection import select_layers
+from .base import Callback
+from .checkpoint import match_checkpoint
+from .reporter import log_pictures, log_scalars, scalars
+from .statistics import layer_statistics, total_statistics
+
+__all__ = ["GBLRCallback"]
+
+_logger = logging.getLogger(__name__)
+
+_POOLED = "gblr"  # name of the one group when the budget is pooled
+_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
+
+
+class GBLRCallback(Callback):
+    """Learns the structure of a model's layers while a Trainer trains it.
+
+    Attached to a Trainer it is enough: when fitting begins it swaps the chosen dense layers for structured ones (before
+    optimizers are made), gives widths and locations an optimizer group of their own, and after each real optimizer step
+    shrinks the widths towards the budget. From the cool-down on the structure is frozen as exact boxcars, so that what is
+    trained then is what is counted, converted and deployed. Works with ``pytorch_lightning`` and ``lightning.pytorch``.
+
+    With neither ``budget`` nor ``threshold`` it only watches structured layers that are already there and that something
+    else drives (the NNI pruner): it logs and draws, and changes nothing.
+
+    Args:
+        budget: Relative FLOPs of the structured layers to end at, in (0, 1]; lambda is found automatically.
+        threshold: Alternatively a fixed lambda, as published.
+        layers: Names, glob patterns over names (of the LightningModule's submodules), type names or module types. Default:
+            every layer that can be structured and made cheaper. If the model has structured layers already (from
+            :func:`gblr_plugin.prepare`), those are driven as they are.
+        exclude: The same kinds of patterns, taken away again.
+        group: Whether the layers share one budget, so that the structure decides who spends it; else each has its own.
+        warmup: Optimizer steps before anything shrinks; a float in [0, 1] is a fraction of the total number of steps.
+        cooldown: Optimizer step, or fraction of the total, at which the budget is met and the structure is frozen.
+        initialiser: ``"svd"`` (full widths, as published), ``"random"``, or a decomposition (``"trapezoid"``, ...), which
+            starts at ``initial_budget``.
+        initial_budget: Relative FLOPs that the initialiser starts at; default: full widths for ``"svd"`` and ``"random"``,
+            ``budget`` for others.
+        num_components: K per split; default min(m / s, n).
+        row_splits: Matrices packed along the rows (packed query, key, value: 3), for all layers or by name pattern.
+        align: Tile of rows and columns to which intervals snap; an integer or a pair.
+        structure_lr: Learning rate of widths and locations; default that of the group they come from.
+        seed: Of random initialisers.
+        log_every_n_steps: Optimizer steps between scalars; default the Trainer's.
+        picture_every_n_epochs: Epochs between pictures; there is also one at the start, at the freeze and at the end. 0
+            draws none at all.
+        picture_every_n_steps: Also a picture each so many optimizer steps (for training in few, long epochs).
+        picture_size: Longest side of a picture, in pixels.
+        freeze_at_end: Whether training that ends before the cool-down began (early stopping) freezes the structure within the
+            budget all the same. By default it stays trainable, for a later fit to go on from.
+
+    Attributes:
+        learner: The :class:`~gblr_plugin.StructureLearner` at work; ``None`` before fitting and when only watching.
+        history: ``{"relative_flops": [(step, value), ...], "sigma": ..., ...}`` of all layers together, as logged.
+
+    Logs ``gblr/relative_flops``, ``gblr/live_components``, ``gblr/mean_row_width``, ``gblr/mean_column_width`` (fractions of
+    the axis, over live components), ``gblr/sigma``, ``gblr/lambda`` (mean over layers), ``gblr/frozen``, and the same per layer
+    as ``gblr_layers/<layer>/...``. Relative FLOPs and sigma (infinite: exact boxcar) also go to the progress bar and to
+    ``trainer.callback_metrics``.
+
+    Raises:
+        ConfigError: For arguments out of range; in ``setup`` for unknown layers or a sharded strategy; when fitting starts,
+            for widths that are in no optimizer, or steps that cannot be counted (give ``warmup`` and ``cooldown`` as
+            integers then).
+
+    Example:
+        >>> trainer = pl.Trainer(max_epochs=20, callbacks=[GBLRCallback(budget=0.25)])  # doctest: +SKIP
+        >>> trainer.fit(module, loader)  # doctest: +SKIP
+        >>> gblr_plugin.convert(module)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        budget: float | None = None,
+        threshold: float | None = None,
+        *,
+        layers: Iterable[str | type[nn.Module]] | None = None,
+        exclude: Iterable[str | type[nn.Module]] = (),
+        group: bool = True,
+        warmup: int | float = 0.05,
+        cooldown: int | float = 0.8,
+        initialiser: str = "svd",
+        initial_budget: float | None = None,
+        num_components: int | None = None,
+        row_splits: int | Mapping[str, int] = 1,
+        align: int | tuple[int, int] = 1,
+        structure_lr: float | None = None,
+        seed: int = 0,
+        log_every_n_steps: int | None = None,
+        picture_every_n_epochs: int = 10,
+        picture_every_n_steps: int | None = None,
+        picture_size: int = 512,
+        freeze_at_end: bool = False,
+    ) -> None:
+        self.monitor_only = budget is None and threshold is None
+        if not self.monitor_only:
+            LayerGoal(budget, threshold)  # checks both
+        self._budget, self._threshold = budget, threshold
+        self._include = None if layers is None else _patterns("layers", layers)
+        self._exclude = _patterns("exclude", exclude)
+        self._group = group
+        self._warmup, self._cooldown = _point("warmup", warmup), _point("cooldown", cooldown)
+        if type(warmup) is type(cooldown) and warmup >= cooldown:
+            raise ConfigError(f"callback: warmup must be less than cooldown, got {warmup} and {cooldown}")
+        if initial_budget is None and initialiser not in ("svd", "random"):
+            if budget is None and not self.monitor_only:
+                raise ConfigError(f"callback: initialiser {initialiser!r} needs an initial_budget")
+            initial_budget = budget
+        self._settings: dict[str, Any] = {
+            "initialiser": initialiser,
+            "num_components": num_components,
+            "align": align,
+            "budget": initial_budget,
+            "seed": seed,
+        }
+        self._row_splits = row_splits
+        self._structure_lr = structure_lr
+        for name, value in (
+            ("log_every_n_steps", log_every_n_steps),
+            ("picture_every_n_steps", picture_every_n_steps),
+        ):
+            if value is not None and value < 1:
+                raise ConfigError(f"callback: {name} must be at least 1, got {value}")
+        if picture_every_n_epochs < 0 or picture_size < 16:
+            raise ConfigError(
+                "callback: picture_every_n_epochs must be at least 0 and picture_size at least 16, got "
+                f"{picture_every_n_epochs} and {picture_size}"
+            )
+        self._log_every_n_steps = log_every_n_steps
+        self._picture_every_n_epochs = picture_every_n_epochs
+        self._picture_every_n_steps = picture_every_n_steps
+        self._picture_size = picture_size
+        self._freeze_at_end = freeze_at_end
+
+        self.learner: StructureLearner | None = None
+        self.history: dict[str, list[tuple[int, float]]] = {}
+        self._layers: dict[str, GBLRLayer] = {}
+        self._total_steps: int | None = None
+        self._restored: dict[str, Any] | None = None
+        self._checkpoint_hook: Any = None
+        self._last_step = 0
+        self._last_logged = -1
+        self._last_pictured = -1
+        self._was_frozen = False
+        self._shown = False
+
+    # -- setting up --------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Swap layers, before the model moves to its device and before optimizers are made."""
+        if stage == "fit" and not self.monitor_only:
+            strategy = type(trainer.strategy).__name__
+            if strategy in _SHARDED:
+                raise ConfigError(f"callback: {strategy} shards parameters, which structure learning cannot follow")
+            pl_module.configure_model()  # a model that is built there; Lightning asks that a second call does nothing
+            self._layers = self._existing(pl_module) or self._prepare(pl_module)
+        if self._checkpoint_hook is None:
+            align = self._settings["align"]
+            self._checkpoint_hook = pl_module.register_load_state_dict_pre_hook(
+                lambda module, state, *_: match_checkpoint(module, state, align)
+            )
+
+    def _existing(self, pl_module: nn.Module) -> dict[str, GBLRLayer]:
+        def chosen(name: str, module: nn.Module) -> bool:
+            kinds = {kind.__name__ for kind in type(module).__mro__}
+
+            def matches(pattern: str) -> bool:
+                return fnmatchcase(name, pattern) or pattern in kinds
+
+            return (self._include is None or any(map(matches, self._include))) and not any(map(matches, self._exclude))
+
+        found = {
+            n: module for n, module in pl_module.named_modules() if isinstance(module, GBLRLayer) and chosen(n, module)
+        }
+        for name, layer in found.items():
+            if not self.monitor_only and hasattr(layer, "_nni_wrapper"):
+                raise ConfigError(
+                    f"layer {name!r}: an NNI pruner drives it already; give the callback neither budget nor threshold "
+                    "and it only watches"
+                )
+        return found
+
+    def _prepare(self, pl_module: nn.Module) -> dict[str, GBLRLayer]:
+        names = select_layers(pl_module, self._include, self._exclude)
+        return prepare_layers(
+            pl_module, {name: LayerSettings(**self._settings, row_splits=self._splits(name)) for name in names}
+        )
+
+    def _splits(self, name: str) -> int:
+        if isinstance(self._row_splits, int):
+            return self._row_splits
+        return next((count for pattern, count in self._row_splits.items() if fnmatchcase(name, pattern)), 1)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Optimizers exist now, and a checkpoint's weights are loaded, but not yet its optimizer state."""
+        self._release_checkpoint_hook()
+        if self.monitor_only:
+            self._layers = self._existing(pl_module)
+            if not self._layers:
+                raise ConfigError(
+                    "callback: the model has no structured layers to watch; give a budget or threshold to structure it"
+                )
+            return
+        # Layers may have been replaced since: a checkpoint that fitted another size, or a model built anew.
+        present = self._existing(pl_module)
+        missing = [name for name in self._layers if name not in present]
+        if missing:
+            raise ConfigError(
+                f"layer {missing[0]!r}: it was replaced after the callback structured it; build the model in __init__, or "
+                "in a configure_model that does nothing when called again"
+            )
+        self._layers = present
+        if self.learner is None or self._restored is not None or not _same(self.learner.layers, self._layers):
+            self.learner = self._new_learner(trainer)
+        structure = [part for layer in self._layers.values() for part in (layer.widths, layer.locations)]
+        schedulers = _flat([config.scheduler for config in trainer.lr_scheduler_configs])
+        for optimizer in trainer.optimizers:
+            split_structure_group(optimizer, structure, lr=self._structure_lr, schedulers=schedulers)
+        self.learner.attach_all(list(trainer.optimizers))
+        self._was_frozen = self.learner.frozen
+
+    def _new_learner(self, trainer: Any) -> StructureLearner:
+        restored, self._restored = self._restored, None
+        if restored is not None:
+            self._total_steps = restored["total_steps"]
+            self.history = {name: [(s, v) for s, v in curve] for name, curve in restored["history"].items()}
+        elif isinstance(self._warmup, float) or isinstance(self._cooldown, float):
+            total = trainer.estimated_stepping_batches
+            if not math.isfinite(total):
+                raise ConfigError(
+                    "callback: the Trainer's number of steps is unknown (set max_epochs or max_steps), so give warmup and "
+                    "cooldown as integers"
+                )
+            self._total_steps = int(total)
+        warmup, cooldown = (self._step(point) for point in (self._warmup, self._cooldown))
+        goal = LayerGoal(self._budget, self._threshold, group=_POOLED if self._group else None)
+        learner = StructureLearner(
+            self._layers, dict.fromkeys(self._layers, goal), Schedule(warmup, max(cooldown, warmup + 1))
+        )
+        if restored is not None and restored["learner"] is not None:
+            learner.load_state_dict(restored["learner"])
+        return learner
+
+    def _step(self, point: int | float) -> int:
+        return point if isinstance(point, int) else round(point * (self._total_steps or 0))
+
+    # -- watching ----------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Log and draw where training starts."""
+        self._last_logged = self._last_pictured = -1
+        self._last_step = trainer.global_step
+        self._shown = False
+        self._log(trainer)
+        self._draw(trainer)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log every n optimizer steps, at the first one, and when the structure freezes."""
+        step = trainer.global_step
+        if step == self._last_step:  # a micro-batch of an accumulated step
+            return
+        froze = self.learner is not None and self.learner.frozen and not self._was_frozen
+        self._was_frozen = self._was_frozen or froze
+        first, self._shown = not self._shown, True
+        due = _due(self._last_step, step, self._log_every_n_steps or trainer.log_every_n_steps)
+        draw = froze or _due(self._last_step, step, self._picture_every_n_steps)
+        self._last_step = step
+        if froze or first or due:
+            values = self._log(trainer)
+            for name in ("gblr/relative_flops", "gblr/sigma"):
+                pl_module.log(name, values.get(name, math.inf), prog_bar=True, logger=False, batch_size=1)
+        if draw:
+            self._draw(trainer)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Draw every n epochs."""
+        every = self._picture_every_n_epochs
+        if every and (trainer.current_epoch + 1) % every == 0:
+            self._draw(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log and draw where training ended; say so if that was before the cool-down."""
+        learner = self.learner
+        if learner is not None and not learner.frozen:
+            schedule = learner.schedule
+            if self._freeze_at_end:
+                learner.freeze()
+            elif schedule is not None:
+                _logger.warning(
+                    "training ended at step %d, before the cool-down at step %d: the structure is not frozen and the budget "
+                    "not met; resume, or call callback.learner.freeze()",
+                    learner.step_count,
+                    schedule.cooldown_begin_step,
+                )
+        self._log(trainer)
+        self._draw(trainer)
+
+    def _log(self, trainer: Any) -> dict[str, float]:
+        parts = layer_statistics(self._layers)
+        total = total_statistics(parts)
+        layers = list(self._layers.values())
+        sigma = next((layer.sigma for layer in layers if layer.sigma is not None), None)
+        frozen = all(layer.structure_frozen for layer in layers)
+        lambdas = {} if self.learner is None else self.learner.lambdas()
+        values = scalars(parts, total, sigma, frozen, lambdas)
+        step = trainer.global_step
+        if step != self._last_logged:
+            log_scalars(trainer.loggers, values, step)
+            for name, value in values.items():
+                if name.startswith("gblr/"):
+                    self.history.setdefault(name.removeprefix("gblr/"), []).append((step, value))
+        self._last_logged = step
+        return values
+
+    def _draw(self, trainer: Any) -> None:
+        step = trainer.global_step
+        pictures = bool(self._picture_every_n_epochs or self._picture_every_n_steps)
+        if not pictures or step == self._last_pictured or not trainer.is_global_zero:
+            return
+        self._last_pictured = step
+        log_pictures(
+            trainer.loggers,
+            self._layers,
+            step,
+            max_size=self._picture_size,
+            budget=self._budget,
+            lambdas=None if self.learner is None else self.learner.lambdas(),
+        )
+
+    # -- taking down -------------------------------------------------------------------------------------------------
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the optimizers as they were."""
+        self._leave()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the optimizers as they were."""
+        self._leave()
+
+    def _leave(self) -> None:
+        self._release_checkpoint_hook()
+        if self.learner is not None:
+            self.learner.detach()
+
+    def _release_checkpoint_hook(self) -> None:
+        if self._checkpoint_hook is not None:
+            self._checkpoint_hook.remove()
+            self._checkpoint_hook = None
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The learner's clock, the number of steps that fractions refer to, and the history."""
+        if self._restored is not None:
+            return self._restored
+        return {
+            "total_steps": self._total_steps,
+            "learner": None if self.learner is None else self.learner.state_dict(),
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until fitting starts: the learner needs the optimizers."""
+        self._restored = state_dict
+
+
+def _patterns(what: str, given: Iterable[str | type[nn.Module]]) -> list[str]:
+    if isinstance(given, (str, type)):
+        raise ConfigError(f"callback: {what} is a list of names, patterns or module types, not one of them")
+    return [part if isinstance(part, str) else part.__name__ for part in given]
+
+
+def _point(name: str, value: int | float) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise ConfigError(f"callback: {name} must be a step (int) or a fraction of all steps (float), got {value!r}")
+    if isinstance(value, float) and value > 1:
+        raise ConfigError(f"callback: {name} as a fraction must lie in [0, 1], got {value}; give steps as an int")
+    return value
+
+
+def _same(a: Mapping[str, GBLRLayer], b: Mapping[str, GBLRLayer]) -> bool:
+    return a.keys() == b.keys() and all(a[name] is b[name] for name in a)
+
+
+def _due(before: int, now: int, every: int | None) -> bool:
+    """Whether a multiple of ``every`` was reached; several optimizers may take several steps a batch."""
+    return bool(every) and before // (every or 1) != now // (every or 1)
+
+
+def _flat(schedulers: Iterable[Any]) -> list[Any]:
+    """Schedulers, and those inside SequentialLR and ChainedScheduler."""
+    flat = []
+    for scheduler in schedulers:
+        flat.append(scheduler)
+        flat.extend(_flat(getattr(scheduler, "_schedulers", ())))
+    return flat

@@ -1,0 +1,75 @@
+"""Numbers to watch while structures are learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layers import GBLRLayer
+from ..structure import multiply_adds
+
+__all__ = ["Statistics", "layer_statistics", "total_statistics"]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of one layer, or of several together.
+
+    Args:
+        relative_flops: Multiply-adds over those of the dense product.
+        live_components: Components with two non-zero widths.
+        mean_row_width: Mean row width of the live components, as a fraction of the axis; 0 if none is live.
+        mean_column_width: Likewise of the columns.
+        dense: Multiply-adds of the dense product.
+    """
+
+    relative_flops: float
+    live_components: int
+    mean_row_width: float
+    mean_column_width: float
+    dense: int
+
+    def items(self) -> dict[str, float]:
+        """What is logged, by name."""
+        return {
+            "relative_flops": self.relative_flops,
+            "live_components": float(self.live_components),
+            "mean_row_width": self.mean_row_width,
+            "mean_column_width": self.mean_column_width,
+        }
+
+
+@torch.no_grad()
+def layer_statistics(layers: Mapping[str, GBLRLayer]) -> dict[str, Statistics]:
+    """Statistics of each layer's present integer intervals, with one transfer from the device for all layers."""
+    if not layers:
+        return {}
+    sums: list[Tensor] = []
+    for layer in layers.values():
+        rows, cols = layer.intervals()
+        cost = multiply_adds(rows.width, cols.width)
+        live = cost > 0
+        sums.append(torch.stack([cost.sum(), live.sum(), (rows.width * live).sum(), (cols.width * live).sum()]))
+    result = {}
+    for (name, layer), (cost, live, row, col) in zip(layers.items(), torch.stack(sums).tolist(), strict=True):
+        m, n = layer.axis_lengths
+        dense = math.prod(layer.matrix_shape)
+        result[name] = Statistics(cost / dense, live, row / max(live * m, 1), col / max(live * n, 1), dense)
+    return result
+
+
+def total_statistics(parts: Mapping[str, Statistics]) -> Statistics:
+    """All layers together: costs weighted by dense multiply-adds, widths by live components."""
+    dense = sum(part.dense for part in parts.values())
+    live = sum(part.live_components for part in parts.values())
+    return Statistics(
+        sum(part.relative_flops * part.dense for part in parts.values()) / max(dense, 1),
+        live,
+        sum(part.mean_row_width * part.live_components for part in parts.values()) / max(live, 1),
+        sum(part.mean_column_width * part.live_components for part in parts.values()) / max(live, 1),
+        dense,
+    )
