@@ -204,6 +204,6 @@ def gaudi_mask(
     if straight_through and form == "table":
         return table_mask(width, location, tables, align)
     if straight_through:
-        width = width + (integer_widths(width, n, align) / n - width).detach()
-        location = location + (integer_locations(location, n, align) / n - location).detach()
+        width = width + (integer_widths(width, n, align).to(width.dtype) / n - width).detach()
+        location = location + (integer_locations(location, n, align).to(location.dtype) / n - location).detach()
     return _fft_mask(width, location, n, sigma)

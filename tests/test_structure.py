@@ -1,0 +1,116 @@
+import pytest
+import torch
+from gblr_plugin.errors import ConfigError
+from gblr_plugin.structure import Intervals, StructuredMatrix, multiply_adds
+
+
+def intervals(width, start, length):
+    return Intervals(torch.tensor(width), torch.tensor(start), length)
+
+
+def by_definition(matrix, u, v):
+    """Eq. 2 entry by entry, from the factors as they were given."""
+    m, n = matrix.shape
+    per_split = m // matrix.row_splits
+    dense = torch.zeros(m, n, dtype=u.dtype)
+    component = 0
+    for split, size in enumerate(matrix.split_sizes):
+        for k in range(component, component + size):
+            for a in range(int(matrix.rows.width[k])):
+                for b in range(int(matrix.cols.width[k])):
+                    i = (int(matrix.rows.start[k]) + a) % per_split
+                    j = (int(matrix.cols.start[k]) + b) % n
+                    dense[split * per_split + i, j] += u[k, i] * v[k, j]
+        component += size
+    return dense
+
+
+@pytest.fixture
+def matrix_and_factors():
+    torch.manual_seed(0)
+    u, v = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    rows = intervals([6, 3, 0, 2, 1], [0, 5, 1, 4, 3], 6)
+    cols = intervals([7, 4, 3, 0, 2], [0, 5, 6, 0, 6], 7)
+    return StructuredMatrix.from_factors(u, v, rows, cols, (3, 2)), u, v
+
+
+def test_dense_matches_the_definition(matrix_and_factors):
+    matrix, u, v = matrix_and_factors
+    assert matrix.shape == (12, 7)
+    torch.testing.assert_close(matrix.to_dense(), by_definition(matrix, u, v))
+
+
+def test_linear_matches_dense(matrix_and_factors):
+    matrix, _, _ = matrix_and_factors
+    x, bias = torch.randn(2, 3, 7, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
+    torch.testing.assert_close(matrix.linear(x, bias), x @ matrix.to_dense().T + bias)
+    assert matrix.linear(x[:0]).shape == (0, 3, 12)
+
+
+def test_cost_counts_live_components_only(matrix_and_factors):
+    matrix, _, _ = matrix_and_factors
+    assert matrix.component_multiply_adds.tolist() == [13, 7, 0, 0, 3]
+    assert matrix.stored == 23
+    assert matrix.num_components == 3
+    assert matrix.relative_flops == 23 / (12 * 7)
+    # Every counted entry is really stored, and none besides.
+    live = matrix.live()
+    assert int((live.u != 0).sum() + (live.v != 0).sum()) == 23
+
+
+def test_live_drops_dead_components_and_keeps_the_matrix(matrix_and_factors):
+    matrix, _, _ = matrix_and_factors
+    live = matrix.live()
+    assert live.split_sizes == (2, 1)
+    assert live.rows.num_components == live.num_components == 3
+    torch.testing.assert_close(live.to_dense(), matrix.to_dense())
+
+
+def test_to_casts_factors_and_keeps_intervals(matrix_and_factors):
+    single = matrix_and_factors[0].to(torch.float32)
+    assert single.u.dtype == torch.float32
+    assert single.rows.width.dtype == torch.int64
+    assert single.stored == 23
+
+
+def test_full_intervals_are_low_rank():
+    u, v = torch.randn(2, 4), torch.randn(2, 5)
+    matrix = StructuredMatrix.from_factors(u, v)
+    torch.testing.assert_close(matrix.to_dense(), u.T @ v)
+    assert matrix.stored == 2 * (4 + 5)
+
+
+def test_support_of_wrapping_intervals():
+    support = intervals([3, 0, 4], [3, 2, 1], 4).support()
+    assert support.int().tolist() == [[1, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]]
+
+
+def test_multiply_adds_broadcast():
+    rows, cols = torch.tensor([[1, 0, 3]]), torch.tensor([[2, 5, 0]])
+    assert multiply_adds(rows, cols).tolist() == [[3, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("width", "start", "length", "message"),
+    [
+        (torch.tensor([1.0]), torch.tensor([0]), 4, "width must be a 1-d int64"),
+        (torch.tensor([1]), torch.tensor([[0]]), 4, "start must be a 1-d int64"),
+        (torch.tensor([1]), torch.tensor([0, 1]), 4, "one shape"),
+        (torch.tensor([5]), torch.tensor([0]), 4, r"widths must lie in \[0, 4\]"),
+        (torch.tensor([-1]), torch.tensor([0]), 4, "widths must lie"),
+        (torch.tensor([1]), torch.tensor([4]), 4, r"starts must lie in \[0, 4\)"),
+        (torch.tensor([1]), torch.tensor([-1]), 4, "starts must lie"),
+        (torch.tensor([0]), torch.tensor([0]), 0, "length must be at least 1"),
+    ],
+)
+def test_bad_intervals_are_refused(width, start, length, message):
+    with pytest.raises(ConfigError, match=message):
+        Intervals(width, start, length)
+
+
+def test_parts_that_do_not_fit_are_refused():
+    full = Intervals.full(2, 4)
+    with pytest.raises(ConfigError, match="do not fit"):
+        StructuredMatrix(torch.zeros(2, 5), torch.zeros(2, 4), full, full, (2,))
+    with pytest.raises(ConfigError, match="component counts differ"):
+        StructuredMatrix(torch.zeros(2, 4), torch.zeros(2, 4), full, full, (1,))
