@@ -17,7 +17,7 @@ from torchao.utils import TorchAOBaseTensor
 from .errors import ConfigError, GBLRError
 from .kernels import blocks, product
 from .kernels.layout import Block, Layout, pack, to_dense, unpack
-from .kernels.plan import Plan, fixed_plan
+from .kernels.plan import BUCKETS, Plan, fixed_plan
 from .structure import StructuredMatrix
 
 __all__ = ["GBLRTensor"]
@@ -201,7 +201,8 @@ def _linear(x: Tensor, weight: GBLRTensor, bias: Tensor | None) -> Tensor:
         raise GBLRError(f"GBLR tensor: input of shape {tuple(x.shape)} does not fit a {m} x {n} weight")
     rows, factors, bias = _operands(x.reshape(-1, n), weight, bias)
     # A trace with a dynamic batch must not ask how many tokens there are.
-    kernel = "blocks" if torch.compiler.is_compiling() else weight.plan.kernel(rows.shape[0])
+    tokens = BUCKETS[-1] if torch.compiler.is_compiling() else rows.shape[0]
+    kernel = weight.plan.kernel(tokens)
     with _no_autocast(x):
         y = product.linear(rows, factors, weight.lists, weight.packing, bias, kernel)
     return y.view(*x.shape[:-1], m)

@@ -42,6 +42,8 @@ class Layout:
         row_blocks: Blocks of U; empty if ``dense``.
         col_blocks: Blocks of V; empty if ``dense``.
         intervals_at: First entry in the index buffer of the (4, K) row widths, row starts, column widths, column starts.
+        col_table_at: First entry in the index buffer of (start, width, count, list_at, data_at) per column block.
+        row_table_at: The same for row blocks.
         dense: The values are the (m, n) matrix itself, row-major (or (n, m) if ``transposed``).
         transposed: The matrix is the transpose of the one that was packed.
     """
@@ -53,6 +55,8 @@ class Layout:
     row_blocks: tuple[Block, ...]
     col_blocks: tuple[Block, ...]
     intervals_at: int
+    col_table_at: int = 0
+    row_table_at: int = 0
     dense: bool = False
     transposed: bool = False
 
@@ -75,6 +79,8 @@ class Layout:
             shape=(self.shape[1], self.shape[0]),
             row_blocks=self.col_blocks,
             col_blocks=self.row_blocks,
+            row_table_at=self.col_table_at,
+            col_table_at=self.row_table_at,
             transposed=not self.transposed,
         )
 
@@ -156,7 +162,11 @@ def pack(matrix: StructuredMatrix, block_rows: int, block_cols: int) -> tuple[La
         matrix.u, matrix.rows, block_rows, matrix.split_sizes, list_at, data_at
     )
     ends = [matrix.rows.width, matrix.rows.start, matrix.cols.width, matrix.cols.start]
-    index = torch.cat([*col_lists, *row_lists, *ends]).to(torch.int32)
+    table = torch.tensor(
+        [(b.start, b.stop - b.start, b.count, b.list_at, b.data_at) for b in (*col_blocks, *row_blocks)]
+    )
+    index = torch.cat([*col_lists, *row_lists, *ends, table.reshape(-1).to(matrix.u.device)]).to(torch.int32)
+    table_at = index.numel() - table.numel()
     values = torch.cat([*col_data, *row_data])
     layout = Layout(
         (m, n),
@@ -165,7 +175,9 @@ def pack(matrix: StructuredMatrix, block_rows: int, block_cols: int) -> tuple[La
         matrix.stored,
         tuple(row_blocks),
         tuple(col_blocks),
-        index.numel() - 4 * num,
+        table_at - 4 * num,
+        table_at,
+        table_at + 5 * len(col_blocks),
     )
     return layout, values, index
 

@@ -1,0 +1,202 @@
+"""The factored product compiled with numba, float32: no call per block, no copies of z, few tokens included. Optional.
+
+Tokens are packed in tiles of 16 lanes: x as (tiles, n, 16) and z as (tiles, K, 16). Stage 1 adds up z over the column blocks
+in tiles of components x tokens; stage 2 writes each row block of y once, in tiles of tokens x rows, straight into the row-major
+result. One token takes dot products instead, and no packing.
+"""
+
+from __future__ import annotations
+
+import llvmlite.binding
+import numpy as np
+from numba import njit
+from torch import Tensor
+
+from .simd import LANES, dot_tile, expand_tile, load_float32, load_int32, reduce_tile
+
+__all__ = ["product"]
+
+CHUNK = 64  # tokens per pass: z and the packed x then stay in the second-level cache
+_WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f", False))
+_TILES = 2 if _WIDE else 1  # token tiles per register tile
+_TALL = 8 if _WIDE else 4  # components (stage 1) or tokens (stage 2) per register tile
+
+_reduce = {(r, t): reduce_tile(r, t) for r in (1, 2, 4, _TALL) for t in (1, _TILES)}
+_reduce_tall, _reduce_4, _reduce_2, _reduce_1 = (_reduce[r, _TILES] for r in (_TALL, 4, 2, 1))
+_reduce_tall_one, _reduce_4_one, _reduce_2_one, _reduce_1_one = (_reduce[r, 1] for r in (_TALL, 4, 2, 1))
+_expand = {t: expand_tile(t, 2 if _WIDE else 1, False) for t in (1, 2, 4, _TALL)}
+_tail = {t: expand_tile(t, 1, True) for t in (1, 2, 4, _TALL)}
+_expand_tall, _expand_4, _expand_2, _expand_1 = (_expand[t] for t in (_TALL, 4, 2, 1))
+_tail_tall, _tail_4, _tail_2, _tail_1 = (_tail[t] for t in (_TALL, 4, 2, 1))
+_dot_4, _dot_1 = dot_tile(4), dot_tile(1)
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def _pack(x, x_stride, tokens, tiles, n, packed):  # type: ignore[no-untyped-def]
+    """Rows of x into (tiles, n, 16); lanes beyond the tokens are zero."""
+    for tile in range(tiles):
+        for lane in range(LANES):
+            t = tile * LANES + lane
+            at = tile * n * LANES + lane
+            if t < tokens:
+                row = x + t * x_stride * 4
+                for c in range(n):
+                    packed[at + c * LANES] = load_float32(row + c * 4)
+            else:
+                for c in range(n):
+                    packed[at + c * LANES] = 0.0
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def _stage_one(factors, lists, table, blocks, x, n, z, num, tiles):  # type: ignore[no-untyped-def]
+    x_tile, z_tile = n * LANES, num * LANES
+    for b in range(blocks):
+        row = table + b * 20
+        start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
+        entries, v = lists + load_int32(row + 12) * 4, factors + load_int32(row + 16) * 4
+        panel = x + start * LANES * 4
+        i = 0
+        while i < count:
+            left = count - i
+            size = _TALL if left >= _TALL else 4 if left >= 4 else 2 if left >= 2 else 1
+            v_i, list_i = v + i * width * 4, entries + i * 4
+            tile = 0
+            while tile < tiles:
+                x_i, z_i = panel + tile * x_tile * 4, z + tile * z_tile * 4
+                if tiles - tile >= _TILES:
+                    if size == _TALL:
+                        _reduce_tall(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                    elif size == 4:
+                        _reduce_4(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                    elif size == 2:
+                        _reduce_2(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                    else:
+                        _reduce_1(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                    tile += _TILES
+                else:
+                    if size == _TALL:
+                        _reduce_tall_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                    elif size == 4:
+                        _reduce_4_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                    elif size == 2:
+                        _reduce_2_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                    else:
+                        _reduce_1_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                    tile += 1
+            i += size
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def _stage_one_single(factors, lists, table, blocks, x, z):  # type: ignore[no-untyped-def]
+    for b in range(blocks):
+        row = table + b * 20
+        start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
+        entries, v = lists + load_int32(row + 12) * 4, factors + load_int32(row + 16) * 4
+        i = 0
+        while i + 4 <= count:
+            _dot_4(v + i * width * 4, width, width, x + start * 4, z, entries + i * 4)
+            i += 4
+        while i < count:
+            _dot_1(v + i * width * 4, width, width, x + start * 4, z, entries + i * 4)
+            i += 1
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def _stage_two(factors, lists, table, blocks, z, z_stride, z_tile, tokens, y, y_stride, bias):  # type: ignore[no-untyped-def]
+    step = 2 * LANES if _WIDE else LANES
+    for b in range(blocks):
+        row = table + b * 20
+        start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
+        entries, u = lists + load_int32(row + 12) * 4, factors + load_int32(row + 16) * 4
+        j = 0
+        while j < width:
+            whole = width - j >= step
+            lanes = min(width - j, LANES)
+            u_j, y_j = u + j * 4, y + (start + j) * 4
+            bias_j = bias + (start + j) * 4 if bias != 0 else 0
+            t = 0
+            while t < tokens:
+                left = tokens - t
+                size = _TALL if left >= _TALL else 4 if left >= 4 else 2 if left >= 2 else 1
+                z_t = z + (t // LANES * z_tile + t % LANES) * 4
+                y_t = y_j + t * y_stride * 4
+                if whole:
+                    if size == _TALL:
+                        _expand_tall(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                    elif size == 4:
+                        _expand_4(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                    elif size == 2:
+                        _expand_2(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                    else:
+                        _expand_1(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                else:
+                    if size == _TALL:
+                        _tail_tall(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                    elif size == 4:
+                        _tail_4(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                    elif size == 2:
+                        _tail_2(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                    else:
+                        _tail_1(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                t += size
+            j += step if whole else lanes
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def _product(  # type: ignore[no-untyped-def]
+    x, x_stride, tokens, n, factors, lists, cols_at, cols, rows_at, rows, num, bias, y, y_stride
+):
+    if tokens == 0:
+        return
+    col_table, row_table = lists + cols_at * 4, lists + rows_at * 4
+    if tokens == 1:
+        z = np.zeros(num + 1, np.float32)
+        _stage_one_single(factors, lists, col_table, cols, x, z.ctypes.data)
+        _stage_two(factors, lists, row_table, rows, z.ctypes.data, 1, 0, 1, y, y_stride, bias)
+        return
+    tiles = (min(tokens, CHUNK) + LANES - 1) // LANES
+    packed = np.empty(tiles * n * LANES, np.float32)
+    z = np.empty(tiles * num * LANES + 1, np.float32)
+    for at in range(0, tokens, CHUNK):
+        part = min(tokens - at, CHUNK)
+        tiles = (part + LANES - 1) // LANES
+        _pack(x + at * x_stride * 4, x_stride, part, tiles, n, packed)
+        z[: tiles * num * LANES] = 0.0
+        _stage_one(factors, lists, col_table, cols, packed.ctypes.data, n, z.ctypes.data, num, tiles)
+        y_at = y + at * y_stride * 4
+        _stage_two(factors, lists, row_table, rows, z.ctypes.data, LANES, num * LANES, part, y_at, y_stride, bias)
+
+
+def product(
+    x: Tensor,
+    factors: Tensor,
+    lists: Tensor,
+    bias: Tensor | None,
+    cols_at: int,
+    cols: int,
+    rows_at: int,
+    rows: int,
+    components: int,
+    out_features: int,
+) -> Tensor:
+    """``x @ W.T + bias`` for float32 x (tokens, n) on the CPU; no gradients. Sizes as in the operator of ``compiled``."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    y = x.new_empty(x.shape[0], out_features)
+    bias = None if bias is None else bias.contiguous()
+    _product(
+        x.data_ptr(),
+        x.stride(0),
+        x.shape[0],
+        x.shape[1],
+        factors.data_ptr(),
+        lists.data_ptr(),
+        cols_at,
+        cols,
+        rows_at,
+        rows,
+        components,
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        out_features,
+    )
+    return y
