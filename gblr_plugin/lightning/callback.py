@@ -35,26 +35,27 @@ class GBLRCallback(Callback):
 
     Attached to a Trainer it is enough: when fitting begins it swaps the chosen dense layers for structured ones (before
     optimizers are made), gives widths and locations an optimizer group of their own, and after each real optimizer step
-    shrinks the widths towards the budget. From the cool-down on the structure is frozen as exact boxcars, so that what is
-    trained then is what is counted, converted and deployed. Works with ``pytorch_lightning`` and ``lightning.pytorch``.
+    shrinks the widths towards the budget. From the cool-down on the structure is frozen as exact boxcars, so that what
+    is trained then is what is counted, converted and deployed. Works with ``pytorch_lightning`` and
+    ``lightning.pytorch``.
 
-    With neither ``budget`` nor ``threshold`` it only watches structured layers that are already there and that something
-    else drives (the NNI pruner): it logs and draws, and changes nothing.
+    With neither ``budget`` nor ``threshold`` it only watches structured layers that are already there and that
+    something else drives (the NNI pruner): it logs and draws, and changes nothing.
 
     Args:
         budget: Relative FLOPs of the structured layers to end at, in (0, 1]; lambda is found automatically.
         threshold: Alternatively a fixed lambda, as published.
-        layers: Names, glob patterns over names (of the LightningModule's submodules), type names or module types. Default:
-            every layer that can be structured and made cheaper. If the model has structured layers already (from
-            :func:`gblr_plugin.prepare`), those are driven as they are.
+        layers: Names, glob patterns over names (of the LightningModule's submodules), type names or module types.
+            Default: every layer that can be structured and made cheaper. If the model has structured layers already
+            (from :func:`gblr_plugin.prepare`), those are driven as they are.
         exclude: The same kinds of patterns, taken away again.
         group: Whether the layers share one budget, so that the structure decides who spends it; else each has its own.
         warmup: Optimizer steps before anything shrinks; a float in [0, 1] is a fraction of the total number of steps.
         cooldown: Optimizer step, or fraction of the total, at which the budget is met and the structure is frozen.
-        initialiser: ``"svd"`` (full widths, as published), ``"random"``, or a decomposition (``"trapezoid"``, ...), which
-            starts at ``initial_budget``.
-        initial_budget: Relative FLOPs that the initialiser starts at; default: full widths for ``"svd"`` and ``"random"``,
-            ``budget`` for others.
+        initialiser: ``"svd"`` (full widths, as published), ``"random"``, or a decomposition (``"trapezoid"``, ...),
+            which starts at ``initial_budget``.
+        initial_budget: Relative FLOPs that the initialiser starts at; default: full widths for ``"svd"`` and
+            ``"random"``, ``budget`` for others.
         num_components: K per split; default min(m / s, n).
         row_splits: Matrices packed along the rows (packed query, key, value: 3), for all layers or by name pattern.
         align: Tile of rows and columns to which intervals snap; an integer or a pair.
@@ -65,22 +66,23 @@ class GBLRCallback(Callback):
             draws none at all.
         picture_every_n_steps: Also a picture each so many optimizer steps (for training in few, long epochs).
         picture_size: Longest side of a picture, in pixels.
-        freeze_at_end: Whether training that ends before the cool-down began (early stopping) freezes the structure within the
-            budget all the same. By default it stays trainable, for a later fit to go on from.
+        freeze_at_end: Whether training that ends before the cool-down began (early stopping) freezes the structure
+            within the budget all the same. By default it stays trainable, for a later fit to go on from.
 
     Attributes:
         learner: The :class:`~gblr_plugin.StructureLearner` at work; ``None`` before fitting and when only watching.
         history: ``{"relative_flops": [(step, value), ...], "sigma": ..., ...}`` of all layers together, as logged.
 
-    Logs ``gblr/relative_flops``, ``gblr/live_components``, ``gblr/mean_row_width``, ``gblr/mean_column_width`` (fractions of
-    the axis, over live components), ``gblr/sigma``, ``gblr/lambda`` (mean over layers), ``gblr/frozen``, and the same per layer
-    as ``gblr_layers/<layer>/...``. Relative FLOPs and sigma (infinite: exact boxcar) also go to the progress bar and to
-    ``trainer.callback_metrics``.
+    Logs ``gblr/relative_flops``, ``gblr/live_components``, ``gblr/mean_row_width``, ``gblr/mean_column_width``
+    (fractions of the axis, over live components), ``gblr/sigma``, ``gblr/lambda`` (mean over layers), ``gblr/frozen``,
+    and the same per layer as ``gblr_layers/<layer>/...``. The progress bar shows them as ``rel_flops`` and ``sigma``
+    (infinite: exact boxcar); ``trainer.callback_metrics`` holds ``gblr/relative_flops`` and ``gblr/sigma`` for other
+    callbacks to monitor.
 
     Raises:
-        ConfigError: For arguments out of range; in ``setup`` for unknown layers or a sharded strategy; when fitting starts,
-            for widths that are in no optimizer, or steps that cannot be counted (give ``warmup`` and ``cooldown`` as
-            integers then).
+        ConfigError: For arguments out of range; in ``setup`` for unknown layers or a sharded strategy; when fitting
+            starts, for widths that are in no optimizer, or steps that cannot be counted (give ``warmup`` and
+            ``cooldown`` as integers then).
 
     Example:
         >>> trainer = pl.Trainer(max_epochs=20, callbacks=[GBLRCallback(budget=0.25)])  # doctest: +SKIP
@@ -225,7 +227,8 @@ class GBLRCallback(Callback):
         missing = [name for name in self._layers if name not in present]
         if missing:
             raise ConfigError(
-                f"layer {missing[0]!r}: it was replaced after the callback structured it; build the model in __init__, or "
+                f"layer {missing[0]!r}: it was replaced after the callback structured it; build the model in "
+                "__init__, or "
                 "in a configure_model that does nothing when called again"
             )
         self._layers = present
@@ -247,7 +250,8 @@ class GBLRCallback(Callback):
             total = trainer.estimated_stepping_batches
             if not math.isfinite(total):
                 raise ConfigError(
-                    "callback: the Trainer's number of steps is unknown (set max_epochs or max_steps), so give warmup and "
+                    "callback: the Trainer's number of steps is unknown (set max_epochs or max_steps), so give warmup "
+                    "and "
                     "cooldown as integers"
                 )
             self._total_steps = int(total)
@@ -286,8 +290,10 @@ class GBLRCallback(Callback):
         self._last_step = step
         if froze or first or due:
             values = self._log(trainer)
-            for name in ("gblr/relative_flops", "gblr/sigma"):
-                pl_module.log(name, values.get(name, math.inf), prog_bar=True, logger=False, batch_size=1)
+            for name, short in (("gblr/relative_flops", "rel_flops"), ("gblr/sigma", "sigma")):
+                value = values.get(name, math.inf)
+                pl_module.log(name, value, logger=False, batch_size=1)
+                pl_module.log(short, value, logger=False, prog_bar=True, batch_size=1)
         if draw:
             self._draw(trainer)
 
@@ -306,7 +312,8 @@ class GBLRCallback(Callback):
                 learner.freeze()
             elif schedule is not None:
                 _logger.warning(
-                    "training ended at step %d, before the cool-down at step %d: the structure is not frozen and the budget "
+                    "training ended at step %d, before the cool-down at step %d: the structure is not frozen and the "
+                    "budget "
                     "not met; resume, or call callback.learner.freeze()",
                     learner.step_count,
                     schedule.cooldown_begin_step,

@@ -54,9 +54,10 @@ def log_pictures(
     budget: float | None = None,
     lambdas: Mapping[str, float] | None = None,
 ) -> None:
-    """Draw each layer's structure, if a logger takes pictures: TensorBoard's, or one with ``log_image`` (Weights & Biases).
+    """Draw each layer's structure, if a logger takes pictures.
 
-    TensorBoard also gets the data of its GBLR tab.
+    Those are TensorBoard's, and any that has ``log_image`` (Weights & Biases). TensorBoard also gets the data of its
+    GBLR tab.
     """
     takers = [logger for logger in loggers if _takes_pictures(logger)]
     if not takers:

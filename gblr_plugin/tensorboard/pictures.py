@@ -40,7 +40,7 @@ _INK = (70, 74, 84)
 
 
 def _blocks(source: Any) -> tuple[Intervals, Intervals, tuple[int, ...]]:
-    """Row intervals, column intervals and split sizes of whatever has a structure; components that cost nothing dropped."""
+    """Row intervals, column intervals and split sizes of whatever has a structure, without dead components."""
     if isinstance(source, GBLRLayer):
         rows, cols = source.intervals()
         sizes: tuple[int, ...] = (rows.num_components // source.row_splits,) * source.row_splits
@@ -51,7 +51,8 @@ def _blocks(source: Any) -> tuple[Intervals, Intervals, tuple[int, ...]]:
             source = source.to_structured()
         if not isinstance(source, StructuredMatrix):
             raise ConfigError(
-                f"picture: a {type(source).__name__} has no structure; allowed are a StructuredMatrix, a structured layer "
+                f"picture: a {type(source).__name__} has no structure; allowed are a StructuredMatrix, a structured "
+                "layer "
                 "and a converted layer or weight"
             )
         rows, cols, sizes = source.rows, source.cols, source.split_sizes
@@ -151,7 +152,8 @@ def colours(counts: Tensor, most: float) -> Tensor:
         (..., 3) uint8 sRGB.
     """
     values = counts.to(torch.float32)
-    # A picture with one or two levels keeps to the light half: two blocks look like two, not like the most there can be.
+    # A picture with one or two levels keeps to the light half: two blocks look like two, not like the most there can
+    # be.
     share = ((values.clamp(min=1) - 1) / (max(most, 4.0) - 1)).clamp(max=1).sqrt()
     share = 0.08 + 0.92 * share
     ramp = _ramp().to(device=values.device, dtype=torch.float32)

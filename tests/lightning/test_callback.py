@@ -1,0 +1,364 @@
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+import gblr_plugin
+from gblr_plugin.conversion import prepare
+from gblr_plugin.errors import ConfigError
+from gblr_plugin.layers import GBLRLayer, GBLRLinear
+from gblr_plugin.learner import StructureLearner
+from gblr_plugin.lightning import GBLRCallback
+from gblr_plugin.optim import STRUCTURE_KEY
+
+QUIET = {"picture_every_n_epochs": 0}
+
+
+def driver(**options):
+    return GBLRCallback(**({"budget": 0.4, "warmup": 3, "cooldown": 14} | QUIET | options))
+
+
+def layers_of(module):
+    return {name: part for name, part in module.named_modules() if isinstance(part, GBLRLayer)}
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Counts the proximal steps that learners really take."""
+    taken = []
+    original = StructureLearner.after_step
+
+    def counted(self, optimizer):
+        taken.append(optimizer)
+        original(self, optimizer)
+
+    monkeypatch.setattr(StructureLearner, "after_step", counted)
+    return taken
+
+
+def test_a_plain_trainer_learns_a_structure_within_the_budget(make_module, make_trainer):
+    module, callback = make_module(), driver()
+    make_trainer([callback]).fit(module)
+    assert len(layers_of(module)) == 3
+    assert callback.learner.frozen
+    assert 0.39 < callback.learner.relative_flops <= 0.4
+    x = torch.randn(5, 16)
+    before = module(x)
+    gblr_plugin.convert(module)
+    assert not layers_of(module)
+    torch.testing.assert_close(module(x), before)
+
+
+def test_structure_has_a_group_of_its_own_that_follows_the_scheduler(make_module, make_trainer):
+    class Watch(pl.Callback):
+        seen: list = []
+
+        def on_train_batch_end(self, trainer, *args):
+            self.seen.append([dict(group, params=len(group["params"])) for group in trainer.optimizers[0].param_groups])
+
+    watch = Watch()
+    make_trainer([driver(), watch], max_steps=3).fit(make_module(schedule="onecycle"))
+    rest, own = watch.seen[-1]
+    assert (rest["params"], own["params"]) == (9, 6)
+    assert own[STRUCTURE_KEY] and own["weight_decay"] == 0
+    assert own["lr"] == rest["lr"] and own["lr"] != watch.seen[0][1]["lr"]
+
+
+def test_structure_lr_is_the_groups_own(make_module, make_trainer):
+    callback = driver(structure_lr=0.125)
+    trainer = make_trainer([callback], max_steps=2)
+    trainer.fit(make_module())
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [0.01, 0.125]
+
+
+@pytest.mark.parametrize(
+    ("module_options", "trainer_options", "expected"),
+    [
+        ({}, {"max_steps": 5}, 5),
+        ({}, {"max_steps": 4, "accumulate_grad_batches": 3}, 4),
+        ({"manual": True}, {"max_steps": 5}, 5),
+        ({"manual": True, "two_optimizers": True}, {"max_epochs": 1, "max_steps": -1}, 12),  # 6 batches, 2 optimizers
+    ],
+    ids=["plain", "accumulation", "manual", "two optimizers"],
+)
+def test_one_proximal_step_per_optimizer_step(
+    make_module, make_trainer, steps, module_options, trainer_options, expected
+):
+    callback = driver()
+    trainer = make_trainer([callback], **trainer_options)
+    trainer.fit(make_module(**module_options))
+    assert len(steps) == expected
+    assert callback.learner.step_count == expected // len(trainer.optimizers)
+
+
+def test_steps_that_a_grad_scaler_skips_do_not_count(make_module, make_trainer, steps):
+    class Overflowing(make_module):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * torch.inf if batch_idx in (1, 2) else loss
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    precision = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    trainer = make_trainer([driver()], plugins=[precision], max_steps=-1, max_epochs=1)
+    trainer.fit(Overflowing())
+    assert len(steps) == 4  # of 6
+
+
+def test_the_optimizer_is_left_as_it_was(make_module, make_trainer):
+    trainer = make_trainer([driver()], max_steps=2)
+    trainer.fit(make_module())
+    assert "step" not in trainer.optimizers[0].__dict__
+
+
+def test_an_exception_detaches(make_module, make_trainer):
+    class Failing(make_module):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2:
+                raise RuntimeError("on purpose")
+            return super().training_step(batch, batch_idx)
+
+    callback = driver()
+    trainer = make_trainer([callback])
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer.fit(Failing())
+    assert callback.learner.step_count == 2
+    assert "step" not in trainer.optimizers[0].__dict__
+
+
+def parameters_of(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_identical(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("stop", [6, 12, 18], ids=["early", "before the freeze", "after the freeze"])
+@pytest.mark.parametrize("schedule", [None, "onecycle", "lambda", "sequential"])
+def test_stop_and_resume_gives_the_same_parameters(make_module, make_trainer, tmp_path, stop, schedule):
+    straight = make_module(schedule)
+    make_trainer([driver()], max_steps=24).fit(straight)
+
+    trainer = make_trainer([driver()], max_steps=stop)
+    trainer.fit(make_module(schedule))
+    trainer.save_checkpoint(tmp_path / "stop.ckpt")
+    resumed, callback = make_module(schedule), driver()
+    nn.init.zeros_(resumed.net[0].weight)  # nothing of the fresh model may survive
+    make_trainer([callback], max_steps=24).fit(resumed, ckpt_path=tmp_path / "stop.ckpt")
+    assert callback.learner.step_count == 24
+    assert_identical(parameters_of(resumed), parameters_of(straight))
+
+
+def test_fractions_keep_the_meaning_they_had_when_training_began(make_module, make_trainer, tmp_path):
+    def make(**options):
+        return driver(warmup=0.1, cooldown=0.75, **options)
+
+    straight, first = make_module(), make()
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=12, save_top_k=-1, filename="{step}")
+    make_trainer([first, saver], max_steps=24, enable_checkpointing=True).fit(straight)
+    resumed, callback = make_module(), make()
+    make_trainer([callback], max_steps=30).fit(resumed, ckpt_path=tmp_path / "step=12.ckpt")
+    assert callback.learner.schedule == first.learner.schedule
+    short, last = make_module(), make()
+    make_trainer([last], max_steps=24).fit(short, ckpt_path=tmp_path / "step=12.ckpt")
+    assert_identical(parameters_of(short), parameters_of(straight))
+    assert last.history["relative_flops"] == first.history["relative_flops"]
+
+
+@pytest.mark.parametrize("components", [None, 5])
+def test_a_dense_model_evaluates_a_structured_checkpoint(make_module, make_trainer, tmp_path, components):
+    trained = make_module()
+    trainer = make_trainer([driver(num_components=components)])
+    trainer.fit(trained)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    expected = trainer.test(trained, verbose=False)
+    fresh = make_module()
+    got = make_trainer([driver()]).test(fresh, ckpt_path=tmp_path / "end.ckpt", verbose=False)
+    assert got == expected
+    assert_identical(parameters_of(fresh), parameters_of(trained))
+
+
+def test_resume_fits_component_counts_that_depend_on_the_weight(make_module, make_trainer, tmp_path):
+    trainer = make_trainer([driver(num_components=7)], max_steps=6)
+    trainer.fit(make_module())
+    trainer.save_checkpoint(tmp_path / "stop.ckpt")
+    resumed, callback = make_module(), driver(num_components=9)
+    make_trainer([callback], max_steps=24).fit(resumed, ckpt_path=tmp_path / "stop.ckpt")
+    assert callback.learner.layers["net.0"].U.shape[0] == 7
+    assert 0.39 < callback.learner.relative_flops <= 0.4
+
+
+def test_layers_are_chosen_by_name_pattern_and_type(make_module, make_trainer):
+    for options, names in (
+        ({"layers": ["net.0"]}, {"net.0"}),
+        ({"layers": ["net.[02]"]}, {"net.0", "net.2"}),
+        ({"layers": [nn.Linear], "exclude": ["net.4"]}, {"net.0", "net.2"}),
+    ):
+        module = make_module()
+        make_trainer([driver(**options)], max_steps=1).fit(module)
+        assert layers_of(module).keys() == names
+    with pytest.raises(ConfigError, match=r"net\.7"):
+        make_trainer([driver(layers=["net.7"])]).fit(make_module())
+
+
+def test_row_splits_may_differ_by_layer(make_module, make_trainer):
+    module = make_module()
+    make_trainer([driver(row_splits={"net.[02]": 3, "net.2": 2}, align=2)], max_steps=1).fit(module)
+    assert {name: layer.row_splits for name, layer in layers_of(module).items()} == {"net.0": 3, "net.2": 3, "net.4": 1}
+    assert all(layer.align == (2, 2) for layer in layers_of(module).values())
+
+
+def test_each_layer_meets_the_budget_of_its_own_without_a_group(make_module, make_trainer):
+    module = make_module()
+    make_trainer([driver(group=False)]).fit(module)
+    assert all(0.3 < layer.relative_flops <= 0.4 for layer in layers_of(module).values())
+
+
+def test_a_fixed_threshold_shrinks_without_a_budget(make_module, make_trainer):
+    module, callback = make_module(), driver(budget=None, threshold=2.0)
+    make_trainer([callback]).fit(module)
+    assert callback.learner.frozen
+    assert callback.history["lambda"][2][1] == pytest.approx(2.0)
+    assert callback.learner.relative_flops < 1.5
+
+
+def test_other_initialisers_start_at_the_budget(make_module, make_trainer):
+    callback = driver(initialiser="trapezoid", layers=["net.0", "net.2"])
+    make_trainer([callback], max_steps=1).fit(make_module())
+    assert callback.history["relative_flops"][0][1] <= 0.4
+
+
+def test_watching_changes_nothing(make_module, make_trainer, steps):
+    def fit(callbacks):
+        module = make_module()
+        prepare(module, ["net.2"])
+        trainer = make_trainer(callbacks, max_steps=8)
+        trainer.fit(module)
+        return parameters_of(module), trainer
+
+    callback = GBLRCallback()
+    watched, trainer = fit([callback])
+    unwatched, _ = fit([])
+    assert_identical(watched, unwatched)
+    assert not steps
+    assert len(trainer.optimizers[0].param_groups) == 1
+    assert [step for step, _ in callback.history["relative_flops"]] == [0, 1, 5, 8]
+
+
+def test_watching_needs_something_to_watch(make_module, make_trainer):
+    with pytest.raises(ConfigError, match="no structured layers to watch"):
+        make_trainer([GBLRCallback()]).fit(make_module())
+
+
+def test_prepared_layers_are_driven_as_they_are(make_module, make_trainer):
+    module = make_module()
+    prepared = prepare(module, ["net.2"])
+    callback = driver()
+    make_trainer([callback]).fit(module)
+    assert callback.learner.layers == prepared
+    assert type(module.net[0]) is nn.Linear
+    assert prepared["net.2"].relative_flops <= 0.4
+
+
+def test_layers_that_nni_drives_are_not_driven_twice(make_module, make_trainer):
+    module = make_module()
+    prepare(module, ["net.2"])["net.2"]._nni_wrapper = nn.Identity()
+    with pytest.raises(ConfigError, match="NNI pruner drives it already"):
+        make_trainer([driver()]).fit(module)
+    make_trainer([GBLRCallback()], max_steps=1).fit(module)
+
+
+def test_a_model_built_in_configure_model(make_module, make_trainer):
+    class Late(make_module):
+        def __init__(self):
+            super().__init__()
+            self.net = None
+
+        def configure_model(self):
+            if self.net is None:
+                self.net = make_module().net
+
+    module, callback = Late(), driver()
+    make_trainer([callback]).fit(module)
+    assert callback.learner.frozen
+    assert isinstance(module.net[0], GBLRLinear)
+
+
+def test_a_model_rebuilt_after_the_swap_is_an_error(make_module, make_trainer):
+    class Rebuilt(make_module):
+        def setup(self, stage):
+            self.net = make_module().net
+
+    with pytest.raises(ConfigError, match="replaced after the callback structured it"):
+        make_trainer([driver()]).fit(Rebuilt())
+
+
+def test_widths_that_are_in_no_optimizer_are_an_error(make_module, make_trainer):
+    class Partial(make_module):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.net[0].parameters())
+
+    with pytest.raises(ConfigError, match=r"'net.2': its widths are in no optimizer"):
+        make_trainer([driver()]).fit(Partial())
+
+
+def test_training_that_ends_early_says_so_or_freezes(make_module, make_trainer, caplog):
+    callback = driver()
+    with caplog.at_level(logging.WARNING, "gblr_plugin"):
+        make_trainer([callback], max_steps=8).fit(make_module())
+    assert "before the cool-down at step 14" in caplog.text
+    assert not callback.learner.frozen
+    callback.learner.freeze()
+    assert callback.learner.relative_flops <= 0.4 or callback.learner.progress == 1.0
+    ending = driver(freeze_at_end=True)
+    make_trainer([ending], max_steps=8).fit(make_module())
+    assert ending.learner.frozen
+    assert ending.learner.relative_flops <= 0.4
+
+
+def test_a_second_fit_goes_on(make_module, make_trainer):
+    module, callback = make_module(), driver()
+    make_trainer([callback], max_steps=8).fit(module)
+    assert not callback.learner.frozen
+    make_trainer([callback], max_steps=8).fit(module)
+    assert callback.learner.step_count == 16
+    assert callback.learner.frozen
+
+
+def test_unknown_number_of_steps_is_an_error(make_module, make_trainer):
+    with pytest.raises(ConfigError, match="give warmup and cooldown as integers"):
+        make_trainer([GBLRCallback(0.5)], max_steps=-1, max_epochs=-1).fit(make_module())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0.0}, "budget must be relative FLOPs"),
+        ({"budget": 0.5, "threshold": 0.1}, "not both"),
+        ({"warmup": 1.5}, "fraction must lie"),
+        ({"warmup": -1}, "must be a step"),
+        ({"warmup": 10, "cooldown": 5}, "less than cooldown"),
+        ({"layers": "net.0"}, "layers is a list"),
+        ({"budget": None, "threshold": 1.0, "initialiser": "trapezoid"}, "initial_budget"),
+        ({"log_every_n_steps": 0}, "log_every_n_steps"),
+        ({"picture_size": 4}, "picture_size"),
+    ],
+)
+def test_arguments_out_of_range(options, message):
+    with pytest.raises(ConfigError, match=message):
+        driver(**options)
+
+
+def test_the_callback_can_be_copied_and_pickled(make_module, make_trainer):
+    callback = driver()
+    assert pickle.loads(pickle.dumps(callback)).state_dict() == callback.state_dict()
+    make_trainer([callback]).fit(make_module())
+    assert copy.deepcopy(callback).learner.step_count == 20
