@@ -1,7 +1,7 @@
 """Generalized block low-rank (GBLR) weights, learned by gradient descent, for NNI, Lightning, torchao and TensorBoard.
 
-Only torch is imported here (and torchao with the tensor); NNI, Lightning and TensorBoard are imported when the bridge to
-them is used: ``gblr_plugin.nni``, ``gblr_plugin.lightning``, ``gblr_plugin.tensorboard``.
+Only torch is imported here (and torchao with the tensor); NNI, Lightning and TensorBoard are imported when the bridge
+to them is used: ``gblr_plugin.nni``, ``gblr_plugin.lightning``, ``gblr_plugin.tensorboard``.
 """
 
 from __future__ import annotations

@@ -24,13 +24,14 @@ class GBLRConfig(AOBaseConfig):
     """Structure the layers that ``quantize_(model, config, filter_fn)`` selects.
 
     ``step="prepare"`` turns dense layers into trainable structured ones. ``step="convert"`` freezes prepared layers, and
-    compresses layers that were never prepared in one shot to ``budget``. Converted layers are left alone, so applying a config
-    twice is harmless. quantize_'s default filter selects linear layers only; pass ``filter_fn`` for convolutions.
+    compresses layers that were never prepared in one shot to ``budget``. Converted layers are left alone, so applying
+    a config twice is harmless. quantize_'s default filter selects linear layers only; pass ``filter_fn`` for
+    convolutions.
 
     Args:
         step: ``"prepare"`` or ``"convert"``.
-        budget: Relative FLOPs in (0, 1]: the target of one-shot compression, and the start of initialisers that take one.
-        align: Tile of rows and columns to which intervals snap.
+        budget: Relative FLOPs in (0, 1]: the target of one-shot compression, and the start of initialisers that take
+        one. align: Tile of rows and columns to which intervals snap.
         initialiser: How trainable layers start, see :class:`~gblr_plugin.conversion.LayerSettings`.
         method: One-shot decomposition, see :func:`gblr_plugin.decompose`.
         num_components: K of trainable layers; default min(m, n).
@@ -78,7 +79,9 @@ def _gblr_transform(module: nn.Module, config: GBLRConfig) -> nn.Module:
         return _structured(type(module).__name__, module, setting)
     if isinstance(module, GBLRLayer):
         if module.sigma is not None:
-            raise ConfigError(f"GBLRConfig: masks are still smooth (sigma {module.sigma:g}); freeze the structure first")
+            raise ConfigError(
+                f"GBLRConfig: masks are still smooth (sigma {module.sigma:g}); freeze the structure first"
+            )
         return frozen_like(module, module.structure(), plan=config.plan)
     if not structurable(module) or not can_gain(module, config.row_splits):
         return module

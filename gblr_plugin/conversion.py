@@ -70,8 +70,8 @@ def prepare_layers(model: nn.Module, settings: Mapping[str, LayerSettings]) -> d
         The new layers by name, without those that stay dense. A shared module has one entry.
 
     Raises:
-        ConfigError: If a name is unknown, a layer cannot be structured, its weight is tied or has NaN entries, or none of the
-            layers can gain.
+        ConfigError: If a name is unknown, a layer cannot be structured, its weight is tied or has NaN entries, or none
+            of the layers can gain.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     unknown = [name for name in settings if name not in modules]
@@ -156,8 +156,8 @@ def frozen_like(module: nn.Module, matrix: StructuredMatrix, *, plan: Any = None
     from .tensor import GBLRTensor  # needs torchao, which the trainable path does not
 
     conv = isinstance(module, (nn.Conv1d, nn.Conv2d))
-    shape = (matrix.shape[0], module.in_channels, *module.kernel_size) if conv else matrix.shape  # type: ignore[union-attr, misc, operator]
-    weight: Tensor
+    shape = (matrix.shape[0], module.in_channels, *module.kernel_size) if conv else matrix.shape  # type:
+    ignore[union-attr, misc, operator] weight: Tensor
     note = None
     if matrix.relative_flops >= 1.0:
         weight = matrix.to_dense().reshape(shape)  # type: ignore[arg-type]  # integers
@@ -187,7 +187,12 @@ def frozen_like(module: nn.Module, matrix: StructuredMatrix, *, plan: Any = None
     if note is not None:
         new.gblr_note = note  # type: ignore[assignment]  # a plain attribute, shown by the report
     new.train(module.training)
-    for table in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+    for table in (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+    ):
         getattr(new, table).update(getattr(module, table))
     return new
 
@@ -209,8 +214,8 @@ def convert(model: nn.Module, *, plan: Any = None) -> nn.Module:
     for name, layer in layers.items():
         if layer.sigma is not None:
             raise ConfigError(
-                f"layer {name or type(layer).__name__!r}: its masks are still smooth (sigma {layer.sigma:g}); finish training "
-                "or call freeze_structure() before converting"
+                f"layer {name or type(layer).__name__!r}: its masks are still smooth (sigma {layer.sigma:g}); finish "
+                "training or call freeze_structure() before converting"
             )
     frozen = {id(layer): frozen_like(layer, layer.structure(), plan=plan) for layer in layers.values()}
     if id(model) in frozen:

@@ -144,7 +144,9 @@ class Report:
         def line(row: tuple[str, ...]) -> str:
             name = row[0] if len(row[0]) <= widths[0] else "…" + row[0][1 - widths[0] :]
             left = (name.ljust(widths[0]), row[1].rjust(widths[1]), row[2].ljust(widths[2]))
-            return " ".join([*left, *(cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True))]).rstrip()
+            return " ".join(
+                [*left, *(cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True))]
+            ).rstrip()
 
         rule = "-" * min(sum(widths) + 5, 80)
         text = [line(rows[0]), rule, *map(line, rows[1:]), rule, line(total)]
@@ -162,8 +164,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _positions(module: nn.Module, output: Tensor) -> int:
     """Matrix-vector products of one call: output entries per output channel."""
-    rows = module.matrix_shape[0] if hasattr(module, "matrix_shape") else None
-    channels: Any = rows or (weight_shape(module)[0])
+    channels = weight_shape(module)[0]
     return output.numel() // channels if channels else 0
 
 
@@ -188,8 +189,8 @@ def _layer_report(name: str, module: nn.Module, positions: int) -> LayerReport:
         stored, structure = int(module.stored), getattr(module, "structure_name", "gblr")  # type: ignore[arg-type]
         components = int(getattr(module, "num_components", 0))
     elif hasattr(weight, "to_structured"):
-        stored, components, structure = int(weight.stored), int(weight.num_components), "gblr"  # type: ignore[union-attr, arg-type]
-        plan = getattr(weight, "plan", None)
+        stored, components, structure = int(weight.stored), int(weight.num_components), "gblr"  # type:
+        ignore[union-attr, arg-type] plan = getattr(weight, "plan", None)
         kernel = str(getattr(plan, "summary", "") or "")
         padding = float(getattr(weight, "padding", 1.0))
     dense = m * n
@@ -220,8 +221,8 @@ def _count_parameters(model: nn.Module, layers: list[LayerReport], owned: set[in
 def report(model: nn.Module, example_input: Any) -> Report:
     """Count multiply-adds and parameters of a model on an example input.
 
-    Structured layers count the multiply-adds of their structured product (paper Eq. 4), however they are computed at the
-    moment; a layer used several times counts each time.
+    Structured layers count the multiply-adds of their structured product (paper Eq. 4), however they are computed at
+    the moment; a layer used several times counts each time.
 
     Args:
         model: Dense, in training, or converted.
@@ -249,7 +250,7 @@ def report(model: nn.Module, example_input: Any) -> Report:
     was_training = model.training
     # torch counts attention on GPUs; its CPU kernel has the same formula.
     attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
-    counting = FlopCounterMode(display=False, depth=None, custom_mapping=attention)
+    counting = FlopCounterMode(display=False, custom_mapping=attention)
     try:
         model.eval()
         with counting:

@@ -22,8 +22,8 @@ def select_layers(
 
     Args:
         model: Any model.
-        include: Module names, glob patterns over names (``"blocks.*.mlp.*"``) or type names (``"Linear"``). ``None``: every
-            layer that can be structured and made cheaper.
+        include: Module names, glob patterns over names (``"blocks.*.mlp.*"``) or type names (``"Linear"``). ``None``:
+            every layer that can be structured and made cheaper.
         exclude: The same kinds of patterns, taken away again.
 
     Returns:

@@ -62,7 +62,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ConfigError(f"load: {os.fspath(path)!r} is not a gblr_plugin model file")
     if content.get("version") != _VERSION:
-        raise ConfigError(f"load: {os.fspath(path)!r} has format version {content.get('version')}, allowed is {_VERSION}")
+        raise ConfigError(
+            f"load: {os.fspath(path)!r} has format version {content.get('version')}, allowed is {_VERSION}"
+        )
     skeleton = model if isinstance(model, nn.Module) else model()
     state: dict[str, Tensor] = content["state"]
     _fit_linears(skeleton, state)

@@ -46,12 +46,12 @@ class Method:
     """One way of compressing the trained network; several are compared in one run.
 
     Args:
-        name: ``"gblr"``, learned through NNI's GBLRPruner, or another structure family, one-shot and then fine-tuned.
-        config_list: NNI's compression config. Default: the task's layers at the run's budget.
+        name: ``"gblr"``, learned through NNI's GBLRPruner, or another compressor by its name, then fine-tuned.
+        config_list: NNI's compression config; default the run's.
         training: Of the compression and fine-tuning phase; default the run's ``finetune``.
         warmup: Share of the steps before anything shrinks (gblr).
         cooldown: Share of the steps, at the end, with the structure frozen (gblr).
-        options: Further arguments of the pruner or family.
+        options: Further arguments of the compressor.
     """
 
     name: str
@@ -75,8 +75,9 @@ class RunSettings:
 
     Args:
         task: A built-in task (``digits_vit``, ``byte_gpt``) or ``"package.module:Class"``.
+        budget: Relative FLOPs of the compressed layers, in (0, 1], for a run without ``config_list``.
+        config_list: NNI's compression config: which layers, and how far. Default: the task's layers at ``budget``.
         model: Arguments of the task: sizes of the network, the data's folder and split.
-        budget: Relative FLOPs of the compressed layers, in (0, 1].
         seeds: One repetition each, of split, initialisation and training.
         dense: Training of the dense network.
         finetune: Training after (gblr: during) compression.
@@ -86,7 +87,8 @@ class RunSettings:
     """
 
     task: str
-    budget: float
+    budget: float | None = None
+    config_list: list[dict[str, Any]] | None = None
     model: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     dense: Training = field(default_factory=Training)
@@ -96,7 +98,9 @@ class RunSettings:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
+        if (self.budget is None) == (self.config_list is None):
+            raise ConfigError("give either budget or config_list")
+        if self.budget is not None and not 0 < self.budget <= 1:
             raise ConfigError(f"budget must be relative FLOPs in (0, 1], got {self.budget}")
         if not self.seeds or not self.methods:
             raise ConfigError("seeds and methods must not be empty")

@@ -42,8 +42,8 @@ def load_yaml(path: str | Path) -> _Located:
     """Parse a YAML file safely.
 
     Raises:
-        ConfigError: If it is missing, too large, too deep, uses tags or anchors that would build objects, repeats a key, or
-            is not a mapping.
+        ConfigError: If it is missing, too large, too deep, uses tags or anchors that would build objects, repeats a
+            key, or is not a mapping.
     """
     path = Path(path)
     try:
@@ -151,9 +151,7 @@ def _build(kind: Any, data: Any, path: tuple[Any, ...], located: _Located) -> An
     missing = [
         name
         for name, field in fields.items()
-        if name not in values
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise located.fail(path, f"key {missing[0]!r} is missing")

@@ -55,7 +55,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class WarmupCosine:
-    """Factor of the learning rate at a step: linear up over the first ``warmup`` of ``steps``, then a half cosine to 0."""
+    """Factor of the learning rate: linear up over the first ``warmup`` of ``steps``, then a half cosine to 0."""
 
     steps: int
     warmup: float

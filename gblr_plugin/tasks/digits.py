@@ -44,7 +44,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         if image_size % patch_size or dim % heads:
             raise ConfigError(
-                f"model: patch_size {patch_size} must divide image_size {image_size}, and heads {heads} must divide dim {dim}"
+                f"model: patch_size {patch_size} must divide image_size {image_size}, and heads {heads} dim {dim}"
             )
         tokens = (image_size // patch_size) ** 2
         self.patch = nn.Conv2d(1, dim, patch_size, stride=patch_size)
@@ -58,7 +58,8 @@ class VisionTransformer(nn.Module):
         x = self.patch(x).flatten(2).transpose(1, 2) + self.position
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x).mean(1))
+        x = self.head(self.norm(x).mean(1))
+        return x
 
 
 class DigitsTask:

@@ -29,7 +29,13 @@ class ByteGPT(nn.Module):
     """
 
     def __init__(
-        self, context: int = 128, dim: int = 128, depth: int = 4, heads: int = 4, mlp_ratio: int = 4, dropout: float = 0.0
+        self,
+        context: int = 128,
+        dim: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+        mlp_ratio: int = 4,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if dim % heads:
@@ -45,7 +51,8 @@ class ByteGPT(nn.Module):
         h = self.token(x) + self.position[: x.shape[1]]
         for block in self.blocks:
             h = block(h)
-        return self.norm(h) @ self.token.weight.T
+        logits: Tensor = self.norm(h) @ self.token.weight.T
+        return logits
 
 
 class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
@@ -99,7 +106,8 @@ class TextTask:
     def network(self) -> nn.Module:
         """A new byte-level GPT."""
         try:
-            return ByteGPT(context=self.context, **self._network)  # type: ignore[arg-type]  # checked by the constructor
+            return ByteGPT(context=self.context, **self._network)  # type: ignore[arg-type]  # checked by the
+            constructor
         except TypeError as error:
             raise ConfigError(f"model: {error}") from error
 

@@ -21,7 +21,8 @@ class Attention(nn.Module):
         """(batch, tokens, dim) to the same."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.proj(y.transpose(1, 2).flatten(2))
+        y = self.proj(y.transpose(1, 2).flatten(2))
+        return y
 
 
 class Block(nn.Module):
@@ -37,4 +38,5 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, dim) to the same."""
         x = x + self.dropout(self.attn(self.norm1(x)))
-        return x + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+        x = x + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+        return x

@@ -1,0 +1,126 @@
+"""The ``gblr`` command. Exit codes: 0 done, 2 bad config or arguments (one line), 1 anything else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+from .errors import ConfigError
+
+__all__ = ["main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]  # argparse prints its usage over several lines
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="gblr", description="Learned structured matrices: compress networks that really run faster.")
+    parser.add_argument("--version", action="version", version=f"gblr-plugin {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+    run = commands.add_parser("run", help="train or load, compress, fine-tune, convert, report")
+    run.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the config; repeatable"
+    )
+    run.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/ and the config's name")
+    shown = commands.add_parser("report", help="show the report of an earlier run")
+    shown.add_argument("path", type=Path, metavar="PATH", help="an output folder, or a report.json")
+    shown.add_argument("--json", action="store_true", help="as JSON instead of a table")
+    bench = commands.add_parser("bench", help="time structured against dense layers", add_help=False)
+    bench.add_argument("arguments", nargs=argparse.REMAINDER)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["bench"]:
+        # argparse would take the benchmark's own options for ours.
+        from .bench import main as bench
+
+        return _guarded(lambda: bench(argv[1:]))
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+    if arguments.command == "report":
+        return _guarded(lambda: _report(arguments.path, arguments.json))
+    return _guarded(lambda: _run(arguments.config, arguments.set, arguments.output))
+
+
+def _guarded(command) -> int:  # type: ignore[no-untyped-def]
+    try:
+        return int(command() or 0)
+    except ConfigError as error:
+        print(f"gblr: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gblr: interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        print(f"gblr: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+def _report(path: Path, as_json: bool) -> None:
+    from .run.summary import RunReport
+
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text)
+        summary = RunReport.from_dict(values)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(f"report: no file at {str(file)!r}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"report: {str(file)!r} is not a report of gblr run") from error
+    print(json.dumps(values, indent=2) if as_json else summary)
+
+
+def _run(config: Path, overrides: list[str], output: Path | None) -> None:
+    from .run.console import Console, captured_output
+    from .run.settings import RunSettings
+    from .run.yaml_config import load_yaml, parse_overrides, read_settings
+
+    located = load_yaml(config)
+    parse_overrides(located, overrides)
+    settings = read_settings(RunSettings, located)
+    output = output or Path("outputs") / config.stem
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output: {str(output)!r} is a file, need a folder")
+    with captured_output(None):  # importing the hosts is noisy, and nothing is written before the config is known good
+        from .run.pipeline import prepare_run
+
+        job = prepare_run(settings)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "run.log").touch()
+    except OSError as error:
+        raise ConfigError(f"--output: cannot write to {str(output)!r}: {error.strerror}") from error
+    log = output / "run.log"
+    with captured_output(log) as terminal:
+        console = Console(terminal)
+        try:
+            summary = job.run(output, console)
+        except ConfigError:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            raise RuntimeError(f"{type(error).__name__}: {error} (details in {log})") from error
+        console.line()
+        console.line(str(summary))
+        console.line()
+        console.line(f"everything is in {output}; see it with: tensorboard --logdir {output / 'tensorboard'}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

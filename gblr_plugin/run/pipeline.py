@@ -1,0 +1,297 @@
+"""One run: per seed train the dense network, compress it by every method, convert, save, reload, evaluate, and time."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import nni
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import nn
+
+from .. import __version__
+from ..conversion import convert
+from ..errors import ConfigError
+from ..files import write_atomic, write_text
+from ..lightning import GBLRCallback
+from ..nni import LightningEvaluator, create_compressor
+from ..reporting import Report, report
+from ..serialization import load, save
+from ..tasks import get_task
+from ..tasks.base import ClassifierModule, PairsDataModule
+from .console import Console
+from .measure import evaluate, interleaved_latency
+from .settings import Method, RunSettings, Training
+from .summary import MethodResult, RunReport
+
+__all__ = ["Job", "prepare_run"]
+
+DENSE = "dense"
+
+
+class _Progress(pl.Callback):
+    """Shows the phase, epoch, relative FLOPs and time left on the console."""
+
+    def __init__(self, console: Console, label: str) -> None:
+        self._console, self._label = console, label
+        self._start = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
+        total = int(trainer.num_training_batches) * int(trainer.max_epochs or 1)
+        done = max(trainer.global_step, 1)
+        left = (time.monotonic() - self._start) / done * max(total - done, 0)
+        extra = "".join(
+            f"  {short} {float(trainer.callback_metrics[key]):.3g}"
+            for key, short in (("gblr/relative_flops", "rel. FLOPs"), ("gblr/sigma", "sigma"))
+            if key in trainer.callback_metrics
+        )
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        self._console.progress(f"{self._label}  {epoch}{extra}  {left:.0f} s left")
+
+
+def prepare_run(settings: RunSettings) -> Job:
+    """Check all that can be checked before anything is written.
+
+    Raises:
+        ConfigError: If the task, its arguments, or a compressor's config is wrong.
+    """
+    job = Job(settings)
+    for method in settings.methods:
+        job.dry_compress(method)
+    return job
+
+
+class Job:
+    """A run that is known to be well configured.
+
+    Args:
+        settings: What to do.
+
+    Raises:
+        ConfigError: If the task cannot be made.
+    """
+
+    def __init__(self, settings: RunSettings) -> None:
+        self.settings = settings
+        self.task = _make_task(settings)
+        self.results: dict[str, list[dict[str, Any]]] = {}
+        self.networks: dict[str, nn.Module] = {}
+        self.reports: dict[str, Report] = {}
+        self._events = Path()
+        self._console = Console()
+
+    def dry_compress(self, method: Method) -> None:
+        """Make the compressor on a throw-away network, so that a bad config is refused before any training."""
+        self.task.data(self.settings.seeds[0], 1)
+        self._compressor(method, self.task.network(), self.settings.seeds[0], cheap=True)
+
+    def run(self, output: Path, console: Console) -> RunReport:
+        """Do it all; files appear in ``output``, the report last.
+
+        Args:
+            output: An existing folder. Files of an earlier run stay until the new ones are complete.
+            console: For progress.
+
+        Returns:
+            The report.
+        """
+        if self.settings.threads is not None:
+            torch.set_num_threads(self.settings.threads)
+        self._console = console
+        self._events = output / "tensorboard" / time.strftime("%Y%m%d-%H%M%S")
+        for seed in self.settings.seeds:
+            self._one_seed(seed)
+        names = [DENSE, *(method.name for method in self.settings.methods)]
+        latency = self._latency()
+        summary = RunReport(
+            task=self.settings.task,
+            metric=self.task.metric,
+            higher_is_better=self.task.higher_is_better,
+            methods=[MethodResult(name, self.results[name], latency[name], self.reports[name]) for name in names],
+            environment=_environment(),
+            settings=asdict(self.settings),
+        )
+        self._write(output, summary)
+        return summary
+
+    def _latency(self) -> dict[str, dict[str, float]]:
+        latency: dict[str, dict[str, float]] = {name: {} for name in self.networks}
+        for batch in self.settings.latency_batch:
+            self._console.progress(f"latency at batch {batch}")
+            seconds = interleaved_latency(self.networks, self.task.example_input(batch))
+            for name, value in seconds.items():
+                latency[name][str(batch)] = 1e3 * value
+        return latency
+
+    def _write(self, output: Path, summary: RunReport) -> None:
+        first = self.settings.methods[0].name
+        save(self.networks[first], output / "model.pt")
+        _draw(output / "figures", summary, self.networks)
+        write_text(output / "report.txt", f"{summary}\n")
+        write_text(output / "report.json", summary.to_json())
+
+    def _trainer(self, training: Training, callbacks: list[pl.Callback], seed: int, name: str) -> Any:
+        logger = TensorBoardLogger(str(self._events), name=f"seed{seed}-{name}", version="")
+        return nni.trace(pl.Trainer)(
+            max_epochs=training.epochs,
+            accelerator="auto",
+            logger=logger,
+            callbacks=[*callbacks, _Progress(self._console, f"seed {seed}  {name}")],
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            log_every_n_steps=10,
+        )
+
+    def _module(self, network: nn.Module, training: Training, batches: int) -> ClassifierModule:
+        module: ClassifierModule = self.task.module(network, training, training.epochs * batches)
+        module.optimizer_class = nni.trace(torch.optim.AdamW)
+        module.scheduler_class = nni.trace(torch.optim.lr_scheduler.LambdaLR)
+        return module
+
+    def _data(self, seed: int, training: Training) -> PairsDataModule:
+        make = nni.trace(PairsDataModule)
+        plain = self.task.data(seed, training.batch_size)
+        return make(plain.train_set, plain.held_out, training.batch_size, seed)  # type: ignore[no-any-return]
+
+    def _one_seed(self, seed: int) -> None:
+        pl.seed_everything(seed)
+        training = self.settings.dense
+        data = self._data(seed, training)
+        dense = self.task.network()
+        start = time.monotonic()
+        module = self._module(dense, training, len(data.train_dataloader()))
+        self._trainer(training, [], seed, DENSE).get().fit(module, data)
+        self._record(DENSE, dense.eval(), data, start, seed)
+        for method in self.settings.methods:
+            pl.seed_everything(1000 + seed)
+            start = time.monotonic()
+            network = self._compress(method, copy.deepcopy(dense), seed)
+            self._record(method.name, network, data, start, seed)
+
+    def _compressor(self, method: Method, network: nn.Module, seed: int, cheap: bool = False) -> tuple[Any, nn.Module]:
+        """A method's compressor, bound to an evaluator, and the module it works on."""
+        training = method.training or self.settings.finetune
+        data = self._data(seed, training)
+        batches = len(data.train_dataloader())
+        if batches < 1:
+            raise ConfigError(f"data: fewer training examples than one batch of {training.batch_size}")
+        steps = training.epochs * batches
+        module = self._module(network, training, batches)
+        monitor = GBLRCallback(budget=None, picture_every_n_epochs=max(training.epochs // 8, 1))
+        options = dict(method.options)
+        if method.name == "gblr":
+            options.setdefault("warmup_step", round(method.warmup * steps))
+            options.setdefault("cooldown_begin_step", max(round((1 - method.cooldown) * steps), 1))
+        evaluator = LightningEvaluator(self._trainer(training, [monitor], seed, method.name), data)
+        return create_compressor(method.name, module, self._config_list(method), evaluator, **options), module
+
+    def _compress(self, method: Method, network: nn.Module, seed: int) -> nn.Module:
+        """The network, compressed by a method, fine-tuned and converted."""
+        compressor, module = self._compressor(method, network, seed)
+        training = method.training or self.settings.finetune
+        compressor.compress(max_steps=None, max_epochs=training.epochs)
+        compressor.unwrap_model()
+        compressed: nn.Module = module.network  # type: ignore[assignment]  # the attribute of ClassifierModule
+        return convert(compressed).eval()
+
+    def _config_list(self, method: Method) -> list[dict[str, Any]]:
+        if method.config_list is not None:
+            return copy.deepcopy(method.config_list)
+        if self.settings.config_list is not None:
+            return copy.deepcopy(self.settings.config_list)
+        return [
+            {"op_names_re": [_glob_to_regex(p) for p in self.task.layers], "sparse_ratio": 1 - self.settings.budget}
+        ]
+
+    def _record(self, name: str, network: nn.Module, data: PairsDataModule, start: float, seed: int) -> None:
+        """Evaluate the network as it is, and as it comes back from a saved file."""
+        metric = self.task.metric
+        figures = evaluate(network, data.test_dataloader(), metric)
+        train = evaluate(network, data.train_dataloader(), metric)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.pt"
+            save(network, path)
+            reloaded = load(path, self.task.network)
+            size = path.stat().st_size
+        again = evaluate(reloaded, data.test_dataloader(), metric)
+        counted = report(network, self.task.example_input())
+        result = {
+            "seed": seed,
+            **figures,
+            f"train_{metric}": train[metric],
+            f"reloaded_{metric}": again[metric],
+            "relative_flops": counted.relative_flops,
+            "model_relative_flops": counted.model_relative_flops,
+            "multiply_adds": counted.multiply_adds,
+            "parameters": counted.parameters,
+            "file_bytes": size,
+            "seconds": time.monotonic() - start,
+        }
+        self.results.setdefault(name, []).append(result)
+        if seed == self.settings.seeds[0]:
+            self.networks[name], self.reports[name] = reloaded, counted
+        self._console.line(
+            f"seed {seed}  {name:<12} {metric} {figures[metric]:.3f}  rel. FLOPs {counted.relative_flops:.4f}  "
+            f"{result['seconds']:.0f} s"
+        )
+
+
+def _environment() -> dict[str, Any]:
+    import platform
+
+    return {
+        "gblr_plugin": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "processor": _processor(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        import platform
+
+        return platform.processor()
+
+
+def _draw(folder: Path, summary: RunReport, networks: dict[str, nn.Module]) -> None:
+    """Figures, where matplotlib is installed."""
+    try:
+        from .. import plot
+    except ImportError:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    first = summary.methods[1].name
+    for name, figure in (
+        ("structure", plot.structure(networks[first])),
+        ("pareto", plot.pareto([summary])),
+    ):
+        write_atomic(folder / f"{name}.png", lambda file, figure=figure: figure.savefig(file, format="png", dpi=150))  # type: ignore[misc]
+
+
+def _glob_to_regex(pattern: str) -> str:
+    return pattern.replace(".", r"\.").replace("*", ".*")
+
+
+def _make_task(settings: RunSettings) -> Any:
+    kind = get_task(settings.task)
+    try:
+        return kind(**settings.model)
+    except TypeError as error:
+        raise ConfigError(f"model: {error}") from error

@@ -1,0 +1,133 @@
+"""The result of ``gblr run``: figures of every method over the seeds, and the table that shows them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..reporting import Report
+from .measure import mean_and_spread
+
+__all__ = ["MethodResult", "RunReport"]
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """Figures of one method.
+
+    Args:
+        name: ``"dense"`` or a compressor's name.
+        seeds: Figures per seed: the metric on held-out and training data, the same after reloading the saved file,
+            relative FLOPs, parameters, bytes on disk, seconds.
+        latency: Median milliseconds of a forward pass by batch size, measured turn by turn with the other methods.
+        layers: What the layers of the first seed's network cost.
+    """
+
+    name: str
+    seeds: list[dict[str, Any]]
+    latency: dict[str, float] = field(default_factory=dict)
+    layers: Report = field(default_factory=Report)
+
+    def mean(self, key: str) -> float:
+        """Mean of a figure over the seeds."""
+        return mean_and_spread([float(seed[key]) for seed in self.seeds])[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"name": self.name, "seeds": self.seeds, "latency_ms": self.latency, "layers": self.layers.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MethodResult:
+        """Inverse of :meth:`to_dict`."""
+        return cls(values["name"], values["seeds"], values["latency_ms"], Report.from_dict(values["layers"]))
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run found.
+
+    Args:
+        task: Name of the task.
+        metric: Name of the figure by which it is judged.
+        higher_is_better: Its direction.
+        methods: Dense first, then the methods in the config's order.
+        environment: Versions, threads and processor.
+        settings: The settings of the run.
+    """
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    methods: list[MethodResult]
+    environment: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "format": "gblr-run-report",
+            "version": 1,
+            "task": self.task,
+            "metric": self.metric,
+            "higher_is_better": self.higher_is_better,
+            "methods": [method.to_dict() for method in self.methods],
+            "environment": self.environment,
+            "settings": self.settings,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunReport:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: If the values are not of this format.
+        """
+        if values.get("format") != "gblr-run-report" or values.get("version") != 1:
+            raise ValueError("not a run report")
+        return cls(
+            values["task"],
+            values["metric"],
+            values["higher_is_better"],
+            [MethodResult.from_dict(method) for method in values["methods"]],
+            values["environment"],
+            values["settings"],
+        )
+
+    def to_json(self) -> str:
+        """JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __getitem__(self, name: str) -> MethodResult:
+        return next(method for method in self.methods if method.name == name)
+
+    def __str__(self) -> str:
+        """Table of methods, then the first method's layers; at most 80 columns."""
+        batches = list(self.methods[0].latency)
+        header = ["method", self.metric, "rel. FLOPs", "parameters", "file KB", *[f"ms @ {batch}" for batch in batches]]
+        rows = []
+        for method in self.methods:
+            mean, spread = mean_and_spread([seed[self.metric] for seed in method.seeds])
+            rows.append(
+                [
+                    method.name,
+                    f"{mean:.2f} ±{spread:.2f}",
+                    f"{method.mean('relative_flops'):.4f}",
+                    f"{method.mean('parameters'):,.0f}",
+                    f"{method.mean('file_bytes') / 1024:,.0f}",
+                    *[f"{method.latency[batch]:.2f}" for batch in batches],
+                ]
+            )
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+        def line(cells: list[str]) -> str:
+            first = cells[0].ljust(widths[0])
+            return "  ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))])
+
+        seeds = ", ".join(str(seed["seed"]) for seed in self.methods[0].seeds)
+        text = [f"{self.task}: {self.metric} on held-out data, mean ± half range over seeds {seeds}", "", line(header)]
+        text += ["-" * len(line(header)), *map(line, rows)]
+        if len(self.methods) > 1:
+            chosen = self.methods[1]
+            text += ["", f"layers of {chosen.name}, first seed", str(chosen.layers)]
+        return "\n".join(text)
