@@ -168,6 +168,10 @@ class GBLRLayer(nn.Module):
         self.locations.copy_(starts / lengths)
         self._mark_frozen(True)
 
+    def unfreeze_structure(self) -> None:
+        """Let the intervals be learned again, from where they are: a second round of compression."""
+        self._mark_frozen(False)
+
     def _mark_frozen(self, frozen: bool) -> None:
         self._structure_frozen = frozen
         self._sigma = None if frozen else self._sigma

@@ -72,19 +72,25 @@ class StructureLearner:
         layers: Structured layers by name. Layers that appear twice are counted once.
         goals: A goal for each name.
         schedule: Warm-up, homotopy and cool-down. ``None``: the host turns the clock with :meth:`set_progress`.
+        sigmas: Smoothness at the start and just before freezing where the host turns the clock.
 
     Raises:
         ConfigError: If names differ, the goals of a group contradict each other, or its bounds exclude its budget.
     """
 
     def __init__(
-        self, layers: Mapping[str, GBLRLayer], goals: Mapping[str, LayerGoal], schedule: Schedule | None
+        self,
+        layers: Mapping[str, GBLRLayer],
+        goals: Mapping[str, LayerGoal],
+        schedule: Schedule | None,
+        sigmas: tuple[float, float] = (1.0, 100.0),
     ) -> None:
         if set(layers) != set(goals):
             raise ConfigError(f"structure learner: layers and goals differ in {sorted(set(layers) ^ set(goals))}")
         self.layers = dict(layers)
         self.goals = {name: goals[name] for name in layers}
         self.schedule = schedule
+        self.sigmas = sigmas
         self.step_count = 0
         self.progress = 0.0
         self.frozen = False
@@ -191,7 +197,7 @@ class StructureLearner:
         self._set_sigma()
 
     def _set_sigma(self) -> None:
-        schedule = self.schedule or Schedule(0, 1)
+        schedule = self.schedule or Schedule(0, 1, *self.sigmas)
         if not self.frozen:
             sigma = schedule.sigma(self.progress)
             for layer in self.layers.values():
