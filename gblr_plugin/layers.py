@@ -251,7 +251,7 @@ class GBLRLayer(nn.Module):
 
 
 def _check_align(align: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (align, align) if isinstance(align, int) else tuple(align)
+    pair = tuple(align) if isinstance(align, (tuple, list)) else (align, align)
     if len(pair) != 2 or any(not isinstance(tile, int) or tile < 1 for tile in pair):
         raise ConfigError(f"align: need a positive integer or a pair of them, got {align!r}")
     return pair[0], pair[1]
