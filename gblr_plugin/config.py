@@ -23,9 +23,9 @@ __all__ = ["GBLRConfig"]
 class GBLRConfig(AOBaseConfig):
     """Structure the layers that ``quantize_(model, config, filter_fn)`` selects.
 
-    ``step="prepare"`` turns dense layers into trainable structured ones. ``step="convert"`` freezes prepared layers, and
-    compresses layers that were never prepared in one shot to ``budget``. Converted layers are left alone, so applying
-    a config twice is harmless. quantize_'s default filter selects linear layers only; pass ``filter_fn`` for
+    ``step="prepare"`` turns dense layers into trainable structured ones. ``step="convert"`` freezes prepared layers,
+    and compresses layers that were never prepared in one shot to ``budget``. Converted layers are left alone, so
+    applying a config twice is harmless. quantize_'s default filter selects linear layers only; pass ``filter_fn`` for
     convolutions.
 
     Args:

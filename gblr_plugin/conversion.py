@@ -59,8 +59,8 @@ def _check_untied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
 def prepare_layers(model: nn.Module, settings: Mapping[str, LayerSettings]) -> dict[str, GBLRLayer]:
     """Swap named dense layers for trainable structured ones, in place.
 
-    Everything is checked and computed before the model is touched. A layer that cannot be cheaper than dense stays dense,
-    with a warning and a note that :func:`gblr_plugin.report` shows.
+    Everything is checked and computed before the model is touched. A layer that cannot be cheaper than dense stays
+    dense, with a warning and a note that :func:`gblr_plugin.report` shows.
 
     Args:
         model: Changed in place.
@@ -155,28 +155,29 @@ def frozen_like(module: nn.Module, matrix: StructuredMatrix, *, plan: Any = None
     """
     from .tensor import GBLRTensor  # needs torchao, which the trainable path does not
 
-    conv = isinstance(module, (nn.Conv1d, nn.Conv2d))
-    shape = (matrix.shape[0], module.in_channels, *module.kernel_size) if conv else matrix.shape  # type:
-    ignore[union-attr, misc, operator] weight: Tensor
+    shape: tuple[int, ...] = matrix.shape
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        shape = (matrix.shape[0], module.in_channels, *module.kernel_size)
+    weight: Tensor
     note = None
     if matrix.relative_flops >= 1.0:
-        weight = matrix.to_dense().reshape(shape)  # type: ignore[arg-type]  # integers
+        weight = matrix.to_dense().reshape(shape)
         note = "not cheaper than dense, stored dense"
     else:
         weight = GBLRTensor.from_structured(matrix, shape=shape, plan=plan)
     new: nn.Module
     bias: Any = module.bias
-    if conv:
-        kind = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        kind: Any = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
         new = kind(
-            module.in_channels,  # type: ignore[arg-type]
-            module.out_channels,  # type: ignore[arg-type]
-            module.kernel_size,  # type: ignore[arg-type]
-            stride=module.stride,  # type: ignore[arg-type]
-            padding=module.padding,  # type: ignore[arg-type]
-            dilation=module.dilation,  # type: ignore[arg-type]
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            stride=module.stride,
+            padding=module.padding,
+            dilation=module.dilation,
             bias=bias is not None,
-            padding_mode=module.padding_mode,  # type: ignore[arg-type]
+            padding_mode=module.padding_mode,
             device="meta",
         )
     else:

@@ -184,13 +184,14 @@ def _layer_report(name: str, module: nn.Module, positions: int) -> LayerReport:
     m, n = weight_shape(module)
     stored, components, structure, kernel, padding = m * n, 0, "dense", "", 1.0
     groups = getattr(module, "groups", 1)
-    weight = None if hasattr(module, "matrix_shape") else getattr(module, "weight", None)
+    weight: Any = None if hasattr(module, "matrix_shape") else getattr(module, "weight", None)
     if hasattr(module, "matrix_shape"):
-        stored, structure = int(module.stored), getattr(module, "structure_name", "gblr")  # type: ignore[arg-type]
+        measured: Any = module
+        stored, structure = int(measured.stored), getattr(module, "structure_name", "gblr")
         components = int(getattr(module, "num_components", 0))
     elif hasattr(weight, "to_structured"):
-        stored, components, structure = int(weight.stored), int(weight.num_components), "gblr"  # type:
-        ignore[union-attr, arg-type] plan = getattr(weight, "plan", None)
+        stored, components, structure = int(weight.stored), int(weight.num_components), "gblr"
+        plan = getattr(weight, "plan", None)
         kernel = str(getattr(plan, "summary", "") or "")
         padding = float(getattr(weight, "padding", 1.0))
     dense = m * n

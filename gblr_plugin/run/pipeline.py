@@ -212,7 +212,10 @@ class Job:
         if self.settings.config_list is not None:
             return copy.deepcopy(self.settings.config_list)
         return [
-            {"op_names_re": [_glob_to_regex(p) for p in self.task.layers], "sparse_ratio": 1 - self.settings.budget}
+            {
+                "op_names_re": [_glob_to_regex(p) for p in self.task.layers],
+                "sparse_ratio": 1 - (self.settings.budget or 1.0),
+            }
         ]
 
     def _record(self, name: str, network: nn.Module, data: PairsDataModule, start: float, seed: int) -> None:

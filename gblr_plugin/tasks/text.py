@@ -106,8 +106,7 @@ class TextTask:
     def network(self) -> nn.Module:
         """A new byte-level GPT."""
         try:
-            return ByteGPT(context=self.context, **self._network)  # type: ignore[arg-type]  # checked by the
-            constructor
+            return ByteGPT(self.context, **self._network)  # type: ignore[arg-type]  # wrong names raise TypeError
         except TypeError as error:
             raise ConfigError(f"model: {error}") from error
 

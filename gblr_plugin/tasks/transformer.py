@@ -21,8 +21,8 @@ class Attention(nn.Module):
         """(batch, tokens, dim) to the same."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        y = self.proj(y.transpose(1, 2).flatten(2))
-        return y
+        output: Tensor = self.proj(y.transpose(1, 2).flatten(2))
+        return output
 
 
 class Block(nn.Module):
