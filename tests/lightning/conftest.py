@@ -10,18 +10,26 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 
+def data() -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(48, 16, generator=generator), torch.randint(4, (48,), generator=generator))
+
+
 class Module(pl.LightningModule):
-    """A small network on fixed random data; options say how it is optimised."""
+    """A small network on fixed random data; options say how it is optimised.
+
+    ``by_step`` takes the batch of the step's number, not the loader's: Lightning does not restore a plain loader's
+    position.
+    """
 
     def __init__(
-        self, schedule: str | None = None, manual: bool = False, two_optimizers: bool = False, hidden: int = 24
+        self, schedule: str | None = None, manual: bool = False, two_optimizers: bool = False, by_step: bool = False
     ) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net = nn.Sequential(
-            nn.Linear(16, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 4)
-        )
+        self.net = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4))
         self.schedule = schedule
+        self.by_step = by_step
         self.two_optimizers = two_optimizers
         self.automatic_optimization = not manual
 
@@ -29,6 +37,8 @@ class Module(pl.LightningModule):
         return self.net(x)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.by_step:
+            batch = data()[8 * (self.global_step % 6) :][:8]
         x, y = batch
         loss = nn.functional.cross_entropy(self(x), y)
         if not self.automatic_optimization:
@@ -46,10 +56,7 @@ class Module(pl.LightningModule):
         self.log("test_loss", nn.functional.cross_entropy(self(x), y))
 
     def train_dataloader(self) -> DataLoader:
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn(48, 16, generator=generator)
-        y = torch.randint(4, (48,), generator=generator)
-        return DataLoader(TensorDataset(x, y), batch_size=8)  # 6 steps an epoch
+        return DataLoader(data(), batch_size=8)  # 6 steps an epoch
 
     test_dataloader = train_dataloader
 
