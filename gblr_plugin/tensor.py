@@ -1,11 +1,11 @@
-"""GBLRTensor: a frozen structured weight that multiplies by its factors, in the shape of torchao's tensor subclasses."""
+"""GBLRTensor: a frozen structured weight that multiplies by its factors, a tensor subclass as torchao makes them."""
 
 from __future__ import annotations
 
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torchao.core.config
@@ -17,6 +17,7 @@ from torchao.utils import TorchAOBaseTensor
 from .errors import ConfigError, GBLRError
 from .kernels import blocks, product
 from .kernels.layout import Block, Layout, pack, to_dense, unpack
+from .kernels.measure import measured_plan
 from .kernels.plan import BUCKETS, Plan, fixed_plan
 from .structure import StructuredMatrix
 
@@ -28,8 +29,8 @@ aten = torch.ops.aten
 class GBLRTensor(TorchAOBaseTensor):
     """A frozen (m, n) GBLR matrix held as integer intervals and factors, in the storage of a plan of kernels.
 
-    ``F.linear`` and ``F.conv1d`` / ``F.conv2d`` (``groups=1``) multiply by the factors and never form the matrix. Gradients
-    reach the input and the bias, not the weight. Build it with :meth:`from_structured`.
+    ``F.linear`` and ``F.conv1d`` / ``F.conv2d`` (``groups=1``) multiply by the factors and never form the matrix.
+    Gradients reach the input and the bias, not the weight. Build it with :meth:`from_structured`.
 
     Tensor Attributes:
         factors: (entries,) floating point, the factors block by block, or the dense matrix where the plan says so.
@@ -41,8 +42,8 @@ class GBLRTensor(TorchAOBaseTensor):
         outer_shape: Shape that modules see: (m, n), or (c_out, c_in, ...) of a convolution.
     """
 
-    tensor_data_names = ["factors", "lists"]
-    tensor_attribute_names = ["packing", "plan", "outer_shape"]
+    tensor_data_names: ClassVar[list[str]] = ["factors", "lists"]
+    tensor_attribute_names: ClassVar[list[str]] = ["packing", "plan", "outer_shape"]
 
     factors: Tensor
     lists: Tensor
@@ -54,7 +55,7 @@ class GBLRTensor(TorchAOBaseTensor):
         cls, factors: Tensor, lists: Tensor, packing: Layout, plan: Plan, outer_shape: tuple[int, ...]
     ) -> GBLRTensor:
         """Wrap buffers packed by :func:`~gblr_plugin.kernels.layout.pack`."""
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[no-any-return, attr-defined]  # untyped in torch
+        return torch.Tensor._make_wrapper_subclass(
             cls, outer_shape, dtype=factors.dtype, device=factors.device, requires_grad=False
         )
 
@@ -68,7 +69,7 @@ class GBLRTensor(TorchAOBaseTensor):
         self.plan = plan
         self.outer_shape = tuple(outer_shape)
 
-    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes tensor_contents
+    def __repr__(self) -> str:
         return (
             f"GBLRTensor(shape={tuple(self.outer_shape)}, components={self.num_components}, "
             f"relative_flops={self.relative_flops:.4f}, padding={self.packing.padding:.3f}, "
@@ -94,7 +95,7 @@ class GBLRTensor(TorchAOBaseTensor):
         Args:
             matrix: The (m, n) weight; its dtype and device are kept, components without cost are dropped.
             shape: Outer shape; (m, n) by default, (c_out, c_in, k...) with c_in * prod(k) = n for a convolution.
-            plan: ``None`` or ``"fixed"``: by the cost model, deterministic. ``"auto"``: measured here and now. Or a plan.
+            plan: ``None`` or ``"fixed"``: by the cost model. ``"auto"``: measured here and now. Or a plan.
 
         Raises:
             ConfigError: If the shape does not fit, the factors are not floating point, or the plan is unknown.
@@ -114,6 +115,8 @@ class GBLRTensor(TorchAOBaseTensor):
         unit = prod(shape[2:])
         if plan is None or plan == "fixed":
             plan = fixed_plan(matrix, unit)
+        elif plan == "auto":
+            plan = measured_plan(matrix, unit)
         if not isinstance(plan, Plan):
             raise ConfigError(f"GBLR tensor: plan must be 'fixed', 'auto' or a Plan, got {plan!r}")
         if plan.block_cols % unit:
@@ -122,6 +125,10 @@ class GBLRTensor(TorchAOBaseTensor):
             )
         layout, values, index = pack(matrix, plan.block_rows, plan.block_cols)
         return cls(values, index, layout, plan, shape)
+
+    def replan(self, plan: Plan | str = "auto") -> GBLRTensor:
+        """The same weight under another plan, for example measured anew on the device it now lies on."""
+        return self.from_structured(self.to_structured(), shape=self.outer_shape, plan=plan)
 
     def to_structured(self) -> StructuredMatrix:
         """The components stored, in their order; dense storage comes back as one component per row.
@@ -240,7 +247,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
             raise ConfigError(f"GBLR tensor: convolutions need groups=1, got {groups}")
         if len(weight.outer_shape) != dims + 2 or input.shape[-dims - 1] != weight.outer_shape[1]:
             raise GBLRError(
-                f"GBLR tensor: input of shape {tuple(input.shape)} does not fit a convolution weight {weight.outer_shape}"
+                f"GBLR tensor: input {tuple(input.shape)} does not fit a convolution weight {weight.outer_shape}"
             )
         x, factors, bias = _operands(input, weight, bias)
         options = (

@@ -1,4 +1,4 @@
-"""GBLRTensor: torchao's own cases, then values, gradients, conversions, compilers and errors against the dense matrix."""
+"""GBLRTensor: torchao's own cases, then values, gradients, conversions, compilers and errors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def from_dense(dense: Tensor) -> GBLRTensor:
 class _Cases(common_utils.TestCase):
     TENSOR_SUBCLASS = GBLRTensor
     FACTORY_FN = staticmethod(from_dense)
-    kwargs: dict[str, object] = {}
+    kwargs: ClassVar[dict[str, object]] = {}
     LINEAR_MIN_SQNR = 40
     COMPILE_MIN_SQNR = 50
 

@@ -18,20 +18,20 @@ CHUNK = 256  # tokens per pass: z^T of a few thousand components then stays in t
 
 
 def _list(index: Tensor, block: Block) -> Tensor:
-    return index.narrow(0, block.list_at, block.count)
+    return index.narrow(0, block.list_at, block.size)
 
 
 def _accumulate(z: Tensor, part: Tensor, index: Tensor, block: Block, dim: int) -> None:
     part = part.to(z.dtype)
     if block.first >= 0:
-        z.narrow(dim, block.first, block.count).add_(part)
+        z.narrow(dim, block.first, block.size).add_(part)
     else:
         z.index_add_(dim, _list(index, block), part)
 
 
 def _select(z: Tensor, index: Tensor, block: Block, dim: int) -> Tensor:
     if block.first >= 0:
-        return z.narrow(dim, block.first, block.count)
+        return z.narrow(dim, block.first, block.size)
     return z.index_select(dim, _list(index, block))
 
 
@@ -41,14 +41,13 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def linear(x: Tensor, values: Tensor, index: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
-    """``x @ W.T + bias`` for x (tokens, n); returns (tokens, m). Differentiable in x and bias; static but for tokens."""
+    """``x @ W.T + bias`` for x (tokens, n); returns (tokens, m). Differentiable in x and bias; static shapes."""
     x_t = x.t()
-    if layout.num_components:
-        z = x.new_zeros(layout.num_components, x.shape[0], dtype=_sum_dtype(x.dtype))
-    else:
-        z = x_t[:0]  # keeps the result in the graph of x
+    # Without components the empty z is cut from x, to keep the result in its graph.
+    num = layout.num_components
+    z = x.new_zeros(num, x.shape[0], dtype=_sum_dtype(x.dtype)) if num else x_t[:0]
     for block in layout.col_blocks:
-        if block.count:
+        if block.size:
             part = block_values(values, block) @ x_t.narrow(0, block.start, block.stop - block.start)
             _accumulate(z, part, index, block, 0)
     z = z.to(x.dtype)
@@ -65,11 +64,11 @@ def linear_inference(x: Tensor, values: Tensor, index: Tensor, layout: Layout, b
         z = x.new_zeros(layout.num_components, x_chunk.shape[0], dtype=_sum_dtype(x.dtype))
         x_t = x_chunk.t()
         for block in layout.col_blocks:
-            if not block.count:
+            if not block.size:
                 continue
             x_part, factor = x_t[block.start : block.stop], block_values(values, block)
             if block.first >= 0 and z.dtype == x.dtype:
-                z[block.first : block.first + block.count].addmm_(factor, x_part)
+                z[block.first : block.first + block.size].addmm_(factor, x_part)
             else:
                 _accumulate(z, factor @ x_part, index, block, 0)
         z = z.to(x.dtype)
@@ -105,24 +104,24 @@ def convolution(
     convolve = F.conv1d if len(kernel) == 1 else F.conv2d
 
     def stage(x_part: Tensor, weight: Tensor) -> Tensor:
-        return convolve(x_part, weight, None, stride, padding, dilation)  # type: ignore[arg-type]  # one size per axis
+        return convolve(x_part, weight, None, stride, padding, dilation)
 
     # One component's own shape gives the output size for every padding mode.
     probe = stage(x[:, :1], values.new_zeros(1, 1, *kernel)) if not layout.num_components else None
     z: Tensor | None = None if probe is None else probe[:, :0]
     for block in layout.col_blocks:
-        if not block.count:
+        if not block.size:
             continue
         channel, channels = block.start // taps, (block.stop - block.start) // taps
-        weight = block_values(values, block).view(block.count, channels, *kernel)
+        weight = block_values(values, block).view(block.size, channels, *kernel)
         part = stage(x.narrow(1, channel, channels), weight)
         if z is None:
             shape = (part.shape[0], layout.num_components, *part.shape[2:])
             z = part.new_zeros(shape, dtype=_sum_dtype(x.dtype))
         _accumulate(z, part, index, block, 1)
     assert z is not None  # every component meets a column block
-    size = z.shape[2:]
+    out_size = z.shape[2:]
     flat = z.to(x.dtype).flatten(2)
     y = torch.cat([block_values(values, b).t() @ _select(flat, index, b, 1) for b in layout.row_blocks], dim=1)
-    y = y.unflatten(2, size)
-    return y if bias is None else y + bias.view(-1, *(1 for _ in size))
+    y = y.unflatten(2, out_size)
+    return y if bias is None else y + bias.view(-1, *(1 for _ in out_size))

@@ -1,8 +1,9 @@
 """Block storage of a GBLR matrix: fixed blocks of rows and columns, each with the exact list of its active components.
 
-Column block J keeps V[list, J], row block I keeps U[list, I], both dense and row-major, where ``list`` names the components
-whose interval meets the block. A product then is a few dense products per block and nothing else: wrap-around intervals
-cost nothing extra, and the only waste is the zeros where an interval ends inside a block (none if ends are block multiples).
+Column block J keeps V[list, J], row block I keeps U[list, I], both dense and row-major, where ``list`` names the
+components whose interval meets the block. A product then is a few dense products per block and nothing else: wrap-around
+intervals cost nothing extra, and the only waste is the zeros where an interval ends inside a block (none if ends are
+block multiples).
 """
 
 from __future__ import annotations
@@ -16,7 +17,18 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..structure import Intervals, StructuredMatrix
 
-__all__ = ["Block", "Layout", "edges", "pack", "padded_entries", "to_dense", "unpack"]
+__all__ = [
+    "Block",
+    "Layout",
+    "block_values",
+    "count_blocks",
+    "edges",
+    "pack",
+    "padded_entries",
+    "to_dense",
+    "touched_blocks",
+    "unpack",
+]
 
 
 class Block(NamedTuple):
@@ -24,7 +36,7 @@ class Block(NamedTuple):
 
     start: int
     stop: int
-    count: int  # active components
+    size: int  # active components
     list_at: int  # first entry of the list in `Packed.index`
     data_at: int  # first entry of the (count, stop - start) factors in the flat values
     first: int  # first component where the list is one run of consecutive numbers, else -1
@@ -41,7 +53,7 @@ class Layout:
         stored: Factor entries inside the intervals, without padding.
         row_blocks: Blocks of U; empty if ``dense``.
         col_blocks: Blocks of V; empty if ``dense``.
-        intervals_at: First entry in the index buffer of the (4, K) row widths, row starts, column widths, column starts.
+        intervals_at: First entry in the index buffer of the (4, K) row widths and starts, column widths and starts.
         col_table_at: First entry in the index buffer of (start, width, count, list_at, data_at) per column block.
         row_table_at: The same for row blocks.
         dense: The values are the (m, n) matrix itself, row-major (or (n, m) if ``transposed``).
@@ -65,7 +77,7 @@ class Layout:
         """Multiply-adds of one product as executed, padding included."""
         if self.dense:
             return self.shape[0] * self.shape[1]
-        return sum(b.count * (b.stop - b.start) for b in (*self.row_blocks, *self.col_blocks))
+        return sum(b.size * (b.stop - b.start) for b in (*self.row_blocks, *self.col_blocks))
 
     @property
     def padding(self) -> float:
@@ -85,10 +97,9 @@ class Layout:
         )
 
 
-def edges(length: int, block: int, splits: int = 1) -> list[tuple[int, int]]:
-    """Blocks of at most ``block`` indices over an axis of ``length``, never across the border of a split."""
-    part = length // splits
-    return [(s * part + at, s * part + min(at + block, part)) for s in range(splits) for at in range(0, part, block)]
+def edges(length: int, block: int) -> list[tuple[int, int]]:
+    """(start, stop) of the blocks of at most ``block`` indices over an axis of ``length``."""
+    return [(at, min(at + block, length)) for at in range(0, length, block)]
 
 
 def _touches(intervals: Intervals, block: int) -> Tensor:
@@ -100,6 +111,16 @@ def _touches(intervals: Intervals, block: int) -> Tensor:
     end = begin + width
     # An interval is [begin, end) and, where it wraps, also [0, end - n).
     return (width > 0) & (((begin < stops) & (end > starts)) | (starts < end - n))
+
+
+def count_blocks(length: int, block: int) -> int:
+    """Number of blocks of one axis."""
+    return -(-length // block)
+
+
+def touched_blocks(intervals: Intervals, block: int) -> int:
+    """Sum over the blocks of the number of components that meet them."""
+    return int(_touches(intervals, block).sum())
 
 
 def padded_entries(intervals: Intervals, block: int) -> int:
@@ -156,14 +177,14 @@ def pack(matrix: StructuredMatrix, block_rows: int, block_cols: int) -> tuple[La
         return layout, matrix.to_dense().reshape(-1).contiguous(), index
     num = matrix.num_components
     col_blocks, col_lists, col_data = _pack_axis(matrix.v, matrix.cols, block_cols, (num,), 0, 0)
-    list_at = col_blocks[-1].list_at + col_blocks[-1].count
+    list_at = col_blocks[-1].list_at + col_blocks[-1].size
     data_at = sum(part.numel() for part in col_data)
     row_blocks, row_lists, row_data = _pack_axis(
         matrix.u, matrix.rows, block_rows, matrix.split_sizes, list_at, data_at
     )
     ends = [matrix.rows.width, matrix.rows.start, matrix.cols.width, matrix.cols.start]
     table = torch.tensor(
-        [(b.start, b.stop - b.start, b.count, b.list_at, b.data_at) for b in (*col_blocks, *row_blocks)]
+        [(b.start, b.stop - b.start, b.size, b.list_at, b.data_at) for b in (*col_blocks, *row_blocks)]
     )
     index = torch.cat([*col_lists, *row_lists, *ends, table.reshape(-1).to(matrix.u.device)]).to(torch.int32)
     table_at = index.numel() - table.numel()
@@ -185,7 +206,7 @@ def pack(matrix: StructuredMatrix, block_rows: int, block_cols: int) -> tuple[La
 def block_values(values: Tensor, block: Block) -> Tensor:
     """(count, stop - start) view of a block's factors."""
     width = block.stop - block.start
-    return values.narrow(0, block.data_at, block.count * width).view(block.count, width)
+    return values.narrow(0, block.data_at, block.size * width).view(block.size, width)
 
 
 def _unpack_axis(blocks: tuple[Block, ...], num: int, length: int, values: Tensor, index: Tensor) -> Tensor:
@@ -193,7 +214,7 @@ def _unpack_axis(blocks: tuple[Block, ...], num: int, length: int, values: Tenso
     factor = values.new_zeros(num, length)
     for block in blocks:
         at = block.start % length
-        rows = index.narrow(0, block.list_at, block.count).long()
+        rows = index.narrow(0, block.list_at, block.size).long()
         factor[rows, at : at + block.stop - block.start] = block_values(values, block)
     return factor
 
@@ -237,7 +258,7 @@ def to_dense(layout: Layout, values: Tensor, index: Tensor) -> Tensor:
         return values.view(n, m).t() if layout.transposed else values.view(m, n)
     factor = _unpack_axis(layout.col_blocks, layout.num_components, n, values, index)
     parts = [
-        block_values(values, block).t() @ factor.index_select(0, index.narrow(0, block.list_at, block.count))
+        block_values(values, block).t() @ factor.index_select(0, index.narrow(0, block.list_at, block.size))
         for block in layout.row_blocks
     ]
     return torch.cat(parts)

@@ -1,8 +1,8 @@
 """The factored product compiled with numba, float32: no call per block, no copies of z, few tokens included. Optional.
 
-Tokens are packed in tiles of 16 lanes: x as (tiles, n, 16) and z as (tiles, K, 16). Stage 1 adds up z over the column blocks
-in tiles of components x tokens; stage 2 writes each row block of y once, in tiles of tokens x rows, straight into the row-major
-result. One token takes dot products instead, and no packing.
+Tokens are packed in tiles of 16 lanes: x as (tiles, n, 16) and z as (tiles, K, 16). Stage 1 adds up z over the column
+blocks in tiles of components x tokens; stage 2 writes each row block of y once, in tiles of tokens x rows, straight into
+the row-major result. One token takes dot products instead, and no packing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _tail_tall, _tail_4, _tail_2, _tail_1 = (_tail[t] for t in (_TALL, 4, 2, 1))
 _dot_4, _dot_1 = dot_tile(4), dot_tile(1)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _pack(x, x_stride, tokens, tiles, n, packed):  # type: ignore[no-untyped-def]
     """Rows of x into (tiles, n, 16); lanes beyond the tokens are zero."""
     for tile in range(tiles):
@@ -47,7 +47,7 @@ def _pack(x, x_stride, tokens, tiles, n, packed):  # type: ignore[no-untyped-def
                     packed[at + c * LANES] = 0.0
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _stage_one(factors, lists, table, blocks, x, n, z, num, tiles):  # type: ignore[no-untyped-def]
     x_tile, z_tile = n * LANES, num * LANES
     for b in range(blocks):
@@ -86,7 +86,7 @@ def _stage_one(factors, lists, table, blocks, x, n, z, num, tiles):  # type: ign
             i += size
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _stage_one_single(factors, lists, table, blocks, x, z):  # type: ignore[no-untyped-def]
     for b in range(blocks):
         row = table + b * 20
@@ -101,7 +101,7 @@ def _stage_one_single(factors, lists, table, blocks, x, z):  # type: ignore[no-u
             i += 1
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _stage_two(factors, lists, table, blocks, z, z_stride, z_tile, tokens, y, y_stride, bias):  # type: ignore[no-untyped-def]
     step = 2 * LANES if _WIDE else LANES
     for b in range(blocks):
@@ -142,7 +142,7 @@ def _stage_two(factors, lists, table, blocks, z, z_stride, z_tile, tokens, y, y_
             j += step if whole else lanes
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _product(  # type: ignore[no-untyped-def]
     x, x_stride, tokens, n, factors, lists, cols_at, cols, rows_at, rows, num, bias, y, y_stride
 ):
@@ -179,7 +179,7 @@ def product(
     components: int,
     out_features: int,
 ) -> Tensor:
-    """``x @ W.T + bias`` for float32 x (tokens, n) on the CPU; no gradients. Sizes as in the operator of ``compiled``."""
+    """``x @ W.T + bias`` for float32 x (tokens, n) on the CPU; sizes as in the operator of ``compiled``."""
     x = x if x.stride(1) == 1 else x.contiguous()
     y = x.new_empty(x.shape[0], out_features)
     bias = None if bias is None else bias.contiguous()

@@ -1,7 +1,7 @@
 """Plans: which storage and which kernel multiply by a structured weight, per number of tokens.
 
-A plan is fixed (from the cost model alone: same structure, same plan, no timing) or measured (the candidates that the cost
-model leaves are packed and timed on the actual device and dtype, dense among them, and the fastest is kept).
+A plan comes from the cost model alone (same structure, same plan; nothing is timed) or from a measurement, see
+:mod:`~gblr_plugin.kernels.measure`.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 from ..errors import ConfigError
-from ..structure import StructuredMatrix
-from .layout import padded_entries
+from ..structure import Intervals, StructuredMatrix
+from .compiled import available
+from .layout import count_blocks, padded_entries, touched_blocks
 from .product import KERNELS
 
-__all__ = ["BUCKETS", "Plan", "candidates", "fixed_plan"]
+__all__ = ["BUCKETS", "Plan", "candidates", "dense_plan", "fixed_plan"]
 
 BLOCKS = (16, 32, 64, 128, 256, 512)
-BUCKETS = (1, 4, 16, 64, 256, 1024)
-MEMORY = 1.13  # a layout may store this many times the factor entries; lists and bookkeeping come on top
-CALL = 2000.0  # multiply-adds per token that one more block costs, in calls (measured: about 10 us at 256 tokens)
-SCATTER = 8.0  # multiply-adds that moving one element of z costs
-GAIN = 0.97  # another candidate must be faster than this share of the present best to replace it
+BUCKETS = (1, 4, 16, 64, 256, 1024)  # tokens; a kernel is chosen for each
+MEMORY = 1.15  # bytes of a layout over those of the bare factors
+# Costs in multiply-adds: moving one element of z, and one more block per token (about 10 us a call at 256 tokens).
+MOVE = {"compiled": 2.0, "blocks": 8.0}
+CALL = {"compiled": 50.0, "blocks": 2000.0}
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,12 @@ class Plan:
         block_rows: Rows per block (within a row split); 0 for dense storage.
         block_cols: Columns per block; 0 for dense storage.
         kernels: (largest number of tokens, kernel name) in increasing order; the last one also serves beyond.
-        predicted: Predicted cost of one token, in multiply-adds relative to the dense product, overheads included.
+        predicted: Predicted cost of one token in multiply-adds, overheads included, over those of the dense product.
         padding: Stored entries over those inside the intervals.
         device: Device type the kernels were measured on; ``""`` if not measured.
         dtype: Dtype they were measured in, as ``"float32"``; ``""`` if not measured.
         threads: CPU threads at the measurement; 0 if not measured.
+        speedups: (tokens, time of the dense product over ours) as measured; empty if not measured.
 
     Raises:
         ConfigError: If block sizes do not fit together or a kernel is unknown.
@@ -50,6 +52,7 @@ class Plan:
     device: str = ""
     dtype: str = ""
     threads: int = 0
+    speedups: tuple[tuple[int, float], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if min(self.block_rows, self.block_cols) < 0 or (self.block_rows == 0) != (self.block_cols == 0):
@@ -90,56 +93,91 @@ class Plan:
             raise ConfigError(
                 f"plan: unknown keys {sorted(unknown)}, allowed are {', '.join(cls.__dataclass_fields__)}"
             )
-        kernels: Iterable[Iterable[object]] = values.get("kernels", ())  # type: ignore[assignment]  # checked by __init__
-        pairs = tuple((int(str(limit)), str(name)) for limit, name in kernels)
-        return cls(**{**values, "kernels": pairs})  # type: ignore[arg-type]  # field names checked above
+        pairs = {key: tuple(map(tuple, _rows(values[key]))) for key in ("kernels", "speedups") if key in values}
+        return cls(**{**values, **pairs})  # type: ignore[arg-type]  # field names checked above
 
 
-def _axis_costs(matrix: StructuredMatrix, unit: int) -> tuple[dict[int, float], dict[int, float], dict[int, float]]:
-    """Predicted cost per block size for rows and for columns, and stored entries under (axis, block)."""
-    m, n = matrix.shape
-    costs: list[dict[int, float]] = []
-    entries: dict[int, float] = {}
-    for axis, (intervals, splits, step) in enumerate(((matrix.rows, matrix.row_splits, 1), (matrix.cols, 1, unit))):
-        cost: dict[int, float] = {}
-        for block in BLOCKS:
-            size = max(block // step, 1) * step  # whole channels for a convolution
-            padded = padded_entries(intervals, size)
-            calls = splits * -(-intervals.length // size)
-            cost[size] = padded * (1 + SCATTER / size) + CALL * calls
-            entries[axis * (m + n + 1) + size] = padded
-            if size >= intervals.length:
-                break
-        costs.append(cost)
-    return costs[0], costs[1], entries
+def _rows(value: object) -> Iterable[Iterable[object]]:
+    if not isinstance(value, list | tuple) or not all(isinstance(row, list | tuple) for row in value):
+        raise ConfigError(f"plan: kernels and speedups must be lists of pairs, got {value!r}")
+    return value
 
 
-def candidates(matrix: StructuredMatrix, unit: int = 1) -> list[Plan]:
-    """Block plans within the memory limit, cheapest first by the cost model; the leanest one if none is within it."""
-    matrix = matrix.live()
-    m, n = matrix.shape
-    rows, cols, entries = _axis_costs(matrix, unit)
-    stored = max(matrix.stored, 1)
-    plans = [
-        Plan(r, c, predicted=(rows[r] + cols[c]) / (m * n), padding=(entries[r] + entries[m + n + 1 + c]) / stored)
-        for r in rows
-        for c in cols
-    ]
-    lean = [plan for plan in plans if plan.padding <= MEMORY] or [min(plans, key=lambda plan: plan.padding)]
-    return sorted(lean, key=lambda plan: plan.predicted)
+@dataclass(frozen=True)
+class _Axis:
+    """What one block size costs on one axis."""
+
+    block: int
+    entries: int  # stored, padding included
+    lists: int  # int32 words: component lists and the block table
+    blocks: int
+
+    def cost(self, kernel: str) -> float:
+        return self.entries * (1 + MOVE[kernel] / self.block) + CALL[kernel] * self.blocks
 
 
-def fixed_plan(matrix: StructuredMatrix, unit: int = 1) -> Plan:
-    """The plan that the cost model prefers; deterministic, no timing.
+def _axis(intervals: Intervals, splits: int, unit: int) -> list[_Axis]:
+    sizes = sorted({max(block // unit, 1) * unit for block in BLOCKS})  # whole channels of a convolution
+    sizes = sizes[: 1 + sum(size < intervals.length for size in sizes)]
+    result = []
+    for size in sizes:
+        blocks = splits * count_blocks(intervals.length, size)
+        touched = touched_blocks(intervals, size)
+        result.append(_Axis(size, padded_entries(intervals, size), touched + 5 * blocks, blocks))
+    return result
+
+
+def _memory(matrix: StructuredMatrix, rows: _Axis, cols: _Axis) -> float:
+    """Bytes stored over those of the bare factors."""
+    item = matrix.u.element_size()
+    words = rows.lists + cols.lists + 4 * matrix.rows.num_components
+    return (item * (rows.entries + cols.entries) + 4 * words) / (item * max(matrix.stored, 1))
+
+
+def candidates(matrix: StructuredMatrix, unit: int = 1, kernel: str | None = None) -> list[Plan]:
+    """Block plans within the memory limit, cheapest first by the cost model; the leanest one if none is within it.
 
     Args:
         matrix: The weight.
         unit: Column blocks are multiples of this (``prod(kernel)`` of a convolution, so that they hold whole channels).
+        kernel: ``"compiled"`` or ``"blocks"``; ``None`` for the compiled one where device, dtype and installed
+            packages have it.
+    """
+    matrix = matrix.live()
+    m, n = matrix.shape
+    if kernel is None:
+        kernel = "compiled" if available(matrix.u.device, matrix.u.dtype) else "blocks"
+    rows, cols = _axis(matrix.rows, matrix.row_splits, 1), _axis(matrix.cols, 1, unit)
+    pairs = [(r, c) for r in rows for c in cols]
+    lean = [pair for pair in pairs if _memory(matrix, *pair) <= MEMORY]
+    lean = lean or [min(pairs, key=lambda pair: _memory(matrix, *pair))]
+    plans = [
+        Plan(
+            r.block,
+            c.block,
+            ((BUCKETS[-1], kernel),),
+            predicted=(r.cost(kernel) + c.cost(kernel)) / (m * n),
+            padding=(r.entries + c.entries) / max(matrix.stored, 1),
+        )
+        for r, c in lean
+    ]
+    return sorted(plans, key=lambda plan: plan.predicted)
+
+
+def fixed_plan(matrix: StructuredMatrix, unit: int = 1) -> Plan:
+    """The plan that the cost model prefers; no timing: same structure, dtype and installed packages, same plan.
+
+    Args:
+        matrix: The weight.
+        unit: As in :func:`candidates`.
 
     Returns:
         Dense storage where the factors cost no less than the dense matrix, else blocks.
     """
     m, n = matrix.shape
-    if matrix.stored >= m * n:
-        return Plan(0, 0, kernels=((BUCKETS[-1], "dense"),), padding=1.0)
-    return candidates(matrix, unit)[0]
+    return dense_plan() if matrix.stored >= m * n else candidates(matrix, unit)[0]
+
+
+def dense_plan() -> Plan:
+    """The plan that stores and multiplies by the dense matrix."""
+    return Plan(0, 0, ((BUCKETS[-1], "dense"),))

@@ -1,8 +1,9 @@
 """Kernels by name, and which of them is safe for the call at hand.
 
-``dense`` multiplies by the stored dense matrix; ``blocks`` is torch operations and always possible; ``compiled`` is numba on a
-CPU and triton on CUDA, as one operator with gradients. Exported programs and whatever looks into the product (FLOP counters,
-functorch, forward-mode gradients) take torch operations whatever the plan says: the former must run without this package.
+``dense`` multiplies by the stored dense matrix; ``blocks`` is torch operations and always possible; ``compiled`` is numba
+on a CPU and triton on CUDA, as one operator with gradients. Exported programs and whatever looks into the product (FLOP
+counters, functorch, forward-mode gradients) take torch operations whatever the plan says: the former must run without
+this package.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def _plain(x: Tensor) -> bool:
     """May code that torch cannot see run: no tracing, no dispatch mode (FLOP counters too), no functorch transform."""
     return (
         type(x) is Tensor
-        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]  # untyped in torch
+        and not torch._C._is_tracing()
         and not is_in_torch_dispatch_mode()
         and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0

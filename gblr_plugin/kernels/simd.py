@@ -1,7 +1,7 @@
 """Register tiles for the compiled CPU kernels: LLVM vector code behind numba intrinsics. Needs numba.
 
-All tiles take raw addresses (int64) and element strides, and work in float32 on vectors of 16 lanes. A tile keeps its sums in
-registers over the whole inner loop; the sizes fit 32 registers of 512 bits, or half of them on narrower machines.
+All tiles take raw addresses (int64) and element strides, and work in float32 on vectors of 16 lanes. A tile keeps its
+sums in registers over the whole inner loop; the sizes fit 32 registers of 512 bits, or half of them on narrower machines.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def expand_tile(tokens: int, vectors: int, masked: bool) -> Any:
 def dot_tile(components: int) -> Any:
     """Stage 1 for one token: ``z[list[i]] += V[i, :] x`` for some components.
 
-    Arguments: address of V[first, 0], its row stride; columns; address of x; address of z; address of the int32 list entries.
+    Arguments: address of V[first, 0], its row stride; columns; addresses of x, of z and of the int32 list entries.
     """
 
     def emit(e: _Emitter, a: Any) -> None:

@@ -1,0 +1,121 @@
+"""Measured plans: pack the candidates that the cost model leaves, time them on the spot, keep the fastest."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..structure import StructuredMatrix
+from . import compiled, product
+from .layout import Layout, pack
+from .plan import Plan, candidates, dense_plan
+
+__all__ = ["interleaved_medians", "measured_plan"]
+
+KEEP = 3  # candidates of each kernel that are timed
+SECONDS = 0.02  # at most about this long per candidate and bucket
+_CACHE: dict[tuple[object, ...], Plan] = {}
+
+
+def interleaved_medians(
+    calls: list[Callable[[], object]], device: torch.device, seconds: float, least: int = 3
+) -> list[float]:
+    """Median time of each call, in seconds; the calls take turns, so that drifts of the machine meet all of them.
+
+    Args:
+        calls: What to time; each is called once beforehand.
+        device: CUDA devices are waited for.
+        seconds: About how long to spend on each call.
+        least: Smallest number of rounds.
+    """
+
+    def once(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    for call in calls:
+        once(call)
+    times = [[once(call)] for call in calls]
+    rounds = max(least, min(50, int(seconds / max(statistics.fmean(t[0] for t in times), 1e-9))))
+    for _ in range(rounds - 1):
+        for call, taken in zip(calls, times, strict=True):
+            taken.append(once(call))
+    return [statistics.median(taken) for taken in times]
+
+
+def _key(matrix: StructuredMatrix, unit: int) -> tuple[object, ...]:
+    ends = (matrix.rows.width, matrix.rows.start, matrix.cols.width, matrix.cols.start)
+    structure = tuple(end.cpu().numpy().tobytes() for end in ends)
+    device = matrix.u.device
+    return (*structure, matrix.shape, matrix.split_sizes, unit, matrix.u.dtype, str(device), torch.get_num_threads())
+
+
+def _stored_kernels(matrix: StructuredMatrix, unit: int) -> list[Plan]:
+    """Storages to time; a storage serves every kernel."""
+    plans: dict[tuple[int, int], Plan] = {}
+    kernels = ["compiled"] if compiled.available(matrix.u.device, matrix.u.dtype) else []
+    for kernel in [*kernels, "blocks"]:
+        for plan in candidates(matrix, unit, kernel)[: KEEP if kernel == "compiled" or not kernels else 1]:
+            plans.setdefault((plan.block_rows, plan.block_cols), plan)
+    return list(plans.values())
+
+
+@torch.no_grad()
+def measured_plan(matrix: StructuredMatrix, unit: int = 1, buckets: tuple[int, ...] = (1, 16, 256)) -> Plan:
+    """Time the candidates on the device and in the dtype of the factors; dense storage is one of them.
+
+    Args:
+        matrix: The weight.
+        unit: Column blocks are multiples of this, see :func:`~gblr_plugin.kernels.plan.candidates`.
+        buckets: Token counts to time; a kernel is chosen for each.
+
+    Returns:
+        The plan whose times relative to dense have the least geometric mean over the buckets, dense storage if none beats
+        dense by that measure. Equal structures on one device reuse the measurement.
+    """
+    key = (*_key(matrix, unit), buckets)
+    if key not in _CACHE:
+        _CACHE[key] = _measure(matrix, unit, buckets)
+    return _CACHE[key]
+
+
+def _measure(matrix: StructuredMatrix, unit: int, buckets: tuple[int, ...]) -> Plan:
+    device, dtype = matrix.u.device, matrix.u.dtype
+    facts = {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+    dense = matrix.to_dense()
+    packed = [(plan, *pack(matrix, plan.block_rows, plan.block_cols)) for plan in _stored_kernels(matrix, unit)]
+    names = ["compiled", "blocks"] if compiled.available(device, dtype) else ["blocks"]
+    ratios: list[list[tuple[float, str]]] = [[] for _ in packed]  # best (time over dense, kernel) per bucket
+    for tokens in buckets:
+        x = torch.randn(tokens, matrix.shape[1], device=device, dtype=dtype)
+        calls: list[Callable[[], object]] = [lambda x=x: F.linear(x, dense)]  # type: ignore[misc]  # binds x
+        for _, layout, factors, lists in packed:
+            calls += [_call(x, factors, lists, layout, name) for name in names]
+        reference, *times = interleaved_medians(calls, device, SECONDS)
+        for number in range(len(packed)):
+            own = times[number * len(names) : (number + 1) * len(names)]
+            ratios[number].append(min((taken / reference, name) for taken, name in zip(own, names, strict=True)))
+    means = [math.exp(statistics.fmean(math.log(ratio) for ratio, _ in per_bucket)) for per_bucket in ratios]
+    best = min(range(len(packed)), key=means.__getitem__)
+    if means[best] >= 1.0:
+        return replace(dense_plan(), **facts)  # type: ignore[arg-type]  # field names as above
+    return replace(
+        packed[best][0],
+        kernels=tuple((tokens, name) for tokens, (_, name) in zip(buckets, ratios[best], strict=True)),
+        speedups=tuple((tokens, 1 / ratio) for tokens, (ratio, _) in zip(buckets, ratios[best], strict=True)),
+        **facts,  # type: ignore[arg-type]  # field names as above
+    )
+
+
+def _call(x: Tensor, factors: Tensor, lists: Tensor, layout: Layout, name: str) -> Callable[[], object]:
+    return lambda: product.linear(x, factors, lists, layout, None, name)

@@ -1,0 +1,86 @@
+"""Block storage: nothing lost, nothing padded where blocks fit, transposes, offsets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gblr_plugin.errors import ConfigError
+from gblr_plugin.kernels.layout import pack, padded_entries, to_dense, unpack
+from gblr_plugin.structure import Intervals, StructuredMatrix
+
+
+def matrix(align: int = 1, splits: int = 1) -> StructuredMatrix:
+    g = torch.Generator().manual_seed(3)
+    k, m, n = 24, 48, 80
+
+    def intervals(length: int) -> Intervals:
+        steps = length // align
+        width, start = (torch.randint(0, steps + extra, (k,), generator=g) * align for extra in (1, 0))
+        return Intervals(width, start, length)
+
+    u, v = torch.randn(k, m, generator=g), torch.randn(k, n, generator=g)
+    sizes = (k // splits,) * splits
+    return StructuredMatrix.from_factors(u, v, intervals(m), intervals(n), sizes)
+
+
+@pytest.mark.parametrize("blocks", [(1, 1), (16, 8), (7, 11), (500, 500)])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_round_trip(blocks: tuple[int, int], splits: int) -> None:
+    original = matrix(splits=splits).live()
+    layout, values, index = pack(original, *blocks)
+    back = unpack(layout, values, index)
+    assert torch.equal(back.u, original.u)
+    assert torch.equal(back.v, original.v)
+    assert torch.equal(back.rows.start, original.rows.start)
+    assert torch.equal(back.cols.width, original.cols.width)
+    torch.testing.assert_close(to_dense(layout, values, index), original.to_dense())
+    torch.testing.assert_close(to_dense(layout.t(), values, index), original.to_dense().t())
+    assert values.numel() == layout.entries
+
+
+def test_aligned_structures_are_stored_without_padding() -> None:
+    aligned = matrix(align=16)
+    layout, values, _ = pack(aligned, 16, 16)
+    assert layout.padding == 1.0
+    assert values.numel() == aligned.stored
+
+
+def test_blocks_of_one_index_store_the_intervals_exactly() -> None:
+    original = matrix()
+    assert pack(original, 1, 1)[0].entries == original.stored
+
+
+def test_padded_entries_foretell_the_storage() -> None:
+    original = matrix().live()
+    layout, _, _ = pack(original, 7, 11)
+    assert padded_entries(original.rows, 7) + padded_entries(original.cols, 11) == layout.entries
+
+
+def test_lists_are_the_components_that_meet_the_block() -> None:
+    original = matrix().live()
+    layout, _, index = pack(original, 16, 16)
+    support = original.cols.support()
+    for block in layout.col_blocks:
+        expected = support[:, block.start : block.stop].any(1).nonzero()[:, 0]
+        assert torch.equal(index[block.list_at : block.list_at + block.size].long(), expected)
+        if block.first >= 0:
+            assert torch.equal(expected, torch.arange(block.first, block.first + block.size))
+
+
+def test_dense_storage() -> None:
+    layout, values, index = pack(matrix(), 0, 0)
+    assert layout.dense
+    torch.testing.assert_close(values.view(48, 80), matrix().to_dense())
+    torch.testing.assert_close(unpack(layout, values, index).to_dense(), matrix().to_dense())
+
+
+@pytest.mark.parametrize("blocks", [(0, 4), (-1, -1)])
+def test_bad_block_sizes(blocks: tuple[int, int]) -> None:
+    with pytest.raises(ConfigError, match="block sizes"):
+        pack(matrix(), *blocks)
+
+
+def test_layouts_are_hashable_and_comparable() -> None:
+    assert hash(pack(matrix(), 16, 16)[0]) == hash(pack(matrix(), 16, 16)[0])
+    assert pack(matrix(), 16, 16)[0] != pack(matrix(), 16, 8)[0]

@@ -1,0 +1,112 @@
+"""Plans: deterministic without timing, within the memory limit, measured where asked."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from gblr_plugin.errors import ConfigError
+from gblr_plugin.kernels.layout import pack
+from gblr_plugin.kernels.measure import interleaved_medians, measured_plan
+from gblr_plugin.kernels.plan import MEMORY, Plan, candidates, fixed_plan
+from gblr_plugin.structure import Intervals, StructuredMatrix
+
+
+def matrix(m: int = 256, n: int = 384, k: int = 60, align: int = 1) -> StructuredMatrix:
+    g = torch.Generator().manual_seed(0)
+
+    def intervals(length: int) -> Intervals:
+        steps = length // align
+        width = torch.randint(steps // 4, steps // 2, (k,), generator=g) * align
+        return Intervals(width, torch.randint(0, steps, (k,), generator=g) * align, length)
+
+    u, v = torch.randn(k, m, generator=g), torch.randn(k, n, generator=g)
+    return StructuredMatrix.from_factors(u, v, intervals(m), intervals(n))
+
+
+def test_fixed_plans_are_deterministic() -> None:
+    assert fixed_plan(matrix()) == fixed_plan(matrix())
+    assert not fixed_plan(matrix()).measured
+
+
+@pytest.mark.parametrize("align", [16, 32])
+def test_aligned_structures_get_blocks_without_padding(align: int) -> None:
+    plan = fixed_plan(matrix(align=align))
+    assert plan.padding == 1.0
+
+
+@pytest.mark.parametrize("align", [1, 16])
+@pytest.mark.parametrize("kernel", ["compiled", "blocks"])
+def test_candidates_keep_the_memory_limit_and_foretell_the_storage(align: int, kernel: str) -> None:
+    original = matrix(1024, 1024, 160, align)
+    plans = candidates(original, kernel=kernel)
+    assert [plan.predicted for plan in plans] == sorted(plan.predicted for plan in plans)
+    for plan in plans[:3]:
+        layout, values, index = pack(original, plan.block_rows, plan.block_cols)
+        assert values.nbytes + index.nbytes <= MEMORY * original.stored * 4
+        assert layout.padding == pytest.approx(plan.padding)
+
+
+def test_too_narrow_for_the_limit_takes_the_leanest() -> None:
+    g = torch.Generator().manual_seed(1)
+    rows, cols = (
+        Intervals(torch.ones(40, dtype=torch.int64), torch.randint(0, 128, (40,), generator=g), 128) for _ in "rc"
+    )
+    narrow = StructuredMatrix.from_factors(torch.randn(40, 128), torch.randn(40, 128), rows, cols)
+    (plan,) = candidates(narrow)
+    assert (plan.block_rows, plan.block_cols) == (16, 16)
+
+
+def test_dense_where_factors_cost_no_less() -> None:
+    full = StructuredMatrix.from_factors(torch.randn(20, 32), torch.randn(20, 32))
+    assert fixed_plan(full).block_rows == 0
+    assert fixed_plan(full).kernel(7) == "dense"
+
+
+def test_column_blocks_hold_whole_channels() -> None:
+    for plan in candidates(matrix(n=9 * 40), unit=9):
+        assert plan.block_cols % 9 == 0
+
+
+def test_kernel_by_number_of_tokens() -> None:
+    plan = Plan(16, 16, ((1, "compiled"), (64, "blocks")))
+    assert [plan.kernel(tokens) for tokens in (0, 1, 2, 64, 65, 10**6)] == ["compiled"] * 2 + ["blocks"] * 4
+
+
+def test_dictionary_round_trip() -> None:
+    plan = Plan(16, 32, ((1, "compiled"), (64, "blocks")), padding=1.5, device="cpu", speedups=((1, 2.0),))
+    back = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert back == plan
+    assert back.to_dict() == plan.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"block_rows": 16, "block_cols": 0}, "block sizes"),
+        ({"block_rows": 16, "block_cols": 16, "kernels": [[4, "fast"]]}, "unknown kernel 'fast'"),
+        ({"block_rows": 16, "block_cols": 16, "kernels": [[4, "blocks"], [1, "blocks"]]}, "increasing order"),
+        ({"block_rows": 16, "block_cols": 16, "kernels": 3}, "lists of pairs"),
+        ({"block_rows": 16, "block_cols": 16, "colour": 3}, "unknown keys"),
+    ],
+)
+def test_bad_plans_are_named(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Plan.from_dict(values)
+
+
+def test_measured_plans_are_kept_per_structure() -> None:
+    first = measured_plan(matrix(), buckets=(1, 4))
+    assert first.measured
+    assert (first.device, first.dtype, first.threads) == ("cpu", "float32", torch.get_num_threads())
+    assert measured_plan(matrix(), buckets=(1, 4)) is first
+    assert first.block_rows == 0 or [limit for limit, _ in first.kernels] == [1, 4]
+
+
+def test_interleaved_medians_call_in_turns() -> None:
+    order: list[int] = []
+    times = interleaved_medians([lambda: order.append(0), lambda: order.append(1)], torch.device("cpu"), 0.0, least=3)
+    assert order == [0, 1] * 4
+    assert all(time > 0 for time in times)

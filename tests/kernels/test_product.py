@@ -1,0 +1,118 @@
+"""Every kernel against the dense float64 product: values, gradients, and when which kernel may run."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from torch.func import jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
+
+from gblr_plugin.kernels import compiled, product
+from gblr_plugin.kernels.layout import pack
+from gblr_plugin.structure import Intervals, StructuredMatrix
+
+needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+
+
+def matrix(k: int, m: int, n: int, splits: int = 1, dtype: torch.dtype = torch.float32) -> StructuredMatrix:
+    g = torch.Generator().manual_seed(k + m + n)
+
+    def intervals(length: int) -> Intervals:
+        width, start = (torch.randint(0, length + extra, (k,), generator=g) for extra in (1, 0))
+        return Intervals(width, start, length)
+
+    u, v = (torch.randn(k, size, generator=g, dtype=dtype) for size in (m // splits, n))
+    sizes = tuple(len(part) for part in torch.arange(k).tensor_split(splits))
+    return StructuredMatrix.from_factors(u, v, intervals(m // splits), intervals(n), sizes)
+
+
+CASES = [(20, 48, 64, 1), (31, 57, 33, 3), (40, 301, 257, 1), (0, 5, 4, 1), (70, 512, 130, 1)]
+KERNELS = ["blocks", pytest.param("compiled", marks=needs_numba)]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("blocks", [(16, 16), (64, 32), (33, 50)])
+@pytest.mark.parametrize(("k", "m", "n", "splits"), CASES)
+def test_values(k: int, m: int, n: int, splits: int, blocks: tuple[int, int], kernel: str) -> None:
+    original = matrix(k, m, n, splits)
+    layout, factors, lists = pack(original, *blocks)
+    dense, bias = original.to_dense().double(), torch.randn(m)
+    for tokens in (0, 1, 2, 3, 7, 16, 17, 37, 64, 130):
+        for x in (torch.randn(tokens, n), torch.randn(n, tokens).t(), torch.randn(tokens, 2 * n)[:, ::2]):
+            for b in (bias, None):
+                y = product.linear(x, factors, lists, layout, b, kernel)
+                expected = x.double() @ dense.t() + (0 if b is None else b)
+                assert y.shape == (tokens, m)
+                assert float((y - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("k", "m", "n", "splits"), CASES)
+def test_gradients(k: int, m: int, n: int, splits: int, kernel: str) -> None:
+    original = matrix(k, m, n, splits)
+    layout, factors, lists = pack(original, 16, 32)
+    x, bias, weight = torch.randn(19, n, requires_grad=True), torch.randn(m, requires_grad=True), torch.randn(19, m)
+    y = product.linear(x, factors, lists, layout, bias, kernel)
+    mine = torch.autograd.grad((y * weight).sum(), (x, bias))
+    expected = torch.autograd.grad(((x @ original.to_dense().t() + bias) * weight).sum(), (x, bias))
+    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_numba
+def test_the_operator_is_well_formed() -> None:
+    original = matrix(31, 57, 33, 3)
+    layout, factors, lists = pack(original, 16, 16)
+    sizes = (layout.col_table_at, len(layout.col_blocks), layout.row_table_at, len(layout.row_blocks))
+    arguments = (
+        torch.randn(5, 33, requires_grad=True),
+        factors,
+        lists,
+        torch.randn(57, requires_grad=True),
+        *sizes,
+        layout.num_components,
+        57,
+        layout.entries,
+    )
+    torch.library.opcheck(compiled.structured_linear, arguments, atol=1e-4, rtol=1e-4)
+
+
+@needs_numba
+def test_the_operator_counts_its_flops() -> None:
+    original = matrix(31, 57, 33)
+    layout, factors, lists = pack(original, 16, 16)
+    x = torch.randn(5, 33)
+    counts = []
+    for call in (
+        lambda: compiled.linear(x, factors, lists, layout, None, opaque=False),
+        lambda: product.linear(x, factors, lists, layout, None, "compiled"),
+    ):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call()
+        counts.append(counter.get_total_flops())
+    assert counts == [2 * 5 * layout.entries] * 2
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_functorch_and_forward_gradients(kernel: str) -> None:
+    original = matrix(20, 48, 64)
+    layout, factors, lists = pack(original, 16, 16)
+    dense = original.to_dense()
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return product.linear(x, factors, lists, layout, None, kernel)
+
+    x, tangent = torch.randn(4, 3, 64), torch.randn(4, 3, 64)
+    torch.testing.assert_close(vmap(call)(x), x @ dense.t(), rtol=1e-4, atol=1e-4)
+    _, result = jvp(call, (x[0],), (tangent[0],))
+    torch.testing.assert_close(result, tangent[0] @ dense.t(), rtol=1e-4, atol=1e-4)
+
+
+def test_without_numba_torch_operations_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = matrix(20, 48, 64)
+    layout, factors, lists = pack(original, 16, 16)
+    monkeypatch.setattr(compiled, "available", lambda *_: False)
+    x = torch.randn(4, 64)
+    y = product.linear(x, factors, lists, layout, None, "compiled")
+    torch.testing.assert_close(y, x @ original.to_dense().t(), rtol=1e-4, atol=1e-4)
