@@ -110,8 +110,9 @@ def split_structure_group(
     Args:
         optimizer: Changed in place; the parameters' state is kept.
         structure: Widths and locations; those that the optimizer does not hold, or that have moved already, are passed over.
-        lr: Learning rate of the new group, on the scale of the source group's base rate (the peak of a OneCycleLR); under a
-            scheduler both rates keep that ratio. Default: the same rate.
+        lr: Learning rate of the new group, on the scale of the source group's base rate (the peak of a OneCycleLR; the
+            present rate where no scheduler recorded a base); under a scheduler both rates keep that ratio. Default: the
+            same rate.
         schedulers: Learning-rate schedulers of this optimizer; their per-group lists grow by the source group's entry, so
             that the new group follows the same schedule.
 

@@ -35,6 +35,8 @@ def can_gain(module: nn.Module, row_splits: int = 1) -> bool:
 
 def check_structurable(module: nn.Module, name: str) -> None:
     """Raise a ConfigError that names the layer unless it can be structured as it stands."""
+    if parametrize.is_parametrized(module) or isinstance(module.__dict__.get("weight"), Tensor):  # also the old weight_norm
+        raise ConfigError(f"layer {name!r}: its weight is parametrized; remove the parametrization first")
     if not structurable(module):
         raise ConfigError(
             f"layer {name!r}: a {type(module).__name__} cannot be structured; allowed are Linear, Conv1d, Conv2d and "
@@ -42,8 +44,6 @@ def check_structurable(module: nn.Module, name: str) -> None:
         )
     if getattr(module, "groups", 1) != 1:
         raise ConfigError(f"layer {name!r}: convolution with groups={module.groups}: only groups=1 can be structured")
-    if parametrize.is_parametrized(module) or "weight_g" in dict(module.named_parameters(recurse=False)):
-        raise ConfigError(f"layer {name!r}: its weight is parametrized; remove the parametrization first")
     weight: Any = module.weight
     if type(weight.data) is not Tensor:
         raise ConfigError(f"layer {name!r}: its weight is a {type(weight.data).__name__}, need a plain tensor")

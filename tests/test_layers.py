@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.testing
 from gblr_plugin.errors import ConfigError, GBLRError
 from gblr_plugin.layers import GBLRConv1d, GBLRConv2d, GBLRLinear
 from gblr_plugin.mask import gaudi_mask
