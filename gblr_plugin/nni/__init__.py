@@ -1,0 +1,23 @@
+"""GBLR as a compressor of NNI: chosen, scheduled and fused by NNI, under its evaluators.
+
+Importing this package imports NNI 3.0 (quietly) and registers the structured layers in NNI's tables of module types.
+"""
+
+from __future__ import annotations
+
+from ._quiet import quiet_import
+
+with quiet_import("gblr_plugin.nni", needs="nni (pip install 'nni>=3.0')"):
+    from .compressors import compressor_names, create_compressor, register_compressor
+    from .evaluators import LightningEvaluator
+    from .pruner import GBLRPruner
+    from .wrapper import GBLRWrapper
+
+__all__ = [
+    "GBLRPruner",
+    "GBLRWrapper",
+    "LightningEvaluator",
+    "compressor_names",
+    "create_compressor",
+    "register_compressor",
+]
