@@ -16,7 +16,7 @@ from .selection import select_layers
 from .structure import StructuredMatrix
 from .swap import can_gain, check_structurable, replace_modules, structured_like, weight_matrix
 
-__all__ = ["LayerSettings", "convert", "frozen_like", "prepare", "prepare_layers"]
+__all__ = ["LayerSettings", "check_untied", "convert", "frozen_like", "prepare", "prepare_layers"]
 
 _logger = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ class LayerSettings:
     seed: int = 0
 
 
-def _check_untied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+def check_untied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    """Raise a ConfigError that names the layer if a chosen module's weight is also a parameter of another module."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -82,7 +83,7 @@ def prepare_layers(model: nn.Module, settings: Mapping[str, LayerSettings]) -> d
         check_structurable(modules[name], name)
         if all(modules[name] is not module for module in chosen.values()):
             chosen[name] = modules[name]
-    _check_untied(model, chosen)
+    check_untied(model, chosen)
     kept = {name: module for name, module in chosen.items() if not can_gain(module, settings[name].row_splits)}
     if chosen and len(kept) == len(chosen):
         name, module = next(iter(kept.items()))
