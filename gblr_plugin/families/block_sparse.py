@@ -1,0 +1,188 @@
+"""Block-sparse matrices in a flat butterfly pattern, plus low rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import ConfigError
+from ..structure import Intervals, StructuredMatrix
+from .base import FamilyMatrix, check_count, too_small
+from .dense_blocks import block_components
+from .low_rank import truncated_svd
+from .partition import Partition, cut_blocks, join_blocks
+
+__all__ = ["BlockSparse", "butterfly"]
+
+_BLOCK = 32
+_LOW_RANK_SHARE = 0.25
+
+
+@lru_cache(maxsize=256)
+def butterfly(rows: int, cols: int, strides: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Row and column numbers of the blocks of a flat block butterfly (Chen et al. 2022, Definition 3.4).
+
+    On a square grid of G = 2^q blocks: the diagonal, and (i, j) whose numbers differ in one of the lowest ``strides``
+    bits, which is the sum of the butterfly factors of strides 1, 2, ... An R x C grid is laid over the largest such
+    grid that fits.
+
+    Args:
+        rows: R block rows.
+        cols: C block columns.
+        strides: Number of butterfly factors, from 0 to log2 G.
+
+    Returns:
+        Block rows and block columns of the pattern, by rows.
+    """
+    size = 1 << (min(rows, cols).bit_length() - 1)
+    row, col = torch.arange(rows) * size // rows, torch.arange(cols) * size // cols
+    bits = row[:, None] ^ col
+    live = bits == 0
+    for stride in range(strides):
+        live |= bits == 1 << stride
+    first, second = live.nonzero(as_tuple=True)
+    return tuple(first.tolist()), tuple(second.tolist())
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSparse(FamilyMatrix):
+    """``W = B + L R``: dense blocks B in a fixed butterfly pattern and r components of low rank (Chen et al. 2022).
+
+    Multiply-adds: the sizes of the live blocks and r (m + n). The projection alternates between the blocks of W - L R
+    and the truncated SVD of W - B; each step is the exact optimum, so the error never rises. As a GBLR matrix the
+    dense blocks take one multiply-add more per component, see
+    :class:`~gblr_plugin.families.block_diagonal.BlockDiagonal`.
+
+    Options:
+        block: Largest side of a block, default 32; halved (in the default) until the budget pays for the diagonal.
+        low_rank_share: Least share of the budget for the low-rank part, default 0.25; it also takes what whole
+            butterfly factors leave over. 0 gives a purely block-sparse matrix.
+        iterations: Alternations, default 10.
+
+    Args:
+        blocks: (N, s, p) live blocks; zero-filled past smaller blocks' last row and column.
+        left: (m, r).
+        right: (r, n).
+        rows: Parts of the rows.
+        cols: Parts of the columns.
+        strides: Butterfly factors in the pattern.
+    """
+
+    name = "block_sparse"
+    blocks: Tensor
+    left: Tensor
+    right: Tensor
+    rows: Partition
+    cols: Partition
+    strides: int
+
+    @classmethod
+    def _project(
+        cls,
+        weight: Tensor,
+        allowed: int,
+        *,
+        block: int | None = None,
+        low_rank_share: float = _LOW_RANK_SHARE,
+        iterations: int = 10,
+    ) -> BlockSparse:
+        m, n = weight.shape
+        if not isinstance(low_rank_share, (int, float)) or not 0 <= low_rank_share < 1:
+            raise ConfigError(f"{cls.name}: low_rank_share must be a number in [0, 1), got {low_rank_share!r}")
+        check_count(cls.name, "iterations", iterations, 10**6)
+        side = _BLOCK if block is None else check_count(cls.name, "block", block, max(m, n))
+        pattern = _largest(m, n, side, (1 - low_rank_share) * allowed)
+        while pattern is None and block is None and side > 1:
+            side //= 2
+            pattern = _largest(m, n, side, (1 - low_rank_share) * allowed)
+        if pattern is None:
+            least = _cost(*_grid(m, n, side), 0)
+            raise too_small(
+                cls.name,
+                weight.shape,
+                allowed,
+                round(least / (1 - low_rank_share)),
+                f"a diagonal of {side} x {side} blocks",
+            )
+        rows, cols, strides = pattern
+        rank = (allowed - _cost(rows, cols, strides)) // (m + n) if low_rank_share else 0
+        rank = min(rank, m, n)
+        index = butterfly(rows.count, cols.count, strides)
+        left, right = weight.new_zeros(m, rank), weight.new_zeros(rank, n)
+        blocks = _cut(weight, rows, cols, index)
+        for _ in range(iterations if rank else 0):
+            left, right = truncated_svd(weight - _place(blocks, rows, cols, index), rank)
+            blocks = _cut(weight - left @ right, rows, cols, index)
+        return cls(blocks, left, right, rows, cols, strides)
+
+    @property
+    def pattern(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Block rows and block columns of the live blocks."""
+        return butterfly(self.rows.count, self.cols.count, self.strides)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.rows.length, self.cols.length
+
+    @property
+    def stored(self) -> int:
+        """Sizes of the live blocks and r (m + n)."""
+        return _cost(self.rows, self.cols, self.strides) + self.left.numel() + self.right.numel()
+
+    def to_dense(self) -> Tensor:
+        """B + L R."""
+        return _place(self.blocks, self.rows, self.cols, self.pattern) + self.left @ self.right
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A batched product over the live blocks, summed by block rows, and the low-rank product."""
+        row, col = (torch.tensor(part, device=x.device) for part in self.pattern)
+        z = torch.einsum("...bp,bsp->...bs", self.cols.split(x).index_select(-2, col), self.blocks)
+        y = z.new_zeros(*z.shape[:-2], self.rows.count, z.shape[-1]).index_add(-2, row, z)
+        return self.rows.join(y) + F.linear(F.linear(x, self.right), self.left, bias)
+
+    def to_structured(self) -> StructuredMatrix:
+        """Exactly this matrix, at one multiply-add more per component of the dense blocks."""
+        row, col = (torch.tensor(part, device=self.blocks.device) for part in self.pattern)
+        sparse = block_components(self.blocks, self.rows, self.cols, row, col)
+        low = StructuredMatrix.from_factors(self.left.T.contiguous(), self.right)
+        rows = torch.cat([sparse.rows.width, low.rows.width]), torch.cat([sparse.rows.start, low.rows.start])
+        cols = torch.cat([sparse.cols.width, low.cols.width]), torch.cat([sparse.cols.start, low.cols.start])
+        return StructuredMatrix.from_factors(
+            torch.cat([sparse.u, low.u]),
+            torch.cat([sparse.v, low.v]),
+            Intervals(*rows, self.rows.length),
+            Intervals(*cols, self.cols.length),
+        )
+
+
+def _grid(m: int, n: int, side: int) -> tuple[Partition, Partition]:
+    return Partition(m, -(-m // side)), Partition(n, -(-n // side))
+
+
+def _cost(rows: Partition, cols: Partition, strides: int) -> int:
+    row, col = butterfly(rows.count, cols.count, strides)
+    heights, widths = rows.sizes, cols.sizes
+    return sum(heights[i] * widths[j] for i, j in zip(row, col, strict=True))
+
+
+def _largest(m: int, n: int, side: int, allowed: float) -> tuple[Partition, Partition, int] | None:
+    """The pattern of blocks of this side with the most butterfly factors that cost at most ``allowed``."""
+    rows, cols = _grid(m, n, side)
+    factors = min(rows.count, cols.count).bit_length() - 1
+    fitting = [strides for strides in range(factors + 1) if _cost(rows, cols, strides) <= allowed]
+    return (rows, cols, fitting[-1]) if fitting else None
+
+
+def _cut(matrix: Tensor, rows: Partition, cols: Partition, index: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
+    return cut_blocks(matrix, rows, cols)[list(index[0]), list(index[1])]
+
+
+def _place(blocks: Tensor, rows: Partition, cols: Partition, index: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
+    grid = blocks.new_zeros(rows.count, cols.count, *blocks.shape[1:])
+    place = tuple(torch.tensor(part, device=blocks.device) for part in index)
+    return join_blocks(grid.index_put(place, blocks), rows, cols)

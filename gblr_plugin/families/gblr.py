@@ -1,0 +1,107 @@
+"""GBLR itself as a family, so that it is chosen by name like its rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..structure import StructuredMatrix
+from .base import FamilyMatrix
+
+__all__ = ["Gblr"]
+
+
+@dataclass(frozen=True, eq=False)
+class Gblr(FamilyMatrix):
+    """Sum of rank-1 blocks anywhere (Lee & Kim 2024, Eq. 2): the sum of their two widths in multiply-adds.
+
+    Options:
+        method, calibration, align, max_components, row_splits, seed: As :func:`gblr_plugin.decompose` takes them.
+        learn_structure: Trainable form only: leave widths and locations to a :class:`gblr_plugin.StructureLearner`; by
+            default the structure that was found is fixed and its factors train.
+
+    Args:
+        structured: The matrix.
+        align: Tile of rows and columns to which intervals snap.
+    """
+
+    name = "gblr"
+    structured: StructuredMatrix
+    align: int | tuple[int, int] = 1
+
+    @classmethod
+    def _project(
+        cls,
+        weight: Tensor,
+        allowed: int,
+        *,
+        method: str = "gblr",
+        calibration: Tensor | None = None,
+        align: int | tuple[int, int] = 1,
+        max_components: int | None = None,
+        row_splits: int = 1,
+        seed: int = 0,
+    ) -> Gblr:
+        from ..decomposition import decompose  # the largest import of the package, and only this family needs it
+
+        matrix = decompose(
+            weight,
+            allowed / weight.numel(),
+            method=method,
+            calibration=calibration,
+            align=align,
+            max_components=max_components,
+            row_splits=row_splits,
+            seed=seed,
+        )
+        return cls(matrix, align)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.structured.shape
+
+    @property
+    def stored(self) -> int:
+        """Entries inside the intervals."""
+        return self.structured.stored
+
+    def factors(self) -> dict[str, Tensor]:
+        """U (K, m / s) and V (K, n), zero outside the intervals."""
+        return {"u": self.structured.u, "v": self.structured.v}
+
+    def with_factors(self, factors: Mapping[str, Tensor]) -> Gblr:
+        """The same intervals with other factors."""
+        old = self.structured
+        return Gblr(
+            StructuredMatrix.from_factors(factors["u"], factors["v"], old.rows, old.cols, old.split_sizes), self.align
+        )
+
+    def to_dense(self) -> Tensor:
+        """The sum of the blocks."""
+        return self.structured.to_dense()
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Two products through K intermediate values."""
+        return self.structured.linear(x, bias)
+
+    def to_structured(self) -> StructuredMatrix:
+        """The matrix itself."""
+        return self.structured
+
+    def module_like(self, dense: nn.Module) -> nn.Module:
+        """A :class:`gblr_plugin.GBLRLayer`."""
+        from ..swap import structured_like
+
+        return structured_like(dense, self.structured, align=self.align)
+
+    @classmethod
+    def trainable(cls, dense: nn.Module, budget: float, *, learn_structure: bool = False, **options: Any) -> nn.Module:
+        """The trainable form; see ``learn_structure``."""
+        layer: Any = super().trainable(dense, budget, **options)
+        if not learn_structure:
+            layer.freeze_structure()
+        return layer  # type: ignore[no-any-return]  # a GBLRLayer

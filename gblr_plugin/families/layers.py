@@ -1,0 +1,184 @@
+"""Trainable layers of the structure families: drop-in modules whose plain parameters are a matrix's factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..swap import check_structurable, weight_matrix
+from .base import FamilyMatrix
+
+__all__ = ["FamilyConv1d", "FamilyConv2d", "FamilyLayer", "FamilyLinear", "layer_like"]
+
+_HOOKS = ["_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks"]
+
+
+class FamilyLayer(nn.Module):
+    """What the layers of all families share. The parameters are named as the factors of the family's matrix.
+
+    Attributes:
+        geometry: The matrix that the layer began with, on the meta device: what does not train.
+    """
+
+    geometry: FamilyMatrix
+    bias: nn.Parameter | None
+
+    def _init_factors(self, matrix: FamilyMatrix, bias: Tensor | None) -> None:
+        self.geometry = matrix.to("meta")
+        for name, value in matrix.factors().items():
+            setattr(self, name, nn.Parameter(value.detach().clone()))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
+
+    def matrix(self) -> FamilyMatrix:
+        """The present matrix; its factors are the parameters themselves."""
+        return self.geometry.with_factors({name: getattr(self, name) for name in self.geometry.factors()})
+
+    def frozen_matrix(self) -> FamilyMatrix:
+        """A detached copy of the present matrix."""
+        factors = self.matrix().factors()
+        return self.geometry.with_factors({name: value.detach().clone() for name, value in factors.items()})
+
+    def freeze(self) -> None:
+        """Fix the factors as they are; the bias still trains if it did."""
+        for factor in self.matrix().factors().values():
+            factor.requires_grad_(False)
+            factor.grad = None
+
+    @property
+    def structure_name(self) -> str:
+        """Name of the family, as the report shows it."""
+        return self.geometry.name
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(m, n) of the weight matrix."""
+        return self.geometry.shape
+
+    @property
+    def stored(self) -> int:
+        """Number of stored factor entries."""
+        return self.geometry.stored
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of one matrix-vector product, or of one output position of a convolution."""
+        return self.geometry.multiply_adds
+
+    @property
+    def relative_flops(self) -> float:
+        """Multiply-adds over m * n."""
+        return self.geometry.relative_flops
+
+    def to_dense(self) -> Tensor:
+        """The (m, n) weight matrix; differentiable."""
+        return self.matrix().to_dense()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, family={self.structure_name}, relative_flops={self.relative_flops:.3g}"
+
+
+class FamilyLinear(FamilyLayer, nn.Linear):
+    """``y = x W^T + b`` with W of a family; takes the place of ``nn.Linear`` and Hugging Face ``Conv1D``.
+
+    Args:
+        matrix: Start of the (out_features, in_features) weight.
+        bias: (out_features,) or ``None``.
+
+    Shape:
+        Input (..., in_features), output (..., out_features).
+    """
+
+    def __init__(self, matrix: FamilyMatrix, bias: Tensor | None = None) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: there is no dense weight to allocate
+        self.out_features, self.in_features = matrix.shape
+        self._init_factors(matrix, bias)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # nn.Linear's parameter, here computed
+        """The dense (m, n) weight, computed on demand."""
+        return self.to_dense()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``x W^T + b`` by the factors."""
+        return self.matrix().linear(input, self.bias)
+
+
+class _FamilyConv(FamilyLayer):
+    out_channels: int
+    in_channels: int
+    kernel_size: tuple[int, ...]
+
+    def _init_conv(self, matrix: FamilyMatrix, like: Any, bias: Tensor | None) -> None:
+        expected = tuple(weight_matrix(like).shape)
+        if matrix.shape != expected:
+            raise ConfigError(f"{matrix.name}: the convolution's weight matrix is {expected}, got {matrix.shape}")
+        for name in ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "transposed", "output_padding", "_reversed_padding_repeated_twice"]:
+            setattr(self, name, getattr(like, name))
+        self._init_factors(matrix, bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense (c_out, c_in, *kernel) weight, computed on demand."""
+        return self.to_dense().view(self.out_channels, self.in_channels, *self.kernel_size)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The convolution, as the family computes it."""
+        return self.matrix().convolve(self, input, self.bias)
+
+
+class FamilyConv1d(_FamilyConv, nn.Conv1d):  # type: ignore[misc]  # `weight` is computed, not a parameter
+    """``nn.Conv1d`` whose (c_out, c_in * k) weight matrix is of a family.
+
+    Args:
+        matrix: Start of the weight matrix.
+        like: The dense convolution whose geometry is taken over.
+        bias: (c_out,) or ``None``.
+    """
+
+    def __init__(self, matrix: FamilyMatrix, like: nn.Conv1d, bias: Tensor | None = None) -> None:
+        nn.Module.__init__(self)
+        self._init_conv(matrix, like, bias)
+
+
+class FamilyConv2d(_FamilyConv, nn.Conv2d):  # type: ignore[misc]  # `weight` is computed, not a parameter
+    """``nn.Conv2d`` whose (c_out, c_in * kh * kw) weight matrix is of a family; arguments as :class:`FamilyConv1d`."""
+
+    def __init__(self, matrix: FamilyMatrix, like: nn.Conv2d, bias: Tensor | None = None) -> None:
+        nn.Module.__init__(self)
+        self._init_conv(matrix, like, bias)
+
+
+def layer_like(dense: nn.Module, matrix: FamilyMatrix) -> FamilyLayer:
+    """A trainable layer in place of a dense module.
+
+    Args:
+        dense: nn.Linear, nn.Conv1d, nn.Conv2d or Hugging Face ``Conv1D``.
+        matrix: Start of its (m, n) weight matrix.
+
+    Returns:
+        The layer, with the dense module's bias, dtype, device, training mode, ``requires_grad`` flags and hooks.
+
+    Raises:
+        ConfigError: If the kind of module cannot be structured.
+    """
+    check_structurable(dense, type(dense).__name__)
+    weight: Any = dense.weight
+    bias: Any = dense.bias
+    matrix = matrix.to(device=weight.device, dtype=weight.dtype)
+    layer: FamilyLayer
+    if isinstance(dense, nn.Conv1d):
+        layer = FamilyConv1d(matrix, dense, bias)
+    elif isinstance(dense, nn.Conv2d):
+        layer = FamilyConv2d(matrix, dense, bias)
+    else:
+        layer = FamilyLinear(matrix, bias)
+    for factor in matrix.factors():
+        getattr(layer, factor).requires_grad_(weight.requires_grad)
+    if layer.bias is not None:
+        layer.bias.requires_grad_(bias.requires_grad)
+    layer.train(dense.training)
+    for table in _HOOKS:
+        getattr(layer, table).update(getattr(dense, table))
+    return layer

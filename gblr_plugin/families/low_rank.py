@@ -1,0 +1,81 @@
+"""Low-rank matrices: the truncated SVD, with a rank from the budget or learned during training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..structure import StructuredMatrix
+from .base import FamilyMatrix, too_small
+
+__all__ = ["LowRank", "truncated_svd"]
+
+
+def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best factors of rank ``r <= min(m, n)``: (m, r) and (r, n), balanced in norm."""
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    scale = values[:rank].sqrt()
+    return left[:, :rank] * scale, right[:rank] * scale[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(FamilyMatrix):
+    """``W = A B`` with A of r columns: r (m + n) multiply-adds.
+
+    The SVD gives the best member in every unitarily invariant norm (Eckart-Young-Mirsky). As a GBLR matrix: r
+    components of full widths.
+
+    Args:
+        left: (m, r) A.
+        right: (r, n) B.
+    """
+
+    name = "low_rank"
+    left: Tensor
+    right: Tensor
+
+    @classmethod
+    def _project(cls, weight: Tensor, allowed: int) -> LowRank:
+        m, n = weight.shape
+        rank = min(allowed // (m + n), m, n)
+        if rank < 1:
+            raise too_small(cls.name, weight.shape, allowed, m + n, "rank 1")
+        return cls(*truncated_svd(weight, rank))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.left.shape[0], self.right.shape[1]
+
+    @property
+    def stored(self) -> int:
+        """The r (m + n) factor entries."""
+        return self.left.numel() + self.right.numel()
+
+    def to_dense(self) -> Tensor:
+        """A B."""
+        return self.left @ self.right
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Two products through r intermediate values."""
+        return F.linear(F.linear(x, self.right), self.left, bias)
+
+    def to_structured(self) -> StructuredMatrix:
+        """The r components of full widths, at equal cost."""
+        return StructuredMatrix.from_factors(self.left.T.contiguous(), self.right)
+
+    @classmethod
+    def trainable(cls, dense: nn.Module, budget: float, *, learned_rank: bool = False, **options: Any) -> nn.Module:
+        """Fixed rank, or with ``learned_rank`` a full SVD whose components are learned to be on or off.
+
+        A learned rank is a structured layer for :class:`gblr_plugin.StructureLearner`, which brings it to its budget.
+        """
+        if not learned_rank:
+            return super().trainable(dense, budget, **options)
+        from .learned_rank import learned_rank_like  # needs the GBLR layers
+
+        return learned_rank_like(dense)

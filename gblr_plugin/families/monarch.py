@@ -1,0 +1,63 @@
+"""Monarch matrices: two block-diagonal factors with a fixed shuffle between and after them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import check_count, too_small
+from .grid import BlockGrid, grid_factors
+from .partition import Partition
+
+__all__ = ["Monarch"]
+
+
+@dataclass(frozen=True, eq=False)
+class Monarch(BlockGrid):
+    r"""``W = P L P^T R`` with block-diagonal L and R (Dao et al. 2022, Definition 3.1): c b (m + n) multiply-adds.
+
+    R splits the n inputs in b consecutive blocks and sends c channels of each to each of the b blocks of L, whose
+    outputs P
+    interleaves: output i belongs to block i mod b. Seen on the rows i = j (mod b) and the columns of input block k, a
+    Monarch matrix therefore has rank c, 1 in the square case of the paper, and the closest one is found by an SVD of
+    each such sub-matrix (Theorem 1 there). Up to the order of its rows it is a block low-rank and so a GBLR matrix of
+    equal cost. m and n need not be multiples of b: blocks then differ in size by one.
+
+    Options:
+        block_rank: c, default 1: the budget sets the number of blocks b.
+        blocks: b (published language and vision models: 4): the budget sets c, unless that is given too.
+    """
+
+    name = "monarch"
+
+    @classmethod
+    def _project(
+        cls, weight: Tensor, allowed: int, *, blocks: int | None = None, block_rank: int | None = None
+    ) -> Monarch:
+        m, n = weight.shape
+        units = allowed // (m + n)  # so many c b are paid for
+        if block_rank is not None:
+            check_count(cls.name, "block_rank", block_rank, min(m, n))
+        if blocks is None:
+            rank = block_rank or 1
+            count = max(1, min(units // rank, m, n))
+        else:
+            count = check_count(cls.name, "blocks", blocks, min(m, n))
+            rank = block_rank or max(1, min(units // count, -(-min(m, n) // count)))
+        if count * rank > units:
+            what = f"{count} blocks of rank {rank}"
+            raise too_small(cls.name, weight.shape, allowed, count * rank * (m + n), what)
+        order = _interleaved(m, count, weight.device)
+        return cls(*grid_factors(weight[order], Partition(m, count), Partition(n, count), rank))
+
+    @property
+    def row_order(self) -> Tensor:
+        """Rows sorted by their number modulo b: those of one block of L follow each other."""
+        return _interleaved(self.shape[0], self.rows.count, self.left.device)
+
+
+def _interleaved(length: int, count: int, device: torch.device) -> Tensor:
+    index = torch.arange(length, device=device)
+    return index[torch.argsort(index % count, stable=True)]

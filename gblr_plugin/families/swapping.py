@@ -1,0 +1,109 @@
+"""Put the layers of a family in a model, and freeze them when they are trained."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..conversion import check_untied, frozen_like
+from ..conversion import convert as convert_gblr
+from ..errors import ConfigError
+from ..selection import select_layers
+from ..swap import can_gain, check_structurable, replace_modules, weight_matrix
+from .layers import FamilyLayer
+from .registry import get
+
+__all__ = ["convert", "replace"]
+
+_logger = logging.getLogger(__name__)
+
+
+def replace(
+    model: nn.Module,
+    selection: Iterable[str] | Mapping[str, nn.Module] | None,
+    family: str,
+    budget: float | Mapping[str, float],
+    **options: Any,
+) -> dict[str, nn.Module]:
+    """Swap dense layers for trainable layers of a family, in place; every family alike.
+
+    Everything is checked and computed before the model is touched. Layers too small to gain stay dense, with a warning.
+
+    Args:
+        model: Changed in place.
+        selection: Names, glob patterns or type names as :func:`~gblr_plugin.selection.select_layers` takes them,
+            modules by name, or ``None`` for every layer that can gain.
+        family: Name of the family, see :func:`~gblr_plugin.families.names`.
+        budget: Relative FLOPs, for all layers together (split as the family allocates; most give each the same), or by
+            name.
+        options: The family's own.
+
+    Returns:
+        The new layers by name.
+
+    Raises:
+        ConfigError: If a name, budget or option cannot be used, a weight is tied, or no layer can gain.
+    """
+    kind = get(family)
+    chosen = dict(selection) if isinstance(selection, Mapping) else select_layers(model, selection)
+    for name, module in chosen.items():
+        check_structurable(module, name)
+    check_untied(model, chosen)
+    small = [name for name, module in chosen.items() if not can_gain(module)]
+    for name in small:
+        _logger.warning("layer %r is too small to gain from structure and stays dense", name)
+        chosen.pop(name).gblr_note = "too small to gain, kept dense"  # type: ignore[assignment]  # a plain attribute
+    if not chosen:
+        raise ConfigError(f"family {family!r}: none of the selected layers is large enough to gain from structure")
+    if isinstance(budget, Mapping):
+        missing = [name for name in chosen if name not in budget]
+        if missing:
+            raise ConfigError(f"layer {missing[0]!r}: no budget given for it")
+        budgets = dict(budget)
+    else:
+        budgets = kind.budgets({name: weight_matrix(module) for name, module in chosen.items()}, budget, **options)
+    layers: dict[str, nn.Module] = {}
+    for name, module in chosen.items():
+        try:
+            layers[name] = kind.trainable(module, budgets[name], **options)
+        except ConfigError as error:
+            raise ConfigError(f"layer {name!r}: {error}") from error
+    replace_modules(model, {id(chosen[name]): layer for name, layer in layers.items()})
+    return layers
+
+
+def convert(model: nn.Module, *, plan: Any = None) -> nn.Module:
+    """Freeze the family layers of a model, in place; GBLR layers are converted as :func:`gblr_plugin.convert` does.
+
+    Layers whose matrix is a GBLR matrix of equal cost become plain modules with a frozen
+    :class:`~gblr_plugin.GBLRTensor`, so that all families run on the same kernels; the others keep their own product
+    with factors that no longer train.
+
+    Args:
+        model: Changed in place (or replaced, if it is such a layer itself).
+        plan: How kernels are chosen, see :class:`~gblr_plugin.GBLRTensor`.
+
+    Returns:
+        The model; its outputs are unchanged.
+
+    Raises:
+        ConfigError: See :func:`gblr_plugin.convert`.
+    """
+    model = convert_gblr(model, plan=plan)
+    replacements: dict[int, nn.Module] = {}
+    for layer in model.modules():
+        if not isinstance(layer, FamilyLayer):
+            continue
+        matrix = layer.frozen_matrix()
+        structured = matrix.to_structured() if matrix.row_order is None else None
+        if structured is not None and structured.stored == matrix.multiply_adds:
+            replacements[id(layer)] = frozen_like(layer, structured, plan=plan)
+        else:
+            layer.freeze()
+    if id(model) in replacements:
+        return replacements[id(model)]
+    replace_modules(model, replacements)
+    return model
