@@ -57,7 +57,9 @@ class LayerGoal:
             raise ConfigError(f"goal: budget must be relative FLOPs in (0, 1], got {self.budget}")
         if self.threshold is not None and not (0 <= self.threshold < math.inf):
             raise ConfigError(f"goal: threshold (lambda) must be finite and at least 0, got {self.threshold}")
-        if self.min_flops > self.max_flops:
+        if not self.min_flops >= 0:
+            raise ConfigError(f"goal: min_flops must be relative FLOPs of at least 0, got {self.min_flops}")
+        if not self.max_flops >= self.min_flops:
             raise ConfigError(f"goal: min_flops {self.min_flops} exceeds max_flops {self.max_flops}")
 
 

@@ -1,0 +1,446 @@
+import copy
+import io
+import logging
+import math
+
+import pytest
+import torch
+from gblr_plugin.errors import ConfigError, GBLRError
+from gblr_plugin.learner import LayerGoal, StructureLearner
+from gblr_plugin.mask import gaudi_mask
+from gblr_plugin.optim import param_groups
+from gblr_plugin.schedule import Schedule
+from gblr_plugin.structure import StructuredMatrix
+from gblr_plugin.swap import structured_like, weight_matrix
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import SGD, AdamW
+
+
+def full_rank(module):
+    u, s, v = torch.linalg.svd(weight_matrix(module), full_matrices=False)
+    return StructuredMatrix.from_factors((u * s.sqrt()).T, s.sqrt()[:, None] * v)
+
+
+def build(align=1, seed=0, sizes=(32, 64, 48)):
+    torch.manual_seed(seed)
+    modules = []
+    for n, m in zip(sizes, sizes[1:], strict=False):
+        dense = nn.Linear(n, m)
+        modules += [structured_like(dense, full_rank(dense), align=align), nn.Tanh()]
+    return nn.Sequential(*modules[:-1])
+
+
+def layers_of(model):
+    return {str(i): module for i, module in enumerate(model) if not isinstance(module, nn.Tanh)}
+
+
+def train(model, optimizer, steps, first=0, accumulate=1):
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(1000 + step)
+        optimizer.zero_grad()
+        for _ in range(accumulate):
+            x = torch.randn(16, model[0].in_features, generator=generator)
+            target = torch.sin(3 * x).repeat(1, 2)[:, : model[-1].out_features]
+            F.mse_loss(model(x), target).backward()
+        optimizer.step()
+
+
+def counted(layer):
+    """Multiply-adds by counting the ones of exact boxcars made from the layer's parameters."""
+    rows, cols = (
+        gaudi_mask(layer.widths[i].detach(), layer.locations[i].detach(), n, None, form="fft", align=layer.align[i])
+        .round()
+        .count_nonzero(1)
+        for i, n in enumerate(layer.axis_lengths)
+    )
+    return int(torch.where((rows > 0) & (cols > 0), rows + cols, 0).sum())
+
+
+def relative(layers):
+    layers = list(layers)
+    return sum(counted(layer) for layer in layers) / sum(math.prod(layer.matrix_shape) for layer in layers)
+
+
+# -- budgets ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("align", [1, 4, 16])
+@pytest.mark.parametrize(("kind", "lr"), [(AdamW, 1e-3), (AdamW, 3e-2), (SGD, 1e-4), (SGD, 1e-1)])
+def test_realised_cost_meets_the_budget(budget, align, kind, lr):
+    model = build(align)
+    layers = layers_of(model)
+    optimizer = kind(param_groups(model, lr=lr))
+    learner = StructureLearner(layers, {name: LayerGoal(budget=budget, group="all") for name in layers}, Schedule(2, 20))
+    learner.attach_all([optimizer])
+    train(model, optimizer, 21)
+    assert learner.frozen
+    assert budget - 0.01 <= relative(layers.values()) <= budget
+    assert learner.relative_flops == relative(layers.values())
+
+
+def test_layers_without_group_meet_their_own_budgets():
+    model = build()
+    layers = layers_of(model)
+    goals = {"0": LayerGoal(budget=0.2), "2": LayerGoal(budget=0.7)}
+    optimizer = AdamW(param_groups(model, lr=1e-2))
+    StructureLearner(layers, goals, Schedule(2, 20)).attach_all([optimizer])
+    train(model, optimizer, 21)
+    for name, goal in goals.items():
+        assert goal.budget - 0.01 <= relative([layers[name]]) <= goal.budget
+
+
+def test_pooled_group_respects_the_bounds_of_its_layers():
+    model = build(sizes=(32, 48, 64, 48))
+    layers = layers_of(model)
+    goals = {
+        "0": LayerGoal(budget=0.3, group="g", max_flops=0.2),
+        "2": LayerGoal(budget=0.3, group="g", min_flops=0.35),
+        "4": LayerGoal(budget=0.3, group="g"),
+    }
+    optimizer = AdamW(param_groups(model, lr=1e-2))
+    learner = StructureLearner(layers, goals, Schedule(2, 30))
+    learner.attach_all([optimizer])
+    costs = []
+    for step in range(31):
+        train(model, optimizer, 1, first=step)
+        costs.append(relative([layers["0"]]))
+    assert relative([layers["0"]]) <= 0.2
+    assert relative([layers["2"]]) >= 0.35
+    assert 0.29 <= relative(layers.values()) <= 0.3
+    # The bound is approached along the ramp, not enforced at once.
+    assert costs[3] > 0.5
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.4, math.inf), (0.0, 0.2)])
+def test_bounds_that_exclude_the_budget_are_refused(low, high):
+    layers = layers_of(build())
+    goals = {name: LayerGoal(budget=0.3, group="g", min_flops=low, max_flops=high) for name in layers}
+    with pytest.raises(ConfigError, match=r"excludes the budget 0\.3"):
+        StructureLearner(layers, goals, Schedule(0, 5))
+
+
+def test_a_budget_that_cannot_be_reached_is_reported(caplog):
+    torch.manual_seed(0)
+    layer = structured_like(nn.Linear(32, 32), StructuredMatrix.from_factors(torch.randn(3, 32), torch.randn(3, 32)))
+    learner = StructureLearner({"fc": layer}, {"fc": LayerGoal(budget=0.5)}, None)
+    with caplog.at_level(logging.WARNING):
+        learner.freeze()
+    assert relative([layer]) == 3 * 64 / 1024
+    assert "'fc'" in caplog.text
+    assert "reached 0.1875" in caplog.text
+
+
+def test_cost_never_exceeds_the_ramped_target():
+    model = build()
+    layers = layers_of(model)
+    optimizer = AdamW(param_groups(model, lr=1e-2))
+    learner = StructureLearner(layers, {n: LayerGoal(budget=0.25, group=0) for n in layers}, Schedule(5, 30))
+    learner.attach_all([optimizer])
+    start = relative(layers.values())
+    for step in range(30):
+        train(model, optimizer, 1, first=step)
+        allowed = start + (0.25 - start) * Schedule.ramp(learner.progress)
+        if step < 5:
+            assert learner.lambdas() == dict.fromkeys(layers, 0.0)
+        assert relative(layers.values()) <= allowed + 1e-12 or step < 5
+
+
+# -- homotopy and freeze -----------------------------------------------------------------------------------------------------
+
+
+def test_homotopy_ends_in_frozen_exact_boxcars():
+    model = build()
+    layers = layers_of(model)
+    optimizer = AdamW(param_groups(model, lr=1e-2))
+    learner = StructureLearner(layers, {n: LayerGoal(budget=0.3) for n in layers}, Schedule(5, 25, 1.0, 100.0))
+    assert next(iter(layers.values())).sigma is None
+    learner.attach_all([optimizer])
+    sigmas = [learner.sigma]
+    for step in range(30):
+        train(model, optimizer, 1, first=step)
+        sigmas.append(learner.sigma)
+    assert sigmas[:6] == [1.0] * 6
+    assert sigmas[6:25] == pytest.approx([1 + 99 * i / 20 for i in range(1, 20)])
+    assert sigmas[25:] == [None] * 6
+    for layer in layers.values():
+        assert layer.structure_frozen
+        x = torch.randn(4, layer.in_features)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.structure().to_dense(), layer.bias))
+    frozen = [layer.widths.clone() for layer in layers.values()], [layer.U.clone() for layer in layers.values()]
+    train(model, optimizer, 3, first=30)
+    assert all(torch.equal(a, layer.widths) for a, layer in zip(frozen[0], layers.values(), strict=True))
+    assert not any(torch.equal(a, layer.U) for a, layer in zip(frozen[1], layers.values(), strict=True))
+    assert learner.lambdas() == dict.fromkeys(layers, 0.0)
+
+
+def test_fixed_lambda_is_algorithm_1():
+    model, reference = build(), build()
+    threshold, lr = 0.4, 1e-2
+    optimizer, plain = AdamW(param_groups(model, lr=lr)), AdamW(param_groups(reference, lr=lr))
+    learner = StructureLearner(
+        layers_of(model), {n: LayerGoal(threshold=threshold) for n in layers_of(model)}, Schedule(0, 1000)
+    )
+    learner.attach_all([optimizer])
+    for step in range(8):
+        train(model, optimizer, 1, first=step)
+        sigma = learner.schedule.sigma(learner.schedule.progress(step))
+        for layer in layers_of(reference).values():
+            layer.set_sigma(sigma)
+        train(reference, plain, 1, first=step)
+        with torch.no_grad():
+            for layer in layers_of(reference).values():
+                layer.widths.copy_(F.softshrink(layer.widths, threshold * lr).clamp(0, 1))
+                layer.locations.sub_(layer.locations.floor())
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert learner.lambdas() == pytest.approx(dict.fromkeys(layers_of(model), threshold))
+
+
+def test_freeze_does_not_shrink_a_fixed_lambda_again():
+    model = build()
+    layers = layers_of(model)
+    learner = StructureLearner(layers, {n: LayerGoal(threshold=0.4) for n in layers}, Schedule(0, 3))
+    optimizer = AdamW(param_groups(model, lr=1e-2))
+    learner.attach_all([optimizer])
+    shrunk = {}
+    original = learner.freeze
+    learner.freeze = lambda: (shrunk.update({n: x.intervals() for n, x in layers.items()}), original())
+    train(model, optimizer, 3)
+    assert learner.frozen
+    for name, layer in layers.items():
+        for before, after in zip(shrunk[name], layer.intervals(), strict=True):
+            assert torch.equal(before.width, after.width)
+
+
+# -- once per real step ------------------------------------------------------------------------------------------------------
+
+
+def thresholds_seen(monkeypatch):
+    seen = []
+    from gblr_plugin import learner as module
+
+    original = module.prox_and_clip_
+    monkeypatch.setattr(
+        module, "prox_and_clip_", lambda w, x, t: (seen.append([round(v, 9) for v in t.tolist()]), original(w, x, t))
+    )
+    return seen
+
+
+def test_accumulation_shrinks_once_per_step(monkeypatch):
+    seen = thresholds_seen(monkeypatch)
+    model = build()
+    layers = layers_of(model)
+    optimizer = AdamW(param_groups(model, lr=1e-2))
+    learner = StructureLearner(layers, {n: LayerGoal(threshold=1.0) for n in layers}, Schedule(0, 100))
+    learner.attach_all([optimizer])
+    train(model, optimizer, 4, accumulate=3)
+    assert seen == [[0.01, 0.01]] * 4
+    assert learner.step_count == 4
+
+
+def test_several_optimizers_shrink_their_own_layers(monkeypatch):
+    seen = thresholds_seen(monkeypatch)
+    model = build()
+    layers = layers_of(model)
+    first, second = AdamW(param_groups(model[0], lr=1e-2)), SGD(param_groups(model[2], lr=1e-3))
+    learner = StructureLearner(layers, {n: LayerGoal(threshold=1.0) for n in layers}, Schedule(0, 100))
+    learner.attach_all([first, second, SGD([nn.Parameter(torch.ones(1))], lr=1.0)])
+    for _ in range(3):
+        model(torch.randn(4, 32)).square().mean().backward()
+        first.step()
+        second.step()
+    assert seen == [[0.01, 0.0], [0.0, 0.001]] * 3
+    assert learner.step_count == 3
+
+
+def test_skipped_steps_do_not_shrink(monkeypatch):
+    seen = thresholds_seen(monkeypatch)
+    model = build()
+    layers = layers_of(model)
+    optimizer = AdamW(param_groups(model, lr=1e-2), fused=True)
+    learner = StructureLearner(layers, {n: LayerGoal(threshold=1.0) for n in layers}, Schedule(0, 100))
+    learner.attach_all([optimizer])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for step in range(6):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.randn(4, 32)).square().mean()).backward()
+        if step % 2:
+            model[0].U.grad[0, 0] = math.nan
+        scaler.step(optimizer)
+        scaler.update()
+    assert len(seen) == learner.step_count == 3
+
+
+def test_attaching_again_follows_the_new_optimizer(monkeypatch):
+    seen = thresholds_seen(monkeypatch)
+    model = build()
+    layers = layers_of(model)
+    learner = StructureLearner(layers, {n: LayerGoal(threshold=1.0) for n in layers}, Schedule(0, 100))
+    old, new = (AdamW(param_groups(model, lr=1e-2)) for _ in range(2))
+    learner.attach_all([old])
+    learner.attach_all([new])
+    train(model, old, 2)
+    assert seen == []
+    train(model, new, 2)
+    assert len(seen) == learner.step_count == 2
+    learner.detach()
+    train(model, new, 2)
+    assert len(seen) == 2
+
+
+def test_unsplit_optimizer_still_shrinks_at_its_rate(monkeypatch):
+    seen = thresholds_seen(monkeypatch)
+    model = build()
+    layers = layers_of(model)
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    StructureLearner(layers, {n: LayerGoal(threshold=1.0) for n in layers}, Schedule(0, 100)).attach_all([optimizer])
+    train(model, optimizer, 1)
+    assert seen == [[0.01, 0.01]]
+
+
+# -- resume ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [3, 12, 20, 24])
+@pytest.mark.parametrize("learner_first", [False, True])
+def test_resume_equals_an_uninterrupted_run(stop, learner_first):
+    def start():
+        model = build()
+        optimizer = AdamW(param_groups(model, lr=1e-2))
+        layers = layers_of(model)
+        goals = {"0": LayerGoal(budget=0.3), "2": LayerGoal(threshold=0.5)}
+        learner = StructureLearner(layers, goals, Schedule(4, 20))
+        learner.attach_all([optimizer])
+        return model, optimizer, learner
+
+    model, optimizer, learner = start()
+    train(model, optimizer, stop)
+    buffer = io.BytesIO()
+    torch.save([part.state_dict() for part in (model, optimizer, learner)], buffer)
+    train(model, optimizer, 30 - stop, first=stop)
+
+    again, again_optimizer, again_learner = start()
+    buffer.seek(0)
+    states = torch.load(buffer, weights_only=True)
+    parts = [(again, states[0]), (again_optimizer, states[1]), (again_learner, states[2])]
+    for part, state in reversed(parts) if learner_first else parts:
+        part.load_state_dict(state)
+    assert again_learner.frozen is (stop >= 20)
+    train(again, again_optimizer, 30 - stop, first=stop)
+    for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert again_learner.state_dict() == learner.state_dict()
+    assert [layer.sigma for layer in layers_of(again).values()] == [None, None]
+
+
+# -- driven from outside -----------------------------------------------------------------------------------------------------
+
+
+def test_host_turns_the_clock():
+    model = build()
+    layers = layers_of(model)
+    optimizer = AdamW(param_groups(model, lr=1e-2))
+    learner = StructureLearner(layers, {n: LayerGoal(budget=0.4, group=0) for n in layers}, None)
+    learner.attach_all([optimizer])
+    start = relative(layers.values())
+    for share in (0.25, 0.5, 1.0):
+        learner.set_progress(share)
+        assert learner.sigma == 1 + 99 * share
+        train(model, optimizer, 2)
+        assert relative(layers.values()) <= start + (0.4 - start) * share + 1e-12
+        assert not learner.frozen
+    learner.freeze()
+    assert 0.39 <= relative(layers.values()) <= 0.4
+    learner.set_progress(0.1)
+    assert learner.sigma is None
+
+
+# -- bad input and bad numbers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["widths", "locations"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_structure_stops_with_the_layers_name(what, value):
+    model = build()
+    layers = layers_of(model)
+    optimizer = AdamW(param_groups(model, lr=1e-2))
+    StructureLearner(layers, {n: LayerGoal(budget=0.4) for n in layers}, Schedule(0, 9)).attach_all([optimizer])
+    train(model, optimizer, 2)
+    with torch.no_grad():
+        getattr(layers["2"], what)[0, 3] = value
+    with pytest.raises(GBLRError, match=f"layer '2': {what} became NaN or infinite at step 3"):
+        optimizer.step()
+
+
+def test_non_finite_factors_stop_the_freeze():
+    layers = layers_of(build())
+    learner = StructureLearner(layers, {n: LayerGoal(budget=0.4) for n in layers}, None)
+    with torch.no_grad():
+        layers["0"].V[0, 0] = math.nan
+    with pytest.raises(GBLRError, match="layer '0': V became NaN"):
+        learner.freeze()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either a budget or a fixed threshold"),
+        ({"budget": 0.5, "threshold": 0.1}, "not both"),
+        ({"budget": 0.0}, r"in \(0, 1\], got 0\.0"),
+        ({"budget": 1.5}, "got 1.5"),
+        ({"budget": math.nan}, "got nan"),
+        ({"threshold": -1.0}, "at least 0"),
+        ({"threshold": math.nan}, "finite"),
+        ({"budget": 0.5, "min_flops": 0.6, "max_flops": 0.5}, "exceeds max_flops"),
+        ({"budget": 0.5, "min_flops": -0.1}, "min_flops"),
+        ({"budget": 0.5, "max_flops": math.nan}, "max_flops"),
+    ],
+)
+def test_bad_goals_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        LayerGoal(**options)
+
+
+def test_names_and_groups_must_agree():
+    layers = layers_of(build())
+    with pytest.raises(ConfigError, match="differ in"):
+        StructureLearner(layers, {"0": LayerGoal(budget=0.5)}, None)
+    with pytest.raises(ConfigError, match="two goals"):
+        StructureLearner(
+            layers, {"0": LayerGoal(budget=0.5, group=1), "2": LayerGoal(budget=0.4, group=1)}, Schedule(0, 2)
+        )
+
+
+def test_widths_outside_every_optimizer_are_refused():
+    model = build()
+    layers = layers_of(model)
+    learner = StructureLearner(layers, {n: LayerGoal(budget=0.5) for n in layers}, Schedule(0, 2))
+    with pytest.raises(ConfigError, match="layer '2': its widths are in no optimizer"):
+        learner.attach_all([SGD(model[0].parameters(), lr=0.1)])
+
+
+def test_stepping_before_begin_is_an_error():
+    model = build()
+    layers = layers_of(model)
+    optimizer = AdamW(param_groups(model, lr=1e-2))
+    learner = StructureLearner(layers, {n: LayerGoal(budget=0.5) for n in layers}, Schedule(0, 2))
+    learner.attach(optimizer)
+    model(torch.randn(2, 32)).sum().backward()
+    with pytest.raises(GBLRError, match=r"call begin\(\)"):
+        optimizer.step()
+
+
+def test_learning_survives_deepcopy_of_the_model():
+    model = build()
+    layers = layers_of(model)
+    optimizer = AdamW(param_groups(model, lr=1e-2))
+    StructureLearner(layers, {n: LayerGoal(budget=0.5) for n in layers}, Schedule(1, 5)).attach_all([optimizer])
+    train(model, optimizer, 3)
+    twin = copy.deepcopy(model)
+    x = torch.randn(2, 32)
+    expected = twin(x)
+    train(model, optimizer, 4, first=3)
+    assert torch.equal(twin(x), expected)
+    assert twin[0].sigma is not None
