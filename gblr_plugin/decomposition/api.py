@@ -10,17 +10,26 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..structure import Intervals, StructuredMatrix
+from .exact import exact
 from .interval_finder import interval
 from .metric import DAMPING, Metric
 from .problem import Grid, Problem
+from .pursuit import pursuit
 from .random import random
 from .svd import svd
 from .trapezoid import trapezoid
 
 __all__ = ["METHODS", "decompose", "initialise"]
 
+
+def _best(problem: Problem) -> StructuredMatrix:
+    """Interval pursuit, or trapezoids where they are better in the metric of the problem."""
+    return min((trapezoid(problem), pursuit(problem)), key=problem.error)
+
+
 METHODS: dict[str, Callable[[Problem], StructuredMatrix]] = {
-    "gblr": trapezoid,
+    "gblr": _best,
+    "pursuit": pursuit,
     "svd": svd,
     "trapezoid": trapezoid,
     "interval": interval,
@@ -75,10 +84,6 @@ def _metric(calibration: Tensor | None, weight: Tensor, damping: float) -> Metri
     return Metric.from_moment(data.T @ data / len(data), damping)
 
 
-def _share(total: int, parts: int) -> list[int]:
-    return [total // parts + (index < total % parts) for index in range(parts)]
-
-
 def _solve(
     weight: Tensor,
     method: str,
@@ -93,14 +98,12 @@ def _solve(
     """Solve each split on its own and stack the results in the dtype of the weight."""
     if method not in METHODS:
         raise ConfigError(f"decompose: method must be one of {', '.join(METHODS)}, got {method!r}")
-    if max_components is not None and (not isinstance(max_components, int) or max_components < row_splits):
-        raise ConfigError(
-            f"decompose: max_components must be an int of at least {row_splits} (one a split), got {max_components!r}"
-        )
+    if max_components is not None and (not isinstance(max_components, int) or max_components < 1):
+        raise ConfigError(f"decompose: max_components must be a positive int, got {max_components!r}")
     parts = weight.detach().double().chunk(row_splits)
     m, n = parts[0].shape
-    limits = [min(m, n)] * row_splits if max_components is None else _share(max_components, row_splits)
-    allowed = max(limits) * (m + n) if budget is None else math.floor(budget * m * n + 1e-6)
+    limit = min(m, n) if max_components is None else max_components
+    allowed = limit * (m + n) if budget is None else math.floor(budget * m * n + 1e-6)
     rows, cols = Grid(m, tiles[0]), Grid(n, tiles[1])
     cheapest = int(rows.widths(torch.tensor(1)) + cols.widths(torch.tensor(1)))
     if allowed < cheapest:
@@ -108,10 +111,12 @@ def _solve(
             f"decompose: a budget of {budget} of a {m} x {n} matrix allows {allowed} multiply-adds, "
             f"fewer than the {cheapest} of its smallest block; raise the budget or leave this matrix dense"
         )
-    solve = METHODS[method]
+    # Dense is always at hand at its own price, and then exact.
+    whole = method in ("gblr", "pursuit", "trapezoid") and budget == 1 and limit >= min(m, n)
+    solve = exact if whole else METHODS[method]
     solved = [
         solve(Problem(part, allowed, rows, cols, limit, metric, seed + index)).live()
-        for index, (part, limit) in enumerate(zip(parts, limits, strict=True))
+        for index, part in enumerate(parts)
     ]
     dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
     return StructuredMatrix(
@@ -143,18 +148,20 @@ def decompose(
         budget: Allowed multiply-adds of a matrix-vector product over those of the dense matrix, m * n; in (0, 1].
         method: ``"gblr"`` (the best: `pursuit`, or `trapezoid` where that is better), ``"pursuit"``, ``"trapezoid"``,
             ``"svd"``, ``"interval"`` (the published initialiser) or ``"random"``.
-        calibration: (N, n) input activations or their (n, n) second moment. The error minimised is then that of the output
-            ``W x`` over these inputs, otherwise ``||W - W_hat||_F``. A square symmetric tensor is taken for a moment.
+        calibration: (N, n) input activations or their (n, n) second moment. The error minimised is then that of the
+            output ``W x`` over these inputs, otherwise ``||W - W_hat||_F``. A square symmetric tensor is taken for a
+            moment.
         align: Intervals begin and end at multiples of this many rows and columns; an int or a pair (rows, cols).
-        max_components: Largest number K of components; default ``min(m / row_splits, n)`` for each split.
-        row_splits: Number of matrices stacked in the rows of the weight (packed q, k, v: 3), each given its share of the budget.
+        max_components: Largest number K of components of each split; default ``min(m / row_splits, n)``.
+        row_splits: Number of matrices stacked in the rows of the weight (packed q, k, v: 3), each given its share of
+            the budget.
         seed: Seed of random draws; the result is deterministic for a seed.
         damping: Added to the diagonal of the second moment, as a fraction of its mean.
 
     Returns:
-        A matrix with ``relative_flops <= budget`` in the dtype of the weight (float32 for half precision), without components
-        that cost nothing. At ``budget = 1`` it is the weight to rounding: one component a row or column, which a dense
-        product computes for m * n multiply-adds.
+        A matrix with ``relative_flops <= budget`` in the dtype of the weight (float32 for half precision), without
+        components that cost nothing. At ``budget = 1`` it is the weight to rounding: one component a row or column,
+        which a dense product computes for m * n multiply-adds.
 
     Raises:
         ConfigError: If an argument is out of the ranges above, or the budget does not pay for a single block.
@@ -189,16 +196,16 @@ def initialise(
 
     Args:
         weight: (m, n) dense weight.
-        method: As in :func:`decompose`. Only ``"svd"`` and ``"random"`` can do without a budget: they then give
-            ``num_components`` full-width components, which may cost more than the dense matrix (the published start).
-        num_components: Largest number K of components of the result; default ``min(m / row_splits, n)`` a split.
+        method: As in :func:`decompose`. ``"svd"``, ``"trapezoid"`` and ``"random"`` can do without a budget: they then
+            give ``num_components`` components, which may cost more than the dense matrix (``"svd"``: the published start).
+        num_components: Largest number K of components of each split; default ``min(m / row_splits, n)``.
         row_splits: Number of matrices stacked in the rows.
         budget: Relative FLOPs in (0, 1], or ``None``.
         align: As in :func:`decompose`.
         seed: Seed of random draws.
 
     Returns:
-        A matrix of at most ``num_components`` components.
+        A matrix of at most ``num_components`` components a split.
 
     Raises:
         ConfigError: As :func:`decompose`; also where a method that needs a budget is given none.
@@ -207,8 +214,8 @@ def initialise(
         return decompose(
             weight, budget, method=method, align=align, max_components=num_components, row_splits=row_splits, seed=seed
         )
-    if method not in ("svd", "random"):
-        raise ConfigError(f"initialise: method {method!r} needs a budget; without one use 'svd' or 'random'")
+    if method in METHODS and method not in ("svd", "trapezoid", "random"):
+        raise ConfigError(f"initialise: method {method!r} needs a budget; svd, trapezoid and random can do without")
     _check_weight(weight, row_splits)
     return _solve(
         weight,

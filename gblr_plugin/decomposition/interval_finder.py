@@ -1,9 +1,9 @@
 r"""The published starting point (Lee & Kim, ICLR 2024, appendix): intervals from correlations, then gradient steps.
 
 Rows that belong together correlate in W W^T and columns in W^T W. A row of either matrix, smoothed along the axis and
-thresholded, shows runs; the longest becomes a component's interval. Adam then lowers ||W - W_hat||_F^2 over factors, widths and
-locations through Gaudi masks, the widths being projected on the budget after each step. Kept for comparison: `pursuit` is
-better and much faster.
+thresholded, shows runs; the longest becomes a component's interval. Adam then lowers ||W - W_hat||_F^2 over factors,
+widths and locations through Gaudi masks, the widths being projected on the budget after each step. Kept for
+comparison: `pursuit` is better and much faster.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def longest_run(active: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _smooth_rows(gram: Tensor, anchors: Tensor) -> Tensor:
-    """Magnitudes of the anchored rows of a Gram matrix, (K, N), averaged over a cyclic window and scaled to maximum 1."""
+    """Magnitudes of the anchored rows of a Gram matrix, (K, N), averaged over a cyclic window, at most 1."""
     rows = gram[anchors].abs()
     window = max(1, gram.shape[1] // 32) | 1
     padded = F.pad(rows[:, None], (window // 2, window // 2), mode="circular")
@@ -100,7 +100,7 @@ def interval(problem: Problem, steps: int = 1000, lr: float = 5e-3) -> Structure
         masked_v = v * gaudi_mask(widths[1], locations[1], n, sigma, align=problem.cols.tile)
         loss = (target - masked_u.T @ (masked_v if root is None else masked_v @ root)).square().sum()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        loss.backward()
         optimizer.step()
         with torch.no_grad():
             widths.clamp_(0, 1)

@@ -1,4 +1,4 @@
-r"""The error that a decomposition minimises: ||(W - W_hat) L||_F with L L^T the second moment of the inputs, or L = I."""
+"""The error that a decomposition minimises: ||(W - W_hat) L||_F, L L^T being the second moment of the inputs or I."""
 
 from __future__ import annotations
 

@@ -17,8 +17,9 @@ __all__ = ["Grid", "Problem"]
 class Grid:
     """An axis of ``length`` indices cut into cells of ``tile`` indices, at which intervals begin and end.
 
-    The last cell is short where the tile does not divide the length; intervals then do not wrap, and one that contains the
-    last cell is as wide as whole tiles (its excess wraps), so that every width is a multiple of the tile or the whole axis.
+    The last cell is short where the tile does not divide the length; intervals then do not wrap, and one that contains
+    the last cell is as wide as whole tiles (its excess wraps), so that every width is a multiple of the tile or the
+    whole axis.
     """
 
     length: int
@@ -44,9 +45,9 @@ class Grid:
         begin = torch.where((width > 0) & (width < self.length), start * self.tile, torch.zeros_like(start))
         return Intervals(width, begin % self.length, self.length)
 
-    def trailing(self, num_components: int) -> Intervals:
+    def trailing(self, num_components: int, device: torch.device | None = None) -> Intervals:
         """Component k on the indices k .. length, with its start moved down to the grid (width 0 past the end)."""
-        index = torch.arange(num_components, dtype=torch.int64) // self.tile
+        index = torch.arange(num_components, dtype=torch.int64, device=device) // self.tile
         return self.intervals((self.cells - index).clamp(min=0), index.clamp(max=self.cells - 1))
 
 

@@ -39,7 +39,7 @@ def leading_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def low_rank_factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
-    """Best rank-r factors in the metric of the problem: A (m, r) with orthogonal columns, C (r, n), balanced in norm."""
+    """Best rank-r factors in the metric of the problem: A (m, r) with orthogonal columns, and C (r, n)."""
     left, values, right = leading_triplets(problem.metric.whiten(problem.weight), rank)
     scale = values.clamp(min=0).sqrt()
     return left * scale, problem.metric.unwhiten(right * scale[:, None])
@@ -48,8 +48,8 @@ def low_rank_factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
 def svd(problem: Problem) -> StructuredMatrix:
     """U sqrt(S) and sqrt(S) V^T of the largest rank that the budget pays, all widths full.
 
-    Without a budget (``allowed`` at least r (m + n)) this is the published starting point of learning: K = max_components
-    full-width components, whose cost may exceed the dense matrix's.
+    Without a budget (``allowed`` at least r (m + n)) this is the published starting point of learning: K =
+    max_components full-width components, whose cost may exceed the dense matrix's.
     """
     m, n = problem.weight.shape
     rank = min(problem.allowed // (m + n), problem.max_components, m, n)

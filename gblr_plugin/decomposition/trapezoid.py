@@ -1,9 +1,9 @@
 r"""Low rank at a lower price: the factors of any rank-r product can be gauged into trapezoids.
 
-A product A C of rank r is unchanged by A R, R^-1 C: r^2 free numbers. They suffice to make A lower trapezoidal (component k
-on rows k .. m) and C upper trapezoidal (component k on columns k .. n). Both are plain intervals, so the cost falls from
-r (m + n) to r (m + n) - r (r - 1). An orthogonal LQ settles the first side; the second is an LU without row exchanges,
-whose growth is held down by the choice of the column at which the zeros begin.
+A product A C of rank r is unchanged by A R, R^-1 C: r^2 free numbers. They suffice to make A lower trapezoidal
+(component k on rows k .. m) and C upper trapezoidal (component k on columns k .. n). Both are plain intervals, so the
+cost falls from r (m + n) to r (m + n) - r (r - 1). An orthogonal LQ settles the first side; the second is an LU
+without row exchanges, whose growth is held down by the choice of the column at which the zeros begin.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ def gauge_trapezoids(left: Tensor, right: Tensor, problem: Problem) -> Structure
         problem: Gives the grids of the rows and columns.
 
     Returns:
-        A matrix equal to ``left @ right`` up to rounding, its components balanced in norm; ``None`` where no offset keeps
-        the growth below ``MAX_GROWTH`` (leading minors that vanish, e.g. of block-diagonal matrices).
+        A matrix equal to ``left @ right`` up to rounding, its components balanced in norm; ``None`` where no offset
+        keeps the growth below ``MAX_GROWTH`` (leading minors that vanish, e.g. of block-diagonal matrices).
     """
     rank, n = right.shape
-    rows, cols = problem.rows.trailing(rank), problem.cols.trailing(rank)
+    rows, cols = problem.rows.trailing(rank, left.device), problem.cols.trailing(rank, left.device)
     # LQ of the leading block of `left`, as the QR of its transpose: left @ basis is lower trapezoidal.
     basis, _ = torch.linalg.qr(left[:rank].T)
     left, right = left @ basis, basis.T @ right
@@ -93,28 +93,9 @@ def gauge_trapezoids(left: Tensor, right: Tensor, problem: Problem) -> Structure
     return None if best is None else best[1]
 
 
-def _exact(problem: Problem) -> StructuredMatrix:
-    """The matrix itself: one component per row (or column, of which there are fewer), narrow on one side, full on the other."""
-    m, n = problem.weight.shape
-    by_rows = m <= n
-    grid = problem.rows if by_rows else problem.cols
-    count = min(m, n)
-    unit = torch.eye(count, dtype=problem.weight.dtype, device=problem.weight.device)
-    index = torch.arange(count, dtype=torch.int64) // grid.tile
-    narrow = grid.intervals(torch.ones_like(index), index)
-    if by_rows:
-        return StructuredMatrix.from_factors(unit, problem.weight.clone(), rows=narrow)
-    return StructuredMatrix.from_factors(problem.weight.T.contiguous(), unit, cols=narrow)
-
-
 def trapezoid(problem: Problem) -> StructuredMatrix:
-    """The best low-rank matrix whose trapezoids the budget pays; never above the SVD of equal cost.
-
-    A budget of m * n returns the matrix exactly, in min(m, n) components: dense is always at hand at that price.
-    """
+    """The best low-rank matrix whose trapezoids the budget pays; never above the SVD of equal cost."""
     m, n = problem.weight.shape
-    if problem.allowed >= m * n and problem.max_components >= min(m, n):
-        return _exact(problem)
     cost = problem.trapezoid_cost()
     rank = int((cost <= problem.allowed).sum()) - 1
     left, right = low_rank_factors(problem, rank)

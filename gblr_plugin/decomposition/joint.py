@@ -1,0 +1,129 @@
+r"""Least squares for all components at once, on given supports.
+
+With the factors of one side fixed, the other side splits into independent small problems: index i of the axis meets
+only the components whose interval covers it. The Gram matrix of the fixed side is shared, so each problem is a
+submatrix of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["conjugate_gradient", "supported_solve"]
+
+CHUNK_ENTRIES = 1 << 22
+"""Largest number of Gram entries gathered at once."""
+RIDGE = 1e-6
+"""Added to the diagonal of Gram matrices, relative to its mean: two components may be parallel on an index."""
+
+
+def supported_solve(
+    gram: Tensor, right: Tensor, support: Tensor, *, want_gains: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Solve ``gram[S, S] x[S] = right[S]`` for every column of ``right`` on its own support S.
+
+    Args:
+        gram: (K, K) symmetric positive semi-definite.
+        right: (K, N).
+        support: (K, N) bool.
+        want_gains: Also return what each unknown is worth.
+
+    Returns:
+        x (K, N), zero off the support, and (with ``want_gains``) the joint gains x^2 / (gram[S, S]^-1)_kk: by so much
+        the squared error would grow if the unknown were dropped and the others refitted.
+    """
+    num, length = right.shape
+    device, dtype = right.device, right.dtype
+    solution = torch.zeros_like(right)
+    gains = torch.zeros_like(right) if want_gains else None
+    if num == 0:
+        return solution, gains
+    ridge = RIDGE if dtype == torch.float32 else RIDGE * 1e-4
+    gram = gram + torch.diag(ridge * gram.diagonal().mean() + torch.zeros(num, dtype=dtype, device=device))
+    gram = gram + torch.diag((gram.diagonal() <= 0).to(dtype))
+    counts = support.sum(0)
+    order = torch.argsort(counts, stable=True)
+    counts = counts[order]
+    begin = int((counts == 0).sum())
+    # Members of each index, in rows of a table that is padded to the largest count of its chunk.
+    position, member = support.T[order].nonzero(as_tuple=True)
+    slot = torch.arange(len(position), device=device) - (counts.cumsum(0) - counts)[position]
+    bounds = counts.cumsum(0).tolist()
+    sizes = counts.tolist()
+    while begin < length:
+        # Counts rise along the order: find how many indices fit when padded to the largest among them.
+        end = begin + 1
+        step = max(1, CHUNK_ENTRIES // max(1, sizes[begin]) ** 2)
+        end = min(length, begin + step, max(end, _reach(sizes, begin, 1.25)))
+        width = sizes[end - 1]
+        first = bounds[begin - 1] if begin else 0
+        rows, cols, who = (
+            position[first : bounds[end - 1]] - begin,
+            slot[first : bounds[end - 1]],
+            member[first : bounds[end - 1]],
+        )
+        table = torch.zeros(end - begin, width, dtype=torch.int64, device=device)
+        table[rows, cols] = who
+        active = torch.arange(width, device=device) < counts[begin:end, None]
+        small = gram[table[:, :, None], table[:, None, :]]
+        small *= active[:, :, None] & active[:, None, :]
+        small.diagonal(dim1=1, dim2=2).add_((~active).to(dtype))
+        rhs = right.T[order[begin:end, None], table] * active
+        factor, _ = torch.linalg.cholesky_ex(small)
+        if gains is None:
+            found = torch.cholesky_solve(rhs[:, :, None], factor)[:, :, 0]
+        else:
+            inverse = torch.cholesky_inverse(factor)
+            found = (inverse @ rhs[:, :, None])[:, :, 0]
+            worth = found.square() / inverse.diagonal(dim1=1, dim2=2)
+            gains[who, order[position[first : bounds[end - 1]]]] = worth[rows, cols]
+        solution[who, order[position[first : bounds[end - 1]]]] = found[rows, cols]
+        begin = end
+    return solution, gains
+
+
+def _reach(sizes: list[int], begin: int, slack: float) -> int:
+    """First position whose size exceeds that at ``begin`` by more than ``slack`` (and at least 8)."""
+    limit = max(sizes[begin] * slack, sizes[begin] + 8)
+    low, high = begin, len(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if sizes[middle] <= limit else (low, middle)
+    return low
+
+
+def conjugate_gradient(
+    gram: Tensor, moment: Tensor, right: Tensor, support: Tensor, start: Tensor, steps: int
+) -> Tensor:
+    """Approximate solution V, zero off its support, of ``(gram V moment)[S] = right[S]`` by preconditioned CG.
+
+    The columns couple through the second moment, so that they do not split into small problems.
+
+    Args:
+        gram: (K, K) Gram matrix of the row factors.
+        moment: (n, n) second moment.
+        right: (K, n).
+        support: (K, n) bool.
+        start: (K, n) first guess, zero off the support.
+        steps: Iterations; the error never grows.
+    """
+    scale = torch.outer(gram.diagonal(), moment.diagonal())
+    weight = torch.where(support, 1 / scale.clamp(min=torch.finfo(scale.dtype).tiny), torch.zeros_like(scale))
+    x = start.clone()
+    residual = right - gram @ x @ moment
+    search = weight * residual
+    level = (search * residual).sum()
+    initial = level
+    for _ in range(steps):
+        if float(level) <= 1e-14 * float(initial) or not float(level) > 0:
+            break
+        image = gram @ search @ moment
+        rate = level / (search * image).sum()
+        x += rate * search
+        residual -= rate * image
+        preconditioned = weight * residual
+        new_level = (preconditioned * residual).sum()
+        search = preconditioned + new_level / level * search
+        level = new_level
+    return x

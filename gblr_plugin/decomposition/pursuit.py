@@ -1,0 +1,369 @@
+r"""Low rank plus interval pursuit: ``W ~ A C + sum_k u_k v_k^T`` with u_k, v_k on intervals.
+
+A low-rank part takes what is spread over the whole matrix and is priced as trapezoids; local rank-1 blocks take what
+is left where it is dense. Rounds add the blocks that pay most, then alternate between the sides: all factors of one
+side are fitted jointly by least squares (the low-rank part is projected out exactly), and each interval is re-chosen
+as the maximum-sum interval of the joint gains less the price of a multiply-add. The price rises and falls until the
+cost meets the budget; the last sweeps keep the intervals and only fit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..structure import Intervals, StructuredMatrix
+from .joint import conjugate_gradient, supported_solve
+from .problem import Grid, Problem
+from .search import find_blocks
+from .spans import Spans, best_spans, cell_sums
+from .svd import leading_triplets
+from .trapezoid import gauge_trapezoids
+
+__all__ = ["Effort", "pursuit"]
+
+CG_STEPS = 12
+WIDE = 512
+"""Columns from which the gains in a metric use a lower bound instead of an inverse of the moment on the interval."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is tried.
+
+    Args:
+        rank_share: Rank of the low-rank part over the rank of the trapezoid that the whole budget buys.
+        rounds: Times that blocks are added.
+        sweeps: Fits with a new choice of intervals after each.
+        polish: Last fits on fixed intervals.
+        renew: Share of the components that each round gives up for better ones.
+        price: First price of a multiply-add over the mean square of the residual.
+        overlap: Largest overlap of blocks added together, relative to the smaller.
+        refine: Alternations on each candidate block before it is compared with the others.
+        momentum: Extrapolation of the column factors from sweep to sweep.
+        shapes: Sides of the square tiles searched.
+    """
+
+    rank_share: float = 0.65
+    rounds: int = 6
+    sweeps: int = 2
+    polish: int = 4
+    renew: float = 0.1
+    price: float = 2.2
+    overlap: float = 0.5
+    refine: int = 2
+    momentum: float = 0.5
+    shapes: tuple[int, ...] = (8, 16)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Local blocks u (K, m), v (K, n) and the orthonormal bases of the low-rank part.
+
+    ``left`` (m, r) spans its columns; ``right`` (r, n) spans its rows in whitened coordinates. ``last_v`` is v one
+    sweep ago.
+    """
+
+    u: Tensor
+    v: Tensor
+    rows: Spans
+    cols: Spans
+    left: Tensor
+    right: Tensor
+    last_v: Tensor
+
+    def cost(self) -> int:
+        return int((self.rows.widths() + self.cols.widths()).sum())
+
+    def select(self, index: Tensor) -> _State:
+        rows, cols = self.rows.select(index), self.cols.select(index)
+        return replace(self, u=self.u[index], v=self.v[index], last_v=self.last_v[index], rows=rows, cols=cols)
+
+
+def _norms(rows: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return norms.clamp(min=1e-30)
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    basis: Tensor = torch.linalg.qr(columns)[0]
+    return basis
+
+
+def _on_grid(side: int, grid: Grid) -> int:
+    return max(grid.tile, side // grid.tile * grid.tile)
+
+
+class _Pursuit:
+    """The target, its price list and the budget; methods take and return states."""
+
+    def __init__(self, problem: Problem, rank: int, allowed: int, effort: Effort, dtype: torch.dtype) -> None:
+        self.problem = problem
+        self.allowed = allowed
+        self.effort = effort
+        self.count = problem.max_components - rank
+        metric = problem.metric
+        self.weighted = metric.root is not None
+        self.target = problem.weight.to(dtype)
+        self.seen = metric.whiten(problem.weight).to(dtype)
+        self.root = None if metric.root is None else metric.root.to(dtype)
+        self.moment = None if metric.moment is None else metric.moment.to(dtype)
+        self.spare = None if metric.moment is None else 1 / torch.linalg.inv(metric.moment).diagonal().to(dtype)
+        self.price = 0.0
+
+    def whiten(self, v: Tensor) -> Tensor:
+        return v if self.root is None else v @ self.root
+
+    def residual(self, state: _State) -> Tensor:
+        """What the local blocks leave, in whitened coordinates."""
+        return self.seen - state.u.T @ self.whiten(state.v)
+
+    def refreshed(self, state: _State) -> _State:
+        """The low-rank part turned towards the leading singular vectors of what the blocks leave."""
+        if state.left.shape[1] == 0:
+            return state
+        rest = self.residual(state)
+        left = _orthonormal(rest @ state.right.T)
+        right = _orthonormal(rest.T @ left)
+        return replace(state, left=_orthonormal(rest @ right), right=right.T)
+
+    def _choose(self, gains: Tensor, grid: Grid, other: Tensor, exact: bool) -> tuple[Spans, Tensor]:
+        """Intervals at the present price, or at the price at which all together cost no more than is allowed."""
+        sums = cell_sums(gains, grid)
+
+        def at(price: float) -> tuple[Spans, Tensor, int]:
+            spans, net = best_spans(sums, grid, price)
+            live = net > price * other
+            return spans, live, int(((spans.widths() + other) * live).sum())
+
+        spans, live, cost = at(self.price)
+        if exact:
+            low = high = self.price
+            while cost > self.allowed:
+                low, high = high, high * 1.3
+                spans, live, cost = at(high)
+            if low == high:
+                low /= 1.3
+            for _ in range(10):
+                middle = math.sqrt(low * high)
+                trial = at(middle)
+                if trial[2] > self.allowed:
+                    low = middle
+                else:
+                    high = middle
+                    spans, live, cost = trial
+            self.price = high
+        return spans, live
+
+    def fit_rows(self, state: _State, mode: str) -> _State:
+        """Row factors of the blocks and columns of the low-rank part, jointly, given the column factors."""
+        size = _norms(self.whiten(state.v))
+        state = replace(state, v=state.v / size, u=state.u * size)
+        spans, live, u, left = self._fit(
+            self.seen, state.right, self.whiten(state.v), state.rows, state.cols.widths(), mode
+        )
+        state = state.select(live)
+        return replace(state, u=u, rows=spans, left=left)
+
+    def fit_cols(self, state: _State, mode: str) -> _State:
+        """Column factors of the blocks and rows of the low-rank part, jointly, given the row factors."""
+        size = _norms(state.u)
+        state = replace(state, u=state.u / size, v=state.v * size)
+        if self.weighted:
+            return self._fit_weighted_cols(state, mode)
+        spans, live, v, right = self._fit(self.seen.T, state.left.T, state.u, state.cols, state.rows.widths(), mode)
+        state = state.select(live)
+        return replace(state, v=v, cols=spans, right=right.T)
+
+    def _fit(
+        self, target: Tensor, basis: Tensor, other: Tensor, spans: Spans, other_cost: Tensor, mode: str
+    ) -> tuple[Spans, Tensor, Tensor, Tensor]:
+        """One side of the alternation.
+
+        Args:
+            target: (N, M), N being the axis fitted.
+            basis: (r, M) orthonormal rows, fixed side of the low-rank part.
+            other: (K, M) fixed factors of the blocks.
+            spans: Present intervals on the axis of length N.
+            other_cost: (K,) widths on the other side.
+            mode: ``"grow"``, ``"exact"`` or ``"fixed"``.
+
+        Returns:
+            New intervals, (K,) bool of the components that stay, their factors, and an orthonormal basis (N, r).
+        """
+        shared = other @ basis.T
+        gram = other @ other.T - shared @ shared.T
+        right = other @ target.T - shared @ (basis @ target.T)
+        live = torch.ones(len(other), dtype=torch.bool, device=other.device)
+        if mode != "fixed":
+            support = spans.support()
+            fitted, inside = supported_solve(gram, right, support, want_gains=True)
+            assert inside is not None
+            outside = (right - gram @ fitted).square() / gram.diagonal().clamp(min=1e-12)[:, None]
+            spans, live = self._choose(torch.where(support, inside, outside), spans.grid, other_cost, mode == "exact")
+            spans, gram, right = spans.select(live), gram[live][:, live], right[live]
+        factors, _ = supported_solve(gram, right, spans.support())
+        rest = target - factors.T @ other[live]
+        return spans, live, factors, _orthonormal(rest @ basis.T)
+
+    def _fit_weighted_cols(self, state: _State, mode: str) -> _State:
+        """As `_fit` for columns that couple through the second moment: conjugate gradients on the normal equations."""
+        assert self.moment is not None
+        assert self.spare is not None
+        shared = state.u @ state.left
+        gram = state.u @ state.u.T - shared @ shared.T
+        image = state.u @ self.target - shared @ (state.left.T @ self.target)
+        right = image @ self.moment
+        support = state.cols.support()
+        v = conjugate_gradient(gram, self.moment, right, support, state.v * support, CG_STEPS)
+        if mode != "fixed":
+            level = gram.diagonal().clamp(min=1e-12)[:, None]
+            slope = right - gram @ v @ self.moment
+            outside = slope.square() / (level * self.moment.diagonal())
+            inside = v.square() * level * self.spare
+            narrow = state.cols.widths() <= WIDE
+            if bool(narrow.any()):
+                _, gains = supported_solve(self.moment, self.moment @ v[narrow].T, support[narrow].T, want_gains=True)
+                assert gains is not None
+                inside[narrow] = gains.T * level[narrow]
+            spans, live = self._choose(
+                torch.where(support, inside, outside), state.cols.grid, state.rows.widths(), mode == "exact"
+            )
+            state = replace(state.select(live), cols=spans.select(live))
+            gram, right, v = gram[live][:, live], right[live], v[live]
+            support = state.cols.support()
+            v = conjugate_gradient(gram, self.moment, right, support, v * support, CG_STEPS)
+        state = replace(state, v=v)
+        return replace(state, right=_orthonormal(self.residual(state).T @ state.left).T)
+
+    def add(self, state: _State, seed: int) -> _State:
+        """Give up the blocks worth least, then add those that pay most for what is left."""
+        if len(state.u):
+            worth = (_norms(state.u) * _norms(self.whiten(state.v)))[:, 0].square()
+            worth = worth - self.price * (state.rows.widths() + state.cols.widths())
+            leaving = int(self.effort.renew * self.count) - (self.count - len(worth))
+            if leaving > 0:
+                state = state.select(torch.argsort(worth, stable=True)[leaving:].sort().values)
+        room = self.count - len(state.u)
+        if room <= 0:
+            return state
+        grids = self.problem.rows, self.problem.cols
+        generator = torch.Generator().manual_seed(seed)
+        offset = [int(torch.randint(g.cells, (1,), generator=generator)) * g.tile if g.cyclic else 0 for g in grids]
+        residual = self.residual(state)
+        residual = residual - (residual @ state.right.T) @ state.right
+        # In a metric, a block gains by correlation with the inputs: columns of R H over the size of their input.
+        scale = None if self.moment is None else self.moment.diagonal().rsqrt()
+        if self.root is not None and scale is not None:
+            residual = (residual @ self.root.T) * scale
+        found = find_blocks(
+            residual,
+            *grids,
+            count=room,
+            price=self.price,
+            shapes=[(_on_grid(side, grids[0]), _on_grid(side, grids[1])) for side in self.effort.shapes],
+            refine=self.effort.refine,
+            overlap=self.effort.overlap,
+            offset=(offset[0], offset[1]),
+        )
+        v = found.v if scale is None else found.v * scale
+        return replace(
+            state,
+            u=torch.cat([state.u, found.u]),
+            v=torch.cat([state.v, v]),
+            last_v=torch.cat([state.last_v, v]),
+            rows=state.rows.join(found.rows),
+            cols=state.cols.join(found.cols),
+        )
+
+    def start(self, left: Tensor, right: Tensor) -> _State:
+        """No blocks yet; the price in proportion to what the low-rank part leaves."""
+        m, n = self.target.shape
+        device = self.target.device
+        none = Spans.none(self.problem.rows, device), Spans.none(self.problem.cols, device)
+        empty = self.target.new_zeros(0, n)
+        state = _State(self.target.new_zeros(0, m), empty, *none, left, right, empty)
+        self.price = self.effort.price * float((self.seen - left @ (left.T @ self.seen)).square().mean())
+        return state
+
+    def sweep(self, state: _State, mode: str) -> _State:
+        """Both sides once; the column factors are extrapolated first, which speeds up the alternation."""
+        ahead = state.v + self.effort.momentum * (state.v - state.last_v) * state.cols.support()
+        state = replace(state, v=ahead, last_v=state.v)
+        state = self.fit_cols(self.fit_rows(state, mode), mode)
+        if mode != "fixed":
+            state = self.refreshed(state)
+        if mode == "grow":
+            ratio = max(state.cost(), 1) / self.allowed
+            self.price *= min(1.25, max(0.9, ratio**0.7))
+        return state
+
+    def run(self, state: _State) -> _State:
+        """All rounds: add and grow, meet the budget, polish."""
+        for index in range(self.effort.rounds):
+            state = self.add(state, self.problem.seed + index)
+            for _ in range(self.effort.sweeps):
+                state = self.sweep(state, "grow")
+        for mode in ["exact"] * 2 + ["fixed"] * self.effort.polish:
+            state = self.sweep(state, mode)
+        return state
+
+
+def _finished(problem: Problem, state: _State, rank: int, gauged: bool) -> StructuredMatrix | None:
+    """Blocks and gauged low-rank part in one matrix, fitted once more in float64; ``None`` where the gauge fails."""
+    exact = _Pursuit(problem, rank, 0, Effort(), torch.float64)
+    names = ("u", "v", "left", "right", "last_v")
+    state = replace(state, **{name: getattr(state, name).double() for name in names})
+    state = replace(state, left=_orthonormal(state.left), right=_orthonormal(state.right.T).T)
+    state = exact.fit_cols(exact.fit_rows(state, "fixed"), "fixed")
+    size = (_norms(state.u) / _norms(state.v)).sqrt()
+    blocks = StructuredMatrix.from_factors(
+        state.u / size, state.v * size, state.rows.intervals(), state.cols.intervals()
+    )
+    if rank == 0:
+        return blocks
+    shape = problem.metric.unwhiten(state.left.T @ exact.residual(state))
+    if gauged:
+        low = gauge_trapezoids(state.left, shape, problem)
+    else:
+        norms = _norms(shape).sqrt()
+        low = StructuredMatrix.from_factors((state.left * norms.T).T.contiguous(), shape / norms)
+    return None if low is None else _joined(low, blocks)
+
+
+def _joined(first: StructuredMatrix, second: StructuredMatrix) -> StructuredMatrix:
+    def join(a: Intervals, b: Intervals) -> Intervals:
+        return Intervals(torch.cat([a.width, b.width]), torch.cat([a.start, b.start]), a.length)
+
+    return StructuredMatrix(
+        torch.cat([first.u, second.u]),
+        torch.cat([first.v, second.v]),
+        join(first.rows, second.rows),
+        join(first.cols, second.cols),
+        (first.u.shape[0] + second.u.shape[0],),
+    )
+
+
+def pursuit(problem: Problem, effort: Effort | None = None) -> StructuredMatrix:
+    """Low rank plus interval pursuit within the budget; deterministic for a seed.
+
+    Works in float32 (float64 in a metric, whose whitening is badly conditioned) and finishes in float64.
+    """
+    effort = Effort() if effort is None else effort
+    m, n = problem.weight.shape
+    dtype = torch.float32 if problem.metric.root is None else torch.float64
+    for gauged in (True, False):
+        costs = problem.trapezoid_cost() if gauged else torch.arange(min(m, n) + 1) * (m + n)
+        bought = int((costs <= problem.allowed).sum()) - 1
+        rank = int(effort.rank_share * bought)
+        allowed = problem.allowed - int(costs[rank])
+        task = _Pursuit(problem, rank, allowed, effort, dtype)
+        left, _, right = leading_triplets(problem.metric.whiten(problem.weight), rank)
+        state = task.run(task.start(left.to(dtype), right.to(dtype)))
+        found = _finished(problem, state, rank, gauged)
+        if found is not None:
+            return found
+    raise AssertionError("a low-rank part on full widths needs no gauge")

@@ -1,0 +1,98 @@
+"""Intervals counted in grid cells, and the best interval for given gains (Kadane's algorithm, batched)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..structure import Intervals
+from .problem import Grid
+
+__all__ = ["Spans", "best_spans", "cell_sums"]
+
+
+@dataclass(frozen=True)
+class Spans:
+    """K intervals of an axis in units of grid cells.
+
+    Args:
+        cells: (K,) int64 number of cells covered.
+        start: (K,) int64 first cell.
+        grid: The axis.
+    """
+
+    cells: Tensor
+    start: Tensor
+    grid: Grid
+
+    @classmethod
+    def none(cls, grid: Grid, device: torch.device) -> Spans:
+        """No intervals at all."""
+        empty = torch.zeros(0, dtype=torch.int64, device=device)
+        return cls(empty, empty, grid)
+
+    def intervals(self) -> Intervals:
+        """As index intervals."""
+        return self.grid.intervals(self.cells, self.start)
+
+    def support(self) -> Tensor:
+        """(K, length) bool indicator of the covered indices."""
+        return self.intervals().support()
+
+    def widths(self) -> Tensor:
+        """(K,) int64 indices covered, which is what the interval costs."""
+        return self.grid.widths(self.cells)
+
+    def select(self, index: Tensor) -> Spans:
+        """The intervals at ``index``."""
+        return Spans(self.cells[index], self.start[index], self.grid)
+
+    def join(self, other: Spans) -> Spans:
+        """These intervals, then those of ``other``."""
+        return Spans(torch.cat([self.cells, other.cells]), torch.cat([self.start, other.start]), self.grid)
+
+
+def cell_sums(values: Tensor, grid: Grid) -> Tensor:
+    """Sums of (K, length) values over the cells of the axis: (K, cells)."""
+    if grid.tile == 1:
+        return values
+    padded = F.pad(values, (0, grid.cells * grid.tile - grid.length))
+    sums: Tensor = padded.unflatten(1, (grid.cells, grid.tile)).sum(2)
+    return sums
+
+
+def best_spans(gains: Tensor, grid: Grid, price: float) -> tuple[Spans, Tensor]:
+    """The interval of each component that maximises its gains less its price.
+
+    Kadane's maximum-sum subarray by running minima of prefix sums; an interval that wraps is the complement of the
+    minimum-sum subarray.
+
+    Args:
+        gains: (K, cells) non-negative gain of covering each cell.
+        grid: The axis.
+        price: Price of one index.
+
+    Returns:
+        The intervals (of 0 cells where nothing pays) and their (K,) net gains.
+    """
+    count = gains.shape[1]
+    prefix = F.pad((gains - price * grid.tile).cumsum(1), (1, 0))
+    low, low_at = prefix[:, :-1].cummin(1)
+    best, end = (prefix[:, 1:] - low).max(1)
+    start = low_at.gather(1, end[:, None])[:, 0]
+    cells = end - start + 1
+    if grid.cyclic:
+        high, high_at = prefix[:, :-1].cummax(1)
+        worst, gap_end = (prefix[:, 1:] - high).min(1)
+        wrapped = prefix[:, -1] - worst
+        gap_start = high_at.gather(1, gap_end[:, None])[:, 0]
+        wraps = wrapped > best
+        best = torch.where(wraps, wrapped, best)
+        start = torch.where(wraps, (gap_end + 1) % count, start)
+        cells = torch.where(wraps, count - (gap_end - gap_start + 1), cells)
+    pays = best > 0
+    zero = torch.zeros_like(cells)
+    return Spans(torch.where(pays, cells, zero), torch.where(pays, start, zero), grid), best.clamp(min=0)
