@@ -1,7 +1,7 @@
 """Block storage of a GBLR matrix: fixed blocks of rows and columns, each with the exact list of its active components.
 
 Column block J keeps V[list, J], row block I keeps U[list, I], both dense and row-major, where ``list`` names the
-components whose interval meets the block. A product then is a few dense products per block and nothing else: wrap-around
+components whose interval meets the block. A product then is a few dense products per block and no more: wrap-around
 intervals cost nothing extra, and the only waste is the zeros where an interval ends inside a block (none if ends are
 block multiples).
 """

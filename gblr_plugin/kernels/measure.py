@@ -80,7 +80,7 @@ def measured_plan(matrix: StructuredMatrix, unit: int = 1, buckets: tuple[int, .
         buckets: Token counts to time; a kernel is chosen for each.
 
     Returns:
-        The plan whose times relative to dense have the least geometric mean over the buckets, dense storage if none beats
+        The plan whose times over dense have the least geometric mean over the buckets, dense storage if none beats
         dense by that measure. Equal structures on one device reuse the measurement.
     """
     key = (*_key(matrix, unit), buckets)

@@ -1,7 +1,7 @@
 """The factored product compiled with numba, float32: no call per block, no copies of z, few tokens included. Optional.
 
 Tokens are packed in tiles of 16 lanes: x as (tiles, n, 16) and z as (tiles, K, 16). Stage 1 adds up z over the column
-blocks in tiles of components x tokens; stage 2 writes each row block of y once, in tiles of tokens x rows, straight into
+blocks in tiles of components x tokens; stage 2 writes each row block of y once, in tiles of tokens x rows, right into
 the row-major result. One token takes dot products instead, and no packing.
 """
 
@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import llvmlite.binding
 import numpy as np
+import torch
 from numba import njit
 from torch import Tensor
 
 from .simd import LANES, dot_tile, expand_tile, load_float32, load_int32, reduce_tile
+from .threads import run_parts
 
 __all__ = ["product"]
 
+WORTH_THREADS = 1 << 22  # multiply-adds (0.1 ms) below which handing work to another thread does not pay
+_TABLE = 20  # bytes of a block's row in the table
 CHUNK = 64  # tokens per pass: z and the packed x then stay in the second-level cache
 _WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f", False))
 _TILES = 2 if _WIDE else 1  # token tiles per register tile
@@ -51,7 +55,7 @@ def _pack(x, x_stride, tokens, tiles, n, packed):  # type: ignore[no-untyped-def
 def _stage_one(factors, lists, table, blocks, x, n, z, num, tiles):  # type: ignore[no-untyped-def]
     x_tile, z_tile = n * LANES, num * LANES
     for b in range(blocks):
-        row = table + b * 20
+        row = table + b * _TABLE
         start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
         entries, v = lists + load_int32(row + 12) * 4, factors + load_int32(row + 16) * 4
         panel = x + start * LANES * 4
@@ -89,7 +93,7 @@ def _stage_one(factors, lists, table, blocks, x, n, z, num, tiles):  # type: ign
 @njit(nogil=True)
 def _stage_one_single(factors, lists, table, blocks, x, z):  # type: ignore[no-untyped-def]
     for b in range(blocks):
-        row = table + b * 20
+        row = table + b * _TABLE
         start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
         entries, v = lists + load_int32(row + 12) * 4, factors + load_int32(row + 16) * 4
         i = 0
@@ -105,7 +109,7 @@ def _stage_one_single(factors, lists, table, blocks, x, z):  # type: ignore[no-u
 def _stage_two(factors, lists, table, blocks, z, z_stride, z_tile, tokens, y, y_stride, bias):  # type: ignore[no-untyped-def]
     step = 2 * LANES if _WIDE else LANES
     for b in range(blocks):
-        row = table + b * 20
+        row = table + b * _TABLE
         start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
         entries, u = lists + load_int32(row + 12) * 4, factors + load_int32(row + 16) * 4
         j = 0
@@ -167,6 +171,66 @@ def _product(  # type: ignore[no-untyped-def]
         _stage_two(factors, lists, row_table, rows, z.ctypes.data, LANES, num * LANES, part, y_at, y_stride, bias)
 
 
+@njit(nogil=True)
+def _first_part(x, x_stride, tokens, n, factors, lists, table, cols, num, z):  # type: ignore[no-untyped-def]
+    """Stage 1 over some of the column blocks, into a z of its own (zeroed by the caller)."""
+    if tokens == 1:
+        _stage_one_single(factors, lists, table, cols, x, z)
+        return
+    tiles = (tokens + LANES - 1) // LANES
+    packed = np.empty(tiles * n * LANES, np.float32)
+    _pack(x, x_stride, tokens, tiles, n, packed)
+    _stage_one(factors, lists, table, cols, packed.ctypes.data, n, z, num, tiles)
+
+
+def _by_tokens(x: Tensor, y: Tensor, rest: tuple[int, ...], bias: int, threads: int) -> None:
+    """Every thread takes some of the tokens."""
+    tokens = x.shape[0]
+    share = -(-tokens // (threads * LANES)) * LANES
+    x_step, y_step = x.stride(0) * 4, y.stride(0) * 4
+
+    def part(at: int) -> None:
+        _product(
+            x.data_ptr() + at * x_step,
+            x.stride(0),
+            min(share, tokens - at),
+            x.shape[1],
+            *rest,
+            bias,
+            y.data_ptr() + at * y_step,
+            y.stride(0),
+        )
+
+    run_parts(part, range(0, tokens, share))
+
+
+def _by_blocks(x: Tensor, y: Tensor, rest: tuple[int, ...], bias: int, threads: int) -> None:
+    """Every thread takes some of the blocks, for few tokens: two rounds, the sums of the first are added up between."""
+    factors, lists, cols_at, cols, rows_at, rows, num = rest
+    tokens, n = x.shape
+    lanes = 1 if tokens == 1 else -(-tokens // LANES) * LANES
+    sums = torch.zeros(threads, num * lanes + 1)
+
+    def first(thread: int) -> None:
+        at, to = cols * thread // threads, cols * (thread + 1) // threads
+        table = lists + cols_at * 4 + at * _TABLE
+        z = sums[thread].data_ptr()
+        _first_part(x.data_ptr(), x.stride(0), tokens, n, factors, lists, table, to - at, num, z)
+
+    run_parts(first, range(threads))
+    z = sums.sum(0)
+    z_stride, z_tile = (1, 0) if tokens == 1 else (LANES, num * LANES)
+
+    def second(thread: int) -> None:
+        at, to = rows * thread // threads, rows * (thread + 1) // threads
+        table = lists + rows_at * 4 + at * _TABLE
+        _stage_two(
+            factors, lists, table, to - at, z.data_ptr(), z_stride, z_tile, tokens, y.data_ptr(), y.stride(0), bias
+        )
+
+    run_parts(second, range(threads))
+
+
 def product(
     x: Tensor,
     factors: Tensor,
@@ -179,24 +243,19 @@ def product(
     components: int,
     out_features: int,
 ) -> Tensor:
-    """``x @ W.T + bias`` for float32 x (tokens, n) on the CPU; sizes as in the operator of ``compiled``."""
+    """``x @ W.T + bias`` for float32 x (tokens, n) on the CPU; sizes as in the operator of ``compiled``.
+
+    Uses as many threads as ``torch.get_num_threads()`` says, where the work is worth it.
+    """
     x = x if x.stride(1) == 1 else x.contiguous()
     y = x.new_empty(x.shape[0], out_features)
     bias = None if bias is None else bias.contiguous()
-    _product(
-        x.data_ptr(),
-        x.stride(0),
-        x.shape[0],
-        x.shape[1],
-        factors.data_ptr(),
-        lists.data_ptr(),
-        cols_at,
-        cols,
-        rows_at,
-        rows,
-        components,
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        out_features,
-    )
+    bias_at = 0 if bias is None else bias.data_ptr()
+    rest = (factors.data_ptr(), lists.data_ptr(), cols_at, cols, rows_at, rows, components)
+    threads = torch.get_num_threads()
+    if threads > 1 and x.shape[0] * factors.numel() >= WORTH_THREADS:
+        split = _by_tokens if x.shape[0] >= threads * LANES else _by_blocks
+        split(x, y, rest, bias_at, threads)
+    else:
+        _product(x.data_ptr(), x.stride(0), *x.shape, *rest, bias_at, y.data_ptr(), out_features)
     return y

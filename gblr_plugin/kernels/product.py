@@ -1,7 +1,7 @@
 """Kernels by name, and which of them is safe for the call at hand.
 
-``dense`` multiplies by the stored dense matrix; ``blocks`` is torch operations and always possible; ``compiled`` is numba
-on a CPU and triton on CUDA, as one operator with gradients. Exported programs and whatever looks into the product (FLOP
+``dense`` multiplies by the stored dense matrix; ``blocks`` is torch operations and always possible; ``compiled`` is
+numba on a CPU and triton on CUDA, as one operator with gradients. Exported programs and whatever looks into the product (FLOP
 counters, functorch, forward-mode gradients) take torch operations whatever the plan says: the former must run without
 this package.
 """

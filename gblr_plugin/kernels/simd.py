@@ -1,7 +1,7 @@
 """Register tiles for the compiled CPU kernels: LLVM vector code behind numba intrinsics. Needs numba.
 
 All tiles take raw addresses (int64) and element strides, and work in float32 on vectors of 16 lanes. A tile keeps its
-sums in registers over the whole inner loop; the sizes fit 32 registers of 512 bits, or half of them on narrower machines.
+sums in registers over the whole inner loop; the sizes fit 32 registers of 512 bits, or 16 of 256.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ def load_float32(typing_context: Any, address: Any) -> Any:
 def reduce_tile(components: int, tiles: int) -> Any:
     """Stage 1: ``z[list[i], :] += sum_c V[i, c] x[c, :]`` for some components and 16 * tiles tokens.
 
-    Arguments: address of V[first, 0], its row stride; columns; address of x packed (columns, 16), stride of token tiles;
-    address of z packed (K, 16), stride of token tiles; address of the int32 list entries.
+    Arguments: address of V[first, 0], its row stride; columns; address of x packed (columns, 16), its tile stride;
+    address of z packed (K, 16), its tile stride; address of the int32 list entries.
     """
 
     def emit(e: _Emitter, a: Any) -> None:

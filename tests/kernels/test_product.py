@@ -61,6 +61,25 @@ def test_gradients(k: int, m: int, n: int, splits: int, kernel: str) -> None:
 
 
 @needs_numba
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_share_the_work(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gblr_plugin.kernels import numba_cpu
+
+    monkeypatch.setattr(numba_cpu, "WORTH_THREADS", 0)
+    original = matrix(31, 57, 33, 3)
+    layout, factors, lists = pack(original, 16, 16)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for tokens in (0, 1, 5, 30, 50, 200):
+            x, bias = torch.randn(tokens, 33), torch.randn(57)
+            y = product.linear(x, factors, lists, layout, bias, "compiled")
+            torch.testing.assert_close(y, x @ original.to_dense().t() + bias, rtol=1e-4, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_numba
 def test_the_operator_is_well_formed() -> None:
     original = matrix(31, 57, 33, 3)
     layout, factors, lists = pack(original, 16, 16)
