@@ -1,0 +1,151 @@
+"""A headless Chromium, driven through chromedriver's own HTTP protocol (W3C WebDriver): no package needed."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_ARGUMENTS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --hide-scrollbars"
+).split()
+
+
+class Browser:
+    """One browser session."""
+
+    def __init__(self, driver: str, chromium: str, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._process = subprocess.Popen(
+            [driver, f"--port={port}", f"--log-path={folder / 'chromedriver.log'}"], stdout=subprocess.DEVNULL
+        )
+        self._base = f"http://127.0.0.1:{port}/session"
+        options = {"binary": chromium, "args": [*_ARGUMENTS, f"--user-data-dir={folder / 'profile'}"]}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        self._id = self._start({"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+
+    def _start(self, body: Any) -> Any:
+        for _ in range(100):
+            try:
+                return self._request("POST", "", body)
+            except (urllib.error.URLError, ConnectionError) as error:
+                if isinstance(error, urllib.error.HTTPError):
+                    raise
+                time.sleep(0.1)
+        raise RuntimeError("chromedriver did not start")
+
+    def _request(self, method: str, path: str, body: Any = None) -> Any:
+        data = None if method == "GET" else json.dumps(body or {}).encode()
+        request = urllib.request.Request(self._base + path, data, {"Content-Type": "application/json"}, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)["value"]
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(json.load(error)["value"]["message"]) from error
+
+    def command(self, path: str, body: Any = None) -> Any:
+        return self._request("POST", f"/{self._id}{path}", body)
+
+    def devtools(self, cmd: str, **params: Any) -> Any:
+        return self.command("/goog/cdp/execute", {"cmd": cmd, "params": params})
+
+    def resize(self, width: int, height: int) -> None:
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.devtools("Emulation.setDeviceMetricsOverride", **size)
+
+    def theme(self, name: str) -> None:
+        features = [{"name": "prefers-color-scheme", "value": name}]
+        self.devtools("Emulation.setEmulatedMedia", features=features)
+
+    def open(self, url: str) -> None:
+        self.command("/url", {"url": url})
+
+    def run(self, script: str, *args: Any) -> Any:
+        """Value of a script's ``return``; promises are awaited."""
+        return self.command("/execute/sync", {"script": script, "args": list(args)})
+
+    def wait(self, script: str, *args: Any, seconds: float = 20.0) -> Any:
+        """Repeat a script until it returns something true."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                value = self.run(script, *args)
+            except RuntimeError as error:
+                value, problem = None, str(error)
+            else:
+                problem = f"last value {value!r}"
+            if value:
+                return value
+            if time.monotonic() > end:
+                raise AssertionError(f"waited {seconds} s for: {script}\n{problem}\n{self.messages()}")
+            time.sleep(0.05)
+
+    def key(self, *keys: str) -> None:
+        """Press and release keys, one after the other; names as in the DevTools protocol."""
+        for key in keys:
+            text = {"text": key} if len(key) == 1 else {}
+            self.devtools("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, **_key_code(key), **text)
+            self.devtools("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, **_key_code(key))
+
+    def mouse(self, kind: str, x: float, y: float, **more: Any) -> None:
+        self.devtools("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
+
+    def click(self, x: float, y: float) -> None:
+        for kind in ("mousePressed", "mouseReleased"):
+            self.mouse(kind, x, y, button="left", clickCount=1)
+
+    def frame(self, selector: str) -> None:
+        element = self.wait("return document.querySelector(arguments[0])", selector)
+        self.command("/frame", {"id": element})
+
+    def top(self) -> None:
+        self.command("/frame", {"id": None})
+
+    def screenshot(self, path: Path) -> None:
+        data = self.devtools("Page.captureScreenshot", format="png")["data"]
+        path.write_bytes(base64.b64decode(data))
+
+    def messages(self) -> list[str]:
+        """What the page has logged since the last call: errors, refused resources."""
+        log = self.command("/se/log", {"type": "browser"})
+        return [entry["message"] for entry in log if entry["level"] in ("SEVERE", "WARNING")]
+
+    def close(self) -> None:
+        try:
+            self._request("DELETE", f"/{self._id}")
+        finally:
+            self._process.terminate()
+            self._process.wait(10)
+
+
+def _key_code(key: str) -> dict[str, int]:
+    codes = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Home": 36, "End": 35, "Tab": 9, "Enter": 13}
+    codes |= {" ": 32}
+    return {"windowsVirtualKeyCode": codes[key]} if key in codes else {}
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Headless Chromium; skips with the reason where it is not installed."""
+    driver = os.environ.get("CHROMEDRIVER") or shutil.which("chromedriver")
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if not driver or not chromium:
+        missing = "chromium-driver" if chromium else "chromium"
+        pytest.skip(f"no browser test: {missing} is not installed (Debian: apt-get install chromium chromium-driver)")
+    session = Browser(driver, chromium, tmp_path_factory.mktemp("browser"))
+    yield session
+    session.close()
