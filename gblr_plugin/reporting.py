@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
-from torch.utils.hooks import RemovableHandle
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .layers import GBLRLayer
 from .swap import structurable, weight_matrix
 
 __all__ = ["LayerReport", "Report", "report"]
+
+_COLUMNS = 80
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class LayerReport:
         name: Module name.
         kind: Module type.
         shape: (m, n) of its weight matrix.
-        structure: ``"dense"``, or the kind of structured weight.
+        structure: ``"dense"``, the kind of structured weight, or ``"full"``: compressed, but no cheaper than dense and so
+            stored dense.
         components: Live components; 0 for a dense weight.
         multiply_adds: Of one forward pass of the example input.
         dense_multiply_adds: The same, had the weight been dense.
@@ -53,8 +56,10 @@ class LayerReport:
 
     @property
     def relative_flops(self) -> float:
-        """Multiply-adds over those of the dense weight."""
-        return self.parameters / self.dense_parameters
+        """Multiply-adds over those of the dense weight; stored entries over its entries where the layer was not used."""
+        if self.dense_multiply_adds:
+            return self.multiply_adds / self.dense_multiply_adds
+        return self.parameters / self.dense_parameters if self.dense_parameters else 1.0
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,8 @@ class Report:
 
     @property
     def structured(self) -> list[LayerReport]:
-        """The layers whose weight is structured, or was asked to be."""
-        return [layer for layer in self.layers if layer.structure != "dense" or layer.note]
+        """The compressed layers; one that was asked to be but is too small to gain is dense, with a note."""
+        return [layer for layer in self.layers if layer.structure != "dense"]
 
     @property
     def multiply_adds(self) -> int:
@@ -139,21 +144,30 @@ class Report:
             rows.append(("(other products)", "", "", "", f"{self.other_multiply_adds:,}", ""))
         total = ("total", "", "", "", f"{self.multiply_adds:,}", f"{self.model_relative_flops:.3f}")
         widths = [max(len(row[i]) for row in [*rows, total]) for i in range(6)]
-        widths[0] = min(widths[0], 78 - sum(widths[1:]) - 5)
+        widths[0] = min(widths[0], max(_COLUMNS - sum(widths[1:]) - 5, 8))
 
         def line(row: tuple[str, ...]) -> str:
-            name = row[0] if len(row[0]) <= widths[0] else "…" + row[0][1 - widths[0] :]
-            left = (name.ljust(widths[0]), row[1].rjust(widths[1]), row[2].ljust(widths[2]))
+            left = (_shortened(row[0], widths[0]).ljust(widths[0]), row[1].rjust(widths[1]), row[2].ljust(widths[2]))
             return " ".join(
                 [*left, *(cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True))]
             ).rstrip()
 
-        rule = "-" * min(sum(widths) + 5, 80)
+        rule = "-" * (sum(widths) + 5)
         text = [line(rows[0]), rule, *map(line, rows[1:]), rule, line(total)]
-        notes = [f"{layer.name}: {layer.note}" for layer in self.layers if layer.note]
-        text.append(f"structured layers: {self.relative_flops:.2%} of their dense multiply-adds")
+        notes = [
+            f"{_shortened(layer.name, _COLUMNS - len(layer.note) - 2)}: {layer.note}"
+            for layer in self.layers
+            if layer.note
+        ]
+        if self.structured:
+            text.append(f"compressed layers: {self.relative_flops:.2%} of their dense multiply-adds")
         text.append(f"parameters: {self.parameters:,} of {self.dense_parameters:,} dense")
         return "\n".join(text + notes)
+
+
+def _shortened(name: str, width: int) -> str:
+    """The end of a name, which tells layers apart."""
+    return name if len(name) <= width else "…" + name[len(name) - width + 1 :]
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -183,7 +197,6 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
 def _layer_report(name: str, module: nn.Module, positions: int) -> LayerReport:
     m, n = weight_shape(module)
     stored, components, structure, kernel, padding = m * n, 0, "dense", "", 1.0
-    groups = getattr(module, "groups", 1)
     weight: Any = None if hasattr(module, "matrix_shape") else getattr(module, "weight", None)
     if hasattr(module, "matrix_shape"):
         measured: Any = module
@@ -191,17 +204,18 @@ def _layer_report(name: str, module: nn.Module, positions: int) -> LayerReport:
         components = int(getattr(module, "num_components", 0))
     elif hasattr(weight, "to_structured"):
         stored, components, structure = int(weight.stored), int(weight.num_components), "gblr"
-        plan = getattr(weight, "plan", None)
-        kernel = str(getattr(plan, "summary", "") or "")
-        padding = float(getattr(weight, "padding", 1.0))
+        kernel = ", ".join(dict.fromkeys(name for _, name in weight.plan.kernels))
+        padding = float(weight.packing.padding)
+    elif hasattr(module, "structure_name"):
+        structure = str(module.structure_name)
     dense = m * n
     return LayerReport(
         name=name,
         kind=type(module).__name__,
-        shape=(m, n * groups),
+        shape=(m, n),
         structure=structure,
         components=components,
-        multiply_adds=stored * positions,
+        multiply_adds=int(getattr(module, "multiply_adds", stored)) * positions,
         dense_multiply_adds=dense * positions,
         parameters=stored,
         dense_parameters=dense,
@@ -211,11 +225,27 @@ def _layer_report(name: str, module: nn.Module, positions: int) -> LayerReport:
     )
 
 
-def _count_parameters(model: nn.Module, layers: list[LayerReport], owned: set[int]) -> tuple[int, int]:
-    weights = sum(layer.parameters for layer in layers)
-    dense = sum(layer.dense_parameters for layer in layers)
+def _count_parameters(model: nn.Module, layers: list[tuple[nn.Module, LayerReport]]) -> tuple[int, int]:
+    """Stored parameters, and those of the dense model; each parameter once, also where layers are tied."""
+    owned: set[int] = set()
+    weights, dense = 0, 0
+    for module, layer in layers:
+        bias = getattr(module, "bias", None)
+        own = {id(p) for p in module.parameters() if p is not bias}
+        if not own or own - owned:
+            weights, dense = weights + layer.parameters, dense + layer.dense_parameters
+        owned |= own
     rest = sum(p.numel() for p in model.parameters() if id(p) not in owned)
     return weights + rest, dense + rest
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    flops: int = sdpa_flop_count(query, key, value)  # type: ignore[no-untyped-call]  # torch's own, on shapes
+    return flops
+
+
+# torch's counter knows attention on GPUs; the CPU's kernel has the same formula.
+_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 @torch.no_grad()
@@ -232,47 +262,54 @@ def report(model: nn.Module, example_input: Any) -> Report:
     Returns:
         The report; print it for a table.
     """
-    calls: dict[str, int] = {}
-    handles: list[RemovableHandle] = []
-    layers: dict[str, nn.Module] = {}
+    layers = _outermost_layers(model)
+    calls = dict.fromkeys(layers, 0)
+    names = {id(module): name for name, module in layers.items()}
+    counting = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+    inside, entered = 0, 0
 
-    def counter(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, _args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                calls[name] = calls.get(name, 0) + _positions(module, output)
+    def before(_module: nn.Module, _args: Any) -> None:
+        nonlocal entered
+        entered = counting.get_total_flops()
 
-        return hook
+    def after(module: nn.Module, _args: Any, output: Any) -> None:
+        nonlocal inside
+        inside += counting.get_total_flops() - entered
+        if isinstance(output, Tensor):
+            calls[names[id(module)]] += _positions(module, output)
 
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in layers)
-        if _is_layer(module) and not inside:
-            layers[name] = module
-            handles.append(module.register_forward_hook(counter(name)))
-    was_training = model.training
-    # torch counts attention on GPUs; its CPU kernel has the same formula.
-    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
-    counting = FlopCounterMode(display=False, custom_mapping=attention)
-    try:
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    with contextlib.ExitStack() as undo:
+        for module in layers.values():
+            undo.callback(module.register_forward_pre_hook(before).remove)
+            undo.callback(module.register_forward_hook(after).remove)
+        undo.callback(_restore_modes, [(module, module.training) for module in model.modules()])
         model.eval()
-        with counting:
-            if isinstance(example_input, dict):
-                model(**example_input)
-            elif isinstance(example_input, tuple):
-                model(*example_input)
-            else:
-                model(example_input)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    flops = counting.get_flop_counts()
-    prefix = type(model).__name__
-    inside_layers = sum(sum(flops.get(f"{prefix}.{name}" if name else prefix, {}).values()) for name in layers)
-    other = max(counting.get_total_flops() - inside_layers, 0) // 2
-    reports = [_layer_report(name, module, calls.get(name, 0)) for name, module in layers.items()]
-    owned: set[int] = set()
-    for module in layers.values():
-        bias = getattr(module, "bias", None)
-        owned |= {id(p) for p in module.parameters() if p is not bias}
-    parameters, dense_parameters = _count_parameters(model, reports, owned)
+        # torch's fused encoder layer would hide its layers from hooks and its products from the counter.
+        torch.backends.mha.set_fastpath_enabled(False)
+        undo.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+        undo.enter_context(counting)
+        if isinstance(example_input, Mapping):
+            model(**example_input)
+        elif isinstance(example_input, tuple):
+            model(*example_input)
+        else:
+            model(example_input)
+    other = (counting.get_total_flops() - inside) // 2
+    reports = [_layer_report(name, module, calls[name]) for name, module in layers.items()]
+    parameters, dense_parameters = _count_parameters(model, list(zip(layers.values(), reports, strict=True)))
     return Report(reports, other, parameters, dense_parameters)
+
+
+def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, mode in modes:
+        module.training = mode
+
+
+def _outermost_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules with a weight matrix that are inside no other such module; a shared one under its first name."""
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if _is_layer(module) and not any(name.startswith(f"{outer}.") for outer in layers):
+            layers[name] = module
+    return layers
