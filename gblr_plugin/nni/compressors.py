@@ -12,7 +12,9 @@ from nni.compression.utils import Evaluator
 from schema import SchemaError
 from torch import nn
 
+from .. import families
 from ..errors import ConfigError
+from .families import family_factory
 from .pruner import GBLRPruner
 from .settings import select_modules, without_own_keys
 
@@ -110,6 +112,8 @@ _FACTORIES: dict[str, Factory] = {"gblr": GBLRPruner}
 """The table of all compressors: name to ``factory(model, config_list, evaluator, **kwargs)``."""
 _FACTORIES.update({name: _of_nni(name, path) for name, path in _NNI.items()})
 _FACTORIES.update({name: _driver(name, path) for name, path in _DRIVERS.items()})
+_FACTORIES.update({name: family_factory(name) for name in families.names() if name != "gblr"})
+_FACTORIES["gblr_fixed"] = family_factory("gblr")  # one-shot decomposition, its structure not learned further
 
 
 def register_compressor(name: str, factory: Factory) -> None:

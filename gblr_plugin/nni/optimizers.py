@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from nni.compression.utils import Evaluator
@@ -20,7 +20,7 @@ from torch.optim import LBFGS, Optimizer
 from ..errors import ConfigError
 from ..optim import STRUCTURE_KEY, split_structure_group, structure_parameters
 
-__all__ = ["StructuredOptimizerHelper", "StructuredSchedulerHelper", "adopt", "check_recorded"]
+__all__ = ["StructuredOptimizerHelper", "StructuredSchedulerHelper", "adopt", "check_recorded", "rename_recorded"]
 
 _RATES_PER_GROUP = ("max_lr", "base_lr", "min_lr")
 _PER_GROUP = ("lr_lambda", "max_momentum", "base_momentum", *_RATES_PER_GROUP)
@@ -214,6 +214,18 @@ def adopt(
         scheduler = getattr(evaluator, "_lr_scheduler_helper", None)
         if scheduler is not None:
             evaluator._lr_scheduler_helper = StructuredSchedulerHelper.adopt(scheduler, helpers[0])
+
+
+def rename_recorded(evaluator: Evaluator, names: Mapping[str, Iterable[str]]) -> None:
+    """Put other parameters where an evaluator recorded these.
+
+    Args:
+        evaluator: Its optimizers are built from the new names from now on.
+        names: Recorded name to the names that take its place, in the same group.
+    """
+    for helper in _helpers(evaluator):
+        for group in _recorded_groups(helper):
+            group["params"][:] = [new for old in group["params"] for new in names.get(old, (old,))]
 
 
 def is_adopted(evaluator: Evaluator) -> bool:

@@ -16,8 +16,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import nn
 
 from .. import __version__
-from ..conversion import convert
 from ..errors import ConfigError
+from ..families import FamilyLayer, convert
 from ..files import write_atomic, write_text
 from ..lightning import GBLRCallback
 from ..nni import LightningEvaluator, create_compressor
@@ -189,12 +189,13 @@ class Job:
             raise ConfigError(f"data: fewer training examples than one batch of {training.batch_size}")
         steps = training.epochs * batches
         module = self._module(network, training, batches)
-        monitor = GBLRCallback(budget=None, picture_every_n_epochs=max(training.epochs // 8, 1))
+        learned = method.name in ("gblr", "agp", "linear")
+        monitor = [GBLRCallback(budget=None, picture_every_n_epochs=max(training.epochs // 8, 1))] if learned else []
         options = dict(method.options)
         if method.name == "gblr":
             options.setdefault("warmup_step", round(method.warmup * steps))
             options.setdefault("cooldown_begin_step", max(round((1 - method.cooldown) * steps), 1))
-        evaluator = LightningEvaluator(self._trainer(training, [monitor], seed, method.name), data)
+        evaluator = LightningEvaluator(self._trainer(training, monitor, seed, method.name), data)
         return create_compressor(method.name, module, self._config_list(method), evaluator, **options), module
 
     def _compress(self, method: Method, network: nn.Module, seed: int) -> nn.Module:
@@ -205,6 +206,13 @@ class Job:
         compressor.unwrap_model()
         compressed: nn.Module = module.network  # type: ignore[assignment]  # the attribute of ClassifierModule
         return convert(compressed).eval()
+
+    def _skeleton(self, network: nn.Module) -> nn.Module:
+        """A dense network to load into; where a family keeps modules of its own, an empty copy."""
+        if not any(isinstance(module, FamilyLayer) for module in network.modules()):
+            skeleton: nn.Module = self.task.network()
+            return skeleton
+        return copy.deepcopy(network).to_empty(device="cpu")
 
     def _config_list(self, method: Method) -> list[dict[str, Any]]:
         if method.config_list is not None:
@@ -226,7 +234,7 @@ class Job:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.pt"
             save(network, path)
-            reloaded = load(path, self.task.network)
+            reloaded = load(path, lambda: self._skeleton(network))
             size = path.stat().st_size
         again = evaluate(reloaded, data.test_dataloader(), metric)
         counted = report(network, self.task.example_input())

@@ -1,0 +1,102 @@
+"""Every structure family as a compressor of NNI's shape: projected in one shot, then fine-tuned by the evaluator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from nni.compression.utils import Evaluator
+from torch import Tensor, nn
+
+from .. import families
+from ..errors import ConfigError
+from ..swap import weight_matrix
+from .optimizers import check_recorded, rename_recorded
+from .settings import LayerPlan, read_config
+
+__all__ = ["FamilyCompressor", "family_factory"]
+
+
+class FamilyCompressor:
+    """Replaces layers by a structure family at the budgets of an NNI config list, and fine-tunes.
+
+    The structure is fixed from the start, so NNI has nothing to schedule and no masks to apply.
+
+    Args:
+        family: Name of the family, see :mod:`gblr_plugin.families`.
+        model: Changed in place.
+        config_list: As for gblr: ``sparse_ratio`` r gives a budget of 1 - r; layers that share a ``global_group_id``
+            share a budget, which the family may split among them (ALDS does).
+        evaluator: Fine-tunes; without one :meth:`compress` only returns the model.
+        **options: The family's own.
+
+    Raises:
+        ConfigError: Before the model is touched, for a config, budget or option that cannot be used.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        model: nn.Module,
+        config_list: Sequence[Mapping[str, Any]],
+        evaluator: Evaluator | None = None,
+        **options: Any,
+    ) -> None:
+        plan = read_config(model, config_list).layers
+        fixed = next((name for name, layer in plan.items() if layer.goal.budget is None), None)
+        if fixed is not None:
+            raise ConfigError(f"layer {fixed!r}: {family} has no lambda; give sparse_ratio instead of sparse_threshold")
+        if evaluator is not None:
+            if not evaluator._initialization_complete:
+                evaluator._init_optimizer_helpers(model)
+            check_recorded(evaluator, plan)
+        budgets = _budgets(families.get(family), plan, options)
+        chosen = {name: layer.module for name, layer in plan.items()}
+        modules = families.replace(model, chosen, family, budgets, **options)
+        if evaluator is not None:
+            rename_recorded(evaluator, {f"{name}.weight": _factor_names(name, new) for name, new in modules.items()})
+        self.bound_model, self.evaluator = model, evaluator
+
+    def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
+        """Fine-tune for so many steps or epochs.
+
+        Returns:
+            The model, and no masks: the layers hold their factors alone.
+        """
+        if self.evaluator is not None and (max_steps or max_epochs):
+            self.evaluator.bind_model(self.bound_model)
+            try:
+                self.evaluator.train(max_steps, max_epochs)
+            finally:
+                self.evaluator.unbind_model()
+        return self.bound_model, {}
+
+    def unwrap_model(self) -> None:
+        """Nothing is wrapped; here because every compressor has it."""
+
+
+def _budgets(kind: Any, plan: Mapping[str, LayerPlan], options: Mapping[str, Any]) -> dict[str, float]:
+    """Budget of each layer: its own, or its share of its group's."""
+    groups: dict[Any, list[str]] = {}
+    for name, layer in plan.items():
+        groups.setdefault(("layer", name) if layer.goal.group is None else layer.goal.group, []).append(name)
+    budgets: dict[str, float] = {}
+    for members in groups.values():
+        weights: dict[str, Tensor] = {name: weight_matrix(plan[name].module) for name in members}
+        budgets.update(kind.budgets(weights, plan[members[0]].goal.budget, **options))
+    return {name: budgets[name] for name in plan}
+
+
+def _factor_names(name: str, module: nn.Module) -> list[str]:
+    return [f"{name}.{parameter}" for parameter, _ in module.named_parameters() if parameter != "bias"]
+
+
+def family_factory(family: str) -> Callable[..., FamilyCompressor]:
+    """Factory for :func:`~gblr_plugin.nni.create_compressor`."""
+
+    def create(
+        model: nn.Module, config_list: Sequence[Mapping[str, Any]], evaluator: Evaluator | None = None, **options: Any
+    ) -> FamilyCompressor:
+        return FamilyCompressor(family, model, config_list, evaluator, **options)
+
+    return create
