@@ -97,18 +97,17 @@ def _run(config: Path, overrides: list[str], output: Path | None) -> None:
     output = output or Path("outputs") / config.stem
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output: {str(output)!r} is a file, need a folder")
-    with captured_output(None):  # importing the hosts is noisy, and nothing is written before the config is known good
+    with captured_output() as captured:  # importing the hosts is noisy, and so are they
         from .run.pipeline import prepare_run
 
-        job = prepare_run(settings)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "run.log").touch()
-    except OSError as error:
-        raise ConfigError(f"--output: cannot write to {str(output)!r}: {error.strerror}") from error
-    log = output / "run.log"
-    with captured_output(log) as terminal:
-        console = Console(terminal)
+        job = prepare_run(settings)  # all that can be refused is refused before anything is written
+        log = output / "run.log"
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            captured.send_to(log)
+        except OSError as error:
+            raise ConfigError(f"--output: cannot write to {str(output)!r}: {error.strerror}") from error
+        console = Console(captured.terminal)
         try:
             summary = job.run(output, console)
         except ConfigError:
@@ -116,9 +115,7 @@ def _run(config: Path, overrides: list[str], output: Path | None) -> None:
         except Exception as error:
             traceback.print_exc()
             raise RuntimeError(f"{type(error).__name__}: {error} (details in {log})") from error
-        console.line()
-        console.line(str(summary))
-        console.line()
+        console.line(f"\n{summary}\n")
         console.line(f"everything is in {output}; see it with: tensorboard --logdir {output / 'tensorboard'}")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["Console", "captured_output"]
+__all__ = ["CapturedOutput", "Console", "captured_output"]
 
 
 class Console:
@@ -49,37 +49,52 @@ class Console:
             self._shown = 0
 
 
-@contextlib.contextmanager
-def captured_output(log: Path | None) -> Iterator[TextIO]:
-    """Send everything written to standard output and error, by Python or C, to a log file.
+class CapturedOutput:
+    """Where captured output goes, and a way past it."""
 
-    Args:
-        log: File to append to; ``None`` discards.
+    def __init__(self, terminal: TextIO, file: TextIO | None) -> None:
+        self.terminal = terminal
+        self._file = file
+
+    def send_to(self, log: Path) -> None:
+        """From now on append to a log file. Streams that the hosts have kept follow."""
+        if self._file is None:
+            return
+        self._file.flush()
+        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        for descriptor in (1, 2, self._file.fileno()):
+            os.dup2(target, descriptor)
+        os.close(target)
+
+
+@contextlib.contextmanager
+def captured_output() -> Iterator[CapturedOutput]:
+    """Keep everything written to standard output and error, by Python or C, off the terminal.
+
+    Discarded until :meth:`CapturedOutput.send_to` names a log file.
 
     Yields:
-        A stream that still reaches the real standard output.
+        The capture; its ``terminal`` still reaches the real standard output.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     try:
         saved = [os.dup(1), os.dup(2)]
     except OSError:  # no real file descriptors (embedded interpreters): leave everything where it is
-        yield sys.stdout
+        yield CapturedOutput(sys.stdout, None)
         return
-    target = os.open(log if log is not None else os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     terminal = os.fdopen(os.dup(saved[0]), "w", encoding="utf-8", errors="replace")
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(os.fdopen(os.dup(target), "a", encoding="utf-8", errors="replace", buffering=1))
-        # Python's own streams may have been replaced (pytest, notebooks): redirect both levels.
-        stack.enter_context(contextlib.redirect_stdout(file))
-        stack.enter_context(contextlib.redirect_stderr(file))
+    target = os.open(os.devnull, os.O_WRONLY)
+    # Kept open for good: loggers of the hosts hold on to it, and complain into the void rather than on the terminal.
+    file = os.fdopen(target, "a", encoding="utf-8", errors="replace", buffering=1)
+    with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
             os.dup2(target, 1)
             os.dup2(target, 2)
-            yield terminal
+            yield CapturedOutput(terminal, file)
         finally:
             terminal.close()
             os.dup2(saved[0], 1)
             os.dup2(saved[1], 2)
-            for descriptor in (*saved, target):
+            for descriptor in saved:
                 os.close(descriptor)
