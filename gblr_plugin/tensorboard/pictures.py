@@ -16,11 +16,14 @@ from ..errors import ConfigError
 from ..layers import GBLRLayer
 from ..structure import Intervals, StructuredMatrix, multiply_adds
 
-__all__ = ["colours", "overlap_map", "structure_image"]
+__all__ = ["POWER", "blocks", "colours", "overlap_map", "structure_image"]
 
 _PAPER = (255, 255, 255)
 _EMPTY = (236, 238, 241)  # no block here: a cool grey that the ramp does not contain
 _LEVELS = 256
+POWER = 0.65
+"""Colours go with this power of the number of blocks above one: few blocks differ visibly, many still do."""
+
 _THIN = 16  # least side of a picture in pixels: a very thin matrix is shown less thin than it is
 
 # 3 x 5 pixel digits, one bit a pixel, rows from the top.
@@ -39,7 +42,7 @@ _DIGITS = {
 _INK = (70, 74, 84)
 
 
-def _blocks(source: Any) -> tuple[Intervals, Intervals, tuple[int, ...]]:
+def blocks(source: Any) -> tuple[Intervals, Intervals, tuple[int, ...]]:
     """Row intervals, column intervals and split sizes of whatever has a structure, without dead components."""
     if isinstance(source, GBLRLayer):
         rows, cols = source.intervals()
@@ -90,7 +93,7 @@ def overlap_map(matrix: Any) -> Tensor:
     Raises:
         ConfigError: If the argument has no structure.
     """
-    rows, cols, sizes = _blocks(matrix)
+    rows, cols, sizes = blocks(matrix)
     m, n = rows.length * len(sizes), cols.length
     offset = _offsets(rows, sizes)
     corners = torch.zeros((m + 1) * (n + 1), dtype=torch.int32)
@@ -119,11 +122,11 @@ def _coverage(part: Intervals, offset: Tensor, length: int, bins: int) -> Tensor
 
 @functools.lru_cache(maxsize=1)
 def _ramp() -> Tensor:
-    """(256, 3) uint8 sRGB, evenly spaced in perceived lightness (OKLab): pale yellow-green, teal, blue, deep violet."""
+    """(256, 3) uint8 sRGB, evenly spaced in perceived lightness (OKLab): pale aqua, blue, deep violet."""
     t = torch.linspace(0, 1, _LEVELS, dtype=torch.float64)
-    lightness = 0.93 - 0.69 * t
-    hue = torch.deg2rad(112 + (292 - 112) * t**0.85)
-    chroma = 0.075 + 0.075 * torch.sin(math.pi * t) + 0.03 * t
+    lightness = 0.92 - 0.69 * t
+    hue = torch.deg2rad(172 + (296 - 172) * t**0.8)
+    chroma = 0.06 + 0.085 * torch.sin(math.pi * t) + 0.035 * t
     a, b = chroma * hue.cos(), chroma * hue.sin()
     long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
     medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
@@ -142,7 +145,7 @@ def _ramp() -> Tensor:
 
 @torch.no_grad()
 def colours(counts: Tensor, most: float) -> Tensor:
-    """Colour of overlap counts: grey for none, then light to dark as the square root of the count above one.
+    """Colour of overlap counts: grey for none, then light to dark as a power of the count above one.
 
     Args:
         counts: (...,) numbers >= 0; fractions (averages over a pixel) fade into the grey.
@@ -154,7 +157,7 @@ def colours(counts: Tensor, most: float) -> Tensor:
     values = counts.to(torch.float32)
     # A picture with one or two levels keeps to the light half: two blocks look like two, not like the most there can
     # be.
-    share = ((values.clamp(min=1) - 1) / (max(most, 4.0) - 1)).clamp(max=1).sqrt()
+    share = ((values.clamp(min=1) - 1) / (max(most, 4.0) - 1)).clamp(max=1) ** POWER
     share = 0.08 + 0.92 * share
     ramp = _ramp().to(device=values.device, dtype=torch.float32)
     colour = ramp[(share * (_LEVELS - 1)).round().long()]
@@ -183,7 +186,7 @@ def _with_legend(image: Tensor, most: int) -> Tensor:
     wide[:, : image.shape[1]] = image
     left = image.shape[1] + gap
     # Even steps in colour: the labels at both ends say what they mean.
-    counts = 1 + torch.linspace(1, 0, height) ** 2 * (most - 1)
+    counts = 1 + torch.linspace(1, 0, height) ** (1 / POWER) * (most - 1)
     wide[:, left : left + bar] = colours(counts, most)[:, None]
     _write(wide, str(most), 0, left + bar + gap, scale)
     if most > 1 and height >= 12 * scale:
@@ -212,7 +215,7 @@ def structure_image(matrix: Any, max_size: int = 512, *, most: int | None = None
     """
     if max_size < 16:
         raise ConfigError(f"picture: max_size must be at least 16 pixels, got {max_size}")
-    rows, cols, sizes = _blocks(matrix)
+    rows, cols, sizes = blocks(matrix)
     m, n = rows.length * len(sizes), cols.length
     factor = max_size // max(m, n)
     if factor >= 1:
