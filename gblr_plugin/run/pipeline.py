@@ -200,7 +200,7 @@ class Job:
 
     def _compress(self, method: Method, network: nn.Module, seed: int) -> nn.Module:
         """The network, compressed by a method, fine-tuned and converted."""
-        compressor, module = self._compressor(method, network, seed)
+        compressor, module = self._compressor(method, network.train(), seed)
         training = method.training or self.settings.finetune
         compressor.compress(max_steps=None, max_epochs=training.epochs)
         compressor.unwrap_model()

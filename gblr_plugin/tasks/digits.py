@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 from ..errors import ConfigError
 from .base import ClassifierModule, PairsDataModule, TrainSettings
 from .transformer import Block
 
-__all__ = ["DigitsTask", "VisionTransformer"]
+__all__ = ["DigitsTask", "ShiftedImages", "VisionTransformer"]
 
 
 class VisionTransformer(nn.Module):
@@ -62,11 +63,35 @@ class VisionTransformer(nn.Module):
         return x
 
 
+class ShiftedImages(Dataset[tuple[Tensor, Tensor]]):
+    """Labelled images, each time shifted at random by up to ``reach`` pixels; what comes in is black.
+
+    Args:
+        images: (N, 1, H, W).
+        target: (N,) int64.
+        reach: Pixels, at least 0.
+    """
+
+    def __init__(self, images: Tensor, target: Tensor, reach: int) -> None:
+        self.padded = F.pad(images, (reach,) * 4)
+        self.target, self.reach = target, reach
+        self.size = images.shape[-2:]
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        top, left = torch.randint(2 * self.reach + 1, (2,)).tolist()
+        height, width = self.size
+        return self.padded[index, :, top : top + height, left : left + width], self.target[index]
+
+
 class DigitsTask:
     """Classify handwritten digits.
 
     Args:
         held_out: Fraction of the images kept for evaluation, stratified by class.
+        shift: Training images are shifted at random by up to this many pixels.
         **network: Arguments of :class:`VisionTransformer`.
     """
 
@@ -74,10 +99,12 @@ class DigitsTask:
     higher_is_better = True
     layers = ["network.blocks.*"]
 
-    def __init__(self, held_out: float = 0.25, **network: int | float) -> None:
+    def __init__(self, held_out: float = 0.25, shift: int = 1, **network: int | float) -> None:
         if not 0 < held_out < 1:
             raise ConfigError(f"model: held_out must be a fraction in (0, 1), got {held_out}")
-        self.held_out = held_out
+        if shift < 0:
+            raise ConfigError(f"model: shift must be at least 0 pixels, got {shift}")
+        self.held_out, self.shift = held_out, shift
         self._network = network
 
     def network(self) -> nn.Module:
@@ -103,7 +130,10 @@ class DigitsTask:
             torch.arange(len(target)).numpy(), test_size=self.held_out, random_state=seed, stratify=digits.target
         )
         return PairsDataModule(
-            TensorDataset(images[train], target[train]), TensorDataset(images[test], target[test]), batch_size, seed
+            ShiftedImages(images[train], target[train], self.shift),
+            ShiftedImages(images[test], target[test], 0),
+            batch_size,
+            seed,
         )
 
     def example_input(self, batch: int = 1) -> Tensor:
