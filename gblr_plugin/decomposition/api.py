@@ -197,7 +197,7 @@ def initialise(
     Args:
         weight: (m, n) dense weight.
         method: As in :func:`decompose`. ``"svd"``, ``"trapezoid"`` and ``"random"`` can do without a budget: they then
-            give ``num_components`` components, which may cost more than the dense matrix (``"svd"``: the published start).
+            give ``num_components`` components, which may cost more than the dense matrix (as the published start does).
         num_components: Largest number K of components of each split; default ``min(m / row_splits, n)``.
         row_splits: Number of matrices stacked in the rows.
         budget: Relative FLOPs in (0, 1], or ``None``.
