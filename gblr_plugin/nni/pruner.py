@@ -44,7 +44,7 @@ class GBLRPruner(ScheduledPruner):
     row_splits, seed, start_budget, structure_lr, sigma_start, sigma_end.
 
     Alone it follows its own warm-up and cool-down. Inside ``AGPPruner`` or ``LinearPruner`` these drive lambda and
-    sigma, and the structure is frozen when they reach their goal; the evaluator is given to this class, and the model is
+    sigma, and the structure is frozen when they reach their goal; this class gets the evaluator, and the model is
     unwrapped through the outer pruner. While training neither a dense weight nor a dense mask is held (the caller's own
     optimizer keeps the dense weights alive until it is dropped). A teacher for distillation is to be copied from the
     model *before* it is given to this class.

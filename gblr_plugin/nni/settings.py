@@ -235,11 +235,14 @@ def _entries(config_list: Any) -> list[tuple[str, dict[str, Any]]]:
         raise ConfigError(
             f"config_list[{only_exclude.index(True)}]: exclude: write exclude_op_names in the other entries"
         )
-    return [
+    entries = [
         (f"config_list[{index}]", dict(entry))
         for index, (entry, excluded) in enumerate(zip(present, only_exclude, strict=True))
         if not excluded
     ]
+    if not entries:
+        raise ConfigError("config_list: all entries exclude; none says what to compress")
+    return entries
 
 
 def _near(word: str, known: Iterable[str]) -> str:
