@@ -9,8 +9,8 @@ from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from .conversion import LayerSettings, _structured, frozen_like
-from .decomposition import decompose
+from .conversion import TOO_SMALL, LayerSettings, frozen_like, structured_from
+from .decomposition import METHODS, decompose
 from .errors import ConfigError
 from .layers import GBLRLayer
 from .swap import can_gain, check_structurable, structurable, weight_matrix
@@ -26,12 +26,14 @@ class GBLRConfig(AOBaseConfig):
     ``step="prepare"`` turns dense layers into trainable structured ones. ``step="convert"`` freezes prepared layers,
     and compresses layers that were never prepared in one shot to ``budget``. Converted layers are left alone, so
     applying a config twice is harmless. quantize_'s default filter selects linear layers only; pass ``filter_fn`` for
-    convolutions.
+    convolutions. Layers that are too small to gain stay dense; :func:`gblr_plugin.report` says so. quantize_ shows a
+    handler one layer at a time: leave layers out whose weight is tied to another's.
 
     Args:
         step: ``"prepare"`` or ``"convert"``.
         budget: Relative FLOPs in (0, 1]: the target of one-shot compression, and the start of initialisers that take
-        one. align: Tile of rows and columns to which intervals snap.
+            one.
+        align: Tile of rows and columns to which intervals snap.
         initialiser: How trainable layers start, see :class:`~gblr_plugin.conversion.LayerSettings`.
         method: One-shot decomposition, see :func:`gblr_plugin.decompose`.
         num_components: K of trainable layers; default min(m, n).
@@ -57,35 +59,31 @@ class GBLRConfig(AOBaseConfig):
     def __post_init__(self) -> None:
         if self.step not in ("prepare", "convert"):
             raise ConfigError(f"GBLRConfig: step must be 'prepare' or 'convert', got {self.step!r}")
-        if self.budget is not None and not 0 < self.budget <= 1:
-            raise ConfigError(f"GBLRConfig: budget must be relative FLOPs in (0, 1], got {self.budget}")
-
-
-def _is_converted(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "weight", None), GBLRTensor)
+        number = isinstance(self.budget, (int, float)) and not isinstance(self.budget, bool)
+        if self.budget is not None and not (number and 0 < self.budget <= 1):
+            raise ConfigError(f"GBLRConfig: budget must be relative FLOPs in (0, 1], got {self.budget!r}")
+        for name, known in (("method", METHODS), ("initialiser", METHODS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"GBLRConfig: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
 
 @register_quantize_module_handler(GBLRConfig)
 def _gblr_transform(module: nn.Module, config: GBLRConfig) -> nn.Module:
     """Handler of quantize_: returns the module to put in place."""
-    if _is_converted(module):
+    if isinstance(module, GBLRLayer):
+        return module if config.step == "prepare" else _frozen(module, config)
+    # Converted layers, and kinds that cannot be structured, are not ours to touch; quantize_ selects subclasses too.
+    if not structurable(module) or isinstance(module.weight, GBLRTensor) or hasattr(module, "structure_name"):
+        return module
+    check_structurable(module, type(module).__name__)
+    if not can_gain(module, config.row_splits):
+        module.gblr_note = TOO_SMALL  # type: ignore[assignment]  # a plain attribute, shown by the report
         return module
     if config.step == "prepare":
-        if isinstance(module, GBLRLayer) or not structurable(module) or not can_gain(module, config.row_splits):
-            return module
         setting = LayerSettings(
             config.initialiser, config.num_components, config.row_splits, config.align, config.budget, config.seed
         )
-        return _structured(type(module).__name__, module, setting)
-    if isinstance(module, GBLRLayer):
-        if module.sigma is not None:
-            raise ConfigError(
-                f"GBLRConfig: masks are still smooth (sigma {module.sigma:g}); freeze the structure first"
-            )
-        return frozen_like(module, module.structure(), plan=config.plan)
-    if not structurable(module) or not can_gain(module, config.row_splits):
-        return module
-    check_structurable(module, type(module).__name__)
+        return structured_from(type(module).__name__, module, setting)
     if config.budget is None:
         raise ConfigError("GBLRConfig: converting a layer that was not prepared needs a budget")
     matrix = decompose(
@@ -97,3 +95,12 @@ def _gblr_transform(module: nn.Module, config: GBLRConfig) -> nn.Module:
         seed=config.seed,
     )
     return frozen_like(module, matrix, plan=config.plan)
+
+
+def _frozen(layer: GBLRLayer, config: GBLRConfig) -> nn.Module:
+    if layer.sigma is not None:
+        raise ConfigError(
+            f"GBLRConfig: masks are still smooth (sigma {layer.sigma:g}); finish training or call "
+            "freeze_structure() before converting"
+        )
+    return frozen_like(layer, layer.structure(), plan=config.plan)

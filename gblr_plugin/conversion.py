@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .decomposition import initialise
 from .errors import ConfigError
@@ -17,6 +17,9 @@ from .structure import StructuredMatrix
 from .swap import can_gain, check_structurable, replace_modules, structured_like, weight_matrix
 
 __all__ = ["LayerSettings", "check_untied", "convert", "frozen_like", "prepare", "prepare_layers"]
+
+TOO_SMALL = "too small to gain, kept dense"
+"""Note of a layer that was asked to be structured and stays dense, as the report shows it."""
 
 _logger = logging.getLogger(__name__)
 
@@ -78,6 +81,8 @@ def prepare_layers(model: nn.Module, settings: Mapping[str, LayerSettings]) -> d
     unknown = [name for name in settings if name not in modules]
     if unknown:
         raise ConfigError(f"layers: no module named {unknown[0]!r} in the model")
+    if "" in settings:
+        raise ConfigError("layers: the model itself cannot be replaced; put it into an nn.Sequential")
     chosen: dict[str, nn.Module] = {}
     for name in settings:
         check_structurable(modules[name], name)
@@ -92,15 +97,20 @@ def prepare_layers(model: nn.Module, settings: Mapping[str, LayerSettings]) -> d
     layers: dict[str, GBLRLayer] = {}
     for name, module in chosen.items():
         if name not in kept:
-            layers[name] = _structured(name, module, settings[name])
+            layers[name] = structured_from(name, module, settings[name])
     for name, module in kept.items():
-        module.gblr_note = "too small to gain, kept dense"  # type: ignore[assignment]  # a plain attribute
+        module.gblr_note = TOO_SMALL  # type: ignore[assignment]  # a plain attribute
         _logger.warning("layer %r is too small to gain from structure and stays dense", name)
     replace_modules(model, {id(chosen[name]): layer for name, layer in layers.items()})
     return layers
 
 
-def _structured(name: str, module: nn.Module, setting: LayerSettings) -> GBLRLayer:
+def structured_from(name: str, module: nn.Module, setting: LayerSettings) -> GBLRLayer:
+    """The trainable layer that starts from a dense one; ``name`` is for messages.
+
+    Raises:
+        ConfigError: If the layer or a setting cannot be used.
+    """
     try:
         matrix = initialise(
             weight_matrix(module),
@@ -156,16 +166,14 @@ def frozen_like(module: nn.Module, matrix: StructuredMatrix, *, plan: Any = None
     """
     from .tensor import GBLRTensor  # needs torchao, which the trainable path does not
 
+    if not isinstance(module, GBLRLayer):  # a decomposition is in float32 where the weight is in half precision
+        like: Any = module.weight
+        matrix = matrix.to(device=like.device, dtype=like.dtype)
     shape: tuple[int, ...] = matrix.shape
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         shape = (matrix.shape[0], module.in_channels, *module.kernel_size)
-    weight: Tensor
-    note = None
-    if matrix.relative_flops >= 1.0:
-        weight = matrix.to_dense().reshape(shape)
-        note = "not cheaper than dense, stored dense"
-    else:
-        weight = GBLRTensor.from_structured(matrix, shape=shape, plan=plan)
+    full = matrix.relative_flops >= 1.0
+    weight = matrix.to_dense().reshape(shape) if full else GBLRTensor.from_structured(matrix, shape=shape, plan=plan)
     new: nn.Module
     bias: Any = module.bias
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
@@ -186,14 +194,17 @@ def frozen_like(module: nn.Module, matrix: StructuredMatrix, *, plan: Any = None
     new.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         new.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-    if note is not None:
-        new.gblr_note = note  # type: ignore[assignment]  # a plain attribute, shown by the report
+    if full:  # plain attributes, shown by the report
+        new.structure_name, new.gblr_note = "full", "not cheaper than dense, stored dense"  # type: ignore[assignment]
     new.train(module.training)
     for table in (
         "_forward_hooks",
         "_forward_pre_hooks",
         "_forward_hooks_with_kwargs",
         "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_backward_hooks",
+        "_backward_pre_hooks",
     ):
         getattr(new, table).update(getattr(module, table))
     return new

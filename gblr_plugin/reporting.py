@@ -29,8 +29,8 @@ class LayerReport:
         name: Module name.
         kind: Module type.
         shape: (m, n) of its weight matrix.
-        structure: ``"dense"``, the kind of structured weight, or ``"full"``: compressed, but no cheaper than dense and so
-            stored dense.
+        structure: ``"dense"``, the kind of structured weight, or ``"full"``: compressed, but no cheaper than dense and
+            so stored dense.
         components: Live components; 0 for a dense weight.
         multiply_adds: Of one forward pass of the example input.
         dense_multiply_adds: The same, had the weight been dense.
@@ -56,7 +56,7 @@ class LayerReport:
 
     @property
     def relative_flops(self) -> float:
-        """Multiply-adds over those of the dense weight; stored entries over its entries where the layer was not used."""
+        """Multiply-adds over those of the dense weight; stored over all entries where the layer was not used."""
         if self.dense_multiply_adds:
             return self.multiply_adds / self.dense_multiply_adds
         return self.parameters / self.dense_parameters if self.dense_parameters else 1.0

@@ -5,14 +5,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import ConfigError
 from .layers import GBLRLayer
 from .swap import can_gain, check_structurable, structurable
 
 __all__ = ["select_layers"]
+
+_ALLOWED = "allowed are Linear, Conv1d, Conv2d and Hugging Face Conv1D"
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Structurable as it stands: no groups, no parametrization, not converted or quantized already."""
+    weight: Any = module._parameters.get("weight") if structurable(module) else None
+    return weight is not None and type(weight.data) is Tensor and getattr(module, "groups", 1) == 1
 
 
 def select_layers(
@@ -35,6 +44,8 @@ def select_layers(
     if isinstance(include, str) or isinstance(exclude, str):
         raise ConfigError("layers: include and exclude are lists of patterns, not one string")
     modules = {name: module for name, module in model.named_modules() if name}
+    first_names = {id(module): name for name, module in modules.items()}
+    aliases = {name: first_names[id(module)] for name, module in model.named_modules(remove_duplicate=False) if name}
 
     def matches(pattern: str, name: str, module: nn.Module) -> bool:
         return fnmatchcase(name, pattern) or type(module).__name__ == pattern
@@ -45,18 +56,20 @@ def select_layers(
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"layers: {pattern!r} matches no module of the model{hint}")
 
-    exclude = list(exclude)
+    exclude = [aliases.get(pattern, pattern) for pattern in exclude]
     for pattern in exclude:
         check(pattern)
     if include is None:
-        chosen = {name: module for name, module in modules.items() if structurable(module) and can_gain(module)}
+        chosen = {name: module for name, module in modules.items() if _is_plain(module) and can_gain(module)}
     else:
-        include = list(include)
+        include = [aliases.get(pattern, pattern) for pattern in include]
         chosen = {}
         for pattern in include:
             check(pattern)
             if pattern in modules:
                 check_structurable(modules[pattern], pattern)
+            elif not any(structurable(mod) and matches(pattern, name, mod) for name, mod in modules.items()):
+                raise ConfigError(f"layers: {pattern!r} matches no layer that can be structured; {_ALLOWED}")
         for name, module in modules.items():
             exact = name in include
             if exact or (structurable(module) and any(matches(pattern, name, module) for pattern in include)):
@@ -64,5 +77,5 @@ def select_layers(
     chosen = {n: mod for n, mod in chosen.items() if not any(matches(pattern, n, mod) for pattern in exclude)}
     chosen = {n: mod for n, mod in chosen.items() if not isinstance(mod, GBLRLayer)}
     if not chosen:
-        raise ConfigError("layers: the selection is empty; allowed are Linear, Conv1d, Conv2d and Hugging Face Conv1D")
+        raise ConfigError(f"layers: the selection is empty; {_ALLOWED}, inside a model")
     return chosen

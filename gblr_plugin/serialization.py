@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +12,14 @@ from torch import Tensor, nn
 from .errors import ConfigError
 from .files import write_atomic
 from .layers import GBLRLayer
+from .swap import replace_modules, structurable
 from .tensor import GBLRTensor
 
 __all__ = ["load", "save"]
 
 _FORMAT = "gblr-plugin"
 _VERSION = 1
+_NOTES = ("structure_name", "gblr_note")  # plain attributes of layers that the report shows
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -32,10 +33,22 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ConfigError: If the model still has trainable structured layers.
         OSError: If the file cannot be written.
     """
-    pending = next((name for name, module in model.named_modules() if isinstance(module, GBLRLayer)), None)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    pending = next((name for name, module in modules.items() if isinstance(module, GBLRLayer)), None)
     if pending is not None:
         raise ConfigError(f"save: layer {pending!r} is not converted yet; call gblr_plugin.convert(model) first")
-    content = {"format": _FORMAT, "version": _VERSION, "state": model.state_dict()}
+    notes = {
+        name: {key: value for key in _NOTES if isinstance(value := vars(module).get(key), str)}
+        for name, module in modules.items()
+    }
+    content = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "state": model.state_dict(),
+        # A Hugging Face Conv1D is an nn.Linear when converted; shapes alone do not tell where the weight is square.
+        "linear": [name for name, module in modules.items() if type(module) is nn.Linear],
+        "notes": {name: note for name, note in notes.items() if note},
+    }
     write_atomic(path, lambda file: torch.save(content, file))
 
 
@@ -44,48 +57,92 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
 
     Args:
         path: File written by :func:`save`.
-        model: The dense network (any weights, also on the meta device), or a function that makes it. Changed in place.
+        model: The dense network (any weights, also on the meta device), or a function that makes it. Changed in place;
+            tensors are taken from the file, on the CPU.
 
     Returns:
         The model with frozen structured weights, in evaluation mode.
 
     Raises:
-        ConfigError: If the file is missing, is not of this format, or does not fit the network.
+        ConfigError: If the file is missing, damaged or not of this format, or does not fit the network.
     """
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ConfigError(f"load: no file at {os.fspath(path)!r}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"load: {os.fspath(path)!r} is not a readable model file: {reason}") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ConfigError(f"load: {os.fspath(path)!r} is not a gblr_plugin model file")
-    if content.get("version") != _VERSION:
-        raise ConfigError(
-            f"load: {os.fspath(path)!r} has format version {content.get('version')}, allowed is {_VERSION}"
-        )
+    content = _read(os.fspath(path))
     skeleton = model if isinstance(model, nn.Module) else model()
     state: dict[str, Tensor] = content["state"]
-    _fit_linears(skeleton, state)
+    _make_linear(skeleton, set(content["linear"]))
+    tied = _tied_parameters(skeleton)
     try:
         skeleton.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
         raise ConfigError(f"load: {os.fspath(path)!r} does not fit the network: {reason}") from error
+    for owner, name, first, first_name in tied:
+        if torch.equal(getattr(owner, name), getattr(first, first_name)):
+            setattr(owner, name, getattr(first, first_name))
     for name, parameter in skeleton.named_parameters():
         if isinstance(state.get(name), GBLRTensor):
             parameter.requires_grad_(False)
+    modules = dict(skeleton.named_modules(remove_duplicate=False))
+    for name, note in content["notes"].items():
+        if name in modules:
+            modules[name].__dict__.update(note)
+    empty = next(
+        (name for name, tensor in [*skeleton.named_parameters(), *skeleton.named_buffers()] if tensor.is_meta), None
+    )
+    if empty is not None:
+        raise ConfigError(
+            f"load: {empty!r} of the network is on the meta device and is not saved with a model (a non-persistent "
+            "buffer); make the network on a real device"
+        )
     return skeleton.eval()
 
 
-def _fit_linears(model: nn.Module, state: dict[str, Tensor]) -> None:
+def _read(path: str) -> dict[str, Any]:
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ConfigError(f"load: no file at {path!r}") from error
+    except OSError as error:
+        raise ConfigError(f"load: cannot read {path!r}: {error.strerror or error}") from error
+    except Exception as error:  # torch raises half a dozen kinds over damaged and foreign files
+        raise ConfigError(f"load: {path!r} is damaged, or not a gblr_plugin model file") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ConfigError(f"load: {path!r} is not a gblr_plugin model file")
+    if content.get("version") != _VERSION:
+        raise ConfigError(f"load: {path!r} has format version {content.get('version')}, allowed is {_VERSION}")
+    state, linear, notes = (content.get(key) for key in ("state", "linear", "notes"))
+    if (
+        not (isinstance(state, dict) and isinstance(linear, list) and isinstance(notes, dict))
+        or not all(isinstance(name, str) for name in (*state, *linear, *notes))
+        or not all(
+            isinstance(note, dict) and all(key in _NOTES and isinstance(note[key], str) for key in note)
+            for note in notes.values()
+        )
+    ):
+        raise ConfigError(f"load: {path!r} is damaged, or not a gblr_plugin model file")
+    return content
+
+
+def _make_linear(model: nn.Module, linear: set[str]) -> None:
     """Modules that became ``nn.Linear`` on conversion (Hugging Face ``Conv1D``) become so here."""
-    for parent_name, parent in list(model.named_modules()):
-        for child_name, child in list(parent.named_children()):
-            name = f"{parent_name}.{child_name}" if parent_name else child_name
-            weight = state.get(f"{name}.weight")
-            if isinstance(weight, GBLRTensor) and not isinstance(child, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-                has_bias = f"{name}.bias" in state
-                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=has_bias, device="meta")
-                setattr(parent, child_name, linear)
+    replacements: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name in linear and structurable(module) and not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            weight: Any = module.weight  # stored (in, out)
+            inputs, outputs = weight.shape
+            replacements[id(module)] = nn.Linear(inputs, outputs, bias=module.bias is not None, device="meta")
+    replace_modules(model, replacements)
+
+
+def _tied_parameters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module, str]]:
+    """Places that hold a parameter which another place holds too, each with that first place."""
+    first: dict[int, tuple[nn.Module, str]] = {}
+    tied = []
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            place = first.setdefault(id(parameter), (module, name))
+            if place != (module, name):
+                tied.append((module, name, *place))
+    return tied
