@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .decomposition import initialise
+from .decomposition.anchor import anchored
 from .errors import ConfigError
 from .layers import GBLRLayer
 from .selection import select_layers
@@ -121,7 +122,8 @@ def structured_from(name: str, module: nn.Module, setting: LayerSettings) -> GBL
             align=setting.align,
             seed=setting.seed,
         )
-        return structured_like(module, matrix, align=setting.align)
+        tiles = setting.align if isinstance(setting.align, tuple) else (setting.align, setting.align)
+        return structured_like(module, anchored(matrix, tiles), align=setting.align)
     except ConfigError as error:
         message = str(error)
         raise ConfigError(message if message.startswith("layer ") else f"layer {name!r}: {message}") from error
