@@ -30,7 +30,8 @@ export function svg(tag, props, ...children) {
 /** A labelled <select>; `options` are [value, label] or {label, options} groups. */
 export function select(label, onChange) {
   const input = h('select', { on: { change: () => onChange(input.value) } });
-  const element = h('label', { class: 'field' }, h('span', {}, label), input);
+  const caption = h('span', {}, label);
+  const element = h('label', { class: 'field' }, caption, input);
   let shown = '';
   return {
     element,
@@ -49,8 +50,9 @@ export function select(label, onChange) {
       }
       input.value = value;
     },
-    show(visible) {
+    show(visible, text = label) {
       element.hidden = !visible;
+      caption.textContent = text;
     },
   };
 }

@@ -6,6 +6,9 @@ export function percent(share) {
   return `${value >= 99.95 || value === 0 ? value.toFixed(0) : value >= 0.1 ? value.toFixed(1) : value.toPrecision(2)}%`;
 }
 
+/** For axes: no needless decimals. */
+export const share = (value) => `${Number((value * 100).toPrecision(3))}%`;
+
 const UNITS = [[1e12, 'T'], [1e9, 'G'], [1e6, 'M'], [1e3, 'k']];
 
 export function compact(value) {

@@ -97,8 +97,8 @@ export function drawMap(pen, box, structure, view, options) {
     pen.path([[x - 4, toY(tick)], [x, toY(tick)]], { stroke: colours.line });
     pen.text(x - 7, toY(tick), String(tick), { ...label, align: 'end' });
   }
-  pen.text(x + w / 2, y + height + 26, 'columns (inputs)', { ...label, align: 'middle' });
-  pen.text(2, y - 12, 'rows', label);
+  pen.text(x + w / 2, y + height + 26, 'column', { ...label, align: 'middle' });
+  pen.text(x - 7, y + height + 11, 'row', { ...label, align: 'end' });
   if (!options.minus) drawProfiles(pen, box, structure, view, colours);
 }
 
@@ -115,7 +115,7 @@ function binned(profile, low, high, bins) {
 
 function drawProfiles(pen, box, structure, view, colours) {
   const { x, y, w, h: height } = box;
-  const fill = colours.ramp[Math.floor(colours.ramp.length / 2)];
+  const fill = colours.ramp[2];
   const label = { fill: colours.muted, size: 10.5 };
   const cols = binned(structure.profile('cols'), view.c0, view.c1, Math.min(view.c1 - view.c0, Math.round(w)));
   const rows = binned(structure.profile('rows'), view.r0, view.r1, Math.min(view.r1 - view.r0, Math.round(height)));
@@ -131,6 +131,8 @@ function drawProfiles(pen, box, structure, view, colours) {
     beside.push([right(value), y + (i / rows.length) * height], [right(value), y + ((i + 1) / rows.length) * height]),
   );
   pen.path([...beside, [right(0), y + height]], { fill });
-  pen.text(x + w, y - 37, `rank by column, up to ${compact(mostCols)}`, { ...label, align: 'end' });
-  pen.text(x + w + 54, y + height + 11, `by row, to ${compact(mostRows)}`, { ...label, align: 'end' });
+  // The ends of the two scales, and what they count.
+  pen.text(x - 7, up(mostCols) + 4, compact(mostCols), { ...label, align: 'end' });
+  pen.text(right(mostRows), y + height + 11, compact(mostRows), { ...label, align: 'middle' });
+  pen.text(x + w + 6, y - 15, 'rank', label);
 }

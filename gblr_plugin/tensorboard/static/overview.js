@@ -3,7 +3,7 @@
 import { fetchOverview } from './api.js';
 import { button, h, segmented, select } from './dom.js';
 import { downloads } from './download.js';
-import { blockOf, byBlock, compact, percent, whole } from './format.js';
+import { blockOf, byBlock, compact, percent, share as plainShare, whole } from './format.js';
 import { SvgPen } from './pen.js';
 import { palette, runColour } from './theme.js';
 
@@ -104,6 +104,7 @@ export class Overview {
 
   draw() {
     const colours = palette();
+    const focused = document.activeElement?.dataset?.layer;
     this.totals.replaceChildren(...this.shown.map((run) => this.total(run, colours)));
     const reach = this.reach();
     const groups = this.groups();
@@ -114,6 +115,7 @@ export class Overview {
         ...rows.map((row) => this.row(row, block, reach, colours)),
       ]),
     );
+    if (focused !== undefined) [...this.bars.querySelectorAll('button')].find((row) => row.dataset.layer === focused)?.focus();
     if (!groups.some(([, rows]) => rows.length)) this.bars.append(h('p', { class: 'empty' }, 'Choose a run above to see its layers.'));
   }
 
@@ -131,7 +133,7 @@ export class Overview {
       h('h2', { class: 'run-name' }, h('span', { class: 'swatch' }), h('bdi', {}, run.run || '.')),
       h('div', { class: 'headline' },
         h('strong', { 'data-total': 'flops' }, percent(t.flops)),
-        h('span', {}, 'of dense FLOPs', t.budget === null ? null : h('em', {}, ` budget ${percent(t.budget)}`)),
+        h('span', {}, 'of dense FLOPs', t.budget === null ? null : h('em', {}, ` · budget ${plainShare(t.budget)}`)),
       ),
       h('dl', { class: 'facts' }, ...facts.map(([name, value]) => h('div', {}, h('dt', {}, name), h('dd', {}, value)))),
     );
@@ -143,7 +145,7 @@ export class Overview {
       'div',
       { class: 'scale', 'aria-hidden': true },
       h('span', {}),
-      h('div', { class: 'axis' }, ...marks.map((mark) => h('span', { style: { left: `${(mark / reach) * 100}%` } }, percent(mark)))),
+      h('div', { class: 'axis' }, ...marks.map((mark) => h('span', { style: { left: `${(mark / reach) * 100}%` } }, plainShare(mark)))),
       h('span', {}),
     );
   }
@@ -231,7 +233,7 @@ export class Overview {
       const y = 20 + at * 20;
       pen.rect(16, y - 5, 10, 10, runColour(colours, run.index));
       const t = run.totals;
-      const budget = t.budget === null ? '' : `, budget ${percent(t.budget)}`;
+      const budget = t.budget === null ? '' : `, budget ${plainShare(t.budget)}`;
       pen.text(34, y, `${run.run}, step ${run.step}: ${percent(t.flops)} of dense FLOPs${budget}, ${whole(t.live)} live components`, ink);
     });
     pen.path([[toX(1), top - 8], [toX(1), top + rows]], { stroke: colours.line });

@@ -14,6 +14,12 @@ export class Viewport {
     this.view = null;
     this.cross = null;
     this.component = -1;
+    /** Index of the pane whose component is meant; null: component numbers mean the same in all panes. */
+    this.owner = null;
+  }
+
+  componentOf(pane) {
+    return this.owner === null || this.owner === pane ? this.component : -1;
   }
 
   fit(structure) {
@@ -62,25 +68,27 @@ export class Viewport {
     this.onChange('view');
   }
 
-  point(row, col) {
+  point(row, col, pane = 0) {
+    this.pane = pane;
     this.cross = row === null ? null : { row, col };
     this.onChange('cross');
   }
 }
 
 export class Pane {
-  constructor(viewport, label) {
+  constructor(viewport, index, label) {
     this.viewport = viewport;
+    this.index = index;
     this.base = h('canvas', { class: 'base', 'aria-hidden': true });
     this.overlay = h('canvas', {
       class: 'overlay',
       tabindex: 0,
-      role: 'img',
+      role: 'application',
       'aria-label': label,
       'aria-describedby': 'map-help',
       on: {
         pointermove: (event) => this.onMove(event),
-        pointerleave: () => !this.drag && this.viewport.point(null),
+        pointerleave: () => !this.drag && this.viewport.point(null, null, this.index),
         pointerdown: (event) => this.onDown(event),
         pointerup: (event) => this.onUp(event),
         pointercancel: () => (this.drag = null),
@@ -101,7 +109,7 @@ export class Pane {
     this.options = options;
     const facts = options.minus
       ? 'more blocks in warm, fewer in cool'
-      : `${percent(structure.relativeFlops)} of dense FLOPs · ${whole(structure.live.length)} of ${whole(structure.components)} components live · ${whole(structure.rows)} × ${whole(structure.cols)}`;
+      : `${percent(structure.relativeFlops)} of dense FLOPs · ${whole(structure.live.length)} of ${whole(structure.components)} components live · ${whole(structure.rows)}\u00a0×\u00a0${whole(structure.cols)}`;
     this.caption.replaceChildren(h('strong', {}, h('bdi', {}, title)), h('span', { class: 'facts-line' }, facts));
     this.draw();
   }
@@ -124,7 +132,7 @@ export class Pane {
     const toX = (col) => box.x + ((col - view.c0) / (view.c1 - view.c0)) * box.w;
     const toY = (row) => box.y + ((row - view.r0) / (view.r1 - view.r0)) * box.h;
     pen.clip(box.x, box.y, box.w, box.h, () => {
-      const k = viewport.component;
+      const k = viewport.componentOf(this.index);
       for (const t of structure.rects) {
         if (t.k !== k || this.options.minus) continue;
         pen.frame(toX(t.c0), toY(t.r0), toX(t.c1) - toX(t.c0), toY(t.r1) - toY(t.r0), colours.card, 3.5);
@@ -163,9 +171,9 @@ export class Pane {
       Object.assign(this.drag, { x1: at.x, y1: at.y, row1: at.row, col1: at.col });
       this.drag.moved = Math.hypot(at.x - this.drag.x0, at.y - this.drag.y0) > 5;
     }
-    if (at.inside) this.viewport.point(Math.floor(at.row), Math.floor(at.col));
+    if (at.inside) this.viewport.point(Math.floor(at.row), Math.floor(at.col), this.index);
     else if (this.drag) this.drawOverlay();
-    else this.viewport.point(null);
+    else this.viewport.point(null, null, this.index);
   }
 
   onDown(event) {
@@ -173,7 +181,7 @@ export class Pane {
     const at = this.place(event);
     if (!at.inside) return;
     if (event.pointerType === 'touch') {
-      this.viewport.point(Math.floor(at.row), Math.floor(at.col));
+      this.viewport.point(Math.floor(at.row), Math.floor(at.col), this.index);
       return;
     }
     this.overlay.setPointerCapture(event.pointerId);
@@ -208,11 +216,11 @@ export class Pane {
     else if (way) {
       const from = viewport.cross ?? { row: Math.floor((view.r0 + view.r1) / 2), col: Math.floor((view.c0 + view.c1) / 2) };
       const clamp = (value, low, high) => Math.min(Math.max(value, low), high - 1);
-      viewport.point(clamp(from.row + way[0] * rows, view.r0, view.r1), clamp(from.col + way[1] * cols, view.c0, view.c1));
+      viewport.point(clamp(from.row + way[0] * rows, view.r0, view.r1), clamp(from.col + way[1] * cols, view.c0, view.c1), this.index);
     } else if (event.key === '+' || event.key === '=') viewport.zoom(0.6);
     else if (event.key === '-') viewport.zoom(1 / 0.6);
     else if (event.key === '0') viewport.reset();
-    else if (event.key === 'Escape') viewport.point(null);
+    else if (event.key === 'Escape') viewport.point(null, null, this.index);
     else return;
     event.preventDefault();
   }

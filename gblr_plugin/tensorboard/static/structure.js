@@ -14,13 +14,14 @@ import { lookup, palette, rgb } from './theme.js';
 
 const COMPARE = [['', 'nothing'], ['step', 'another step'], ['layer', 'another layer'], ['run', 'another run']];
 const ORDERS = [['start', 'location'], ['width', 'width'], ['energy', 'energy']];
-const MOST_LISTED = 6;
-const INTERVALS_HEIGHT = 210;
+const MOST_LISTED = 5;
+const INTERVALS_HEIGHT = 190;
+const INTERVALS_TALLEST = 290;
 
 export class StructureView {
   constructor(app) {
     this.app = app;
-    this.viewport = new Viewport((what) => this.onViewport(what));
+    this.viewport = new Viewport((what) => this.onViewport(this.viewport, what));
     this.sides = [];
     this.run = select('Run', (value) => app.set({ run: value }));
     this.layer = select('Layer', (value) => app.set({ layer: value }));
@@ -42,7 +43,13 @@ export class StructureView {
       'Drag to zoom, double-click to fit. With the map focused: arrow keys move the cross, Shift and arrows pan, + and − zoom, 0 fits.');
     this.maps = h('div', { class: 'maps' });
     this.gallery = new Gallery(app);
-    this.single = h('div', {}, h('div', { class: 'toolbar quiet' }, this.colourBy.element, this.legend, h('span', { class: 'spring' }), this.order.element, this.zoom), this.maps, this.readout, this.help);
+    this.single = h(
+      'div',
+      {},
+      h('div', { class: 'toolbar quiet' }, this.colourBy.element, this.zoom, this.legend, h('span', { class: 'spring' }), this.order.element),
+      this.maps,
+      this.help,
+    );
     this.element = h(
       'section',
       { class: 'view', 'aria-label': 'Structure' },
@@ -73,7 +80,7 @@ export class StructureView {
       layer: grouped,
       run: app.runs.filter((r) => r.run !== run.run && r.steps.length).map((r) => [r.run, r.run || '.']),
     }[state.compare];
-    this.compareWith.show(Boolean(layer && choices));
+    this.compareWith.show(Boolean(layer && choices), { step: 'Step', layer: 'Layer', run: 'Run' }[state.compare]);
     if (!layer || !choices) return null;
     const flat = choices.flatMap((choice) => (Array.isArray(choice) ? [choice[0]] : choice.options.map(([value]) => value)));
     const fallback = state.compare === 'layer' ? flat[(flat.indexOf(layer) + 1) % flat.length] : flat[0];
@@ -170,14 +177,18 @@ export class StructureView {
 
   build(count) {
     this.maps.dataset.panes = String(count);
+    const second = count === 2 ? new Viewport((what) => this.onViewport(second, what)) : this.viewport;
     this.columns = Array.from({ length: count }, (_, i) => {
       const difference = i === 2;
-      const pane = new Pane(i === 1 && !this.comparable() ? new Viewport(() => this.redraw()) : this.viewport, difference ? 'Map of the difference' : 'Map of blocks');
-      if (difference) return { pane, element: h('div', { class: 'column' }, pane.element), intervals: [] };
+      const pane = new Pane(i === 1 ? second : this.viewport, i, difference ? 'Map of the difference' : 'Map of blocks');
+      if (difference) return { pane, intervals: [], element: h('div', { class: 'column' }, pane.element, this.readout) };
       const intervals = ['rows', 'cols'].map((axis) => this.intervals(axis, i));
-      return { pane, intervals, element: h('div', { class: 'column' }, pane.element, h('div', { class: 'interval-pair' }, ...intervals.map((part) => part.element))) };
+      const pair = h('div', { class: 'interval-pair' }, ...intervals.map((part) => part.element));
+      const beside = count === 1 ? h('div', {}, this.readout, pair) : pair;
+      return { pane, intervals, element: h('div', { class: 'column' }, pane.element, beside) };
     });
     this.maps.replaceChildren(...this.columns.map((column) => column.element));
+    if (count === 2) this.maps.after(this.readout);
   }
 
   intervals(axis, side) {
@@ -185,7 +196,7 @@ export class StructureView {
     const part = { axis, canvas, order: [], title: h('figcaption', {}) };
     canvas.addEventListener('pointermove', (event) => {
       const y = event.clientY - canvas.getBoundingClientRect().top;
-      this.highlight(componentAt(part.order, INTERVALS_HEIGHT, y), side);
+      this.highlight(componentAt(part.order, part.height, y), side);
     });
     canvas.addEventListener('pointerleave', () => this.highlight(-1, side));
     part.element = h('figure', { class: 'intervals' }, part.title, canvas);
@@ -214,10 +225,19 @@ export class StructureView {
       for (const part of this.columns[i].intervals) {
         part.order = model.sorted(part.axis, this.app.state.intervalOrder);
         const width = Math.floor(part.element.clientWidth);
+        part.height = this.intervalsHeight(i);
         part.title.textContent = `${part.axis === 'rows' ? 'Row' : 'Column'} intervals`;
-        if (width > 60) drawIntervals(new CanvasPen(part.canvas, width, INTERVALS_HEIGHT), width, INTERVALS_HEIGHT, model, part.axis, part.order, colours, this.viewport.component);
+        if (width > 60) drawIntervals(new CanvasPen(part.canvas, width, part.height), width, part.height, model, part.axis, part.order, colours, this.columns[i].pane.viewport.componentOf(i));
       }
     });
+  }
+
+  /** Beside a tall map, intervals use its height. */
+  intervalsHeight(i) {
+    const { element, pane } = this.columns[i];
+    const beside = this.columns.length === 1 && pane.element.clientWidth < element.clientWidth * 0.8;
+    const share = beside && pane.box ? (pane.box.height - 190) / 2 : 0;
+    return Math.round(Math.min(Math.max(share, INTERVALS_HEIGHT), INTERVALS_TALLEST));
   }
 
   drawLegend({ colours, colourBy, scale }) {
@@ -233,15 +253,19 @@ export class StructureView {
 
   // -- pointing ----------------------------------------------------------------------------------------------------
 
-  onViewport(what) {
+  onViewport(viewport, what) {
     if (what === 'view') this.redraw();
-    this.point();
+    this.point(viewport);
+  }
+
+  /** Component numbers last over the steps of a layer; in other layers and runs they mean something else. */
+  ownerOf(pane) {
+    return this.app.state.compare === 'step' ? null : pane;
   }
 
   highlight(k, side) {
-    this.viewport.component = k;
-    this.pointedSide = side;
-    this.viewport.cross = null;
+    const { viewport } = this.columns[side].pane;
+    Object.assign(viewport, { component: k, owner: this.ownerOf(side), cross: null });
     this.overlays();
     if (k >= 0) this.list([k], `Component ${k}`, this.sides[side].model);
     else this.list([], null);
@@ -252,18 +276,20 @@ export class StructureView {
     this.drawIntervals();
   }
 
-  point() {
-    const { cross } = this.viewport;
-    const model = this.sides[0]?.model;
-    if (!model) return;
+  point(viewport = this.viewport) {
+    if (!this.sides.length) return;
+    const { cross } = viewport;
+    const at = viewport === this.viewport ? (this.sides[viewport.pane] ? viewport.pane : 0) : 1;
+    const { model } = this.sides[at];
     const found = cross ? model.at(cross.row, cross.col) : [];
-    this.viewport.component = found.length ? found[0] : -1;
+    viewport.component = found.length ? found[0] : -1;
+    viewport.owner = this.ownerOf(at);
     this.overlays();
     if (!cross) this.list([], null);
     else {
-      const overlap = found.length === 1 ? '1 block' : `${found.length} blocks`;
-      const second = this.comparable() ? `, ${this.sides[1].model.at(cross.row, cross.col).length} in the second` : '';
-      this.list(found, `Row ${cross.row}, column ${cross.col}: ${overlap}${second}`, model);
+      const counts = this.comparable() ? this.sides.map((side) => side.model.at(cross.row, cross.col).length) : [found.length];
+      const blocks = counts.map((count) => (count === 1 ? '1 block' : `${count} blocks`)).join(' and ');
+      this.list(found, `Row ${cross.row}, column ${cross.col}: ${blocks}`, model);
     }
   }
 

@@ -3,12 +3,12 @@
 import { fetchCurves } from './api.js';
 import { h, select, svg } from './dom.js';
 import { downloads } from './download.js';
-import { byBlock, compact, percent, ticks, whole } from './format.js';
+import { byBlock, compact, percent, share, ticks, whole } from './format.js';
 import { SvgPen } from './pen.js';
 import { palette, runColour } from './theme.js';
 
 const PANELS = [
-  { key: 'relative_flops', title: 'Relative FLOPs', format: percent, fromZero: true, height: 150 },
+  { key: 'relative_flops', title: 'Relative FLOPs', format: percent, axis: share, fromZero: true, height: 150 },
   { key: 'live', title: 'Live components', format: (v) => whole(v), axis: compact, fromZero: true, height: 110 },
   { key: 'sigma', title: 'Smoothness σ', format: compact, fromZero: true, height: 90 },
   { key: 'lambda', title: 'Shrinkage λ', format: compact, fromZero: true, height: 90 },
@@ -82,7 +82,7 @@ export class Time {
     for (const panel of this.panels()) {
       const values = this.shown.flatMap((run) => run[panel.key].filter((value) => value !== null));
       if (panel.key === 'relative_flops') values.push(...this.shown.flatMap((run) => run.budget.filter((b) => b !== null)));
-      let bottom = panel.fromZero ? 0 : Math.min(...values);
+      let bottom = Math.min(panel.fromZero ? 0 : Infinity, ...values);
       let peak = Math.max(...values);
       if (!(peak > bottom)) [bottom, peak] = [bottom - (bottom ? Math.abs(bottom) * 0.1 : 0), peak + (Math.abs(peak) * 0.1 || 1)];
       const marks = ticks(bottom, peak, panel.height > 100 ? 4 : 2);
