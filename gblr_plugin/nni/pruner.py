@@ -216,16 +216,13 @@ class GBLRPruner(ScheduledPruner):
         if self._driven:
             self._check_driver()
             self.learner.schedule = None
-            evaluator.patch_optimizer_step(before_step_tasks=[], after_step_tasks=[self._follow_goals])
         elif self.learner.schedule is None:
-            raise ConfigError(
-                "cooldown_begin_step is missing: give it, or put the pruner into AGPPruner or LinearPruner"
-            )
-        else:
-            evaluator.patch_optimizer_step(before_step_tasks=[], after_step_tasks=[self._show_goals])
+            raise ConfigError("cooldown_begin_step is missing: give it, or use AGPPruner or LinearPruner around this")
         self._training = True
         built, self._built = self._built, []
         self._attach([optimizer for optimizer in (reference() for reference in built) if optimizer is not None])
+        after = self._follow_goals if self._driven else self._show_goals
+        evaluator.patch_optimizer_step(before_step_tasks=[], after_step_tasks=[after])
 
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
         """Stop learning after a training."""

@@ -83,7 +83,7 @@ def make_evaluator(
         made,
         training_step,
         lr_schedulers=schedulers,
-        evaluating_func=lambda m: float(m(make_batches(1)[0][0]).mean()),
+        evaluating_func=lambda m: float(m(make_batches(1)[0][0]).detach().mean()),
     )
 
 
