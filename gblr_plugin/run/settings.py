@@ -102,9 +102,16 @@ class RunSettings:
             raise ConfigError("give either budget or config_list")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise ConfigError(f"budget must be relative FLOPs in (0, 1], got {self.budget}")
-        if not self.seeds or not self.methods:
-            raise ConfigError("seeds and methods must not be empty")
+        for name in ("seeds", "methods", "latency_batch"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} must not be empty")
+        if len(set(self.seeds)) < len(self.seeds) or not all(0 <= seed < 2**31 for seed in self.seeds):
+            raise ConfigError(f"seeds must be different whole numbers from 0 to 2^31 - 1, got {self.seeds}")
+        if min(self.latency_batch) < 1:
+            raise ConfigError(f"latency_batch: batch sizes must be at least 1, got {self.latency_batch}")
         names = [method.name for method in self.methods]
+        if "dense" in names:
+            raise ConfigError("methods: 'dense' is always measured and is no method")
         if len(set(names)) < len(names):
             raise ConfigError(f"methods: each name may stand once, got {', '.join(names)}")
         if self.threads is not None and self.threads < 1:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -13,32 +15,52 @@ import yaml
 
 from ..errors import ConfigError
 
-__all__ = ["load_yaml", "parse_overrides", "read_settings"]
+__all__ = ["Located", "load_yaml", "parse_overrides", "read_settings"]
 
 _MAX_BYTES = 1_000_000
 _MAX_DEPTH = 20
+_MAX_NODES = 100_000  # an alias counts as often as it is used
 
 T = TypeVar("T")
 
 
-class _Located:
-    """A parsed YAML document that remembers on which line each key stands."""
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it safely, but 1e-3 is a number, as in YAML 1.2 and everywhere else."""
 
-    def __init__(self, source: str, data: Any, lines: dict[tuple[Any, ...], int]) -> None:
-        self.source, self.data, self.lines = source, data, lines
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+class Located:
+    """A parsed document that remembers where each key stands.
+
+    Args:
+        source: Name of the file.
+        data: The parsed document.
+        places: ``file:line`` or ``--set key=value`` by path of keys and indices.
+    """
+
+    def __init__(self, source: str, data: Any, places: dict[tuple[Any, ...], str]) -> None:
+        self.source, self.data, self.places = source, data, places
+
+    def place(self, path: tuple[Any, ...]) -> str:
+        """``file:line`` of the key, or of the nearest one that holds it."""
+        ends = range(len(path), -1, -1)
+        return next((self.places[path[:end]] for end in ends if path[:end] in self.places), self.source)
 
     def where(self, path: tuple[Any, ...]) -> str:
         """``file:line: key``, as far as known."""
-        line = next((self.lines[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.lines), None)
-        place = self.source if line is None else f"{self.source}:{line}"
         key = ".".join(map(str, path))
-        return f"{place}: {key}" if key else place
+        return f"{self.place(path)}: {key}" if key else self.place(path)
 
     def fail(self, path: tuple[Any, ...], message: str) -> ConfigError:
+        """The error to raise about the value at ``path``."""
         return ConfigError(f"{self.where(path)}: {message}")
 
 
-def load_yaml(path: str | Path) -> _Located:
+def load_yaml(path: str | Path) -> Located:
     """Parse a YAML file safely.
 
     Raises:
@@ -52,42 +74,60 @@ def load_yaml(path: str | Path) -> _Located:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such config file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    lines: dict[tuple[Any, ...], int] = {}
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file in UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    data, places = _parse(text, str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys to values, got {_describe(data)}")
+    return Located(str(path), data, places)
+
+
+def _parse(text: str, source: str) -> tuple[Any, dict[tuple[Any, ...], str]]:
+    """Values, and the place of each key."""
+    places: dict[tuple[Any, ...], str] = {}
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
         if node is not None:
-            _walk(node, (), lines, str(path))
-        data = yaml.safe_load(text)
+            _walk(node, (), places, source)
+        return yaml.load(text, Loader=_Loader), places  # a safe loader: builds plain values only
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ConfigError(f"{source}{line}: not valid YAML: {reason}") from error
     except RecursionError as error:
-        raise ConfigError(f"{path}: nested too deeply") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys to values")
-    return _Located(str(path), data, lines)
+        raise ConfigError(f"{source}: nested too deeply") from error
+    except ConfigError:
+        raise
+    except ValueError as error:  # a date that does not exist, a number with too many digits
+        raise ConfigError(f"{source}: not valid YAML: {error}") from error
 
 
-def _walk(node: yaml.Node, path: tuple[Any, ...], lines: dict[tuple[Any, ...], int], source: str) -> None:
+def _walk(node: yaml.Node, path: tuple[Any, ...], places: dict[tuple[Any, ...], str], source: str) -> None:
+    here = f"{source}:{node.start_mark.line + 1}"
     if len(path) > _MAX_DEPTH:
-        raise ConfigError(f"{source}:{node.start_mark.line + 1}: nested deeper than {_MAX_DEPTH} levels")
+        raise ConfigError(f"{here}: nested deeper than {_MAX_DEPTH} levels")
+    if len(places) > _MAX_NODES:
+        raise ConfigError(f"{here}: more than {_MAX_NODES} values, which no config needs")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            place = f"{source}:{key.start_mark.line + 1}"
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"{place}: a key must be one word, not a list or a table")
             inner = (*path, key.value)
-            if inner in lines:
-                raise ConfigError(f"{source}:{key.start_mark.line + 1}: key {key.value!r} stands twice")
-            lines[inner] = key.start_mark.line + 1
-            _walk(value, inner, lines, source)
+            if inner in places:
+                raise ConfigError(f"{place}: key {'.'.join(map(str, inner))!r} stands twice")
+            places[inner] = place
+            _walk(value, inner, places, source)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            lines[(*path, index)] = value.start_mark.line + 1
-            _walk(value, (*path, index), lines, source)
+            places[(*path, index)] = f"{source}:{value.start_mark.line + 1}"
+            _walk(value, (*path, index), places, source)
 
 
-def parse_overrides(located: _Located, overrides: list[str]) -> None:
+def parse_overrides(located: Located, overrides: list[str]) -> None:
     """Apply ``--set key.sub=value`` in order; values are YAML.
 
     Raises:
@@ -98,24 +138,30 @@ def parse_overrides(located: _Located, overrides: list[str]) -> None:
         if not equals or not key:
             raise ConfigError(f"--set {override}: need key.sub=value")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override}: the value is not valid YAML") from error
+            value, _ = _parse(text, "value")
+        except ConfigError as error:
+            raise ConfigError(f"--set {override}: {error}") from error
         target = located.data
-        *parents, last = key.split(".")
+        *parents, last = key.strip().split(".")
+        path: tuple[Any, ...] = ()
         for part in parents:
+            path = (*path, _index(target, part, override) if isinstance(target, list) else part)
             target = _descend(target, part, override)
         if isinstance(target, list):
-            target[_index(target, last, override)] = value
+            path = (*path, _index(target, last, override))
         elif isinstance(target, dict):
-            target[last] = value
+            path = (*path, last)
         else:
-            raise ConfigError(f"--set {override}: {'.'.join(parents)} is not a table")
+            raise ConfigError(f"--set {override}: {'.'.join(parents)!r} is not a table")
+        target[path[-1]] = value
+        for old in [place for place in located.places if place[: len(path)] == path]:
+            del located.places[old]
+        located.places[path] = f"--set {override}"
 
 
 def _index(target: list[Any], part: str, override: str) -> int:
     if not part.isdigit() or int(part) >= len(target):
-        raise ConfigError(f"--set {override}: {part!r} is no index of a list of {len(target)}")
+        raise ConfigError(f"--set {override}: {part!r} is no index of a list of {len(target)}, which count from 0")
     return int(part)
 
 
@@ -127,7 +173,7 @@ def _descend(target: Any, part: str, override: str) -> Any:
     return target.setdefault(part, {})
 
 
-def read_settings(kind: type[T], located: _Located) -> T:
+def read_settings(kind: type[T], located: Located) -> T:
     """Build a dataclass from a parsed document, checking every key and type.
 
     Raises:
@@ -137,7 +183,7 @@ def read_settings(kind: type[T], located: _Located) -> T:
     return settings
 
 
-def _build(kind: Any, data: Any, path: tuple[Any, ...], located: _Located) -> Any:
+def _build(kind: Any, data: Any, path: tuple[Any, ...], located: Located) -> Any:
     if not isinstance(data, dict):
         raise located.fail(path, f"need a table, got {_describe(data)}")
     fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -158,10 +204,12 @@ def _build(kind: Any, data: Any, path: tuple[Any, ...], located: _Located) -> An
     try:
         return kind(**values)
     except ConfigError as error:
-        raise located.fail(path, str(error)) from error
+        first = str(error).split()[0].rstrip(":")  # messages of range checks begin with their key
+        place, prefix = located.place((*path, first)), ".".join(map(str, path))
+        raise ConfigError(f"{place}: {prefix}{': ' if prefix else ''}{error}") from error
 
 
-def _convert(hint: Any, value: Any, path: tuple[Any, ...], located: _Located) -> Any:
+def _convert(hint: Any, value: Any, path: tuple[Any, ...], located: Located) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -180,23 +228,14 @@ def _convert(hint: Any, value: Any, path: tuple[Any, ...], located: _Located) ->
         return {str(key): _convert(arguments[1], item, (*path, key), located) for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, path, located)
-    if hint is float and isinstance(value, str):
-        value = _number(value)  # YAML 1.1 reads 1e-3 as text
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise located.fail(path, f"need {_NAMES.get(hint, hint)}, got {_describe(value)}")
 
 
-def _number(text: str) -> Any:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list", dict: "a table"}
 
 
 def _describe(value: Any) -> str:
