@@ -1,4 +1,7 @@
-"""A headless Chromium, driven through chromedriver's own HTTP protocol (W3C WebDriver): no package needed."""
+"""Logs of a short real training run, a TensorBoard over them, and a headless Chromium.
+
+Chromium is driven through chromedriver's own HTTP protocol (W3C WebDriver): no package is needed for it.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,26 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tensorboard.backend import application
+from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+from tensorboard.compat.proto import summary_pb2
+from tensorboard.plugins import base_plugin
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from werkzeug.test import Client
+
+import gblr_plugin as gblr
+from gblr_plugin.conversion import LayerSettings, prepare_layers
+from gblr_plugin.structure import StructuredMatrix
+from gblr_plugin.tensorboard import write_structure
+from gblr_plugin.tensorboard.plugin import GBLRPluginLoader
 
 _ARGUMENTS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -149,3 +167,78 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     session = Browser(driver, chromium, tmp_path_factory.mktemp("browser"))
     yield session
     session.close()
+
+
+@dataclass(frozen=True)
+class TrainedLog:
+    """A log folder and what was true when it was written."""
+
+    folder: Path
+    run: str
+    steps: list[int]
+    relative_flops: list[float]
+    structures: dict[str, list[StructuredMatrix]]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedLog:
+    """A two-block network trained for 60 steps; a snapshot every tenth."""
+    folder = tmp_path_factory.mktemp("log")
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 24)) for _ in range(2)))
+    x = torch.randn(64, 24)
+    y = torch.roll(x, 3, dims=1) * 0.5
+    names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    layers = prepare_layers(net, {name: LayerSettings() for name in names})
+    goals = {name: gblr.LayerGoal(budget=0.4, group="all") for name in names}
+    learner = gblr.StructureLearner(layers, goals, gblr.Schedule(10, 50))
+    optimizer = torch.optim.AdamW(gblr.param_groups(net, lr=1e-2))
+    learner.attach_all([optimizer])
+    log = TrainedLog(folder, "trained", [], [], {name: [] for name in names})
+    writer = SummaryWriter(str(folder / log.run))
+    for step in range(61):
+        loss = nn.functional.mse_loss(net(x), y)
+        if step % 10 == 0:
+            write_structure(writer, layers, step, budget=0.4, lambdas=learner.lambdas(), loss=loss.item())
+            log.steps.append(step)
+            log.relative_flops.append(learner.relative_flops)
+            for name, layer in layers.items():
+                log.structures[name].append(layer.structure())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    writer.close()
+    return log
+
+
+@pytest.fixture(scope="session")
+def client_of() -> Callable[..., Client]:
+    """TensorBoard's own application with only our plugin, over a log folder."""
+
+    def build(folder: Path, samples: int = 0) -> Client:
+        multiplexer = plugin_event_multiplexer.EventMultiplexer(tensor_size_guidance={"gblr": samples})
+        multiplexer.AddRunsFromDirectory(str(folder))
+        multiplexer.Reload()
+        provider = data_provider.MultiplexerDataProvider(multiplexer, str(folder))
+        plugin = GBLRPluginLoader().load(base_plugin.TBContext(data_provider=provider, logdir=str(folder)))
+        return Client(application.TensorBoardWSGI([plugin], "", provider))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def log_bytes() -> Callable[..., None]:
+    """Writes arbitrary bytes as a record of the plugin: what a broken writer or a foreign one would leave."""
+
+    def write(writer: SummaryWriter, tag: str, data: bytes, step: int, blob: bool = False) -> None:
+        summary = summary_pb2.Summary()
+        value = summary.value.add(tag=tag)
+        value.metadata.plugin_data.plugin_name = "gblr"
+        kind = summary_pb2.DATA_CLASS_BLOB_SEQUENCE if blob else summary_pb2.DATA_CLASS_TENSOR
+        value.metadata.data_class = kind
+        value.tensor.dtype = 7  # DT_STRING
+        value.tensor.tensor_shape.dim.add(size=1)
+        value.tensor.string_val.append(data)
+        writer._get_file_writer().add_summary(summary, step)
+
+    return write
