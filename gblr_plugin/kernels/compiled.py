@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .layout import Layout
+from .layout import Block, Layout
 
 __all__ = ["available", "linear"]
 
-_DTYPES = {"cpu": (torch.float32,)}
-_MODULES = {"cpu": "numba"}
+_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+_MODULES = {"cpu": "numba", "cuda": "triton"}
+WIDEST = 128  # largest block that the triton kernels take
 
 
 @lru_cache
@@ -36,6 +37,10 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
 @lru_cache
 def _kernel(kind: str) -> Callable[..., Tensor]:
     """The kernel of a device type; imported on first use, since numba takes a second to import."""
+    if kind == "cuda":
+        from . import triton_cuda
+
+        return triton_cuda.product
     from . import numba_cpu
 
     return numba_cpu.product
@@ -49,19 +54,38 @@ def structured_linear(
     bias: Tensor | None,
     cols_at: int,
     cols: int,
+    col_groups_at: int,
+    col_width: int,
     rows_at: int,
     rows: int,
+    row_groups_at: int,
+    row_width: int,
     components: int,
     out_features: int,
     entries: int,
 ) -> Tensor:
     """``x @ W.T + bias``; see :func:`linear`. ``entries`` is the number of multiply-adds per token."""
-    return _kernel(x.device.type)(x, factors, lists, bias, cols_at, cols, rows_at, rows, components, out_features)
+    return _kernel(x.device.type)(
+        x,
+        factors,
+        lists,
+        bias,
+        cols_at,
+        cols,
+        col_groups_at,
+        col_width,
+        rows_at,
+        rows,
+        row_groups_at,
+        row_width,
+        components,
+        out_features,
+    )
 
 
 @structured_linear.register_fake
 def _(x: Tensor, factors: Tensor, lists: Tensor, bias: Tensor | None, *sizes: int) -> Tensor:
-    return x.new_empty(x.shape[0], sizes[5])
+    return x.new_empty(x.shape[0], sizes[9])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -72,15 +96,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     factors, lists = ctx.saved_tensors
-    cols_at, cols, rows_at, rows, components, _, entries = ctx.sizes
+    col_side, row_side, (components, _, entries) = ctx.sizes[:4], ctx.sizes[4:8], ctx.sizes[8:]
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = structured_linear(
-            grad, factors, lists, None, rows_at, rows, cols_at, cols, components, ctx.in_features, entries
+            grad, factors, lists, None, *row_side, *col_side, components, ctx.in_features, entries
         )
     if ctx.needs_input_grad[3]:
         grad_bias = grad.sum(0)
-    return (grad_x, None, None, grad_bias, *([None] * 7))
+    return (grad_x, None, None, grad_bias, *([None] * 11))
 
 
 structured_linear.register_autograd(_backward, setup_context=_setup)
@@ -91,7 +115,20 @@ def _flops(x_shape: tuple[int, ...], *args: Any, out_shape: Any = None, **kwargs
     return 2 * x_shape[0] * int(args[-1])
 
 
-def linear(x: Tensor, factors: Tensor, lists: Tensor, layout: Layout, bias: Tensor | None, opaque: bool) -> Tensor:
+def _side(table_at: int, blocks: tuple[Block, ...], groups_at: int) -> tuple[int, int, int, int]:
+    """Block table, number of blocks, groups and largest block of one axis."""
+    return table_at, len(blocks), groups_at, blocks[0].stop - blocks[0].start
+
+
+def fits(layout: Layout, device: torch.device) -> bool:
+    """Are the blocks of a layout small enough for the kernels of a device."""
+    widest = max(block.stop - block.start for block in (layout.row_blocks[0], layout.col_blocks[0]))
+    return device.type != "cuda" or widest <= WIDEST
+
+
+def linear(
+    x: Tensor, factors: Tensor, lists: Tensor, layout: Layout, bias: Tensor | None, opaque: bool, **options: Any
+) -> Tensor:
     """``x @ W.T + bias`` by the compiled kernel.
 
     Args:
@@ -101,14 +138,17 @@ def linear(x: Tensor, factors: Tensor, lists: Tensor, layout: Layout, bias: Tens
         layout: Where everything lies; not dense.
         bias: (m,) or None.
         opaque: Call the kernel directly, without torch's dispatcher: no gradients, no tracing, less overhead.
+        options: For the opaque kernel (``tiles`` of triton).
     """
     call = _kernel(x.device.type) if opaque else structured_linear
     sizes = (
-        layout.col_table_at,
-        len(layout.col_blocks),
-        layout.row_table_at,
-        len(layout.row_blocks),
+        *_side(layout.col_table_at, layout.col_blocks, layout.col_groups_at),
+        *_side(layout.row_table_at, layout.row_blocks, layout.row_groups_at),
         layout.num_components,
         layout.shape[0],
     )
-    return call(x, factors, lists, bias, *sizes) if opaque else call(x, factors, lists, bias, *sizes, layout.entries)
+    return (
+        call(x, factors, lists, bias, *sizes, **options)
+        if opaque
+        else call(x, factors, lists, bias, *sizes, layout.entries)
+    )

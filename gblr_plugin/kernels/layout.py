@@ -30,6 +30,9 @@ __all__ = [
     "unpack",
 ]
 
+GROUP = 64  # components per group
+WIDTH_CLASSES = 10  # of the column widths, when ordering components
+
 
 class Block(NamedTuple):
     """One block of an axis: indices ``start:stop``, its component list and the place of its factor entries."""
@@ -53,9 +56,12 @@ class Layout:
         stored: Factor entries inside the intervals, without padding.
         row_blocks: Blocks of U; empty if ``dense``.
         col_blocks: Blocks of V; empty if ``dense``.
-        intervals_at: First entry in the index buffer of the (4, K) row widths and starts, column widths and starts.
+        intervals_at: First entry in the index buffer of the (5, K) row widths and starts, column widths and starts, and
+            original numbers of the components.
         col_table_at: First entry in the index buffer of (start, width, count, list_at, data_at) per column block.
         row_table_at: The same for row blocks.
+        col_groups_at: First entry of the groups of components and the column blocks that they meet, see ``_groups``.
+        row_groups_at: The same for row blocks.
         dense: The values are the (m, n) matrix itself, row-major (or (n, m) if ``transposed``).
         transposed: The matrix is the transpose of the one that was packed.
     """
@@ -69,6 +75,8 @@ class Layout:
     intervals_at: int
     col_table_at: int = 0
     row_table_at: int = 0
+    col_groups_at: int = 0
+    row_groups_at: int = 0
     dense: bool = False
     transposed: bool = False
 
@@ -93,6 +101,8 @@ class Layout:
             col_blocks=self.row_blocks,
             row_table_at=self.col_table_at,
             col_table_at=self.row_table_at,
+            row_groups_at=self.col_groups_at,
+            col_groups_at=self.row_groups_at,
             transposed=not self.transposed,
         )
 
@@ -132,25 +142,61 @@ def padded_entries(intervals: Intervals, block: int) -> int:
 
 def _pack_axis(
     factor: Tensor, intervals: Intervals, block: int, split_sizes: tuple[int, ...], list_at: int, data_at: int
-) -> tuple[list[Block], list[Tensor], list[Tensor]]:
-    blocks, lists, data = [], [], []
+) -> tuple[list[Block], list[Tensor], list[Tensor], Tensor]:
+    """Blocks of one factor, their lists and entries, and which component meets which block, (K, blocks)."""
     touches = _touches(intervals, block)
+    split = torch.repeat_interleave(torch.tensor(split_sizes, device=touches.device))
+    own = split[:, None] == torch.arange(len(split_sizes), device=touches.device)
+    touches = (own[:, :, None] & touches[:, None, :]).flatten(1)  # a component meets the blocks of its split alone
+    blocks, lists, data = [], [], []
     part_edges = edges(intervals.length, block)
-    first_component = 0
-    for split, size in enumerate(split_sizes):
-        offset = split * intervals.length
-        for number, (start, stop) in enumerate(part_edges):
-            active = touches[first_component : first_component + size, number].nonzero()[:, 0] + first_component
-            count = active.numel()
-            run = count > 0 and int(active[-1] - active[0]) == count - 1
-            first = int(active[0]) if run else -1
-            blocks.append(Block(offset + start, offset + stop, count, list_at, data_at, first))
-            lists.append(active)
-            data.append(factor[active, start:stop].reshape(-1))
-            list_at += count
-            data_at += count * (stop - start)
-        first_component += size
-    return blocks, lists, data
+    for number in range(touches.shape[1]):
+        offset = number // len(part_edges) * intervals.length
+        start, stop = part_edges[number % len(part_edges)]
+        active = touches[:, number].nonzero()[:, 0]
+        count = active.numel()
+        run = count > 0 and int(active[-1] - active[0]) == count - 1
+        first = int(active[0]) if run else -1
+        blocks.append(Block(offset + start, offset + stop, count, list_at, data_at, first))
+        lists.append(active)
+        data.append(factor[active, start:stop].reshape(-1))
+        list_at += count
+        data_at += count * (stop - start)
+    return blocks, lists, data, touches
+
+
+def _groups(blocks: list[Block], touches: Tensor) -> tuple[Tensor, Tensor]:
+    """Groups of 64 components and the blocks that any of them meets, for kernels that keep a group's sums.
+
+    Returns:
+        (groups, 2) place of a group's first pair, counted from the first of all, and number of its pairs; (pairs, 5) start and
+        width of the block, place of the group's first row in it, low and high half of the mask of active components.
+    """
+    num, device = touches.shape[0], touches.device
+    groups = -(-num // GROUP)
+    member = torch.zeros(groups * GROUP, touches.shape[1], dtype=torch.int64, device=device)
+    member[:num] = touches.long()
+    member = member.view(groups, GROUP, touches.shape[1])
+    bits = torch.tensor([1 << lane for lane in range(32)], device=device)[:, None]
+    halves = [(part * bits).sum(1) for part in member.split(32, dim=1)]
+    counts = member.sum(1)
+    before = counts.cumsum(0) - counts
+    start, width, data = torch.tensor([(b.start, b.stop - b.start, b.data_at) for b in blocks], device=device).T
+    first = data + before * width
+    meets = counts > 0
+    columns = [part.expand_as(first)[meets] for part in (start, width, first, *halves)]
+    pairs = torch.stack(columns, 1)
+    pairs = torch.where(pairs >= 1 << 31, pairs - (1 << 32), pairs)  # masks as two's complement
+    per_group = meets.sum(1)
+    return torch.stack([5 * (per_group.cumsum(0) - per_group), per_group], 1), pairs
+
+
+def _clustered(matrix: StructuredMatrix) -> Tensor:
+    """An order of the components within their splits that puts like column intervals side by side, (K,) int64."""
+    step = max(matrix.cols.length // WIDTH_CLASSES, 1)
+    split = torch.repeat_interleave(torch.tensor(matrix.split_sizes, device=matrix.u.device))
+    key = (split * (matrix.cols.length + 1) + matrix.cols.width // step) * matrix.cols.length + matrix.cols.start
+    return torch.sort(key, stable=True).indices
 
 
 def pack(matrix: StructuredMatrix, block_rows: int, block_cols: int) -> tuple[Layout, Tensor, Tensor]:
@@ -175,20 +221,28 @@ def pack(matrix: StructuredMatrix, block_rows: int, block_cols: int) -> tuple[La
         layout = Layout((m, n), m, (m,), m * n, (), (), 0, dense=True)
         index = torch.zeros(0, dtype=torch.int32, device=matrix.u.device)
         return layout, matrix.to_dense().reshape(-1).contiguous(), index
+    order = _clustered(matrix)
+    matrix = StructuredMatrix(
+        matrix.u[order], matrix.v[order], matrix.rows.select(order), matrix.cols.select(order), matrix.split_sizes
+    )
     num = matrix.num_components
-    col_blocks, col_lists, col_data = _pack_axis(matrix.v, matrix.cols, block_cols, (num,), 0, 0)
+    col_blocks, col_lists, col_data, col_touches = _pack_axis(matrix.v, matrix.cols, block_cols, (num,), 0, 0)
     list_at = col_blocks[-1].list_at + col_blocks[-1].size
     data_at = sum(part.numel() for part in col_data)
-    row_blocks, row_lists, row_data = _pack_axis(
+    row_blocks, row_lists, row_data, row_touches = _pack_axis(
         matrix.u, matrix.rows, block_rows, matrix.split_sizes, list_at, data_at
     )
-    ends = [matrix.rows.width, matrix.rows.start, matrix.cols.width, matrix.cols.start]
-    table = torch.tensor(
-        [(b.start, b.stop - b.start, b.size, b.list_at, b.data_at) for b in (*col_blocks, *row_blocks)]
-    )
-    index = torch.cat([*col_lists, *row_lists, *ends, table.reshape(-1).to(matrix.u.device)]).to(torch.int32)
-    table_at = index.numel() - table.numel()
-    values = torch.cat([*col_data, *row_data])
+    facts = [matrix.rows.width, matrix.rows.start, matrix.cols.width, matrix.cols.start, order]
+    table = [(b.start, b.stop - b.start, b.size, b.list_at, b.data_at) for b in (*col_blocks, *row_blocks)]
+    words = [*col_lists, *row_lists, *facts, torch.tensor(table, device=matrix.u.device).reshape(-1)]
+    groups_at = []
+    for blocks, touches in ((col_blocks, col_touches), (row_blocks, row_touches)):
+        heads, pairs = _groups(blocks, touches)
+        groups_at.append(sum(part.numel() for part in words))
+        heads[:, 0] += groups_at[-1] + heads.numel()
+        words += [heads.reshape(-1), pairs.reshape(-1)]
+    index, values = torch.cat(words).to(torch.int32), torch.cat([*col_data, *row_data])
+    facts_at = sum(block.size for block in (*col_blocks, *row_blocks))
     layout = Layout(
         (m, n),
         num,
@@ -196,9 +250,11 @@ def pack(matrix: StructuredMatrix, block_rows: int, block_cols: int) -> tuple[La
         matrix.stored,
         tuple(row_blocks),
         tuple(col_blocks),
-        table_at - 4 * num,
-        table_at,
-        table_at + 5 * len(col_blocks),
+        facts_at,
+        col_table_at=facts_at + 5 * num,
+        row_table_at=facts_at + 5 * num + 5 * len(col_blocks),
+        col_groups_at=groups_at[0],
+        row_groups_at=groups_at[1],
     )
     return layout, values, index
 
@@ -239,12 +295,14 @@ def unpack(layout: Layout, values: Tensor, index: Tensor) -> StructuredMatrix:
             "GBLR tensor: the transpose of a matrix with row splits has no structured form, use to_dense()"
         )
     num, part = layout.num_components, m // splits
-    ends = index.narrow(0, layout.intervals_at, 4 * num).long().view(4, num)
+    ends = index.narrow(0, layout.intervals_at, 5 * num).long().view(5, num)
+    order = torch.argsort(ends[4])
     if layout.transposed:
         ends = ends[[2, 3, 0, 1]]
+    ends = ends[:, order]
     return StructuredMatrix(
-        _unpack_axis(layout.row_blocks, num, part, values, index),
-        _unpack_axis(layout.col_blocks, num, n, values, index),
+        _unpack_axis(layout.row_blocks, num, part, values, index)[order],
+        _unpack_axis(layout.col_blocks, num, n, values, index)[order],
         Intervals(ends[0], ends[1], part),
         Intervals(ends[2], ends[3], n),
         layout.split_sizes,

@@ -238,8 +238,12 @@ def product(
     bias: Tensor | None,
     cols_at: int,
     cols: int,
+    col_groups_at: int,
+    col_width: int,
     rows_at: int,
     rows: int,
+    row_groups_at: int,
+    row_width: int,
     components: int,
     out_features: int,
 ) -> Tensor:

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 
 from ..errors import ConfigError
 from ..structure import Intervals, StructuredMatrix
-from .compiled import available
-from .layout import count_blocks, padded_entries, touched_blocks
+from .compiled import WIDEST, available
+from .layout import GROUP, count_blocks, padded_entries, touched_blocks
 from .product import KERNELS
 
 __all__ = ["BUCKETS", "Plan", "candidates", "dense_plan", "fixed_plan"]
@@ -109,7 +109,7 @@ class _Axis:
 
     block: int
     entries: int  # stored, padding included
-    lists: int  # int32 words: component lists and the block table
+    lists: int  # int32 words at most: component lists, table of blocks, groups
     blocks: int
 
     def cost(self, kernel: str) -> float:
@@ -119,18 +119,22 @@ class _Axis:
 def _axis(intervals: Intervals, splits: int, unit: int) -> list[_Axis]:
     sizes = sorted({max(block // unit, 1) * unit for block in BLOCKS})  # whole channels of a convolution
     sizes = sizes[: 1 + sum(size < intervals.length for size in sizes)]
+    if intervals.width.is_cuda and sizes[0] <= WIDEST:
+        sizes = [size for size in sizes if size <= WIDEST]
     result = []
     for size in sizes:
         blocks = splits * count_blocks(intervals.length, size)
         touched = touched_blocks(intervals, size)
-        result.append(_Axis(size, padded_entries(intervals, size), touched + 5 * blocks, blocks))
+        groups = -(-intervals.num_components // GROUP)
+        words = touched + 5 * blocks + 2 * groups + 5 * min(touched, groups * blocks)
+        result.append(_Axis(size, padded_entries(intervals, size), words, blocks))
     return result
 
 
 def _memory(matrix: StructuredMatrix, rows: _Axis, cols: _Axis) -> float:
     """Bytes stored over those of the bare factors."""
     item = matrix.u.element_size()
-    words = rows.lists + cols.lists + 4 * matrix.rows.num_components
+    words = rows.lists + cols.lists + 5 * matrix.rows.num_components
     return (item * (rows.entries + cols.entries) + 4 * words) / (item * max(matrix.stored, 1))
 
 

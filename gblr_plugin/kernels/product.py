@@ -52,7 +52,7 @@ def linear(x: Tensor, factors: Tensor, lists: Tensor, layout: Layout, bias: Tens
     gradients = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     compiling = torch.compiler.is_compiling()
     plain = not compiling and _plain(x)
-    if kernel == "compiled" and compiled.available(x.device, x.dtype):
+    if kernel == "compiled" and compiled.available(x.device, x.dtype) and compiled.fits(layout, x.device):
         if plain:
             return compiled.linear(x, factors, lists, layout, bias, opaque=not gradients)
         if compiling and not torch.compiler.is_exporting():

@@ -83,7 +83,7 @@ def test_threads_share_the_work(threads: int, monkeypatch: pytest.MonkeyPatch) -
 def test_the_operator_is_well_formed() -> None:
     original = matrix(31, 57, 33, 3)
     layout, factors, lists = pack(original, 16, 16)
-    sizes = (layout.col_table_at, len(layout.col_blocks), layout.row_table_at, len(layout.row_blocks))
+    sizes = (layout.col_table_at, 3, layout.col_groups_at, 16, layout.row_table_at, 6, layout.row_groups_at, 16)
     arguments = (
         torch.randn(5, 33, requires_grad=True),
         factors,
