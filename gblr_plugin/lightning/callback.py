@@ -40,7 +40,8 @@ class GBLRCallback(Callback):
     ``lightning.pytorch``.
 
     With neither ``budget`` nor ``threshold`` it only watches structured layers that are already there and that
-    something else drives (the NNI pruner): it logs and draws, and changes nothing.
+    something else drives (the NNI pruner): it logs and draws, and changes nothing. Tell it the driving learner with
+    :meth:`watch`, and it logs lambda too.
 
     Args:
         budget: Relative FLOPs of the structured layers to end at, in (0, 1]; lambda is found automatically.
@@ -70,8 +71,9 @@ class GBLRCallback(Callback):
             within the budget all the same. By default it stays trainable, for a later fit to go on from.
 
     Attributes:
-        learner: The :class:`~gblr_plugin.StructureLearner` at work; ``None`` before fitting and when only watching.
-        history: ``{"relative_flops": [(step, value), ...], "sigma": ..., ...}`` of all layers together, as logged.
+        learner: The :class:`~gblr_plugin.StructureLearner` at work, or watched; ``None`` before fitting.
+        history: ``{"relative_flops": [(step, value), ...], "sigma": ..., ...}`` of all layers together, as logged;
+            steps are the learner's, where it is known.
 
     Logs ``gblr/relative_flops``, ``gblr/live_components``, ``gblr/mean_row_width``, ``gblr/mean_column_width``
     (fractions of the axis, over live components), ``gblr/sigma``, ``gblr/lambda`` (mean over layers), ``gblr/frozen``,
@@ -165,6 +167,18 @@ class GBLRCallback(Callback):
         self._was_frozen = False
         self._shown = False
 
+    def watch(self, learner: StructureLearner) -> None:
+        """Log the lambdas of a learner that something else drives (``pruner.learner``).
+
+        Raises:
+            ConfigError: If the callback drives structures itself.
+        """
+        if not self.monitor_only:
+            raise ConfigError(
+                "callback: it has a budget or threshold and drives structures itself; it cannot watch too"
+            )
+        self.learner = learner
+
     # -- setting up --------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -215,13 +229,24 @@ class GBLRCallback(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Optimizers exist now, and a checkpoint's weights are loaded, but not yet its optimizer state."""
         self._release_checkpoint_hook()
+        restored, self._restored = self._restored, None
+        if restored is not None:
+            self.history = {
+                name: [(step, value) for step, value in curve] for name, curve in restored["history"].items()
+            }
         if self.monitor_only:
             self._layers = self._existing(pl_module)
             if not self._layers:
                 raise ConfigError(
                     "callback: the model has no structured layers to watch; give a budget or threshold to structure it"
                 )
+            self._was_frozen = self._frozen()
             return
+        if getattr(trainer.strategy.model, "find_unused_parameters", None) is False:
+            raise ConfigError(
+                "callback: DistributedDataParallel cannot follow a structure that freezes during training; use "
+                "Trainer(strategy='ddp_find_unused_parameters_true')"
+            )
         # Layers may have been replaced since: a checkpoint that fitted another size, or a model built anew.
         present = self._existing(pl_module)
         missing = [name for name in self._layers if name not in present]
@@ -232,20 +257,18 @@ class GBLRCallback(Callback):
                 "in a configure_model that does nothing when called again"
             )
         self._layers = present
-        if self.learner is None or self._restored is not None or not _same(self.learner.layers, self._layers):
-            self.learner = self._new_learner(trainer)
+        if self.learner is None or restored is not None or not _same(self.learner.layers, self._layers):
+            self.learner = self._new_learner(trainer, restored)
         structure = [part for layer in self._layers.values() for part in (layer.widths, layer.locations)]
         schedulers = _flat([config.scheduler for config in trainer.lr_scheduler_configs])
         for optimizer in trainer.optimizers:
             split_structure_group(optimizer, structure, lr=self._structure_lr, schedulers=schedulers)
         self.learner.attach_all(list(trainer.optimizers))
-        self._was_frozen = self.learner.frozen
+        self._was_frozen = self._frozen()
 
-    def _new_learner(self, trainer: Any) -> StructureLearner:
-        restored, self._restored = self._restored, None
+    def _new_learner(self, trainer: Any, restored: Mapping[str, Any] | None) -> StructureLearner:
         if restored is not None:
             self._total_steps = restored["total_steps"]
-            self.history = {name: [(s, v) for s, v in curve] for name, curve in restored["history"].items()}
         elif isinstance(self._warmup, float) or isinstance(self._cooldown, float):
             total = trainer.estimated_stepping_batches
             if not math.isfinite(total):
@@ -282,8 +305,8 @@ class GBLRCallback(Callback):
         step = trainer.global_step
         if step == self._last_step:  # a micro-batch of an accumulated step
             return
-        froze = self.learner is not None and self.learner.frozen and not self._was_frozen
-        self._was_frozen = self._was_frozen or froze
+        before, self._was_frozen = self._was_frozen, self._frozen()
+        froze = self._was_frozen and not before
         first, self._shown = not self._shown, True
         due = _due(self._last_step, step, self._log_every_n_steps or trainer.log_every_n_steps)
         draw = froze or _due(self._last_step, step, self._picture_every_n_steps)
@@ -305,7 +328,7 @@ class GBLRCallback(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Log and draw where training ended; say so if that was before the cool-down."""
-        learner = self.learner
+        learner = None if self.monitor_only else self.learner
         if learner is not None and not learner.frozen:
             schedule = learner.schedule
             if self._freeze_at_end:
@@ -321,22 +344,29 @@ class GBLRCallback(Callback):
         self._log(trainer)
         self._draw(trainer)
 
+    def _frozen(self) -> bool:
+        return all(layer.structure_frozen for layer in self._layers.values())
+
     def _log(self, trainer: Any) -> dict[str, float]:
         parts = layer_statistics(self._layers)
         total = total_statistics(parts)
-        layers = list(self._layers.values())
-        sigma = next((layer.sigma for layer in layers if layer.sigma is not None), None)
-        frozen = all(layer.structure_frozen for layer in layers)
+        sigma = next((layer.sigma for layer in self._layers.values() if layer.sigma is not None), None)
         lambdas = {} if self.learner is None else self.learner.lambdas()
-        values = scalars(parts, total, sigma, frozen, lambdas)
+        values = scalars(parts, total, sigma, self._frozen(), lambdas)
         step = trainer.global_step
         if step != self._last_logged:
             log_scalars(trainer.loggers, values, step)
-            for name, value in values.items():
-                if name.startswith("gblr/"):
-                    self.history.setdefault(name.removeprefix("gblr/"), []).append((step, value))
+            self._remember(step if self.learner is None else self.learner.step_count, values)
         self._last_logged = step
         return values
+
+    def _remember(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if name.startswith("gblr/"):
+                curve = self.history.setdefault(name.removeprefix("gblr/"), [])
+                if curve and curve[-1][0] == step:  # a second fit starts where the first ended
+                    curve.pop()
+                curve.append((step, value))
 
     def _draw(self, trainer: Any) -> None:
         step = trainer.global_step
@@ -365,7 +395,7 @@ class GBLRCallback(Callback):
 
     def _leave(self) -> None:
         self._release_checkpoint_hook()
-        if self.learner is not None:
+        if self.learner is not None and not self.monitor_only:
             self.learner.detach()
 
     def _release_checkpoint_hook(self) -> None:
@@ -381,7 +411,7 @@ class GBLRCallback(Callback):
             return self._restored
         return {
             "total_steps": self._total_steps,
-            "learner": None if self.learner is None else self.learner.state_dict(),
+            "learner": None if self.learner is None or self.monitor_only else self.learner.state_dict(),
             "history": self.history,
         }
 

@@ -264,6 +264,29 @@ def test_watching_needs_something_to_watch(make_module, make_trainer):
         make_trainer([GBLRCallback()]).fit(make_module())
 
 
+def test_a_watched_learner_shows_its_lambda_and_is_left_alone(make_module, make_trainer, tmp_path):
+    module, watching = make_module(), GBLRCallback(**QUIET)
+    layers = prepare(module, ["net.2"])
+    goal = gblr_plugin.LayerGoal(threshold=0.5)
+    learner = StructureLearner(layers, {"net.2": goal}, gblr_plugin.Schedule(2, 16))
+    watching.watch(learner)
+
+    class Host(pl.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            learner.attach_all(trainer.optimizers)
+
+    trainer = make_trainer([Host(), watching], max_steps=10)
+    trainer.fit(module)
+    trainer.save_checkpoint(tmp_path / "stop.ckpt")
+    assert watching.history["lambda"][-1] == (10, pytest.approx(0.5))
+    assert len(learner._hooks) == 1
+    again = GBLRCallback(**QUIET)
+    make_trainer([again], max_steps=12).fit(module, ckpt_path=tmp_path / "stop.ckpt")
+    assert again.history["relative_flops"][:2] == watching.history["relative_flops"][:2]
+    with pytest.raises(ConfigError, match="cannot watch too"):
+        driver().watch(learner)
+
+
 def test_prepared_layers_are_driven_as_they_are(make_module, make_trainer):
     module = make_module()
     prepared = prepare(module, ["net.2"])
@@ -305,6 +328,21 @@ def test_a_model_rebuilt_after_the_swap_is_an_error(make_module, make_trainer):
 
     with pytest.raises(ConfigError, match="replaced after the callback structured it"):
         make_trainer([driver()]).fit(Rebuilt())
+
+
+def test_ddp_that_cannot_follow_the_freeze_is_an_error(make_module, make_trainer):
+    module = make_module()
+    module.find_unused_parameters = False  # as on DistributedDataParallel, which the strategy would hold in its place
+    with pytest.raises(ConfigError, match="ddp_find_unused_parameters_true"):
+        make_trainer([driver()]).fit(module)
+
+
+def test_a_sharded_strategy_is_an_error(make_module, make_trainer):
+    class FSDPStrategy(pl.strategies.SingleDeviceStrategy):
+        pass
+
+    with pytest.raises(ConfigError, match="FSDPStrategy shards"):
+        make_trainer([driver()], strategy=FSDPStrategy("cpu")).fit(make_module())
 
 
 def test_widths_that_are_in_no_optimizer_are_an_error(make_module, make_trainer):
