@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import ConfigError, GBLRError
-from .mask import integer_locations, integer_widths, mask_tables, table_mask
+from .mask import integer_locations, integer_widths, mask_tables, masked_factor, table_mask
 from .structure import Intervals, StructuredMatrix, multiply_adds
 
 __all__ = ["GBLRConv1d", "GBLRConv2d", "GBLRLayer", "GBLRLinear"]
@@ -189,8 +189,11 @@ class GBLRLayer(nn.Module):
 
     def masked_factors(self) -> tuple[Tensor, Tensor]:
         """Row factors (K, m / s) and column factors (K, n) under their masks."""
-        row_mask, col_mask = self.masks()
-        return row_mask.to(self.U.dtype) * self.U, col_mask.to(self.V.dtype) * self.V
+        (row_width, col_width), (row_start, col_start) = self.widths.unbind(), self.locations.unbind()
+        return (
+            masked_factor(self.U, row_width, row_start, self.row_tables, self.align[0]),
+            masked_factor(self.V, col_width, col_start, self.column_tables, self.align[1]),
+        )
 
     def to_dense(self) -> Tensor:
         """The (m, n) matrix of the present, possibly smooth, masks; differentiable."""
