@@ -99,7 +99,7 @@ class DigitsTask:
     higher_is_better = True
     layers = ["network.blocks.*"]
 
-    def __init__(self, held_out: float = 0.25, shift: int = 1, **network: int | float) -> None:
+    def __init__(self, held_out: float = 0.25, shift: int = 0, **network: int | float) -> None:
         if not 0 < held_out < 1:
             raise ConfigError(f"model: held_out must be a fraction in (0, 1), got {held_out}")
         if shift < 0:
