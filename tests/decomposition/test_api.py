@@ -1,0 +1,177 @@
+"""`decompose` and `initialise`: budgets, errors, guards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gblr_plugin.decomposition import METHODS, decompose, initialise
+from gblr_plugin.errors import ConfigError
+
+
+def spectrum(m: int, n: int, seed: int = 0) -> Tensor:
+    """A matrix whose singular values fall like those of trained weights."""
+    g = torch.Generator().manual_seed(seed)
+    r = min(m, n)
+    left = torch.linalg.qr(torch.randn(m, r, generator=g)).Q
+    right = torch.linalg.qr(torch.randn(n, r, generator=g)).Q
+    return (left * (1 + torch.arange(r)) ** -0.5) @ right.T
+
+
+def relative_error(weight: Tensor, estimate: Tensor) -> float:
+    return float(torch.linalg.norm(weight - estimate) / torch.linalg.norm(weight))
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "interval"])
+@pytest.mark.parametrize("align", [1, (4, 8)])
+@pytest.mark.parametrize("shape", [(48, 64), (37, 29)])
+def test_every_method_keeps_budget_and_alignment(
+    method: str, align: int | tuple[int, int], shape: tuple[int, int]
+) -> None:
+    weight = spectrum(*shape)
+    found = decompose(weight, 0.4, method=method, align=align)
+    tiles = (align, align) if isinstance(align, int) else align
+    assert found.shape == shape
+    assert found.relative_flops <= 0.4
+    assert found.num_components <= min(shape)
+    for part, tile in zip((found.rows, found.cols), tiles, strict=True):
+        whole = part.width == part.length
+        assert bool(((part.width % tile == 0) | whole).all())
+        assert bool((part.start % tile == 0).all())
+    assert relative_error(weight, found.to_dense()) < (2.0 if method == "random" else 0.9)
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.25, 0.5, 0.75, 0.95])
+@pytest.mark.parametrize("align", [1, 8])
+def test_never_above_svd_of_equal_cost(budget: float, align: int) -> None:
+    weight = spectrum(64, 80)
+    best = relative_error(weight, decompose(weight, budget, align=align).to_dense())
+    svd = relative_error(weight, decompose(weight, budget, method="svd").to_dense()) if budget > 0.05 else 1.0
+    trapezoid = relative_error(weight, decompose(weight, budget, method="trapezoid", align=align).to_dense())
+    assert best <= svd + 1e-6
+    assert best <= trapezoid + 1e-6
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (1, 7), (33, 33)])
+def test_whole_budget_is_exact(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    assert relative_error(weight, decompose(weight, 1.0, align=3).to_dense()) < 1e-6
+
+
+def test_deterministic_for_a_seed() -> None:
+    weight = spectrum(48, 48)
+    first, second = (decompose(weight, 0.3, seed=5) for _ in range(2))
+    assert torch.equal(first.u, second.u)
+    assert torch.equal(first.v, second.v)
+
+
+def test_splits_are_solved_apart() -> None:
+    weight = spectrum(96, 32)
+    packed = decompose(weight, 0.4, row_splits=3)
+    assert packed.row_splits == 3
+    assert packed.relative_flops <= 0.4
+    for index, part in enumerate(weight.chunk(3)):
+        alone = decompose(part, 0.4, seed=index)
+        torch.testing.assert_close(packed.to_dense().chunk(3)[index], alone.to_dense())
+
+
+def test_max_components_bounds_each_method() -> None:
+    weight = spectrum(48, 48)
+    for method in ("svd", "trapezoid", "gblr", "random"):
+        assert decompose(weight, 0.5, method=method, max_components=7).num_components <= 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(dtype: torch.dtype) -> None:
+    found = decompose(spectrum(32, 32).to(dtype), 0.5)
+    assert found.u.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_zero_and_low_rank_weights() -> None:
+    assert decompose(torch.zeros(32, 32), 0.5).to_dense().abs().max() == 0
+    g = torch.Generator().manual_seed(0)
+    low = torch.randn(40, 3, generator=g) @ torch.randn(3, 40, generator=g)
+    assert relative_error(low, decompose(low, 0.2).to_dense()) < 1e-5
+    diagonal = torch.block_diag(*[torch.randn(8, 8, generator=g) for _ in range(5)])
+    assert relative_error(diagonal, decompose(diagonal, 0.5).to_dense()) < 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"budget": 0.0}, "budget"),
+        ({"budget": 1.5}, "budget"),
+        ({"budget": float("nan")}, "budget"),
+        ({"budget": True}, "budget"),
+        ({"budget": 1e-4}, "smallest block"),
+        ({"weight": torch.zeros(3, 3, 3)}, "2-d"),
+        ({"weight": torch.ones(4, 4, dtype=torch.int64)}, "floating"),
+        ({"weight": torch.full((8, 8), float("nan"))}, "NaN"),
+        ({"weight": torch.zeros(0, 4)}, "rows and columns"),
+        ({"weight": torch.zeros(8, 8, device="meta")}, "meta"),
+        ({"method": "best"}, "method"),
+        ({"align": 0}, "align"),
+        ({"align": (1, 2, 3)}, "align"),
+        ({"max_components": 0}, "max_components"),
+        ({"row_splits": 3}, "row_splits"),
+        ({"calibration": torch.zeros(5, 7)}, "calibration"),
+        ({"calibration": torch.full((5, 16), float("inf"))}, "calibration"),
+        ({"calibration": torch.zeros(5, 16)}, "second moment is zero"),
+        ({"calibration": -torch.eye(16)}, "calibration"),
+    ],
+)
+def test_bad_arguments_are_named_in_one_line(change: dict[str, object], words: str) -> None:
+    arguments: dict[str, object] = {"weight": torch.eye(16), "budget": 0.5} | change
+    with pytest.raises(ConfigError, match=words) as caught:
+        decompose(**arguments)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_initialise_without_budget_is_the_published_start() -> None:
+    weight = spectrum(24, 32)
+    start = initialise(weight, "svd")
+    assert start.num_components == 24
+    assert start.relative_flops > 1
+    torch.testing.assert_close(start.to_dense(), weight)
+    torch.testing.assert_close(start.u.norm(dim=1), start.v.norm(dim=1))
+    few = initialise(weight, "svd", num_components=5)
+    assert few.num_components == 5
+    torch.testing.assert_close(torch.linalg.matrix_rank(few.to_dense()), torch.tensor(5))
+
+
+def test_initialise_with_budget_and_without() -> None:
+    weight = spectrum(24, 32)
+    assert initialise(weight, "gblr", budget=0.5).relative_flops <= 0.5
+    torch.testing.assert_close(initialise(weight, "trapezoid").to_dense(), weight, atol=1e-4, rtol=1e-4)
+    assert initialise(weight, "random", num_components=4).num_components == 4
+    with pytest.raises(ConfigError, match="needs a budget"):
+        initialise(weight, "gblr")
+    with pytest.raises(ConfigError, match="method"):
+        initialise(weight, "none")
+
+
+def test_calibration_minimises_the_output_error() -> None:
+    weight = spectrum(48, 40)
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(500, 40, generator=g) * (1 + torch.arange(40)) ** -0.7
+    x = x @ torch.linalg.qr(torch.randn(40, 40, generator=g)).Q
+
+    def output_error(estimate: Tensor) -> float:
+        return relative_error(x @ weight.T, x @ estimate.T)
+
+    plain = output_error(decompose(weight, 0.3).to_dense())
+    for method in ("svd", "trapezoid", "pursuit", "gblr"):
+        calibrated = decompose(weight, 0.3, method=method, calibration=x)
+        assert output_error(calibrated.to_dense()) < plain
+        assert calibrated.relative_flops <= 0.3
+    rows = decompose(weight, 0.3, calibration=x)
+    moment = decompose(weight, 0.3, calibration=x.T @ x / len(x))
+    assert output_error(rows.to_dense()) == pytest.approx(output_error(moment.to_dense()), rel=1e-2)
+
+
+def test_rank_deficient_moments_are_damped() -> None:
+    weight = spectrum(32, 32)
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    found = decompose(weight, 0.4, calibration=x).to_dense()
+    assert relative_error(x @ weight.T, x @ found.T) < 0.05

@@ -1,0 +1,30 @@
+"""The published initialiser."""
+
+from __future__ import annotations
+
+import torch
+
+from gblr_plugin.decomposition.interval_finder import interval, longest_run
+from gblr_plugin.decomposition.metric import Metric
+from gblr_plugin.decomposition.problem import Grid, Problem
+
+
+def test_longest_run_wraps() -> None:
+    active = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 0]]).bool()
+    width, start = longest_run(active)
+    assert width.tolist() == [2, 0, 6, 2]
+    for k in (0, 3):
+        covered = (torch.arange(6) - start[k]) % 6 < width[k]
+        assert bool((active[k] | ~covered).all())
+
+
+def test_budget_is_kept_and_steps_lower_the_error() -> None:
+    g = torch.Generator().manual_seed(0)
+    weight = torch.block_diag(*[torch.randn(12, 12, generator=g).double() for _ in range(4)])
+    task = Problem(weight, int(0.3 * 48 * 48), Grid(48, 1), Grid(48, 1), 48, Metric(), 0)
+    errors = []
+    for steps in (1, 150):
+        found = interval(task, steps=steps)
+        assert 0.5 * task.allowed < found.stored <= task.allowed
+        errors.append(task.error(found))
+    assert errors[1] < 0.9 * errors[0]

@@ -1,0 +1,70 @@
+"""Joint least squares on supports against dense solves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gblr_plugin.decomposition import joint
+from gblr_plugin.decomposition.joint import conjugate_gradient, supported_solve
+
+
+@pytest.fixture
+def setting() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    factors = torch.randn(9, 30, dtype=torch.float64, generator=g)
+    target = torch.randn(17, 30, dtype=torch.float64, generator=g)
+    support = torch.rand(9, 17, generator=g) < 0.4
+    support[:, 3] = False
+    return factors, target, support
+
+
+@pytest.mark.parametrize("chunk", [1, 64, 1 << 22])
+def test_supported_solve_is_least_squares(
+    setting: tuple[torch.Tensor, ...], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joint, "CHUNK_ENTRIES", chunk)
+    factors, target, support = setting
+    x, gains = supported_solve(factors @ factors.T, factors @ target.T, support, want_gains=True)
+    plain, none = supported_solve(factors @ factors.T, factors @ target.T, support)
+    assert none is None
+    assert gains is not None
+    torch.testing.assert_close(x, plain)
+    assert float(x[~support].abs().max()) == 0.0
+    for i in range(target.shape[0]):
+        chosen = support[:, i]
+        if not bool(chosen.any()):
+            continue
+        expected = torch.linalg.lstsq(factors[chosen].T, target[i, :, None]).solution[:, 0]
+        torch.testing.assert_close(x[chosen, i], expected, atol=1e-7, rtol=1e-7)
+        base = (target[i] - expected @ factors[chosen]).square().sum()
+        k = int(chosen.nonzero()[0, 0])
+        without = chosen.clone()
+        without[k] = False
+        rest = target[i].clone()
+        if bool(without.any()):
+            rest -= torch.linalg.lstsq(factors[without].T, target[i, :, None]).solution[:, 0] @ factors[without]
+        assert float(gains[k, i]) == pytest.approx(float(rest.square().sum() - base), rel=1e-6)
+
+
+def test_parallel_and_empty_components_are_solved() -> None:
+    factors = torch.ones(3, 4)
+    factors[2] = 0
+    x, _ = supported_solve(factors @ factors.T, factors @ torch.ones(4, 2), torch.ones(3, 2, dtype=torch.bool))
+    torch.testing.assert_close(x.T @ factors, torch.ones(2, 4), atol=1e-4, rtol=1e-4)
+    nothing, _ = supported_solve(torch.zeros(0, 0), torch.zeros(0, 5), torch.zeros(0, 5, dtype=torch.bool))
+    assert nothing.shape == (0, 5)
+
+
+def test_conjugate_gradient_solves_the_masked_normal_equations() -> None:
+    g = torch.Generator().manual_seed(1)
+    factors = torch.randn(5, 20, dtype=torch.float64, generator=g)
+    root = torch.randn(12, 30, dtype=torch.float64, generator=g)
+    gram, moment = factors @ factors.T, root @ root.T
+    support = torch.rand(5, 12, generator=g) < 0.5
+    right = torch.randn(5, 12, dtype=torch.float64, generator=g)
+    x = conjugate_gradient(gram, moment, right, support, torch.zeros_like(right), 200)
+    assert float(x[~support].abs().max()) == 0.0
+    assert float((gram @ x @ moment - right)[support].abs().max()) < 1e-5 * float(right.abs().max())
+    full = torch.kron(gram, moment)[support.flatten()][:, support.flatten()]
+    torch.testing.assert_close(x[support], torch.linalg.solve(full, right[support]), atol=1e-5, rtol=1e-5)

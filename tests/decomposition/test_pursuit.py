@@ -1,0 +1,60 @@
+"""Interval pursuit: better than trapezoids, on grids, in a metric, on structure that is there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gblr_plugin.decomposition.metric import Metric
+from gblr_plugin.decomposition.problem import Grid, Problem
+from gblr_plugin.decomposition.pursuit import Effort, pursuit
+from gblr_plugin.decomposition.trapezoid import trapezoid
+
+
+def problem(m: int, n: int, budget: float, tile: int = 1, metric: Metric | None = None) -> Problem:
+    weight = torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return Problem(weight, int(budget * m * n), Grid(m, tile), Grid(n, tile), min(m, n), metric or Metric(), 0)
+
+
+@pytest.mark.parametrize("budget", [0.25, 0.5])
+@pytest.mark.parametrize("shape", [(96, 96), (64, 96)])
+def test_beats_trapezoids_of_equal_cost(budget: float, shape: tuple[int, int]) -> None:
+    task = problem(*shape, budget)
+    found = pursuit(task)
+    assert found.stored <= task.allowed
+    assert found.num_components <= task.max_components
+    assert task.error(found) < 0.97 * task.error(trapezoid(task))
+
+
+def test_aligned_pursuit_keeps_to_the_grid() -> None:
+    task = problem(96, 96, 0.5, tile=8)
+    found = pursuit(task)
+    for part in (found.rows, found.cols):
+        assert bool((part.width % 8 == 0).all())
+        assert bool((part.start % 8 == 0).all())
+    assert found.stored <= task.allowed
+    assert task.error(found) < task.error(trapezoid(task))
+
+
+def test_more_polish_never_hurts() -> None:
+    task = problem(64, 64, 0.3)
+    errors = [task.error(pursuit(task, Effort(polish=polish))) for polish in (0, 6)]
+    assert errors[1] <= errors[0]
+
+
+def test_metric_counts_only_where_inputs_are() -> None:
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(300, 64, dtype=torch.float64, generator=g)
+    x[:, 32:] *= 1e-2
+    task = problem(64, 64, 0.25, metric=Metric.from_moment(x.T @ x / 300))
+    plain = problem(64, 64, 0.25)
+    assert task.error(pursuit(task)) < 0.8 * task.error(pursuit(plain))
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5])
+def test_few_components(limit: int) -> None:
+    weight = torch.randn(32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    task = Problem(weight, 400, Grid(32, 1), Grid(32, 1), limit, Metric(), 0)
+    found = pursuit(task)
+    assert found.num_components <= limit
+    assert found.stored <= 400

@@ -1,0 +1,142 @@
+"""Layer-by-layer compression of small models."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gblr_plugin.decomposition.sequential import compress_sequentially, input_rows
+from gblr_plugin.errors import ConfigError
+from gblr_plugin.structure import StructuredMatrix
+
+
+@pytest.fixture
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 16, 40, bias=False),
+        nn.GELU(),
+        nn.Linear(40, 30),
+    )
+
+
+def put(model: nn.Module, results: dict[str, tuple[StructuredMatrix, Tensor]]) -> nn.Module:
+    """A copy with the dense approximations in place."""
+    model = copy.deepcopy(model)
+    for name, (matrix, bias) in results.items():
+        layer = model.get_submodule(name)
+        layer.weight = nn.Parameter(matrix.to_dense().reshape(layer.weight.shape))
+        layer.bias = nn.Parameter(bias)
+    return model
+
+
+def output_error(model: nn.Module, changed: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        want = model(x)
+        return float((changed(x) - want).norm() / (want - want.mean(0)).norm())
+
+
+def test_each_correction_helps_and_the_model_is_left_alone(network: nn.Sequential) -> None:
+    x = torch.randn(400, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    layers = {name: network.get_submodule(name) for name in ("3", "5")}
+    before = copy.deepcopy(network.state_dict())
+    network.train()
+    errors = []
+    for sequential in (False, True):
+        results = compress_sequentially(
+            network, layers, x.split(100), lambda m, b: m(b), 0.25, sequential=sequential, method="trapezoid"
+        )
+        assert all(matrix.relative_flops <= 0.25 for matrix, _ in results.values())
+        errors.append(output_error(network, put(network, results), x))
+    assert errors[1] < errors[0] < 1
+    assert network.training
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in network.modules())
+
+
+def test_apply_progress_budgets_and_order(network: nn.Sequential) -> None:
+    x = torch.randn(60, 2, 4, 4)
+    layers = {name: network.get_submodule(name) for name in ("5", "0", "3")}
+    applied, steps = [], []
+    results = compress_sequentially(
+        network,
+        layers,
+        [x],
+        lambda m, b: m(b),
+        {"0": 0.6, "3": 0.3, "5": 0.5},
+        method="svd",
+        apply=lambda name, matrix, bias: applied.append((name, matrix.shape, bias.shape)),
+        progress=lambda name, index, total: steps.append((name, index, total)),
+    )
+    assert list(results) == ["0", "3", "5"]
+    assert applied == [("0", (16, 18), (16,)), ("3", (40, 256), (40,)), ("5", (30, 40), (30,))]
+    assert steps == [("0", 0, 3), ("3", 1, 3), ("5", 2, 3)]
+    assert results["3"][0].relative_flops <= 0.3 < results["5"][0].relative_flops
+
+
+class Attention(nn.Module):
+    """Two projections of one input, masked positions that are garbage, and a packed projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(24, 24), nn.Linear(24, 24)
+        self.packed = nn.Linear(24, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.packed(torch.tanh(self.q(x)) * self.k(x))
+
+
+def test_shared_inputs_masks_and_splits() -> None:
+    torch.manual_seed(0)
+    model = Attention()
+    x = torch.randn(20, 6, 24)
+    mask = torch.ones(20, 6)
+    mask[:, 4:] = 0
+    garbage = x.clone()
+    garbage[:, 4:] = 100 * torch.randn(20, 2, 24)
+    layers = dict(model.named_children())
+    settings = {"method": "trapezoid", "row_splits": {"packed": 2}}
+    clean = compress_sequentially(model, layers, [x[:, :4]], lambda m, b: m(b), 0.5, **settings)
+    masked = compress_sequentially(model, layers, [garbage], lambda m, b: m(b), 0.5, mask=lambda _: mask, **settings)
+    assert clean["packed"][0].row_splits == 2
+    for name in layers:
+        torch.testing.assert_close(clean[name][0].to_dense(), masked[name][0].to_dense(), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(clean[name][1], masked[name][1], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(3, 5, 4, stride=2, padding=1, dilation=2),
+        nn.Conv1d(3, 5, 3, padding="same"),
+        nn.Conv2d(3, 5, (2, 3), padding=1, padding_mode="reflect"),
+        nn.Conv2d(3, 5, 3, stride=2),
+        nn.Linear(9, 5),
+    ],
+)
+def test_input_rows_are_what_the_weight_matrix_multiplies(layer: nn.Module) -> None:
+    x = torch.randn(2, *{nn.Conv1d: (3, 11), nn.Conv2d: (3, 8, 9), nn.Linear: (4, 9)}[type(layer)])
+    out = input_rows(layer, x) @ layer.weight.flatten(1).T + layer.bias
+    want = layer(x)
+    if not isinstance(layer, nn.Linear):
+        want = want.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(out, want)
+
+
+def test_errors_name_the_layer(network: nn.Sequential) -> None:
+    x = torch.randn(10, 2, 4, 4)
+    with pytest.raises(ConfigError, match="no batches"):
+        compress_sequentially(network, {"5": network[5]}, [], lambda m, b: m(b), 0.5)
+    with pytest.raises(ConfigError, match="'9' is never run"):
+        compress_sequentially(network, {"9": nn.Linear(20, 20)}, [x], lambda m, b: m(b), 0.5)
+    with pytest.raises(ConfigError, match="layer '5': decompose: budget"):
+        compress_sequentially(network, {"5": network[5]}, [x], lambda m, b: m(b), 5.0)
+    with pytest.raises(ConfigError, match="layer '1'"):
+        compress_sequentially(network, {"1": network[1]}, [x], lambda m, b: m(b), 0.5)
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in network.modules())

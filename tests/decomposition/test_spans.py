@@ -1,0 +1,51 @@
+"""Maximum-sum intervals against brute force."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gblr_plugin.decomposition.problem import Grid
+from gblr_plugin.decomposition.spans import Spans, best_spans, cell_sums
+
+
+def brute_force(net: torch.Tensor, cyclic: bool) -> float:
+    """Largest sum of a cyclic (or plain) interval; 0 for none."""
+    n = len(net)
+    sums = [0.0]
+    for start in range(n):
+        for width in range(1, n + 1):
+            if cyclic or start + width <= n:
+                sums.append(float(net[(start + torch.arange(width)) % n].sum()))
+    return max(sums)
+
+
+@pytest.mark.parametrize(("length", "tile"), [(12, 1), (12, 3), (11, 3), (1, 1)])
+def test_best_interval_is_optimal(length: int, tile: int) -> None:
+    grid = Grid(length, tile)
+    gains = torch.rand(60, length, dtype=torch.float64, generator=torch.Generator().manual_seed(length)) ** 4
+    sums = cell_sums(gains, grid)
+    for price in (0.05, 0.2, 2.0):
+        spans, net = best_spans(sums, grid, price)
+        for k in range(len(gains)):
+            best = brute_force(sums[k] - price * tile, grid.cyclic)
+            assert float(net[k]) == pytest.approx(best, abs=1e-9)
+            covered = (torch.arange(grid.cells) - spans.start[k]) % grid.cells < spans.cells[k]
+            assert float(((sums[k] - price * tile) * covered).sum()) == pytest.approx(best, abs=1e-9)
+
+
+def test_widths_of_short_last_cells_are_whole_tiles_or_the_axis() -> None:
+    grid = Grid(11, 3)
+    spans = Spans(torch.tensor([1, 2, 4, 0]), torch.tensor([3, 2, 0, 1]), grid)
+    assert spans.widths().tolist() == [3, 6, 11, 0]
+    support = spans.support()
+    assert support.sum(1).tolist() == [3, 6, 11, 0]
+    assert bool(support[0, 9:].all())
+    assert bool(support[1, 6:].all())
+
+
+def test_join_and_select() -> None:
+    grid = Grid(8, 2)
+    both = Spans(torch.tensor([1]), torch.tensor([2]), grid).join(Spans(torch.tensor([3]), torch.tensor([0]), grid))
+    assert both.select(torch.tensor([1])).intervals().width.tolist() == [6]
+    assert both.intervals().start.tolist() == [4, 0]
