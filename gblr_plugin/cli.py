@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import __version__
-from .errors import ConfigError
+from .errors import ConfigError, GBLRError
 
 __all__ = ["main"]
 
@@ -43,9 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["bench"]:
         # argparse would take the benchmark's own options for ours.
-        from .bench import main as bench
-
-        return _guarded(lambda: bench(argv[1:]))
+        return _guarded(lambda: _bench(argv[1:]))
     try:
         arguments = _parser().parse_args(argv)
     except SystemExit as leaving:
@@ -55,20 +54,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _guarded(lambda: _run(arguments.config, arguments.set, arguments.output))
 
 
-def _guarded(command) -> int:  # type: ignore[no-untyped-def]
+def _guarded(command: Callable[[], int | None]) -> int:
+    """The exit code of a command; its error in one line on standard error."""
     try:
-        return int(command() or 0)
+        code = int(command() or 0)
+        sys.stdout.flush()
     except ConfigError as error:
-        print(f"gblr: {error}", file=sys.stderr)
-        return 2
+        return _fail(2, str(error))
     except KeyboardInterrupt:
-        print("gblr: interrupted", file=sys.stderr)
+        return _fail(1, "interrupted")
+    except BrokenPipeError:  # the reader of our output left; Python would complain once more when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except BrokenPipeError:
-        return 1
+    except GBLRError as error:
+        return _fail(1, str(error))
     except Exception as error:
-        print(f"gblr: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return _fail(1, f"{type(error).__name__}: {error}")
+    return code
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"gblr: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    from .bench import main as bench
+
+    return int(bench(arguments) or 0)
 
 
 def _report(path: Path, as_json: bool) -> None:
@@ -81,6 +94,8 @@ def _report(path: Path, as_json: bool) -> None:
         summary = RunReport.from_dict(values)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"report: no file at {str(file)!r}") from error
+    except OSError as error:
+        raise ConfigError(f"report: cannot read {str(file)!r}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"report: {str(file)!r} is not a report of gblr run") from error
     print(json.dumps(values, indent=2) if as_json else summary)
@@ -94,6 +109,8 @@ def _run(config: Path, overrides: list[str], output: Path | None) -> None:
     located = load_yaml(config)
     parse_overrides(located, overrides)
     settings = read_settings(RunSettings, located)
+    if ":" in settings.task and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # the user's own task, as `python -m` would find it
     output = output or Path("outputs") / config.stem
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output: {str(output)!r} is a file, need a folder")
@@ -114,7 +131,9 @@ def _run(config: Path, overrides: list[str], output: Path | None) -> None:
             raise
         except Exception as error:
             traceback.print_exc()
-            raise RuntimeError(f"{type(error).__name__}: {error} (details in {log})") from error
+            lines = str(error).strip().splitlines()
+            first = f": {lines[0]}" if lines else ""
+            raise GBLRError(f"the run failed: {type(error).__name__}{first} (details in {log})") from error
         console.line(f"\n{summary}\n")
         console.line(f"everything is in {output}; see it with: tensorboard --logdir {output / 'tensorboard'}")
 

@@ -12,7 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["evaluate", "interleaved_latency", "mean_and_spread"]
+from ..errors import ConfigError
+
+__all__ = ["METRICS", "evaluate", "interleaved_latency", "mean_and_spread"]
+
+METRICS = ("accuracy", "perplexity")
 
 
 @torch.no_grad()
@@ -26,8 +30,11 @@ def evaluate(network: nn.Module, batches: Any, metric: str) -> dict[str, float]:
 
     Returns:
         ``loss`` (mean cross-entropy, nats per target) and the metric.
+
+    Raises:
+        ConfigError: If there is no batch.
     """
-    was_training = network.training
+    modes = [(module, module.training) for module in network.modules()]
     network.eval()
     loss, correct, count = 0.0, 0, 0
     for x, target in batches:
@@ -35,9 +42,12 @@ def evaluate(network: nn.Module, batches: Any, metric: str) -> dict[str, float]:
         loss += float(F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="sum"))
         correct += int((logits.argmax(-1) == target).sum())
         count += target.numel()
-    network.train(was_training)
-    mean = loss / max(count, 1)
-    value = 100 * correct / max(count, 1) if metric == "accuracy" else math.exp(min(mean, 700))
+    for module, mode in modes:
+        module.training = mode
+    if not count:
+        raise ConfigError("data: no example to evaluate on")
+    mean = loss / count
+    value = 100 * correct / count if metric == "accuracy" else math.exp(min(mean, 700))
     return {"loss": mean, metric: value}
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +28,16 @@ from ..reporting import Report, report
 from ..serialization import load, save
 from ..tasks import get_task
 from ..tasks.base import ClassifierModule, PairsDataModule
+from ..tensor import GBLRTensor
 from .console import Console
-from .measure import evaluate, interleaved_latency
+from .measure import METRICS, evaluate, interleaved_latency
 from .settings import Method, RunSettings, Training
 from .summary import MethodResult, RunReport
 
 __all__ = ["Job", "prepare_run"]
 
 DENSE = "dense"
+_LEARNED = ("gblr", "agp", "linear")  # compressors under which a structure changes while it trains
 
 
 class _Progress(pl.Callback):
@@ -65,8 +70,7 @@ def prepare_run(settings: RunSettings) -> Job:
         ConfigError: If the task, its arguments, or a compressor's config is wrong.
     """
     job = Job(settings)
-    for method in settings.methods:
-        job.dry_compress(method)
+    job.check()
     return job
 
 
@@ -86,13 +90,34 @@ class Job:
         self.results: dict[str, list[dict[str, Any]]] = {}
         self.networks: dict[str, nn.Module] = {}
         self.reports: dict[str, Report] = {}
+        self.histories: dict[str, dict[str, list[tuple[int, float]]]] = {}
         self._events = Path()
         self._console = Console()
 
-    def dry_compress(self, method: Method) -> None:
-        """Make the compressor on a throw-away network, so that a bad config is refused before any training."""
-        self.task.data(self.settings.seeds[0], 1)
-        self._compressor(method, self.task.network(), self.settings.seeds[0], cheap=True)
+    def check(self) -> None:
+        """Try everything once on a throw-away network, so that what cannot work is refused before any training.
+
+        Raises:
+            ConfigError: If the data, the weights to load, the network or a compressor's config cannot be used.
+        """
+        seed = self.settings.seeds[0]
+        network = self._dense_network()
+        data = self._data(seed, self.settings.dense)
+        try:
+            batch, _ = next(iter(data.test_dataloader()))
+            report(network, batch[:1])
+            report(network, self.task.example_input())
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            raise ConfigError(f"model: the network does not take the data of its task: {_one_line(error)}") from error
+        for method in self.settings.methods:
+            self._compressor(method, copy.deepcopy(network), seed)
+
+    def _dense_network(self) -> nn.Module:
+        """A new network, or the trained one that the settings name."""
+        network: nn.Module = self.task.network()
+        if self.settings.weights is not None:
+            _load_weights(network, self.settings.weights)
+        return network
 
     def run(self, output: Path, console: Console) -> RunReport:
         """Do it all; files appear in ``output``, the report last.
@@ -134,12 +159,13 @@ class Job:
 
     def _write(self, output: Path, summary: RunReport) -> None:
         first = self.settings.methods[0].name
+        save(self.networks[DENSE], output / "dense.pt")
         save(self.networks[first], output / "model.pt")
-        _draw(output / "figures", summary, self.networks)
+        _draw(output / "figures", summary, self.networks[first], self.histories[first])
         write_text(output / "report.txt", f"{summary}\n")
         write_text(output / "report.json", summary.to_json())
 
-    def _trainer(self, training: Training, callbacks: list[pl.Callback], seed: int, name: str) -> Any:
+    def _trainer(self, training: Training, callbacks: Sequence[pl.Callback], seed: int, name: str) -> Any:
         logger = TensorBoardLogger(str(self._events), name=f"seed{seed}-{name}", version="")
         return nni.trace(pl.Trainer)(
             max_epochs=training.epochs,
@@ -163,16 +189,23 @@ class Job:
     def _data(self, seed: int, training: Training) -> PairsDataModule:
         make = nni.trace(PairsDataModule)
         plain = self.task.data(seed, training.batch_size)
+        if len(plain.train_set) < training.batch_size:
+            raise ConfigError(
+                f"data: {len(plain.train_set)} training examples are less than one batch of {training.batch_size}"
+            )
+        if len(plain.held_out) < 1:
+            raise ConfigError("data: there is no held-out example to evaluate on")
         return make(plain.train_set, plain.held_out, training.batch_size, seed)  # type: ignore[no-any-return]
 
     def _one_seed(self, seed: int) -> None:
         pl.seed_everything(seed)
         training = self.settings.dense
         data = self._data(seed, training)
-        dense = self.task.network()
+        dense = self._dense_network()
         start = time.monotonic()
-        module = self._module(dense, training, len(data.train_dataloader()))
-        self._trainer(training, [], seed, DENSE).get().fit(module, data)
+        if self.settings.weights is None:
+            module = self._module(dense, training, len(data.train_dataloader()))
+            self._trainer(training, [], seed, DENSE).get().fit(module, data)
         self._record(DENSE, dense.eval(), data, start, seed)
         for method in self.settings.methods:
             pl.seed_everything(1000 + seed)
@@ -180,32 +213,30 @@ class Job:
             network = self._compress(method, copy.deepcopy(dense), seed)
             self._record(method.name, network, data, start, seed)
 
-    def _compressor(self, method: Method, network: nn.Module, seed: int, cheap: bool = False) -> tuple[Any, nn.Module]:
-        """A method's compressor, bound to an evaluator, and the module it works on."""
+    def _compressor(self, method: Method, network: nn.Module, seed: int) -> tuple[Any, ClassifierModule, GBLRCallback]:
+        """A method's compressor, bound to an evaluator, the module it works on, and what watches its structure."""
         training = method.training or self.settings.finetune
         data = self._data(seed, training)
         batches = len(data.train_dataloader())
-        if batches < 1:
-            raise ConfigError(f"data: fewer training examples than one batch of {training.batch_size}")
         steps = training.epochs * batches
         module = self._module(network, training, batches)
-        learned = method.name in ("gblr", "agp", "linear")
-        monitor = [GBLRCallback(budget=None, picture_every_n_epochs=max(training.epochs // 8, 1))] if learned else []
+        monitor = GBLRCallback(budget=None, picture_every_n_epochs=max(training.epochs // 8, 1))
+        watching = [monitor] if method.name in _LEARNED else []
         options = dict(method.options)
         if method.name == "gblr":
             options.setdefault("warmup_step", round(method.warmup * steps))
             options.setdefault("cooldown_begin_step", max(round((1 - method.cooldown) * steps), 1))
-        evaluator = LightningEvaluator(self._trainer(training, monitor, seed, method.name), data)
-        return create_compressor(method.name, module, self._config_list(method), evaluator, **options), module
+        evaluator = LightningEvaluator(self._trainer(training, watching, seed, method.name), data)
+        return create_compressor(method.name, module, self._config_list(method), evaluator, **options), module, monitor
 
     def _compress(self, method: Method, network: nn.Module, seed: int) -> nn.Module:
         """The network, compressed by a method, fine-tuned and converted."""
-        compressor, module = self._compressor(method, network.train(), seed)
+        compressor, module, monitor = self._compressor(method, network.train(), seed)
         training = method.training or self.settings.finetune
         compressor.compress(max_steps=None, max_epochs=training.epochs)
         compressor.unwrap_model()
-        compressed: nn.Module = module.network  # type: ignore[assignment]  # the attribute of ClassifierModule
-        return convert(compressed).eval()
+        self.histories.setdefault(method.name, monitor.history)
+        return convert(module.network).eval()
 
     def _skeleton(self, network: nn.Module) -> nn.Module:
         """A dense network to load into; where a family keeps modules of its own, an empty copy."""
@@ -221,7 +252,7 @@ class Job:
             return copy.deepcopy(self.settings.config_list)
         return [
             {
-                "op_names_re": [_glob_to_regex(p) for p in self.task.layers],
+                "op_names_re": [fnmatch.translate(p) for p in self.task.layers],
                 "sparse_ratio": 1 - (self.settings.budget or 1.0),
             }
         ]
@@ -281,28 +312,53 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _draw(folder: Path, summary: RunReport, networks: dict[str, nn.Module]) -> None:
+def _draw(folder: Path, summary: RunReport, network: nn.Module, history: dict[str, list[tuple[int, float]]]) -> None:
     """Figures, where matplotlib is installed."""
     try:
         from .. import plot
     except ImportError:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    first = summary.methods[1].name
-    for name, figure in (
-        ("structure", plot.structure(networks[first])),
-        ("pareto", plot.pareto([summary])),
-    ):
-        write_atomic(folder / f"{name}.png", lambda file, figure=figure: figure.savefig(file, format="png", dpi=150))  # type: ignore[misc]
+    figures = {"pareto": plot.pareto([summary])}
+    if any(isinstance(parameter.data, GBLRTensor) for parameter in network.parameters()):
+        figures["structure"] = plot.structure(network)
+    if history:
+        figures["curves"] = plot.curves(history)
+    for name, figure in figures.items():
+        write_atomic(folder / f"{name}.png", partial(figure.savefig, format="png", dpi=150))
 
 
-def _glob_to_regex(pattern: str) -> str:
-    return pattern.replace(".", r"\.").replace("*", ".*")
+def _load_weights(network: nn.Module, path: str) -> None:
+    """Load a dense network's weights: a file of :func:`gblr_plugin.save`, or a state dict as torch.save writes it."""
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ConfigError(f"weights: no file at {path!r}") from error
+    except OSError as error:
+        raise ConfigError(f"weights: cannot read {path!r}: {error.strerror or error}") from error
+    except Exception as error:  # torch raises half a dozen kinds over damaged and foreign files
+        raise ConfigError(f"weights: {path!r} is damaged, or not a file of weights") from error
+    state = content.get("state", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(type(value) is torch.Tensor for value in state.values()):
+        raise ConfigError(f"weights: {path!r} holds no state dict of a dense network")
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise ConfigError(f"weights: {path!r} does not fit the network: {reason}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _make_task(settings: RunSettings) -> Any:
     kind = get_task(settings.task)
     try:
-        return kind(**settings.model)
+        task = kind(**settings.model)
     except TypeError as error:
         raise ConfigError(f"model: {error}") from error
+    if getattr(task, "metric", None) not in METRICS:
+        raise ConfigError(
+            f"task: {settings.task!r} is judged by {getattr(task, 'metric', None)!r}; allowed are {', '.join(METRICS)}"
+        )
+    return task

@@ -79,6 +79,8 @@ class RunSettings:
         config_list: NNI's compression config: which layers, and how far. Default: the task's layers at ``budget``.
         model: Arguments of the task: sizes of the network, the data's folder and split.
         seeds: One repetition each, of split, initialisation and training.
+        weights: File with the weights of a trained dense network (``dense.pt`` of an earlier run, or a state dict), in
+            place of training it. It has seen the training split of one seed, so ``seeds`` must be that one alone.
         dense: Training of the dense network.
         finetune: Training after (gblr: during) compression.
         methods: What to compare; the first is the one that is saved.
@@ -91,6 +93,7 @@ class RunSettings:
     config_list: list[dict[str, Any]] | None = None
     model: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    weights: str | None = None
     dense: Training = field(default_factory=Training)
     finetune: Training = field(default_factory=Training)
     methods: list[Method] = field(default_factory=lambda: [Method("gblr"), Method("low_rank")])
@@ -107,6 +110,8 @@ class RunSettings:
                 raise ConfigError(f"{name} must not be empty")
         if len(set(self.seeds)) < len(self.seeds) or not all(0 <= seed < 2**31 for seed in self.seeds):
             raise ConfigError(f"seeds must be different whole numbers from 0 to 2^31 - 1, got {self.seeds}")
+        if self.weights is not None and len(self.seeds) > 1:
+            raise ConfigError("weights has seen the training data of one seed: give seeds with that one alone")
         if min(self.latency_batch) < 1:
             raise ConfigError(f"latency_batch: batch sizes must be at least 1, got {self.latency_batch}")
         names = [method.name for method in self.methods]

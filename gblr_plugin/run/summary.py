@@ -108,10 +108,11 @@ class RunReport:
         rows = []
         for method in self.methods:
             mean, spread = mean_and_spread([seed[self.metric] for seed in method.seeds])
+            quality = f"{mean:.2f} ±{spread:.2f}" if len(method.seeds) > 1 else f"{mean:.2f}"
             rows.append(
                 [
                     method.name,
-                    f"{mean:.2f} ±{spread:.2f}",
+                    quality,
                     f"{method.mean('relative_flops'):.4f}",
                     f"{method.mean('parameters'):,.0f}",
                     f"{method.mean('file_bytes') / 1024:,.0f}",
@@ -125,7 +126,8 @@ class RunReport:
             return "  ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))])
 
         seeds = ", ".join(str(seed["seed"]) for seed in self.methods[0].seeds)
-        text = [f"{self.task}: {self.metric} on held-out data, mean ± half range over seeds {seeds}", "", line(header)]
+        over = f"mean ± half range over seeds {seeds}" if len(self.methods[0].seeds) > 1 else f"seed {seeds}"
+        text = [f"{self.task}: {self.metric} on held-out data, {over}", "", line(header)]
         text += ["-" * len(line(header)), *map(line, rows)]
         if len(self.methods) > 1:
             chosen = self.methods[1]

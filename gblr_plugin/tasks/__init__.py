@@ -28,6 +28,10 @@ def get_task(name: str) -> Any:
     else:
         raise ConfigError(f"task: unknown task {name!r}; allowed are {', '.join(TASKS)} or 'package.module:Class'")
     try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"task: cannot import {name!r}: {error}") from error
+        found = import_module(module)
+    except (ImportError, ValueError, SyntaxError) as error:
+        raise ConfigError(f"task: cannot import {module!r}: {error}") from error
+    kind = getattr(found, attribute, None)
+    if not callable(kind):
+        raise ConfigError(f"task: {module!r} has no class {attribute!r}")
+    return kind

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from ..errors import ConfigError
 from .base import ClassifierModule, PairsDataModule, TrainSettings
-from .transformer import Block
+from .transformer import Block, check_dropout, check_sizes
 
 __all__ = ["DigitsTask", "ShiftedImages", "VisionTransformer"]
 
@@ -43,6 +43,16 @@ class VisionTransformer(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_dropout(dropout)
+        check_sizes(
+            image_size=image_size,
+            patch_size=patch_size,
+            dim=dim,
+            depth=depth,
+            heads=heads,
+            mlp_ratio=mlp_ratio,
+            classes=classes,
+        )
         if image_size % patch_size or dim % heads:
             raise ConfigError(
                 f"model: patch_size {patch_size} must divide image_size {image_size}, and heads {heads} dim {dim}"
@@ -100,10 +110,10 @@ class DigitsTask:
     layers = ["network.blocks.*"]
 
     def __init__(self, held_out: float = 0.25, shift: int = 0, **network: int | float) -> None:
-        if not 0 < held_out < 1:
-            raise ConfigError(f"model: held_out must be a fraction in (0, 1), got {held_out}")
-        if shift < 0:
-            raise ConfigError(f"model: shift must be at least 0 pixels, got {shift}")
+        if not isinstance(held_out, float) or not 0 < held_out < 1:
+            raise ConfigError(f"model: held_out must be a fraction in (0, 1), got {held_out!r}")
+        if not isinstance(shift, int) or not 0 <= shift < 8:
+            raise ConfigError(f"model: shift must be 0 to 7 pixels, got {shift!r}")
         self.held_out, self.shift = held_out, shift
         self._network = network
 

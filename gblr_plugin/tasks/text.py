@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ..errors import ConfigError
 from .base import ClassifierModule, PairsDataModule, TrainSettings
-from .transformer import Block
+from .transformer import Block, check_dropout, check_sizes
 
 __all__ = ["ByteGPT", "ByteWindows", "TextTask"]
 
@@ -38,6 +38,8 @@ class ByteGPT(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_dropout(dropout)
+        check_sizes(context=context, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio)
         if dim % heads:
             raise ConfigError(f"model: heads {heads} must divide dim {dim}")
         self.token = nn.Embedding(256, dim)
@@ -99,6 +101,9 @@ class TextTask:
         context: int = 128,
         **network: int | float,
     ) -> None:
+        check_sizes(train_bytes=train_bytes, test_bytes=test_bytes, context=context)
+        if folder is not None and not isinstance(folder, str):
+            raise ConfigError(f"model: folder must be a path, got {folder!r}")
         self.folder = Path(folder or sysconfig.get_paths()["stdlib"])
         self.train_bytes, self.test_bytes, self.context = train_bytes, test_bytes, context
         self._network = network

@@ -5,7 +5,30 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Attention", "Block"]
+from ..errors import ConfigError
+
+__all__ = ["Attention", "Block", "check_dropout", "check_sizes"]
+
+
+def check_sizes(**sizes: object) -> None:
+    """Refuse arguments of a network that are not positive whole numbers.
+
+    Raises:
+        ConfigError: Naming the argument.
+    """
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"model: {name} must be a whole number of at least 1, got {value!r}")
+
+
+def check_dropout(value: object) -> None:
+    """Refuse a dropout rate outside [0, 1).
+
+    Raises:
+        ConfigError: If so.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
+        raise ConfigError(f"model: dropout must be a number in [0, 1), got {value!r}")
 
 
 class Attention(nn.Module):
