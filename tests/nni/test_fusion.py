@@ -62,6 +62,27 @@ def test_distillers(kit: Any, config: list[dict[str, Any]], gblr_first: bool, ki
     assert not hasattr(model.fc1, "_nni_wrapper")
 
 
+def test_a_distillers_own_parameters_train_beside_the_structure(kit: Any, config: list[dict[str, Any]]) -> None:
+    model, teacher = kit.MLP(), kit.MLP(width=32)
+    pruner = GBLRPruner(model, config, kit.evaluator(model), 2, 12)
+    distiller = Adaptive1dLayerwiseDistiller.from_compressor(
+        pruner, DISTIL, teacher_model=teacher, teacher_predict=predict
+    )
+    distiller.track_forward(kit.make_batches(1)[0][0])
+    start: list[Tensor] = []
+    plain = distiller.compute_distill_loss
+
+    def spy() -> Tensor:
+        if not start:
+            start.append(distiller.trans_linears["fc1"]["_output_0"].weight.detach().clone())
+        return plain()
+
+    distiller.compute_distill_loss = spy
+    distiller.compress(14, None)
+    assert not torch.equal(distiller.trans_linears["fc1"]["_output_0"].weight, start[0])
+    check_compressed(model)
+
+
 @pytest.mark.parametrize("gblr_first", [True, False])
 def test_activation_quantizers(kit: Any, config: list[dict[str, Any]], gblr_first: bool) -> None:
     model = kit.MLP()

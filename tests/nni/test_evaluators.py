@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from typing import Any
+
+import nni
+import pytest
+import torch
+from nni.compression.distillation import DynamicLayerwiseDistiller
+from nni.compression.pruning import AGPPruner
+from nni.compression.utils import LightningEvaluator as PlainEvaluator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, TensorDataset
+
+from gblr_plugin import ConfigError
+from gblr_plugin.nni import GBLRPruner, LightningEvaluator
+
+CONFIG = [{"op_names": ["net.fc1", "net.fc2"], "sparse_ratio": 0.6}]
+
+
+@pytest.fixture(params=["pytorch_lightning", "lightning.pytorch"])
+def pl(request: pytest.FixtureRequest) -> Any:
+    try:
+        package = importlib.import_module(request.param)
+    except ImportError:
+        pytest.skip(f"{request.param} is not installed")
+    logging.getLogger(request.param.partition(".")[0]).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    return package
+
+
+class Lightning:
+    """What a user of one Lightning package writes."""
+
+    def __init__(self, pl: Any, kit: Any) -> None:
+        self.pl, self.kit = pl, kit
+        data = [torch.cat(part) for part in zip(*kit.make_batches(), strict=True)]
+
+        class Data(pl.LightningDataModule):
+            def train_dataloader(self) -> Any:
+                return DataLoader(TensorDataset(*data), batch_size=16)
+
+            def test_dataloader(self) -> Any:
+                return DataLoader(TensorDataset(*data), batch_size=16)
+
+        class Module(pl.LightningModule):
+            def __init__(self, returns: Any) -> None:
+                super().__init__()
+                self.net = kit.MLP()
+                self.returns = returns
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.net(x)
+
+            def training_step(self, batch: Any, index: int) -> Tensor:
+                return F.cross_entropy(self(batch[0]), batch[1])
+
+            def test_step(self, batch: Any, index: int) -> None:
+                self.log("default", F.cross_entropy(self(batch[0]), batch[1]))
+
+            def configure_optimizers(self) -> Any:
+                return self.returns(self)
+
+        self.data, self.module = Data, Module
+
+    def evaluator(self, kind: type = LightningEvaluator, **options: Any) -> Any:
+        quiet = {
+            "enable_progress_bar": False,
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            "logger": False,
+        }
+        trainer = nni.trace(self.pl.Trainer)(accelerator="cpu", **quiet, **{"max_epochs": 2, **options})
+        return kind(trainer, nni.trace(self.data)())
+
+
+@pytest.fixture
+def lit(pl: Any, kit: Any) -> Lightning:
+    return Lightning(pl, kit)
+
+
+def adamw(module: nn.Module) -> Any:
+    return nni.trace(torch.optim.AdamW)(module.parameters(), lr=1e-2)
+
+
+def with_scheduler(make: Any) -> Any:
+    def returns(module: nn.Module) -> Any:
+        optimizer = adamw(module)
+        return make(optimizer, nni.trace(lr_scheduler.LambdaLR)(optimizer, [lambda step: 0.5]))
+
+    return returns
+
+
+RETURNS = {
+    "optimizer": adamw,
+    "list": lambda module: [adamw(module)],
+    "table": lambda module: {"optimizer": adamw(module)},
+    "table, no scheduler": lambda module: {"optimizer": adamw(module), "lr_scheduler": None},
+    "table with scheduler": with_scheduler(lambda o, s: {"optimizer": o, "lr_scheduler": s}),
+    "table with table": with_scheduler(
+        lambda o, s: {"optimizer": o, "lr_scheduler": {"scheduler": s, "interval": "step"}}
+    ),
+    "tuple of tables": with_scheduler(lambda o, s: ({"optimizer": o, "lr_scheduler": s},)),
+    "two lists": with_scheduler(lambda o, s: ([o], [s])),
+    "two lists, table": with_scheduler(lambda o, s: ([o], [{"scheduler": s, "interval": "step"}])),
+}
+
+
+@pytest.mark.parametrize("returns", RETURNS.values(), ids=RETURNS.keys())
+def test_every_form_of_configure_optimizers(lit: Lightning, returns: Any) -> None:
+    model = lit.module(returns)
+    pruner = GBLRPruner(model, CONFIG, lit.evaluator(), warmup_step=2, cooldown_begin_step=10)
+    _, masks = pruner.compress(12, None)
+    assert pruner.learner.step_count == 12
+    assert pruner.learner.frozen
+    assert 0.39 <= pruner.learner.relative_flops <= 0.4
+    assert masks["net.fc1"]["weight"].shape == (24, 16)
+    assert "configure_optimizers" not in {key for key in vars(model) if vars(model)[key] is None}
+
+
+def test_epochs_steps_and_the_trainers_own_duration(lit: Lightning) -> None:
+    for arguments, options, steps in (
+        ((None, 3), {}, 12),
+        ((11, None), {"max_epochs": 1}, 11),
+        ((11, 2), {}, 8),
+        ((None, 3), {"max_steps": 2}, 12),
+    ):
+        model = lit.module(adamw)
+        pruner = GBLRPruner(model, CONFIG, lit.evaluator(**options), 1, 6)
+        pruner.compress(*arguments)
+        assert pruner.learner.step_count == steps
+    evaluator = lit.evaluator(max_epochs=2)
+    pruner = GBLRPruner(lit.module(adamw), CONFIG, evaluator, 1, 6)
+    evaluator.bind_model(pruner.bound_model, pruner._get_param_names_map())
+    pruner._fuse_preprocess(evaluator)
+    evaluator.finetune()
+    assert pruner.learner.step_count == 8
+
+
+def test_accumulated_gradients_are_one_step(lit: Lightning) -> None:
+    pruner = GBLRPruner(lit.module(adamw), CONFIG, lit.evaluator(accumulate_grad_batches=2), 2, 10)
+    pruner.compress(12, None)
+    assert pruner.learner.step_count == 12
+    assert pruner.learner.frozen
+
+
+def test_agp_and_a_distiller_under_lightning(lit: Lightning) -> None:
+    teacher, model = lit.module(adamw), lit.module(adamw)
+    teacher.load_state_dict(model.state_dict())
+
+    def predict(batch: Any, net: nn.Module) -> Tensor:
+        return net(batch[0])
+
+    distil = [{"op_names": ["net.fc1"], "lambda": 1.0, "apply_method": "mse"}]
+    distiller = DynamicLayerwiseDistiller(model, distil, lit.evaluator(), teacher, predict)
+    pruner = GBLRPruner.from_compressor(distiller, CONFIG)
+    outer = AGPPruner(pruner, 1, 9)
+    outer.compress(12, None)
+    assert pruner.learner.frozen
+    assert 0.39 <= pruner.learner.relative_flops <= 0.4
+    outer.unwrap_model()
+    model(lit.kit.make_batches(1)[0][0])
+
+
+def test_nothing_is_left_on_the_module(lit: Lightning) -> None:
+    model = lit.module(adamw)
+    before = set(vars(model))
+    pruner = GBLRPruner(model, CONFIG, lit.evaluator(), 1, 5)
+    assert set(vars(model)) == before
+    pruner.compress(6, None)
+    pruner.unwrap_model()
+    assert model.configure_optimizers.__func__ is type(model).configure_optimizers
+    assert model.training_step.__func__ is type(model).training_step
+
+
+def test_evaluate(lit: Lightning) -> None:
+    evaluator = lit.evaluator()
+    pruner = GBLRPruner(lit.module(adamw), CONFIG, evaluator, 1, 5)
+    pruner.compress(6, None)
+    evaluator.bind_model(pruner.bound_model, pruner._get_param_names_map())
+    metric, _ = evaluator.evaluate()
+    assert metric > 0
+
+
+def test_nnis_own_evaluator_works_where_it_works_at_all(pl: Any, lit: Lightning) -> None:
+    if pl.__name__ != "pytorch_lightning":
+        with pytest.raises(AssertionError, match="pytorch_lightning"):
+            lit.evaluator(PlainEvaluator)
+        return
+    pruner = GBLRPruner(lit.module(adamw), CONFIG, lit.evaluator(PlainEvaluator), 2, 10)
+    pruner.compress(None, 3)
+    assert pruner.learner.frozen
+
+
+def test_what_is_not_traced_is_refused(pl: Any, lit: Lightning) -> None:
+    with pytest.raises(ConfigError, match=r"make the trainer with nni.trace"):
+        LightningEvaluator(
+            pl.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu"), nni.trace(lit.data)()
+        )
+    trainer = nni.trace(pl.Trainer)(logger=False, enable_progress_bar=False, accelerator="cpu")
+    with pytest.raises(ConfigError, match=r"make the data_module with nni.trace"):
+        LightningEvaluator(trainer, lit.data())
+    with pytest.raises(ConfigError, match=r"trainer must be a Lightning Trainer, got a int"):
+        LightningEvaluator(3, lit.data())
