@@ -74,8 +74,8 @@ class Alds(BlockGrid):
         if sum(costs.values()) > allowed:
             total = sum(target.numel() for target in targets.values())
             raise ConfigError(
-                f"{cls.name}: a budget of {budget:g} does not pay for rank 1 in each of {len(layers)} layers, which takes "
-                f"{sum(costs.values()) / total:.4g}; raise the budget or leave layers out"
+                f"{cls.name}: a budget of {budget:g} does not pay for rank 1 in each of {len(layers)} layers, which "
+                f"takes {sum(costs.values()) / total:.4g}; raise the budget or leave layers out"
             )
         low, high = 0, len(levels)  # the level of index `high` (infinity at first) is paid for
         while low < high:

@@ -1,4 +1,4 @@
-"""The protocol of every structure family: a frozen (m, n) matrix that knows its product, its cost and its trainable form."""
+"""The protocol of every structure family: a frozen (m, n) matrix with its product, cost and trainable form."""
 
 from __future__ import annotations
 
@@ -178,8 +178,8 @@ def too_small(family: str, shape: torch.Size, allowed: int, least: int, what: st
     """The error of a budget that does not pay for the smallest member of a family."""
     m, n = shape
     return ConfigError(
-        f"{family}: the budget allows {allowed} of the {m * n} multiply-adds of a {m} x {n} matrix, fewer than the {least} of "
-        f"{what}; raise the budget or leave this matrix dense"
+        f"{family}: the budget allows {allowed} of the {m * n} multiply-adds of a {m} x {n} matrix, fewer than the "
+        f"{least} of {what}; raise the budget or leave this matrix dense"
     )
 
 

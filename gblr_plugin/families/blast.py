@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,22 +14,22 @@ from .partition import Partition, cut_blocks, join_blocks
 
 __all__ = ["Blast"]
 
-_BLOCKS = 4
+_BLOCKS = 16
+_MOMENTUM, _MOST_MOMENTUM = 0.5, 3.0  # times the last step; 3 to 5 times fewer sweeps than without
 _RIDGE = 1e-10  # of the mean diagonal: keeps the normal equations of dependent bases solvable
 
 
 @dataclass(frozen=True, eq=False)
 class Blast(FamilyMatrix):
-    r"""Block (i, j) of a b x b grid is ``U_i diag(s_ij) V_j^T``: r (m + n + b^2) multiply-adds (Lee et al. 2024, Eq.
-    1-2).
+    r"""Block (i, j) of a b x b grid is ``U_i diag(s_ij) V_j^T`` (Lee et al. 2024, Eq. 2).
 
-    The projection minimises the Frobenius error over one of U, V, s at a time, each a linear least-squares problem
-    with a closed solution, from the truncated SVD (all s_ij = 1 is a low-rank matrix); the error never rises. (The
-    paper runs a preconditioned gradient descent whose preconditioner is the inverse of the same normal matrices, Sec.
-    3.2.)
+    It costs r (m + n + b^2) multiply-adds. The projection minimises the Frobenius error over one of U, V, s at a time,
+    each a linear least-squares problem with a closed solution, from the truncated SVD (all s_ij = 1 is a low-rank
+    matrix). Sweeps start from points extrapolated along the last step, and are taken only if they lower the error. (The
+    paper runs a preconditioned gradient descent whose preconditioners are the inverses of the same normal matrices.)
 
     Options:
-        blocks: b, default 4, or fewer where the budget does not pay for rank 1.
+        blocks: b, default 16, or fewer so that the couplings take at most an eighth of the bases.
         iterations: Sweeps over U, V and s; default 60.
 
     Args:
@@ -46,8 +47,7 @@ class Blast(FamilyMatrix):
     def _project(cls, weight: Tensor, allowed: int, *, blocks: int | None = None, iterations: int = 60) -> Blast:
         m, n = weight.shape
         if blocks is None:
-            fitting = [b for b in range(1, min(_BLOCKS, m, n) + 1) if m + n + b * b <= allowed]
-            count = max(fitting, default=1)
+            count = max(1, min(_BLOCKS, m, n, math.isqrt((m + n) // 8), math.isqrt(max(allowed - m - n, 0))))
         else:
             count = check_count(cls.name, "blocks", blocks, min(m, n))
         check_count(cls.name, "iterations", iterations, 10**6)
@@ -92,7 +92,7 @@ class Blast(FamilyMatrix):
 
 
 def _solve(normal: Tensor, right_side: Tensor) -> Tensor:
-    """Least-squares solution from (..., r, r) normal matrices, which may be singular, and (..., r, q) right-hand sides."""
+    """Least squares from (..., r, r) normal matrices, which may be singular, and (..., r, q) right-hand sides."""
     level = normal.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(normal.dtype).tiny)
     damped = normal + torch.diag_embed((_RIDGE * level)[..., None].expand(normal.shape[:-1]))
     factor, _ = torch.linalg.cholesky_ex(damped)
@@ -100,27 +100,48 @@ def _solve(normal: Tensor, right_side: Tensor) -> Tensor:
 
 
 def _fit(weight: Tensor, rows: Partition, cols: Partition, rank: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Alternating least squares; returns (r, m), (r, n), (r, b, b) float64."""
-    u, v = truncated_svd(weight, rank)  # the cost of rank min(m, n) exceeds m n
-    blocks = cut_blocks(weight, rows, cols)  # (b, b, s, p)
+    """Alternating least squares with momentum; returns (r, m), (r, n), (r, b, b) float64."""
+    left, right = truncated_svd(weight, rank)  # the cost of rank min(m, n) exceeds m n
+    blocks = cut_blocks(weight, rows, cols).contiguous()  # (b, b, s, p)
+    mirrored = blocks.permute(1, 0, 3, 2).contiguous()
+    u, v = rows.split(left.T).transpose(0, 1), cols.split(right).transpose(0, 1)  # (b, r, s), (b, r, p)
     s = weight.new_ones(rank, rows.count, cols.count)
-    u, v = rows.split(u.T).transpose(0, 1), cols.split(v).transpose(0, 1)  # (b, r, s), (b, r, p)
+    moved_u, moved_v = torch.zeros_like(u), torch.zeros_like(v)
+    explained, momentum, ahead = -math.inf, 0.0, _MOMENTUM
     for _ in range(iterations):
-        s = _couplings(blocks, u, v)
-        u = _basis(blocks, s, v)
-        v = _basis(blocks.permute(1, 0, 3, 2), s.transpose(1, 2), u)
-    return rows.join(u.transpose(0, 1)), cols.join(v.transpose(0, 1)), s
+        start_v = v + momentum * moved_v
+        new_s = _couplings(blocks, u + momentum * moved_u, start_v)
+        new_u, _ = _basis(blocks, new_s, start_v)
+        new_v, energy = _basis(mirrored, new_s.transpose(1, 2), new_u)
+        if energy < explained and momentum > 0:  # went too far: a plain sweep, then more carefully
+            momentum, ahead = 0.0, ahead / 2
+            continue
+        moved_u, moved_v, u, v, s, explained = new_u - u, new_v - v, new_u, new_v, new_s, energy
+        momentum, ahead = ahead, min(1.2 * ahead, _MOST_MOMENTUM)
+    return _balanced(rows.join(u.transpose(0, 1)), cols.join(v.transpose(0, 1)), s)
+
+
+def _balanced(u: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same matrix with couplings of mean square 1 and columns of U and V of equal norm, which suits training."""
+    tiny = torch.finfo(s.dtype).tiny
+    size = s.square().mean((1, 2)).sqrt().clamp(min=tiny)
+    norm_u, norm_v = u.norm(dim=1).clamp(min=tiny), v.norm(dim=1).clamp(min=tiny)
+    each = (size * norm_u * norm_v).sqrt()
+    return u * (each / norm_u)[:, None], v * (each / norm_v)[:, None], s / size[:, None, None]
 
 
 def _couplings(blocks: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Best (r, b, b) couplings: block by block a least-squares problem over u_k v_k^T, whose Gram matrix is a product."""
-    gram = (u @ u.mT)[:, None] * (v @ v.mT)[None]
+    """Best (r, b, b) couplings: for each block least squares over all u_k v_k^T, whose Gram matrix is a product."""
+    by_row, by_col = u @ u.mT, v @ v.mT
     moment = torch.einsum("iks,ijsp,jkp->ijk", u, blocks, v)
-    return _solve(gram, moment[..., None]).squeeze(-1).permute(2, 0, 1)
+    # A block row at a time: all Gram matrices together would take b^2 r^2 entries.
+    solved = [_solve(gram * by_col, part[..., None]).squeeze(-1) for gram, part in zip(by_row, moment, strict=True)]
+    return torch.stack(solved).permute(2, 0, 1)
 
 
-def _basis(blocks: Tensor, s: Tensor, v: Tensor) -> Tensor:
-    """Best (b, r, s) row bases for fixed couplings and column bases; one normal matrix per block row."""
-    gram = torch.einsum("kij,lij,jkl->ikl", s, s, v @ v.mT)
+def _basis(blocks: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, float]:
+    """Best (b, r, s) row bases for fixed couplings and column bases, and the squared norm that they explain."""
+    gram = torch.einsum("kij,lij,jkl->ikl", s, s, v @ v.mT)  # one normal matrix per block row
     moment = torch.einsum("kij,jkp,ijsp->iks", s, v, blocks)
-    return _solve(gram, moment)
+    u = _solve(gram, moment)
+    return u, float((u * moment).sum())

@@ -17,8 +17,7 @@ __all__ = ["BlockDiagonal"]
 
 @dataclass(frozen=True, eq=False)
 class BlockDiagonal(FamilyMatrix):
-    """b dense blocks on the diagonal, m n / b multiply-adds (the sum of the blocks' sizes where b divides neither
-    side).
+    """b dense blocks on the diagonal: m n / b multiply-adds (their total size where b does not divide m, n).
 
     The closest member keeps the diagonal blocks. As a GBLR matrix each block takes one component per row (or column,
     if there are fewer), and one multiply-add more for each: a rank-1 block of h x w has h + w - 1 degrees of freedom
@@ -69,11 +68,12 @@ class BlockDiagonal(FamilyMatrix):
     def to_dense(self) -> Tensor:
         """The blocks on their diagonal."""
         dense = [self.blocks[i, :s, :p] for i, (s, p) in enumerate(zip(self.rows.sizes, self.cols.sizes, strict=True))]
-        return torch.block_diag(*dense)
+        placed: Tensor = torch.block_diag(*dense)
+        return placed
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """One batched product over the blocks."""
-        y = self.rows.join(torch.einsum("...bp,bsp->...bs", self.cols.split(x), self.blocks))
+        y: Tensor = self.rows.join(torch.einsum("...bp,bsp->...bs", self.cols.split(x), self.blocks))
         return y if bias is None else y + bias
 
     def to_structured(self) -> StructuredMatrix:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,14 +15,15 @@ from .dense_blocks import block_components
 from .low_rank import truncated_svd
 from .partition import Partition, cut_blocks, join_blocks
 
+Pattern = tuple[tuple[int, ...], tuple[int, ...]]
+
 __all__ = ["BlockSparse", "butterfly"]
 
 _BLOCK = 32
 _LOW_RANK_SHARE = 0.25
 
 
-@lru_cache(maxsize=256)
-def butterfly(rows: int, cols: int, strides: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def butterfly(rows: int, cols: int, strides: int) -> Pattern:
     """Row and column numbers of the blocks of a flat block butterfly (Chen et al. 2022, Definition 3.4).
 
     On a square grid of G = 2^q blocks: the diagonal, and (i, j) whose numbers differ in one of the lowest ``strides``
@@ -69,7 +69,7 @@ class BlockSparse(FamilyMatrix):
         right: (r, n).
         rows: Parts of the rows.
         cols: Parts of the columns.
-        strides: Butterfly factors in the pattern.
+        pattern: Block rows and block columns of the live blocks.
     """
 
     name = "block_sparse"
@@ -78,7 +78,7 @@ class BlockSparse(FamilyMatrix):
     right: Tensor
     rows: Partition
     cols: Partition
-    strides: int
+    pattern: Pattern
 
     @classmethod
     def _project(
@@ -100,7 +100,8 @@ class BlockSparse(FamilyMatrix):
             side //= 2
             pattern = _largest(m, n, side, (1 - low_rank_share) * allowed)
         if pattern is None:
-            least = _cost(*_grid(m, n, side), 0)
+            rows, cols = _grid(m, n, side)
+            least = _cost(rows, cols, butterfly(rows.count, cols.count, 0))
             raise too_small(
                 cls.name,
                 weight.shape,
@@ -108,21 +109,15 @@ class BlockSparse(FamilyMatrix):
                 round(least / (1 - low_rank_share)),
                 f"a diagonal of {side} x {side} blocks",
             )
-        rows, cols, strides = pattern
-        rank = (allowed - _cost(rows, cols, strides)) // (m + n) if low_rank_share else 0
+        rows, cols, index = pattern
+        rank = (allowed - _cost(rows, cols, index)) // (m + n) if low_rank_share else 0
         rank = min(rank, m, n)
-        index = butterfly(rows.count, cols.count, strides)
         left, right = weight.new_zeros(m, rank), weight.new_zeros(rank, n)
         blocks = _cut(weight, rows, cols, index)
         for _ in range(iterations if rank else 0):
             left, right = truncated_svd(weight - _place(blocks, rows, cols, index), rank)
             blocks = _cut(weight - left @ right, rows, cols, index)
-        return cls(blocks, left, right, rows, cols, strides)
-
-    @property
-    def pattern(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Block rows and block columns of the live blocks."""
-        return butterfly(self.rows.count, self.cols.count, self.strides)
+        return cls(blocks, left, right, rows, cols, index)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -132,7 +127,7 @@ class BlockSparse(FamilyMatrix):
     @property
     def stored(self) -> int:
         """Sizes of the live blocks and r (m + n)."""
-        return _cost(self.rows, self.cols, self.strides) + self.left.numel() + self.right.numel()
+        return _cost(self.rows, self.cols, self.pattern) + self.left.numel() + self.right.numel()
 
     def to_dense(self) -> Tensor:
         """B + L R."""
@@ -164,25 +159,26 @@ def _grid(m: int, n: int, side: int) -> tuple[Partition, Partition]:
     return Partition(m, -(-m // side)), Partition(n, -(-n // side))
 
 
-def _cost(rows: Partition, cols: Partition, strides: int) -> int:
-    row, col = butterfly(rows.count, cols.count, strides)
+def _cost(rows: Partition, cols: Partition, index: Pattern) -> int:
     heights, widths = rows.sizes, cols.sizes
-    return sum(heights[i] * widths[j] for i, j in zip(row, col, strict=True))
+    return sum(heights[i] * widths[j] for i, j in zip(*index, strict=True))
 
 
-def _largest(m: int, n: int, side: int, allowed: float) -> tuple[Partition, Partition, int] | None:
+def _largest(m: int, n: int, side: int, allowed: float) -> tuple[Partition, Partition, Pattern] | None:
     """The pattern of blocks of this side with the most butterfly factors that cost at most ``allowed``."""
     rows, cols = _grid(m, n, side)
-    factors = min(rows.count, cols.count).bit_length() - 1
-    fitting = [strides for strides in range(factors + 1) if _cost(rows, cols, strides) <= allowed]
-    return (rows, cols, fitting[-1]) if fitting else None
+    for strides in reversed(range(min(rows.count, cols.count).bit_length())):
+        index = butterfly(rows.count, cols.count, strides)
+        if _cost(rows, cols, index) <= allowed:
+            return rows, cols, index
+    return None
 
 
-def _cut(matrix: Tensor, rows: Partition, cols: Partition, index: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
+def _cut(matrix: Tensor, rows: Partition, cols: Partition, index: Pattern) -> Tensor:
     return cut_blocks(matrix, rows, cols)[list(index[0]), list(index[1])]
 
 
-def _place(blocks: Tensor, rows: Partition, cols: Partition, index: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
+def _place(blocks: Tensor, rows: Partition, cols: Partition, index: Pattern) -> Tensor:
     grid = blocks.new_zeros(rows.count, cols.count, *blocks.shape[1:])
     place = tuple(torch.tensor(part, device=blocks.device) for part in index)
     return join_blocks(grid.index_put(place, blocks), rows, cols)

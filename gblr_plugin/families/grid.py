@@ -98,7 +98,7 @@ class BlockGrid(FamilyMatrix):
     def to_structured(self) -> StructuredMatrix:
         """R C c components, each on one block, at equal cost; the rows in ``row_order``."""
         (count_c, rank, m), (count_r, _, n) = self.left.shape, self.right.shape
-        row_part, col_part, part = torch.meshgrid(
+        row_part, col_part, _ = torch.meshgrid(
             *(torch.arange(size, device=self.left.device) for size in (count_r, count_c, rank)), indexing="ij"
         )
         return StructuredMatrix.from_factors(

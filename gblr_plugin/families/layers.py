@@ -12,7 +12,28 @@ from .base import FamilyMatrix
 
 __all__ = ["FamilyConv1d", "FamilyConv2d", "FamilyLayer", "FamilyLinear", "layer_like"]
 
-_HOOKS = ["_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks"]
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_CONV = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+    "transposed",
+    "output_padding",
+    "_reversed_padding_repeated_twice",
+)
 
 
 class FamilyLayer(nn.Module):
@@ -23,7 +44,6 @@ class FamilyLayer(nn.Module):
     """
 
     geometry: FamilyMatrix
-    bias: nn.Parameter | None
 
     def _init_factors(self, matrix: FamilyMatrix, bias: Tensor | None) -> None:
         self.geometry = matrix.to("meta")
@@ -76,6 +96,7 @@ class FamilyLayer(nn.Module):
         return self.matrix().to_dense()
 
     def extra_repr(self) -> str:
+        """The module's own, the family and its cost."""
         return f"{super().extra_repr()}, family={self.structure_name}, relative_flops={self.relative_flops:.3g}"
 
 
@@ -114,7 +135,7 @@ class _FamilyConv(FamilyLayer):
         expected = tuple(weight_matrix(like).shape)
         if matrix.shape != expected:
             raise ConfigError(f"{matrix.name}: the convolution's weight matrix is {expected}, got {matrix.shape}")
-        for name in ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "transposed", "output_padding", "_reversed_padding_repeated_twice"]:
+        for name in _CONV:
             setattr(self, name, getattr(like, name))
         self._init_factors(matrix, bias)
 
@@ -125,10 +146,11 @@ class _FamilyConv(FamilyLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """The convolution, as the family computes it."""
-        return self.matrix().convolve(self, input, self.bias)
+        bias: Any = self.bias
+        return self.matrix().convolve(self, input, bias)
 
 
-class FamilyConv1d(_FamilyConv, nn.Conv1d):  # type: ignore[misc]  # `weight` is computed, not a parameter
+class FamilyConv1d(_FamilyConv, nn.Conv1d):  # type: ignore[override]  # `weight` is computed, not a parameter
     """``nn.Conv1d`` whose (c_out, c_in * k) weight matrix is of a family.
 
     Args:
@@ -142,7 +164,7 @@ class FamilyConv1d(_FamilyConv, nn.Conv1d):  # type: ignore[misc]  # `weight` is
         self._init_conv(matrix, like, bias)
 
 
-class FamilyConv2d(_FamilyConv, nn.Conv2d):  # type: ignore[misc]  # `weight` is computed, not a parameter
+class FamilyConv2d(_FamilyConv, nn.Conv2d):  # type: ignore[override]  # `weight` is computed, not a parameter
     """``nn.Conv2d`` whose (c_out, c_in * kh * kw) weight matrix is of a family; arguments as :class:`FamilyConv1d`."""
 
     def __init__(self, matrix: FamilyMatrix, like: nn.Conv2d, bias: Tensor | None = None) -> None:

@@ -37,13 +37,13 @@ class LearnedRankLinear(_LearnedRank, GBLRLinear):
     structure_name = "low_rank"
 
 
-class LearnedRankConv1d(_LearnedRank, GBLRConv1d):
+class LearnedRankConv1d(_LearnedRank, GBLRConv1d):  # type: ignore[misc]  # as its base
     """``nn.Conv1d`` of learned rank; see :class:`gblr_plugin.GBLRConv1d`."""
 
     structure_name = "low_rank"
 
 
-class LearnedRankConv2d(_LearnedRank, GBLRConv2d):
+class LearnedRankConv2d(_LearnedRank, GBLRConv2d):  # type: ignore[misc]  # as its base
     """``nn.Conv2d`` of learned rank; see :class:`gblr_plugin.GBLRConv2d`."""
 
     structure_name = "low_rank"
@@ -69,5 +69,7 @@ def learned_rank_like(dense: nn.Module) -> GBLRLayer:
     left, right = truncated_svd(weight.double(), min(weight.shape))
     start = StructuredMatrix.from_factors(left.T.contiguous(), right)
     layer: Any = structured_like(dense, start, align=(weight.shape[0], weight.shape[1]))
+    with torch.no_grad():  # all on; at first those of small singular value are nearest to off
+        layer.widths.copy_(1 - 0.5 * torch.arange(len(left.T)) / len(left.T))
     layer.__class__ = _KINDS[type(layer)]  # same parameters and buffers, other masks
     return layer  # type: ignore[no-any-return]  # a GBLRLayer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,16 +11,6 @@ from torch.nn import functional as F
 from ..structure import Intervals
 
 __all__ = ["Partition", "cut_blocks", "join_blocks"]
-
-
-@lru_cache(maxsize=256)
-def _indices(length: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Indices (count, size) into the axis plus one zero at its end, and (length,) positions in the flattened parts."""
-    part = Partition(length, count)
-    offset = torch.arange(part.size)
-    starts, sizes = torch.tensor(part.starts)[:, None], torch.tensor(part.sizes)[:, None]
-    index = torch.where(offset < sizes, starts + offset, length)
-    return index.to(device), (index.flatten() < length).nonzero().flatten().to(device)
 
 
 @dataclass(frozen=True)
@@ -53,25 +42,21 @@ class Partition:
         small, larger = divmod(self.length, self.count)
         return [part * small + min(part, larger) for part in range(self.count)]
 
-    @property
-    def even(self) -> bool:
-        """Whether all parts are equal."""
-        return self.length % self.count == 0
-
     def split(self, x: Tensor) -> Tensor:
         """(..., length) to (..., count, size), short parts filled with zeros."""
-        if self.even:
-            return x.unflatten(-1, (self.count, self.size))
-        index, _ = _indices(self.length, self.count, x.device)
-        return F.pad(x, (0, 1)).index_select(-1, index.flatten()).unflatten(-1, (self.count, self.size))
+        larger = self.length % self.count or self.count
+        head = x[..., : larger * self.size].reshape(*x.shape[:-1], larger, self.size)
+        if larger == self.count:
+            return head
+        tail = x[..., larger * self.size :].reshape(*x.shape[:-1], self.count - larger, self.size - 1)
+        return torch.cat([head, F.pad(tail, (0, 1))], dim=-2)
 
     def join(self, parts: Tensor) -> Tensor:
         """(..., count, size) to (..., length), the inverse of :meth:`split`."""
-        flat = parts.flatten(-2)
-        if self.even:
-            return flat
-        _, position = _indices(self.length, self.count, parts.device)
-        return flat.index_select(-1, position)
+        larger = self.length % self.count or self.count
+        if larger == self.count:
+            return parts.flatten(-2)
+        return torch.cat([parts[..., :larger, :].flatten(-2), parts[..., larger:, :-1].flatten(-2)], dim=-1)
 
     def intervals(self, part: Tensor) -> Intervals:
         """The parts with the given (K,) int64 numbers as intervals of the axis."""

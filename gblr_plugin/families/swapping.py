@@ -55,7 +55,7 @@ def replace(
     small = [name for name, module in chosen.items() if not can_gain(module)]
     for name in small:
         _logger.warning("layer %r is too small to gain from structure and stays dense", name)
-        chosen.pop(name).gblr_note = "too small to gain, kept dense"  # type: ignore[assignment]  # a plain attribute
+        chosen.pop(name).gblr_note = "too small to gain, kept dense"
     if not chosen:
         raise ConfigError(f"family {family!r}: none of the selected layers is large enough to gain from structure")
     if isinstance(budget, Mapping):

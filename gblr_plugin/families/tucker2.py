@@ -111,14 +111,17 @@ class Tucker2(FamilyMatrix):
         if conv.padding_mode != "zeros":
             x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
         single = [taps == 1 for taps in self.kernel_size]
-        before = tuple(s if one else 1 for s, one in zip(self.stride, single, strict=True))
-        after = tuple(1 if one else s for s, one in zip(self.stride, single, strict=True))
-        padding: Any = conv.padding if conv.padding_mode == "zeros" else 0
-        pads = padding if isinstance(padding, (str, int)) else tuple(padding)
-        z = convolve(x, self.input.view(*self.input.shape, *ones), None, before, 0)
+        stride_in, stride_core = _shared(single, self.stride, 1)
+        pads_in: Any = 0
+        pads_core: Any = 0
+        if conv.padding_mode == "zeros":
+            same = isinstance(conv.padding, str)  # strides are then 1
+            pads_in, pads_core = (0, conv.padding) if same else _shared(single, conv.padding, 0)
+        z = convolve(x, self.input.view(*self.input.shape, *ones), None, stride_in, pads_in)
         core = self.core.view(*self.core.shape[:2], *self.kernel_size)
-        z = convolve(z, core, None, after, pads, conv.dilation)
-        return convolve(z, self.output.view(*self.output.shape, *ones), bias)
+        z = convolve(z, core, None, stride_core, pads_core, conv.dilation)
+        y: Tensor = convolve(z, self.output.view(*self.output.shape, *ones), bias)
+        return y
 
     @classmethod
     def trainable(cls, dense: nn.Module, budget: float, **options: Any) -> nn.Module:
@@ -133,6 +136,13 @@ class Tucker2(FamilyMatrix):
         return super().trainable(dense, budget, **geometry, **options)
 
 
+def _shared(single: list[bool], values: tuple[int, ...], neutral: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Strides or paddings of the first step (axes with one tap) and of the core (all others)."""
+    first = tuple(value if one else neutral for value, one in zip(values, single, strict=True))
+    core = tuple(neutral if one else value for value, one in zip(values, single, strict=True))
+    return first, core
+
+
 def _input_positions(kernel: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Input positions of the first step per output position."""
     return math.prod(1 if taps == 1 else step for taps, step in zip(kernel, stride, strict=True))
@@ -141,7 +151,8 @@ def _input_positions(kernel: tuple[int, ...], stride: tuple[int, ...]) -> int:
 def _leading(matrix: Tensor, rank: int) -> Tensor:
     """Leading left singular vectors, by the Gram matrix of the rows."""
     _, vectors = torch.linalg.eigh(matrix @ matrix.T)
-    return vectors[:, -rank:].flip(1)
+    leading: Tensor = vectors[:, -rank:].flip(1)
+    return leading
 
 
 def _ranks(by_output: Tensor, by_input: Tensor, allowed: int, taps: int, positions: int) -> tuple[int, int] | None:
