@@ -81,6 +81,10 @@ class GBLRCallback(Callback):
     (infinite: exact boxcar); ``trainer.callback_metrics`` holds ``gblr/relative_flops`` and ``gblr/sigma`` for other
     callbacks to monitor.
 
+    A checkpoint taken before the freeze holds a larger network with smooth masks: let ``ModelCheckpoint`` keep the last
+    one, or compare only what came after. Under DDP, which cannot see parameters freeze, use
+    ``strategy="ddp_find_unused_parameters_true"``; sharded strategies are refused.
+
     Raises:
         ConfigError: For arguments out of range; in ``setup`` for unknown layers or a sharded strategy; when fitting
             starts, for widths that are in no optimizer, or steps that cannot be counted (give ``warmup`` and
@@ -137,6 +141,8 @@ class GBLRCallback(Callback):
             "seed": seed,
         }
         self._row_splits = row_splits
+        if structure_lr is not None and not 0 < structure_lr < math.inf:
+            raise ConfigError(f"callback: structure_lr must be positive, got {structure_lr}")
         self._structure_lr = structure_lr
         for name, value in (
             ("log_every_n_steps", log_every_n_steps),
@@ -217,6 +223,9 @@ class GBLRCallback(Callback):
 
     def _prepare(self, pl_module: nn.Module) -> dict[str, GBLRLayer]:
         names = select_layers(pl_module, self._include, self._exclude)
+        for pattern in self._row_splits if isinstance(self._row_splits, Mapping) else ():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(f"row_splits: {pattern!r} matches none of the chosen layers")
         return prepare_layers(
             pl_module, {name: LayerSettings(**self._settings, row_splits=self._splits(name)) for name in names}
         )
@@ -224,6 +233,7 @@ class GBLRCallback(Callback):
     def _splits(self, name: str) -> int:
         if isinstance(self._row_splits, int):
             return self._row_splits
+        # The first pattern that matches counts.
         return next((count for pattern, count in self._row_splits.items() if fnmatchcase(name, pattern)), 1)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -280,9 +290,9 @@ class GBLRCallback(Callback):
             self._total_steps = int(total)
         warmup, cooldown = (self._step(point) for point in (self._warmup, self._cooldown))
         goal = LayerGoal(self._budget, self._threshold, group=_POOLED if self._group else None)
-        learner = StructureLearner(
-            self._layers, dict.fromkeys(self._layers, goal), Schedule(warmup, max(cooldown, warmup + 1))
-        )
+        if isinstance(self._warmup, float) and isinstance(self._cooldown, float):
+            cooldown = max(cooldown, warmup + 1)  # fractions of a very short training may round to one step
+        learner = StructureLearner(self._layers, dict.fromkeys(self._layers, goal), Schedule(warmup, cooldown))
         if restored is not None and restored["learner"] is not None:
             learner.load_state_dict(restored["learner"])
         return learner

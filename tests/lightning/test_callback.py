@@ -222,6 +222,22 @@ def test_row_splits_may_differ_by_layer(make_module, make_trainer):
     assert all(layer.align == (2, 2) for layer in layers_of(module).values())
 
 
+def test_row_splits_of_no_layer_are_an_error(make_module, make_trainer):
+    with pytest.raises(ConfigError, match=r"'net\.qkv' matches none"):
+        make_trainer([driver(row_splits={"net.qkv": 3})]).fit(make_module())
+
+
+def test_warmup_steps_past_a_cooldown_fraction_are_an_error(make_module, make_trainer):
+    with pytest.raises(ConfigError, match="warmup_step < cooldown_begin_step"):
+        make_trainer([driver(warmup=15, cooldown=0.5)]).fit(make_module())
+
+
+def test_fast_dev_run(make_module, make_trainer):
+    callback = GBLRCallback(0.4, picture_every_n_epochs=1)
+    make_trainer([callback], fast_dev_run=True).fit(make_module())
+    assert callback.learner.step_count == 1
+
+
 def test_each_layer_meets_the_budget_of_its_own_without_a_group(make_module, make_trainer):
     module = make_module()
     make_trainer([driver(group=False)]).fit(module)
@@ -392,6 +408,7 @@ def test_unknown_number_of_steps_is_an_error(make_module, make_trainer):
         ({"warmup": 10, "cooldown": 5}, "less than cooldown"),
         ({"layers": "net.0"}, "layers is a list"),
         ({"budget": None, "threshold": 1.0, "initialiser": "trapezoid"}, "initial_budget"),
+        ({"structure_lr": 0.0}, "structure_lr must be positive"),
         ({"log_every_n_steps": 0}, "log_every_n_steps"),
         ({"picture_size": 4}, "picture_size"),
     ],
