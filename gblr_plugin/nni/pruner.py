@@ -79,7 +79,7 @@ class GBLRPruner(ScheduledPruner):
         plan = read_config(model, config_list)
         schedule = _schedule(warmup_step, cooldown_begin_step, plan)
         wrappers = dict(existed_wrappers or {})
-        _check_unwrapped(plan, wrappers)
+        _check_layers(plan, wrappers)
         if evaluator is not None:
             if not isinstance(evaluator, Evaluator):
                 raise ConfigError(f"evaluator: need an evaluator of NNI, got a {type(evaluator).__name__}")
@@ -302,7 +302,7 @@ def _schedule(warmup_step: int, cooldown_begin_step: int | None, plan: Plan) -> 
     return Schedule(warmup_step, cooldown_begin_step, plan.sigma_start, plan.sigma_end)
 
 
-def _check_unwrapped(plan: Plan, wrappers: Mapping[str, ModuleWrapper]) -> None:
+def _check_layers(plan: Plan, wrappers: Mapping[str, ModuleWrapper]) -> None:
     for name, layer in plan.layers.items():
         if hasattr(layer.module, "_nni_wrapper"):
             raise ConfigError(
@@ -311,6 +311,11 @@ def _check_unwrapped(plan: Plan, wrappers: Mapping[str, ModuleWrapper]) -> None:
             )
         if name in wrappers:
             GBLRWrapper.check_rebindable(wrappers[name])
+        if name == "":
+            raise ConfigError("the model is itself the layer: put it into a container, e.g. nn.Sequential(layer)")
+        weight: Any = layer.module.U if isinstance(layer.module, GBLRLayer) else getattr(layer.module, "weight", None)
+        if weight is not None and not weight.requires_grad:
+            raise ConfigError(f"layer {name!r}: its weight does not require gradients; nothing can be learned there")
 
 
 def _prepare(model: nn.Module, plan: Plan, schedule: Schedule | None) -> StructureLearner:

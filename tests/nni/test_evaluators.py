@@ -148,6 +148,30 @@ def test_accumulated_gradients_are_one_step(lit: Lightning) -> None:
     assert pruner.learner.frozen
 
 
+def test_several_optimizers_by_hand(lit: Lightning) -> None:
+    class ByHand(lit.module):
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            parts = [self.net.fc3.parameters(), [*self.net.fc1.parameters(), *self.net.fc2.parameters()]]
+            return [nni.trace(torch.optim.AdamW)(part, lr=1e-2) for part in parts]
+
+        def training_step(self, batch: Any, index: int) -> None:
+            optimizers = self.optimizers()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            for optimizer in optimizers:
+                optimizer.step()
+
+    pruner = GBLRPruner(ByHand(), CONFIG, lit.evaluator(), 2, 10)
+    pruner.compress(None, 3)
+    assert pruner.learner.step_count == 12
+    assert 0.39 <= pruner.learner.relative_flops <= 0.4
+
+
 def test_agp_and_a_distiller_under_lightning(lit: Lightning) -> None:
     teacher, model = lit.module(adamw), lit.module(adamw)
     teacher.load_state_dict(model.state_dict())

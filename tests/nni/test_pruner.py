@@ -323,6 +323,11 @@ def test_shared_modules_keep_their_identity(kit: Any) -> None:
     assert not torch.equal(before, model.again.U)
 
 
+def test_a_model_that_is_itself_the_layer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="put it into a container"):
+        GBLRPruner(nn.Linear(8, 8), [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+
+
 def test_tied_weights_are_refused(kit: Any) -> None:
     model = kit.MLP()
     model.twin = nn.Linear(24, 24)
@@ -380,6 +385,11 @@ def bad_groups(model: Any) -> Any:
     return [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], {}
 
 
+def bad_frozen(model: Any) -> Any:
+    model.fc1.weight.requires_grad_(False)
+    return [{"op_names": ["fc1"], "sparse_ratio": 0.5}], {}
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -390,6 +400,7 @@ def bad_groups(model: Any) -> Any:
         (bad_sigmas, "sigma_start <= sigma_end"),
         (bad_attention, "NonDynamicallyQuantizableLinear cannot be structured"),
         (bad_groups, "groups=2"),
+        (bad_frozen, "'fc1': its weight does not require gradients"),
     ],
 )
 def test_a_refusal_is_one_line_and_leaves_the_model_as_it_was(kit: Any, make: Any, says: str) -> None:
@@ -405,6 +416,7 @@ def test_a_refusal_is_one_line_and_leaves_the_model_as_it_was(kit: Any, make: An
     # The same evaluator serves a config that can be used.
     with torch.no_grad():
         model.fc2.weight.nan_to_num_()
+    model.fc1.weight.requires_grad_(True)
     GBLRPruner(model, [{"op_names": ["fc1"], "sparse_ratio": 0.5}], evaluator, 1, 4).compress(5, None)
 
 
