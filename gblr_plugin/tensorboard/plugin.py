@@ -36,7 +36,7 @@ class GBLRPluginLoader(base_plugin.TBLoader):
         return GBLRPlugin(context) if context.data_provider is not None else None
 
 
-class _BadRequest(Exception):
+class _BadRequestError(Exception):
     """Parameters that cannot be used; the message goes to the browser."""
 
 
@@ -98,7 +98,7 @@ class GBLRPlugin(base_plugin.TBPlugin):
             try:
                 ctx, experiment = plugin_util.context(request.environ), plugin_util.experiment_id(request.environ)
                 return respond(answer(request, ctx, experiment))
-            except _BadRequest as error:
+            except _BadRequestError as error:
                 return respond({"error": str(error)}, 400)
 
         return serve
@@ -107,7 +107,7 @@ class GBLRPlugin(base_plugin.TBPlugin):
         run = request.args.get("run", "")
         log = self._reader.run(ctx, experiment, run)
         if log is None or not log.steps:
-            raise _BadRequest(f"run {run!r} holds no readable GBLR summaries")
+            raise _BadRequestError(f"run {run!r} holds no readable GBLR summaries")
         return log
 
     # -- routes ------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ class GBLRPlugin(base_plugin.TBPlugin):
         layer = request.args.get("layer")
         rows = [_curve_point(record, layer) for record in log.records]
         if layer is not None and all(row is None for row in rows):
-            raise _BadRequest(f"run {log.run!r} holds no layer {layer!r}")
+            raise _BadRequestError(f"run {log.run!r} holds no layer {layer!r}")
         none = (None,) * len(_CURVES)
         columns = zip(*(none if row is None else row for row in rows), strict=True)
         curves = {name: list(values) for name, values in zip(_CURVES, columns, strict=True)}
@@ -162,7 +162,7 @@ class GBLRPlugin(base_plugin.TBPlugin):
         log = self._run_of(request, ctx, experiment)
         name = request.args.get("layer")
         if name is None or not any(shape.name == name for record in log.records for shape in record.layers):
-            raise _BadRequest(f"run {log.run!r} holds no layer {name!r}")
+            raise _BadRequestError(f"run {log.run!r} holds no layer {name!r}")
         step, record, notes = self._reader.layer(ctx, experiment, log.run, name, _step_of(request))
         structure = None if record is None else _layer_json(record)
         return {"run": log.run, "layer": name, "step": step, "structure": structure, "notes": notes}
@@ -178,7 +178,7 @@ def _step_of(request: wrappers.Request) -> int | None:
     try:
         return int(text)
     except ValueError:
-        raise _BadRequest(f"step must be a whole number, got {text[:40]!r}") from None
+        raise _BadRequestError(f"step must be a whole number, got {text[:40]!r}") from None
 
 
 def _shape_json(shape: LayerShape) -> dict[str, Any]:

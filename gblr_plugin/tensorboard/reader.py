@@ -1,7 +1,7 @@
 """Reads GBLR records out of TensorBoard logs, through TensorBoard's own data provider.
 
-Whatever the provider serves (local, remote or merged logs, all records or a sample of them) is shown. Records that cannot
-be read are passed over, with a note that says so.
+Whatever the provider serves (local, remote or merged logs, all records or a sample of them) is shown. Records that
+cannot be read are passed over, with a note that says so.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ def _run_log(run: str, data: Any) -> RunLog:
     skipped = 0
     for datum in data:
         try:
-            readable[int(datum.step)] = _decode_step(_bytes_of(datum.numpy))
+            # Of two records of a step the first counts: TensorBoard's local blobs have the same rule.
+            readable.setdefault(int(datum.step), _decode_step(_bytes_of(datum.numpy)))
         except RecordError as error:
             skipped += 1
             if skipped <= _MOST_NOTES:

@@ -40,8 +40,8 @@ PLUGIN_NAME = "gblr"
 SUMMARY_TAG = "gblr/summary"
 """Tag of the tensor time series with one :class:`StepRecord` per step."""
 STRUCTURE_TAG = "gblr/structure/"
-"""With a layer's name: tag of the blob sequences that hold its :class:`LayerRecord`, one a step. A tag per layer, so that
-showing one layer touches the records of one layer."""
+"""With a layer's name: tag of the blob sequences that hold its :class:`LayerRecord`, one a step. A tag per layer, so
+that showing one layer touches the records of one layer."""
 
 _MAGIC = b"GBLR"
 _VERSION = 1

@@ -123,7 +123,7 @@ def _layer_record(name: str, layer: Any) -> LayerRecord:
         # All K components, dead ones too: a component keeps its number while it is watched.
         rows, cols = layer.intervals()
         sizes = (layer.U.shape[0] // layer.row_splits,) * layer.row_splits
-        u, v, shape = layer.U, layer.V, layer.matrix_shape
+        u, v, shape = layer.U.detach(), layer.V.detach(), layer.matrix_shape
     else:
         matrix = _structured(name, layer)
         rows, cols, sizes, u, v, shape = matrix.rows, matrix.cols, matrix.split_sizes, matrix.u, matrix.v, matrix.shape
@@ -146,12 +146,13 @@ def _structured(name: str, layer: Any) -> StructuredMatrix:
         return layer
     for candidate in (layer, getattr(layer, "weight", None)):
         # Duck-typed: importing the tensor would import torchao.
-        if callable(getattr(candidate, "to_structured", None)):
-            matrix: StructuredMatrix = candidate.to_structured()
+        to_structured = getattr(candidate, "to_structured", None)
+        if callable(to_structured):
+            matrix: StructuredMatrix = to_structured()
             return matrix
     raise ConfigError(
-        f"write_structure: layer {name!r} is a {type(layer).__name__}; allowed are GBLR layers, GBLRTensor (or a module "
-        "with one as its weight) and StructuredMatrix"
+        f"write_structure: layer {name!r} is a {type(layer).__name__}; allowed are GBLR layers, GBLRTensor (or a "
+        "module with one as its weight) and StructuredMatrix"
     )
 
 
@@ -180,6 +181,6 @@ def _add_summary(writer: Any, summary: summary_pb2.Summary, step: int) -> None:
         writer.add_event(event_pb2.Event(summary=summary, step=step, wall_time=time.time()))
     else:
         raise ConfigError(
-            f"write_structure: cannot write to a {type(writer).__name__}; allowed are torch's SummaryWriter, Lightning's "
-            "TensorBoardLogger, and writers with add_summary or add_event"
+            f"write_structure: cannot write to a {type(writer).__name__}; allowed are torch's SummaryWriter, "
+            "Lightning's TensorBoardLogger, and writers with add_summary or add_event"
         )

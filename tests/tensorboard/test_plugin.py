@@ -169,6 +169,8 @@ def test_a_step_written_twice_counts_once(tmp_path: Path, client_of: Callable[..
     client = client_of(tmp_path)
     (run,) = get(client, "runs")["runs"]
     assert run["steps"] == [7]
+    assert get(client, "overview", run=".")["layers"][0]["live"] == 1
+    assert get(client, "layer", run=".", layer="a")["structure"]["split_sizes"] == [1]
 
 
 def test_layers_may_come_and_go(tmp_path: Path, client_of: Callable[..., Client]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -78,9 +81,7 @@ def test_layer_round_trip_of_any_shape(splits: list[int], length: int, cols: int
 def test_energies_of_dead_and_diverged_components() -> None:
     record = make_layer(6, 6, (3,))
     for energy, expected in (([0, 1, 4], [0, 1, 4]), ([0, 0, 0], [0, 0, 0]), ([1, math.inf, 2], [0, 0, 0])):
-        changed = LayerRecord(
-            record.shape, record.row_width, record.row_start, record.col_width, record.col_start, np.array(energy, float)
-        )
+        changed = dataclasses.replace(record, energy=np.array(energy, float))
         np.testing.assert_allclose(decode_layer(encode_layer(changed)).energy, expected, rtol=1e-9)
 
 
@@ -133,9 +134,6 @@ def test_foreign_bytes_are_named(data: object, message: str) -> None:
 
 
 def test_a_small_record_cannot_unpack_into_a_large_one() -> None:
-    import struct
-    import zlib
-
     bomb = struct.pack("<4sBBI", b"GBLR", 1, 2, 50) + zlib.compress(bytes(10_000_000)) + b"."
     with pytest.raises(RecordError, match="wrong length"):
         decode_layer(bomb)
@@ -143,8 +141,6 @@ def test_a_small_record_cannot_unpack_into_a_large_one() -> None:
 
 def test_out_of_range_intervals_are_refused() -> None:
     record = make_layer(12, 7, (9,))
-    wide = LayerRecord(
-        record.shape, record.row_width + 50, record.row_start, record.col_width, record.col_start, record.energy
-    )
+    wide = dataclasses.replace(record, row_width=record.row_width + 50)
     with pytest.raises(RecordError, match="intervals out of range"):
         decode_layer(encode_layer(wide))

@@ -38,7 +38,8 @@ def records_of(summary: Any) -> tuple[Any, list[Any]]:
 
 def test_counts_and_energies_are_those_of_the_matrix() -> None:
     matrix = make_matrix()
-    step, (layer,) = records_of(structure_summary({"a": matrix}, budget={"a": 0.25}, sigma=3.0, lambdas={"a": 2.0}, loss=1.5))
+    summary = structure_summary({"a": matrix}, budget={"a": 0.25}, sigma=3.0, lambdas={"a": 2.0}, loss=1.5)
+    step, (layer,) = records_of(summary)
     assert step.stored.tolist() == [matrix.stored]
     assert step.live.tolist() == [matrix.num_components] == [2]
     assert (step.budget.tolist(), step.lambdas.tolist(), step.sigma, step.loss) == ([0.25], [2.0], 3.0, 1.5)
