@@ -114,9 +114,10 @@ class GBLRTensor(TorchAOBaseTensor):
         matrix = StructuredMatrix(matrix.u.detach(), matrix.v.detach(), matrix.rows, matrix.cols, matrix.split_sizes)
         unit = prod(shape[2:])
         if plan is None or plan == "fixed":
-            plan = fixed_plan(matrix, unit)
+            plan = fixed_plan(matrix, unit, "blocks" if len(shape) > 2 else None)
         elif plan == "auto":
-            plan = measured_plan(matrix, unit)
+            # Convolutions run on torch operations: their plan follows from the cost model.
+            plan = measured_plan(matrix) if len(shape) == 2 else fixed_plan(matrix, unit, "blocks")
         if not isinstance(plan, Plan):
             raise ConfigError(f"GBLR tensor: plan must be 'fixed', 'auto' or a Plan, got {plan!r}")
         if plan.block_cols % unit:

@@ -53,47 +53,46 @@ def interleaved_medians(
     return [statistics.median(taken) for taken in times]
 
 
-def _key(matrix: StructuredMatrix, unit: int) -> tuple[object, ...]:
+def _key(matrix: StructuredMatrix) -> tuple[object, ...]:
     ends = (matrix.rows.width, matrix.rows.start, matrix.cols.width, matrix.cols.start)
     structure = tuple(end.cpu().numpy().tobytes() for end in ends)
     device = matrix.u.device
-    return (*structure, matrix.shape, matrix.split_sizes, unit, matrix.u.dtype, str(device), torch.get_num_threads())
+    return (*structure, matrix.shape, matrix.split_sizes, matrix.u.dtype, str(device), torch.get_num_threads())
 
 
-def _stored_kernels(matrix: StructuredMatrix, unit: int) -> list[Plan]:
+def _storages(matrix: StructuredMatrix) -> list[Plan]:
     """Storages to time; a storage serves every kernel."""
     plans: dict[tuple[int, int], Plan] = {}
     kernels = ["compiled"] if compiled.available(matrix.u.device, matrix.u.dtype) else []
     for kernel in [*kernels, "blocks"]:
-        for plan in candidates(matrix, unit, kernel)[: KEEP if kernel == "compiled" or not kernels else 1]:
+        for plan in candidates(matrix, kernel=kernel)[: KEEP if kernel == "compiled" or not kernels else 1]:
             plans.setdefault((plan.block_rows, plan.block_cols), plan)
     return list(plans.values())
 
 
 @torch.no_grad()
-def measured_plan(matrix: StructuredMatrix, unit: int = 1, buckets: tuple[int, ...] = (1, 16, 256)) -> Plan:
+def measured_plan(matrix: StructuredMatrix, buckets: tuple[int, ...] = (1, 16, 256)) -> Plan:
     """Time the candidates on the device and in the dtype of the factors; dense storage is one of them.
 
     Args:
         matrix: The weight.
-        unit: Column blocks are multiples of this, see :func:`~gblr_plugin.kernels.plan.candidates`.
         buckets: Token counts to time; a kernel is chosen for each.
 
     Returns:
         The plan whose times over dense have the least geometric mean over the buckets, dense storage if none beats
         dense by that measure. Equal structures on one device reuse the measurement.
     """
-    key = (*_key(matrix, unit), buckets)
+    key = (*_key(matrix), buckets)
     if key not in _CACHE:
-        _CACHE[key] = _measure(matrix, unit, buckets)
+        _CACHE[key] = _measure(matrix, buckets)
     return _CACHE[key]
 
 
-def _measure(matrix: StructuredMatrix, unit: int, buckets: tuple[int, ...]) -> Plan:
+def _measure(matrix: StructuredMatrix, buckets: tuple[int, ...]) -> Plan:
     device, dtype = matrix.u.device, matrix.u.dtype
     facts = {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
     dense = matrix.to_dense()
-    packed = [(plan, *pack(matrix, plan.block_rows, plan.block_cols)) for plan in _stored_kernels(matrix, unit)]
+    packed = [(plan, *pack(matrix, plan.block_rows, plan.block_cols)) for plan in _storages(matrix)]
     names = ["compiled", "blocks"] if compiled.available(device, dtype) else ["blocks"]
     ratios: list[list[tuple[float, str]]] = [[] for _ in packed]  # best (time over dense, kernel) per bucket
     for tokens in buckets:
