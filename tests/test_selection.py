@@ -1,0 +1,94 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from gblr_plugin import ConfigError, convert, prepare
+from gblr_plugin.selection import select_layers
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(2)])
+        self.norm = nn.LayerNorm(16)
+        self.tiny = nn.Linear(16, 1)
+        self.depthwise = nn.Conv2d(16, 16, 3, groups=16)
+
+
+def names(model, include=None, exclude=()):
+    return list(select_layers(model, include, exclude))
+
+
+def test_default_is_every_layer_that_can_gain():
+    assert names(Net()) == ["stem", "blocks.0.0", "blocks.0.2", "blocks.1.0", "blocks.1.2"]
+
+
+@pytest.mark.parametrize(
+    ("include", "expected"),
+    [
+        (["blocks.1.2", "stem"], ["stem", "blocks.1.2"]),
+        (["blocks.*"], ["blocks.0.0", "blocks.0.2", "blocks.1.0", "blocks.1.2"]),
+        (["Linear"], ["blocks.0.0", "blocks.0.2", "blocks.1.0", "blocks.1.2", "tiny"]),
+        (["blocks.?.0"], ["blocks.0.0", "blocks.1.0"]),
+    ],
+)
+def test_names_globs_and_types(include, expected):
+    assert names(Net(), include) == expected
+
+
+def test_exclude_takes_away():
+    assert names(Net(), ["Linear"], ["blocks.0.*", "tiny"]) == ["blocks.1.0", "blocks.1.2"]
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "message"),
+    [
+        (["stemm"], (), "'stemm' matches no module of the model; did you mean 'stem'"),
+        (None, ["blocs.*"], "'blocs.*' matches no module"),
+        (["norm"], (), "layer 'norm': a LayerNorm cannot be structured; allowed are Linear"),
+        (["blocks"], (), "layer 'blocks': a ModuleList cannot be structured"),
+        (["stem", "nor*"], (), "'nor*' matches no layer that can be structured"),
+        (["depthwise"], (), "layer 'depthwise': convolution with groups=16: only groups=1"),
+        (["stem"], ["Conv2d"], "the selection is empty"),
+    ],
+)
+def test_errors_are_one_line_and_name_the_pattern(include, exclude, message):
+    with pytest.raises(ConfigError) as caught:
+        select_layers(Net(), include, exclude)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [("stem",), (None, "stem")])
+def test_one_string_is_refused(arguments):
+    with pytest.raises(ConfigError, match="lists of patterns"):
+        select_layers(Net(), *arguments)
+
+
+def test_a_shared_module_is_found_under_any_of_its_names():
+    shared = nn.Linear(16, 16)
+    model = nn.ModuleDict({"first": shared, "second": shared, "other": nn.Linear(16, 16)})
+    assert names(model) == ["first", "other"]
+    assert names(model, ["second"]) == ["first"]
+    assert names(model, None, ["second"]) == ["other"]
+
+
+def test_default_passes_over_what_is_structured_converted_or_parametrized():
+    model = nn.Sequential(
+        nn.Linear(16, 16), nn.Linear(16, 16), weight_norm(nn.Linear(16, 16)), nn.Conv2d(4, 16, 3), nn.Conv1d(4, 16, 3)
+    )
+    prepare(model, ["0", "3"])
+    assert names(model) == ["1", "4"]
+    with torch.no_grad():
+        for index in (0, 3):
+            model[index].widths.mul_(0.3)
+    convert(model)
+    assert type(model[3]) is nn.Conv2d
+    assert names(model) == ["1", "4"]
+
+
+def test_a_model_that_is_itself_a_layer_has_no_layer_inside():
+    with pytest.raises(ConfigError, match="inside a model"):
+        select_layers(nn.Linear(16, 16))
