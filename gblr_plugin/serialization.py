@@ -97,15 +97,47 @@ def load(path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module
     return skeleton.eval()
 
 
-def _read(path: str) -> dict[str, Any]:
+def read_file(path: str, who: str) -> Any:
+    """What ``torch.save`` wrote, on the CPU, without running code of the file.
+
+    Args:
+        path: The file.
+        who: First word of error messages.
+
+    Raises:
+        ConfigError: If the file is missing, unreadable or damaged.
+    """
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise ConfigError(f"load: no file at {path!r}") from error
-    except OSError as error:
-        raise ConfigError(f"load: cannot read {path!r}: {error.strerror or error}") from error
+        raise ConfigError(f"{who}: no file at {path!r}") from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise ConfigError(f"{who}: cannot read {path!r}: {error.strerror}") from error
     except Exception as error:  # torch raises half a dozen kinds over damaged and foreign files
-        raise ConfigError(f"load: {path!r} is damaged, or not a gblr_plugin model file") from error
+        raise ConfigError(f"{who}: {path!r} is damaged, or not a file of weights") from error
+
+
+def _is_sound(tensor: Any) -> bool:
+    """Whether the indices of a structured weight are those that its own intervals give; kernels trust them."""
+    if not isinstance(tensor, GBLRTensor):
+        return True
+    layout, (m, n) = tensor.packing, tensor.packing.shape
+    if layout.dense:
+        return not layout.transposed and tensor.factors.numel() == m * n
+    try:
+        again = GBLRTensor.from_structured(tensor.to_structured(), shape=tensor.outer_shape, plan=tensor.plan)
+    except Exception:  # whatever comes of indices that do not fit
+        return False
+    return (
+        again.packing == layout
+        and tensor.factors.shape == again.factors.shape
+        and torch.equal(tensor.lists, again.lists)
+        and tensor.lists.dtype == again.lists.dtype
+    )
+
+
+def _read(path: str) -> dict[str, Any]:
+    content = read_file(path, "load")
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ConfigError(f"load: {path!r} is not a gblr_plugin model file")
     if content.get("version") != _VERSION:
@@ -120,6 +152,9 @@ def _read(path: str) -> dict[str, Any]:
         )
     ):
         raise ConfigError(f"load: {path!r} is damaged, or not a gblr_plugin model file")
+    unsound = next((name for name, tensor in state.items() if not _is_sound(tensor)), None)
+    if unsound is not None:
+        raise ConfigError(f"load: {path!r} is damaged: the indices of {unsound!r} do not fit together")
     return content
 
 

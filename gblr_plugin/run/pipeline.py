@@ -25,7 +25,7 @@ from ..files import write_atomic, write_text
 from ..lightning import GBLRCallback
 from ..nni import LightningEvaluator, create_compressor
 from ..reporting import Report, report
-from ..serialization import load, save
+from ..serialization import load, read_file, save
 from ..tasks import get_task
 from ..tasks.base import ClassifierModule, PairsDataModule
 from ..tensor import GBLRTensor
@@ -329,14 +329,7 @@ def _draw(folder: Path, summary: RunReport, network: nn.Module, history: dict[st
 
 def _load_weights(network: nn.Module, path: str) -> None:
     """Load a dense network's weights: a file of :func:`gblr_plugin.save`, or a state dict as torch.save writes it."""
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ConfigError(f"weights: no file at {path!r}") from error
-    except OSError as error:
-        raise ConfigError(f"weights: cannot read {path!r}: {error.strerror or error}") from error
-    except Exception as error:  # torch raises half a dozen kinds over damaged and foreign files
-        raise ConfigError(f"weights: {path!r} is damaged, or not a file of weights") from error
+    content = read_file(path, "weights")
     state = content.get("state", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(type(value) is torch.Tensor for value in state.values()):
         raise ConfigError(f"weights: {path!r} holds no state dict of a dense network")
