@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .errors import ConfigError
 from .mask import integer_widths
@@ -20,8 +21,8 @@ from .structure import multiply_adds
 
 __all__ = ["AxisSpec", "WidthBudget"]
 
-_WAYS = 8  # candidates evaluated at once: few launches on a GPU, little waste on a CPU
-_ROUNDS = 6
+_WAYS = 32  # candidates evaluated at once: few calls, little waste
+_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,10 @@ class WidthBudget:
         def per_component(values: list[tuple[int, int]]) -> Tensor:
             return torch.tensor(values, dtype=torch.float64).T[:, layer].to(device)
 
+        self.num_components = int(counts.sum())
         self._layer = layer.to(device)
+        self._bounds = F.pad(counts.cumsum(0), (1, 0)).to(device)
+        self._untiled = all(spec.align == (1, 1) for spec in specs)
         self._length = per_component([spec.axis_lengths for spec in specs])
         self._tile = per_component([spec.align for spec in specs])
         self._group = torch.tensor(list(groups), dtype=torch.int64).to(device)
@@ -90,15 +94,22 @@ class WidthBudget:
         return integer_widths(widths, self._length, self._tile)
 
     def layer_cost(self, widths: Tensor) -> Tensor:
-        """Multiply-adds per layer, (..., L) int64, of normalised widths (..., 2, C)."""
-        whole = self.snap(widths)
-        cost = multiply_adds(whole[..., 0, :], whole[..., 1, :])
-        return cost.new_zeros(*cost.shape[:-1], self.num_layers).index_add_(-1, self._layer, cost)
+        """Multiply-adds per layer, (..., L) int64, of normalised widths (..., 2, C) in [0, 1]."""
+        return self._layer_cost(widths).long()
 
-    def _shrunk_cost(self, widths: Tensor, threshold: Tensor) -> Tensor:
+    def _layer_cost(self, widths: Tensor) -> Tensor:
+        # Whole numbers below 2^24 in the widths' own dtype; their sums in float64.
+        whole = torch.round(widths * self._length.to(widths.dtype)) if self._untiled else self.snap(widths).to(widths)
+        rows, cols = whole.unbind(-2)
+        running = (rows + cols).mul_(torch.minimum(rows, cols) > 0).cumsum(-1, dtype=torch.float64)
+        return F.pad(running, (1, 0)).index_select(-1, self._bounds).diff()
+
+    def _shrunk_cost(self, widths: Tensor, threshold: Tensor, growing: bool) -> Tensor:
         """(W, L) cost after shrinking by thresholds (W, L); a negative threshold grows live widths only."""
         step = threshold.to(widths.dtype)[:, None, self._layer]
-        return self.layer_cost(torch.where((step < 0) & (widths <= 0), widths, widths - step).clamp(0, 1))
+        if growing:
+            step = torch.where((step < 0) & (widths <= 0), 0, step)
+        return self._layer_cost((widths - step).clamp_(0, 1))
 
     def _search(
         self, widths: Tensor, target: Tensor, group: Tensor, growth: float, clamp: tuple[Tensor, Tensor] | None = None
@@ -113,7 +124,7 @@ class WidthBudget:
             threshold = candidates[:, group]
             if clamp is not None:
                 threshold = threshold.maximum(clamp[0]).minimum(clamp[1])
-            cost = self._shrunk_cost(widths, threshold)
+            cost = self._shrunk_cost(widths, threshold, growth > 0)
             total = cost.new_zeros(_WAYS + 1, num).index_add_(1, group, cost)
             fits = (total <= target).int().cummax(0).values  # rounding may make the count wobble: take the first fit
             first = (_WAYS + 1 - fits.sum(0)).clamp(max=_WAYS)

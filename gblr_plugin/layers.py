@@ -7,18 +7,33 @@ The factors, widths and locations are plain parameters, so that optimizers, grad
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
+from .blockwise import Block, active_blocks, block_dense, block_linear, mask_reach
 from .errors import ConfigError, GBLRError
 from .mask import integer_locations, integer_widths, mask_tables, masked_factor, table_mask
 from .structure import Intervals, StructuredMatrix, multiply_adds
 
 __all__ = ["GBLRConv1d", "GBLRConv2d", "GBLRLayer", "GBLRLinear"]
+
+
+_WORTH_BLOCKS = 5e7  # multiply-adds below which listing blocks costs more than they save
+_BLOCK_OVERHEAD = 5e5  # multiply-adds that one block's extra calls are worth
+_BLOCK_SLOWDOWN = 1.3  # of a multiply-add inside a block: gathering and scattering rows
+
+
+class _Product(NamedTuple):
+    """How to multiply: by the two factors or by their dense product, and over which blocks (``None``: all of it)."""
+
+    factored: bool
+    rows: list[Block] | None
+    cols: list[Block] | None
 
 
 class GBLRLayer(nn.Module):
@@ -74,6 +89,7 @@ class GBLRLayer(nn.Module):
         self.register_buffer("frozen", torch.tensor(False, device=device))
         self._sigma: float | None = None
         self._structure_frozen = False
+        self._blocks: tuple[Any, list[Block], list[Block]] | None = None
         for name, axis in (("row_tables", rows.length), ("column_tables", cols.length)):
             tables = mask_tables(axis, None, structure_dtype, matrix.u.device)
             self.register_buffer(name, tables, persistent=False)
@@ -139,6 +155,7 @@ class GBLRLayer(nn.Module):
     @torch.no_grad()
     def _refresh_buffers(self) -> None:
         """Write what the buffers hold anew: after a change of sigma, of dtype or device, or of uninitialised memory."""
+        self._blocks = None
         for name, n in zip(("row_tables", "column_tables"), self.axis_lengths, strict=True):
             tables = getattr(self, name)
             if tables.device == self.widths.device:
@@ -180,6 +197,36 @@ class GBLRLayer(nn.Module):
             parameter.requires_grad_(not frozen)
             parameter.grad = None
 
+    @torch.no_grad()
+    def compact(self, optimizers: Iterable[Optimizer] = ()) -> int:
+        """Drop components with an empty side for good, from the parameters and from the optimizers' state.
+
+        Parameters keep their identity and change their shape; so do the state entries that have their shape. Whatever else
+        holds tensors of the old shape (moving averages of the weights, DistributedDataParallel) has to be made anew. With
+        row splits, every split keeps as many components as the fullest one.
+
+        Args:
+            optimizers: Those whose state for this layer's parameters is to be sliced.
+
+        Returns:
+            Number of components dropped.
+        """
+        alive = (self.component_multiply_adds > 0).view(self.row_splits, -1)
+        most = max(int(alive.sum(1).max()), 1)
+        # Stable: live components first, each kind in its old order.
+        order = (~alive).int().argsort(dim=1, stable=True)[:, :most].sort(dim=1).values
+        keep = (order + torch.arange(self.row_splits, device=order.device)[:, None] * alive.shape[1]).flatten()
+        dropped = self.U.shape[0] - len(keep)
+        if dropped:
+            for parameter, dim in self._component_parameters():
+                _keep_components(parameter, dim, keep, optimizers)
+            self._blocks = None
+        return dropped
+
+    def _component_parameters(self) -> tuple[tuple[nn.Parameter, int], ...]:
+        """The parameters that hold one entry per component, and along which dimension."""
+        return (self.U, 0), (self.V, 0), (self.widths, 1), (self.locations, 1)
+
     def masks(self) -> tuple[Tensor, Tensor]:
         """Row mask (K, m / s) and column mask (K, n), differentiable in widths and locations."""
         return (
@@ -199,7 +246,9 @@ class GBLRLayer(nn.Module):
         """The (m, n) matrix of the present, possibly smooth, masks; differentiable."""
         return self._dense(*self.masked_factors())
 
-    def _dense(self, u: Tensor, v: Tensor) -> Tensor:
+    def _dense(self, u: Tensor, v: Tensor, rows: list[Block] | None = None) -> Tensor:
+        if rows is not None:
+            return block_dense(u, v, rows)
         s = self.row_splits
         if s == 1:
             return u.T @ v
@@ -212,11 +261,44 @@ class GBLRLayer(nn.Module):
         sizes = (self.U.shape[0] // self.row_splits,) * self.row_splits
         return StructuredMatrix.from_factors(self.U.detach(), self.V.detach(), rows, cols, sizes).live()
 
-    def _factored_is_cheaper(self, positions: int) -> bool:
-        """Compare multiply-adds over ``positions`` inputs: K (m/s + n) each, or mn each plus one reconstruction."""
-        k = self.U.shape[0]
-        rows, cols = self.axis_lengths
-        return positions * k * (rows + cols) <= k * rows * cols + positions * rows * self.row_splits * cols
+    def _choose_product(self, positions: int, linear: bool) -> _Product:
+        """The product of masked factors with fewest multiply-adds over ``positions`` inputs.
+
+        Two full products take K (m / s + n) each; the dense matrix takes m n each and K m n / s once; both take less where
+        blocks of the axes meet few components.
+        """
+        k, (m, n), rows = self.U.shape[0], self.matrix_shape, self.axis_lengths[0]
+        factored, dense = positions * k * (rows + n), k * rows * n + positions * m * n
+        plain = _Product(factored <= dense, None, None)
+        least = min(factored, dense)
+        if least < _WORTH_BLOCKS or torch.compiler.is_compiling() or not self._blocks_allowed():
+            return plain
+        row_blocks, col_blocks = self._active_blocks()
+        sizes = [sum(block.size for block in blocks) for blocks in (row_blocks, col_blocks)]
+        overhead = _BLOCK_OVERHEAD * (len(row_blocks) + len(col_blocks))
+        block_factored = _BLOCK_SLOWDOWN * positions * sum(sizes) + overhead
+        block_dense = _BLOCK_SLOWDOWN * sizes[0] * n + overhead + positions * m * n
+        if not linear or block_dense < block_factored:
+            return _Product(False, row_blocks, None) if block_dense < least else plain
+        return _Product(True, row_blocks, col_blocks) if block_factored < least else plain
+
+    def _blocks_allowed(self) -> bool:
+        """On a GPU, lists cost a synchronisation: only for a structure that no longer changes."""
+        return self._structure_frozen or not self.widths.is_cuda
+
+    def _active_blocks(self) -> tuple[list[Block], list[Block]]:
+        """Blocks of rows and of columns for the present structure, remembered until it changes."""
+        state = self._sigma, self._structure_frozen, self.widths._version, self.locations._version
+        if self._blocks is None or self._blocks[0] != state:
+            rows, cols = self.intervals()
+            # One empty side still has a gradient, and may come back, until the structure is frozen.
+            empty_rows, empty_cols = rows.width == 0, cols.width == 0
+            skip = empty_rows | empty_cols if self._structure_frozen else empty_rows & empty_cols
+            reach = [0 if self._structure_frozen else mask_reach(n, self._sigma) for n in self.axis_lengths]
+            row_blocks = active_blocks(rows.width, rows.start, rows.length, reach[0], skip, self.row_splits)
+            col_blocks = active_blocks(cols.width, cols.start, cols.length, reach[1], skip)
+            self._blocks = state, row_blocks, col_blocks
+        return self._blocks[1:]
 
     # -- module plumbing ---------------------------------------------------------------------------------------------
 
@@ -238,6 +320,13 @@ class GBLRLayer(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for parameter, name in ((self.U, "U"), (self.V, "V"), (self.widths, "widths"), (self.locations, "locations")):
+            saved = state_dict.get(prefix + name)
+            # A state saved after compaction has fewer components: the parameter takes their number.
+            dim = 0 if name in "UV" else 1
+            if saved is not None and saved.dim() == 2 and saved.shape[dim] != parameter.shape[dim]:
+                if saved.shape[dim] % self.row_splits == 0 and saved.shape[1 - dim] == parameter.shape[1 - dim]:
+                    _replace_storage(parameter, parameter.new_empty(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not self.smoothness.is_meta:
             value = float(self.smoothness)
@@ -251,6 +340,25 @@ class GBLRLayer(nn.Module):
         align = f", align={self.align}" if self.align != (1, 1) else ""
         sigma = "boxcar" if self.sigma is None else f"{self.sigma:g}"
         return f"{super().extra_repr()}, components={self.U.shape[0]}{splits}{align}, sigma={sigma}"
+
+
+@torch.no_grad()
+def _replace_storage(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter other contents of another shape, keeping its identity, also while an old graph is alive."""
+    parameter.grad = None
+    parameter.set_(value)  # type: ignore[call-overload]  # `.data =` would leave the old shape in the graph's metadata
+
+
+def _keep_components(parameter: nn.Parameter, dim: int, keep: Tensor, optimizers: Iterable[Optimizer]) -> None:
+    before, grad = parameter.shape, parameter.grad
+    _replace_storage(parameter, parameter.detach().index_select(dim, keep))
+    if grad is not None:
+        parameter.grad = grad.index_select(dim, keep)
+    for optimizer in optimizers:
+        state = optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dim() == len(before) and value.shape[dim] == before[dim]:
+                state[key] = value.index_select(dim, keep)
 
 
 def _check_align(align: int | tuple[int, int]) -> tuple[int, int]:
@@ -294,8 +402,11 @@ class GBLRLinear(GBLRLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``x W^T + b`` by the factored product or the dense reconstruction, whichever takes fewer multiply-adds."""
         u, v = self.masked_factors()
-        if not self._factored_is_cheaper(input.numel() // max(self.in_features, 1)):
-            return F.linear(input, self._dense(u, v), self.bias)
+        product = self._choose_product(input.numel() // max(self.in_features, 1), linear=True)
+        if not product.factored:
+            return F.linear(input, self._dense(u, v, product.rows), self.bias)
+        if product.rows is not None and product.cols is not None:
+            return self._block_linear(input, u, v, product.rows, product.cols)
         z = F.linear(input, v)
         if self.row_splits == 1:
             return F.linear(z, u.T, self.bias)
@@ -303,6 +414,16 @@ class GBLRLinear(GBLRLayer, nn.Linear):
         parts = torch.einsum("...sk,skm->...sm", z.unflatten(-1, (s, -1)), u.view(s, -1, u.shape[1]))
         y = parts.flatten(-2)
         return y if self.bias is None else y + self.bias
+
+    def _block_linear(self, input: Tensor, u: Tensor, v: Tensor, rows: list[Block], cols: list[Block]) -> Tensor:
+        parts: list[Tensor | None] = [input, u, v, self.bias]
+        kind = input.device.type
+        if not torch.is_autocast_enabled(kind):
+            return block_linear(input, u, v, self.bias, rows, cols)
+        x, u, v, bias = (part if part is None else part.to(torch.get_autocast_dtype(kind)) for part in parts)
+        assert x is not None and u is not None and v is not None
+        with torch.autocast(kind, enabled=False):
+            return block_linear(x, u, v, bias, rows, cols)
 
 
 class _GBLRConv(GBLRLayer):
@@ -346,8 +467,10 @@ class _GBLRConv(GBLRLayer):
         conv: Any = self
         u, v = self.masked_factors()
         kernel = (self.in_channels, *self.kernel_size)
-        if not self._factored_is_cheaper(self._output_positions(input)):
-            output: Tensor = conv._conv_forward(input, self._dense(u, v).view(-1, *kernel), self.bias)
+        product = self._choose_product(self._output_positions(input), linear=False)
+        if not product.factored:
+            weight = self._dense(u, v, product.rows).view(-1, *kernel)
+            output: Tensor = conv._conv_forward(input, weight, self.bias)
             return output
         z = conv._conv_forward(input, v.view(-1, *kernel), None)
         convolve = F.conv1d if len(self.kernel_size) == 1 else F.conv2d

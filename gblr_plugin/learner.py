@@ -75,6 +75,9 @@ class StructureLearner:
         goals: A goal for each name.
         schedule: Warm-up, homotopy and cool-down. ``None``: the host turns the clock with :meth:`set_progress`.
         sigmas: Smoothness at the start and just before freezing where the host turns the clock.
+        compact: At the freeze, also drop dead components from the parameters and from the state of the attached
+            optimizers, which makes the cool-down cheaper. Parameters change shape then: leave it off where something else
+            holds tensors of their shape (moving averages of the weights). Never done while several processes train.
 
     Raises:
         ConfigError: If names differ, the goals of a group contradict each other, or its bounds exclude its budget.
@@ -86,12 +89,15 @@ class StructureLearner:
         goals: Mapping[str, LayerGoal],
         schedule: Schedule | None,
         sigmas: tuple[float, float] = (1.0, 100.0),
+        *,
+        compact: bool = False,
     ) -> None:
         if set(layers) != set(goals):
             raise ConfigError(f"structure learner: layers and goals differ in {sorted(set(layers) ^ set(goals))}")
         self.layers = dict(layers)
         self.goals = {name: goals[name] for name in layers}
         self.schedule = schedule
+        self.compact = compact
         self.sigmas = sigmas
         self.step_count = 0
         self.progress = 0.0
@@ -234,7 +240,8 @@ class StructureLearner:
         return end if start <= end else start + (end - start) * covered
 
     def _width_budget(self, device: torch.device) -> WidthBudget:
-        if self._budget is None or self._budget.device != device:
+        total = sum(layer.U.shape[0] for layer in self.layers.values())
+        if self._budget is None or (self._budget.device, self._budget.num_components) != (device, total):
             specs = [
                 AxisSpec(layer.axis_lengths, layer.align, layer.U.shape[0], math.prod(layer.matrix_shape))
                 for layer in self.layers.values()
@@ -315,6 +322,9 @@ class StructureLearner:
             layer.freeze_structure(part)
         self.frozen = True
         self._report_unmet()
+        if self.compact and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            for layer in layers:
+                layer.compact([hook.optimizer for hook in self._hooks])
 
     def _report_unmet(self) -> None:
         """Warn about groups that end more than a point under their budget, because live components are too few."""

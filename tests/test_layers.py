@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from gblr_plugin.errors import ConfigError, GBLRError
-from gblr_plugin.layers import GBLRConv1d, GBLRConv2d, GBLRLinear
+from gblr_plugin.layers import GBLRConv1d, GBLRConv2d, GBLRLinear, _Product
 from gblr_plugin.mask import gaudi_mask
 from gblr_plugin.optim import param_groups
 from gblr_plugin.structure import Intervals, StructuredMatrix
@@ -35,6 +35,17 @@ def random_matrix(m, n, num=6, splits=1, dtype=torch.float64, seed=0, align=(1, 
     u = torch.randn(total, rows_length, generator=generator, dtype=torch.float64)
     v = torch.randn(total, n, generator=generator, dtype=torch.float64)
     return StructuredMatrix.from_factors(u, v, rows, cols, sizes).to(dtype)
+
+
+def force(monkeypatch, layer, product):
+    """Have a layer multiply in one way; a convolution has no factored product by blocks."""
+
+    def choose(positions, linear):
+        rows, cols = layer._active_blocks() if product.startswith("block") else (None, None)
+        factored = product.endswith("factored") and (linear or not product.startswith("block"))
+        return _Product(factored, rows, cols if factored else None)
+
+    monkeypatch.setattr(layer, "_choose_product", choose)
 
 
 class LayerCase:
@@ -86,12 +97,12 @@ class LayerCase:
 
     # -- the tests that every structure inherits -----------------------------------------------------------------------
 
-    @pytest.mark.parametrize("product", ["factored", "dense"])
+    @pytest.mark.parametrize("product", ["factored", "dense", "block_factored", "block_dense"])
     @pytest.mark.parametrize("sigma", SIGMAS)
     @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
     def test_values_and_gradients_match_the_dense_formula(self, monkeypatch, product, sigma, dtype, tolerance):
         layer = self.create(dtype, sigma)
-        monkeypatch.setattr(layer, "_factored_is_cheaper", lambda positions: product == "factored")
+        force(monkeypatch, layer, product)
         x = self.example().requires_grad_()
         x_layer = x.detach().to(dtype).requires_grad_()
         expected, leaves = self.formula(layer, x)
@@ -151,11 +162,14 @@ class LayerCase:
         m = rows * self.splits
         for positions in (0, 1, 7, 100, 10**6):
             factored, dense = positions * k * (rows + n), k * rows * n + positions * m * n
-            assert layer._factored_is_cheaper(positions) == (factored <= dense)
+            assert layer._choose_product(positions, linear=False).factored == (factored <= dense)
 
     def test_forward_counts_its_positions(self, monkeypatch):
         layer, asked = self.create(), []
-        monkeypatch.setattr(layer, "_factored_is_cheaper", lambda positions: asked.append(positions) or True)
+        choose = layer._choose_product
+        monkeypatch.setattr(
+            layer, "_choose_product", lambda positions, linear: asked.append(positions) or choose(positions, linear)
+        )
         y = layer(self.example())
         assert asked == [y.numel() // layer.matrix_shape[0]]
 

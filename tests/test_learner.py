@@ -444,3 +444,43 @@ def test_learning_survives_deepcopy_of_the_model():
     train(model, optimizer, 4, first=3)
     assert torch.equal(twin(x), expected)
     assert twin[0].sigma is not None
+
+
+# -- compaction --------------------------------------------------------------------------------------------------------------
+
+
+def compacting(compact, kind=AdamW):
+    model = build()
+    optimizer = kind(param_groups(model, lr=1e-2))
+    layers = layers_of(model)
+    learner = StructureLearner(
+        layers, {n: LayerGoal(budget=0.1, group=0) for n in layers}, Schedule(4, 20), compact=compact
+    )
+    learner.attach_all([optimizer])
+    return model, optimizer, learner
+
+
+def test_compaction_at_the_freeze_changes_no_result():
+    (full, full_opt, full_learner), (small, small_opt, small_learner) = compacting(False), compacting(True)
+    for model, optimizer in ((full, full_opt), (small, small_opt)):
+        train(model, optimizer, 30)
+    assert small_learner.relative_flops == full_learner.relative_flops
+    for layer, reference in zip(layers_of(small).values(), layers_of(full).values(), strict=True):
+        assert layer.U.shape[0] == reference.num_components < reference.U.shape[0]
+        torch.testing.assert_close(layer.to_dense(), reference.to_dense(), rtol=1e-4, atol=1e-5)
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert small_opt.state[layer.U][key].shape == layer.U.shape
+
+
+@pytest.mark.parametrize("stop", [10, 24])
+def test_resume_of_a_compacted_run(stop):
+    model, optimizer, learner = compacting(True)
+    train(model, optimizer, stop)
+    states = copy.deepcopy([part.state_dict() for part in (model, optimizer, learner)])
+    train(model, optimizer, 30 - stop, first=stop)
+    again = compacting(True)
+    for part, state in zip(again, states, strict=True):
+        part.load_state_dict(state)
+    train(again[0], again[1], 30 - stop, first=stop)
+    for (name, a), b in zip(model.named_parameters(), again[0].named_parameters(), strict=True):
+        assert torch.equal(a, b[1]), name

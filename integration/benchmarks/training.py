@@ -1,0 +1,211 @@
+"""Time training steps of structured layers against dense ones, and masks against their FFT form.
+
+Every figure is a ratio of medians of interleaved repetitions in one process, so that a busy machine slows both sides.
+
+    python integration/benchmarks/training.py [--quick] [--threads 1] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from gblr_plugin import GBLRLinear, Intervals, LayerGoal, StructuredMatrix, StructureLearner
+from gblr_plugin.mask import gaudi_mask, mask_tables, masked_factor, table_mask
+from gblr_plugin.optim import param_groups
+from torch import Tensor, nn
+
+SIGMA = 100.0
+
+
+def interleaved(functions: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+    """Median seconds of each function; one call of each in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for _ in range(repetitions):
+        for name, function in functions.items():
+            begin = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def layer_of(m: int, n: int, components: int, relative_flops: float | None) -> GBLRLinear:
+    """A layer whose components are all live: widths spread around their mean, anywhere; ``None``: all full."""
+    generator = torch.Generator().manual_seed(0)
+    sides = []
+    for length in (m, n):
+        width = torch.full((components,), length)
+        if relative_flops is not None:
+            mean = relative_flops * m * n / components / (m + n)
+            spread = 0.5 + torch.rand(components, generator=generator)
+            width = (spread * mean * length).round().long().clamp(1, length)
+        start = torch.randint(0, length, (components,), generator=generator)
+        sides.append(Intervals(width, start if relative_flops is not None else torch.zeros_like(start), length))
+    u = torch.randn(components, m, generator=generator) / components**0.5
+    v = torch.randn(components, n, generator=generator) / n**0.5
+    return GBLRLinear(StructuredMatrix.from_factors(u, v, *sides), torch.zeros(m))
+
+
+def masks(n: int, repetitions: int) -> dict[str, float]:
+    """Mask forward and backward at K = n, sigma 100: the FFT form over tables."""
+    width, location = torch.rand(n, requires_grad=True), torch.rand(n, requires_grad=True)
+    factor, upstream = torch.randn(n, n, requires_grad=True), torch.randn(n, n)
+    tables = mask_tables(n, SIGMA)
+
+    def through(mask: Tensor, *inputs: Tensor) -> None:
+        torch.autograd.grad(mask, inputs, upstream)
+
+    seconds = interleaved(
+        {
+            "fft": lambda: through(gaudi_mask(width, location, n, SIGMA, form="fft"), width, location),
+            "tables": lambda: through(table_mask(width, location, tables), width, location),
+            "fft_times_factor": lambda: through(
+                gaudi_mask(width, location, n, SIGMA, form="fft") * factor, factor, width, location
+            ),
+            "masked_factor": lambda: through(masked_factor(factor, width, location, tables), factor, width, location),
+        },
+        repetitions,
+    )
+    return {
+        "fft_ms": 1e3 * seconds["fft"],
+        "tables_ms": 1e3 * seconds["tables"],
+        "fft_over_tables": seconds["fft"] / seconds["tables"],
+        "fft_times_factor_over_masked_factor": seconds["fft_times_factor"] / seconds["masked_factor"],
+    }
+
+
+class Step:
+    """One training step of a layer, whole and in parts."""
+
+    def __init__(self, layer: nn.Module, tokens: int, m: int, n: int) -> None:
+        self.layer = layer
+        self.x, self.upstream = torch.randn(tokens, n, requires_grad=True), torch.randn(tokens, m)
+        groups = param_groups(layer, lr=1e-6, weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(groups[:1] if isinstance(layer, nn.Linear) and not groups[1]["params"] else groups)
+
+    def products(self) -> None:
+        """Forward and backward, masks included."""
+        self.optimizer.zero_grad()
+        self.x.grad = None
+        self.layer(self.x).backward(self.upstream)
+
+    def masks(self) -> None:
+        """Masks of both factors and all their gradients alone."""
+        assert isinstance(self.layer, GBLRLinear)
+        u, v = self.layer.masked_factors()
+        inputs = [p for p in (self.layer.U, self.layer.V, self.layer.widths, self.layer.locations) if p.requires_grad]
+        torch.autograd.grad((u, v), inputs, (torch.ones_like(u), torch.ones_like(v)))
+
+    def step(self) -> None:
+        """Forward, backward, optimizer (and prox, where a learner is attached)."""
+        self.products()
+        self.optimizer.step()
+
+
+def training(m: int, n: int, tokens: int, repetitions: int) -> list[dict[str, object]]:
+    """Step time of structured layers over the dense layer's, and where it goes."""
+    dense = Step(nn.Linear(n, m), tokens, m, n)
+    k = min(m, n)
+    frozen = layer_of(m, n, k, 0.25)
+    with torch.no_grad():  # three quarters of the components die, the others are four times as wide
+        frozen.widths.mul_(4.0).clamp_(max=1.0)
+        frozen.widths[:, k // 4 :] = 0.0
+    frozen.freeze_structure()
+    compacted = Step(frozen, tokens, m, n)
+    compacted.step()
+    frozen.compact([compacted.optimizer])
+    cases = {
+        "full widths": Step(layer_of(m, n, k, None), tokens, m, n),
+        "all live, 100%": Step(layer_of(m, n, k, 1.0), tokens, m, n),
+        "all live, 50%": Step(layer_of(m, n, k, 0.5), tokens, m, n),
+        "all live, 25%": Step(layer_of(m, n, k, 0.25), tokens, m, n),
+        "quarter live, compacted": compacted,
+    }
+    functions: dict[str, Callable[[], object]] = {"dense": dense.step, "dense products": dense.products}
+    for name, case in cases.items():
+        assert isinstance(case.layer, GBLRLinear)
+        if not case.layer.structure_frozen:
+            case.layer.set_sigma(SIGMA)
+        cost = case.layer.relative_flops
+        goal = LayerGoal(budget=cost) if cost <= 1 else LayerGoal(threshold=0.0)  # so that the structure stays as it is
+        learner = StructureLearner({"layer": case.layer}, {"layer": goal}, None)
+        functions[f"{name}: products"] = case.products
+        functions[f"{name}: masks"] = case.masks
+        functions[f"{name}: step"] = case.step
+        if not case.layer.structure_frozen:
+            learner.begin()
+            learner.set_progress(1.0)
+            functions[f"{name}: prox"] = lambda learner=learner, case=case: learner.after_step(case.optimizer)
+    seconds = interleaved(functions, repetitions)
+    rows: list[dict[str, object]] = []
+    for name, case in cases.items():
+        assert isinstance(case.layer, GBLRLinear)
+        part = {key: 1e3 * seconds.get(f"{name}: {key}", 0.0) for key in ("step", "products", "masks", "prox")}
+        product = case.layer._choose_product(tokens, linear=True)
+        rows.append(
+            {
+                "shape": f"{m}x{n}",
+                "tokens": tokens,
+                "structure": name,
+                "relative_flops": round(case.layer.relative_flops, 3),
+                "components": case.layer.U.shape[0],
+                "product": ("blocks " if product.rows else "") + ("factored" if product.factored else "dense"),
+                "dense_ms": 1e3 * seconds["dense"],
+                "step_ms": part["step"] + part["prox"],
+                "over_dense": (part["step"] + part["prox"]) / (1e3 * seconds["dense"]),
+                "masks_ms": part["masks"],
+                "products_ms": part["products"] - part["masks"],
+                "optimizer_ms": part["step"] - part["products"],
+                "prox_ms": part["prox"],
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Print the tables; write them as JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="768x768 and 256 tokens only")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--json", help="also write the figures to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    found: dict[str, object] = {"torch": torch.__version__, "threads": options.threads}
+    print(f"{'masks':24}{'FFT ms':>9}{'tables ms':>11}{'ratio':>8}{'with factor':>13}")
+    for n in (768,) if options.quick else (768, 4096):
+        row = masks(n, options.repetitions if n < 1000 else 3)
+        found[f"masks {n}"] = row
+        print(
+            f"K = n = {n:<16}{row['fft_ms']:9.1f}{row['tables_ms']:11.2f}{row['fft_over_tables']:8.1f}"
+            f"{row['fft_times_factor_over_masked_factor']:13.1f}"
+        )
+    print(
+        f"\n{'shape':10}{'tokens':>7}  {'structure':24}{'flops':>6}  {'product':16}{'/dense':>7}"
+        f"{'dense':>8}{'masks':>7}{'prod.':>8}{'opt.':>7}{'prox':>6}  (ms)"
+    )
+    steps: list[dict[str, object]] = []
+    shapes = ((768, 768),) if options.quick else ((768, 768), (3072, 768))
+    for m, n in shapes:
+        for tokens in (256,) if options.quick else (256, 4096):
+            for row in training(m, n, tokens, options.repetitions if tokens < 1000 else max(3, options.repetitions // 3)):
+                steps.append(row)
+                print(
+                    f"{row['shape']:10}{row['tokens']:7d}  {row['structure']:24}{row['relative_flops']:6.2f}  "
+                    f"{row['product']:16}{row['over_dense']:7.2f}{row['dense_ms']:8.1f}{row['masks_ms']:7.2f}"
+                    f"{row['products_ms']:8.1f}{row['optimizer_ms']:7.2f}{row['prox_ms']:6.2f}"
+                )
+    found["steps"] = steps
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(found, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
