@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
 from .errors import ConfigError, GBLRError
-from .kernels import blocks, product
+from .kernels import product
 from .kernels.layout import Block, Layout, pack, to_dense, unpack
 from .kernels.measure import measured_plan
 from .kernels.plan import BUCKETS, Plan, fixed_plan
@@ -114,10 +114,10 @@ class GBLRTensor(TorchAOBaseTensor):
         matrix = StructuredMatrix(matrix.u.detach(), matrix.v.detach(), matrix.rows, matrix.cols, matrix.split_sizes)
         unit = prod(shape[2:])
         if plan is None or plan == "fixed":
-            plan = fixed_plan(matrix, unit, "blocks" if len(shape) > 2 else None)
+            plan = fixed_plan(matrix, unit)
         elif plan == "auto":
-            # Convolutions run on torch operations: their plan follows from the cost model.
-            plan = measured_plan(matrix) if len(shape) == 2 else fixed_plan(matrix, unit, "blocks")
+            # The time of a convolution depends on the size of its input: its plan follows from the cost model.
+            plan = measured_plan(matrix) if len(shape) == 2 else fixed_plan(matrix, unit)
         if not isinstance(plan, Plan):
             raise ConfigError(f"GBLR tensor: plan must be 'fixed', 'auto' or a Plan, got {plan!r}")
         if plan.block_cols % unit:
@@ -263,7 +263,9 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
                 dense = to_dense(weight.packing, factors, weight.lists).reshape(weight.outer_shape)
                 y = func(x, dense, bias, *options)
             else:
-                y = blocks.convolution(x, factors, weight.lists, weight.packing, bias, weight.outer_shape[2:], *options)
+                kernel = weight.plan.kernels[-1][1]
+                sizes = weight.outer_shape[2:]
+                y = product.convolution(x, factors, weight.lists, weight.packing, bias, sizes, *options, kernel)
         return y if batched else y.squeeze(0)
 
     return call(*args, **kwargs)

@@ -36,19 +36,22 @@ _dot_4, _dot_1 = dot_tile(4), dot_tile(1)
 
 
 @njit(nogil=True)
-def _pack(x, x_stride, tokens, tiles, n, packed):  # type: ignore[no-untyped-def]
-    """Rows of x into (tiles, n, 16); lanes beyond the tokens are zero."""
+def _pack(x, x_row, x_column, tokens, tiles, n, packed):  # type: ignore[no-untyped-def]
+    """x of any strides into (tiles, n, 16); lanes beyond the tokens are zero."""
     for tile in range(tiles):
-        for lane in range(LANES):
-            t = tile * LANES + lane
-            at = tile * n * LANES + lane
-            if t < tokens:
-                row = x + t * x_stride * 4
+        left = min(tokens - tile * LANES, LANES)
+        at, corner = tile * n * LANES, x + tile * LANES * x_row * 4
+        if left < LANES:
+            packed[at : at + n * LANES] = 0.0
+        if x_row == 1 and left == LANES:  # tokens side by side, as convolutions unfold them
+            for c in range(n):
+                for lane in range(LANES):
+                    packed[at + c * LANES + lane] = load_float32(corner + (c * x_column + lane) * 4)
+        else:
+            for lane in range(left):
+                row = corner + lane * x_row * 4
                 for c in range(n):
-                    packed[at + c * LANES] = load_float32(row + c * 4)
-            else:
-                for c in range(n):
-                    packed[at + c * LANES] = 0.0
+                    packed[at + c * LANES + lane] = load_float32(row + c * x_column * 4)
 
 
 @njit(nogil=True)
@@ -148,7 +151,7 @@ def _stage_two(factors, lists, table, blocks, z, z_stride, z_tile, tokens, y, y_
 
 @njit(nogil=True)
 def _product(  # type: ignore[no-untyped-def]
-    x, x_stride, tokens, n, factors, lists, cols_at, cols, rows_at, rows, num, bias, y, y_stride
+    x, x_row, x_column, tokens, n, factors, lists, cols_at, cols, rows_at, rows, num, bias, y, y_stride
 ):
     if tokens == 0:
         return
@@ -164,7 +167,7 @@ def _product(  # type: ignore[no-untyped-def]
     for at in range(0, tokens, CHUNK):
         part = min(tokens - at, CHUNK)
         tiles = (part + LANES - 1) // LANES
-        _pack(x + at * x_stride * 4, x_stride, part, tiles, n, packed)
+        _pack(x + at * x_row * 4, x_row, x_column, part, tiles, n, packed)
         z[: tiles * num * LANES] = 0.0
         _stage_one(factors, lists, col_table, cols, packed.ctypes.data, n, z.ctypes.data, num, tiles)
         y_at = y + at * y_stride * 4
@@ -172,14 +175,14 @@ def _product(  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def _first_part(x, x_stride, tokens, n, factors, lists, table, cols, num, z):  # type: ignore[no-untyped-def]
+def _first_part(x, x_row, x_column, tokens, n, factors, lists, table, cols, num, z):  # type: ignore[no-untyped-def]
     """Stage 1 over some of the column blocks, into a z of its own (zeroed by the caller)."""
     if tokens == 1:
         _stage_one_single(factors, lists, table, cols, x, z)
         return
     tiles = (tokens + LANES - 1) // LANES
     packed = np.empty(tiles * n * LANES, np.float32)
-    _pack(x, x_stride, tokens, tiles, n, packed)
+    _pack(x, x_row, x_column, tokens, tiles, n, packed)
     _stage_one(factors, lists, table, cols, packed.ctypes.data, n, z, num, tiles)
 
 
@@ -192,7 +195,7 @@ def _by_tokens(x: Tensor, y: Tensor, rest: tuple[int, ...], bias: int, threads: 
     def part(at: int) -> None:
         _product(
             x.data_ptr() + at * x_step,
-            x.stride(0),
+            *x.stride(),
             min(share, tokens - at),
             x.shape[1],
             *rest,
@@ -215,7 +218,7 @@ def _by_blocks(x: Tensor, y: Tensor, rest: tuple[int, ...], bias: int, threads: 
         at, to = cols * thread // threads, cols * (thread + 1) // threads
         table = lists + cols_at * 4 + at * _TABLE
         z = sums[thread].data_ptr()
-        _first_part(x.data_ptr(), x.stride(0), tokens, n, factors, lists, table, to - at, num, z)
+        _first_part(x.data_ptr(), *x.stride(), tokens, n, factors, lists, table, to - at, num, z)
 
     run_parts(first, range(threads))
     z = sums.sum(0)
@@ -251,7 +254,7 @@ def product(
 
     Uses as many threads as ``torch.get_num_threads()`` says, where the work is worth it.
     """
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = x if x.shape[0] > 1 or x.stride(1) == 1 else x.contiguous()
     y = x.new_empty(x.shape[0], out_features)
     bias = None if bias is None else bias.contiguous()
     bias_at = 0 if bias is None else bias.data_ptr()
@@ -261,5 +264,5 @@ def product(
         split = _by_tokens if x.shape[0] >= threads * LANES else _by_blocks
         split(x, y, rest, bias_at, threads)
     else:
-        _product(x.data_ptr(), x.stride(0), *x.shape, *rest, bias_at, y.data_ptr(), out_features)
+        _product(x.data_ptr(), *x.stride(), *x.shape, *rest, bias_at, y.data_ptr(), out_features)
     return y

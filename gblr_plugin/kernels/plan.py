@@ -168,19 +168,18 @@ def candidates(matrix: StructuredMatrix, unit: int = 1, kernel: str | None = Non
     return sorted(plans, key=lambda plan: plan.predicted)
 
 
-def fixed_plan(matrix: StructuredMatrix, unit: int = 1, kernel: str | None = None) -> Plan:
+def fixed_plan(matrix: StructuredMatrix, unit: int = 1) -> Plan:
     """The plan that the cost model prefers; no timing: same structure, dtype and installed packages, same plan.
 
     Args:
         matrix: The weight.
         unit: As in :func:`candidates`.
-        kernel: As in :func:`candidates`.
 
     Returns:
         Dense storage where the factors cost no less than the dense matrix, else blocks.
     """
     m, n = matrix.shape
-    return dense_plan() if matrix.stored >= m * n else candidates(matrix, unit, kernel)[0]
+    return dense_plan() if matrix.stored >= m * n else candidates(matrix, unit)[0]
 
 
 def dense_plan() -> Plan:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from . import blocks, compiled
 from .layout import Layout, to_dense
 
-__all__ = ["KERNELS", "linear"]
+__all__ = ["KERNELS", "convolution", "linear"]
 
 KERNELS = ("dense", "blocks", "compiled")
 
@@ -31,6 +31,14 @@ def _plain(x: Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
     )
+
+
+def _runs_compiled(x: Tensor, layout: Layout, kernel: str) -> bool:
+    if kernel != "compiled" or not compiled.available(x.device, x.dtype) or not compiled.fits(layout, x.device):
+        return False
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return _plain(x)
 
 
 def linear(x: Tensor, factors: Tensor, lists: Tensor, layout: Layout, bias: Tensor | None, kernel: str) -> Tensor:
@@ -50,13 +58,59 @@ def linear(x: Tensor, factors: Tensor, lists: Tensor, layout: Layout, bias: Tens
     if layout.dense:
         return F.linear(x, to_dense(layout, factors, lists), bias)
     gradients = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    compiling = torch.compiler.is_compiling()
-    plain = not compiling and _plain(x)
-    if kernel == "compiled" and compiled.available(x.device, x.dtype) and compiled.fits(layout, x.device):
-        if plain:
-            return compiled.linear(x, factors, lists, layout, bias, opaque=not gradients)
-        if compiling and not torch.compiler.is_exporting():
-            return compiled.linear(x, factors, lists, layout, bias, opaque=False)
-    if gradients or not plain:
+    traced = torch.compiler.is_compiling()
+    if _runs_compiled(x, layout, kernel):
+        return compiled.linear(x, factors, lists, layout, bias, opaque=not (gradients or traced))
+    if gradients or traced or not _plain(x):
         return blocks.linear(x, factors, lists, layout, bias)
     return blocks.linear_inference(x, factors, lists, layout, bias)
+
+
+def convolution(
+    x: Tensor,
+    factors: Tensor,
+    lists: Tensor,
+    layout: Layout,
+    bias: Tensor | None,
+    sizes: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    kernel: str,
+) -> Tensor:
+    """Convolution of x (batch, c_in, ...) with the (c_out, c_in * prod(sizes)) matrix; returns (batch, c_out, ...).
+
+    The compiled kernel takes the unfolded input, one example after another, tokens being output places; torch operations
+    convolve block by block (:func:`~gblr_plugin.kernels.blocks.convolution`).
+
+    Args:
+        x: One or two axes of places, dtype and device of ``factors``.
+        factors: Flat factors.
+        lists: int32 lists, intervals and block tables.
+        layout: Where everything lies.
+        bias: (c_out,) or None.
+        sizes: Kernel size per axis.
+        stride: As in ``F.conv2d``, per axis.
+        padding: As in ``F.conv2d``, per axis or ``"same"`` / ``"valid"``.
+        dilation: As in ``F.conv2d``, per axis.
+        kernel: One of :data:`KERNELS`.
+    """
+    if not x.shape[0] or not _runs_compiled(x, layout, kernel):
+        return blocks.convolution(x, factors, lists, layout, bias, sizes, stride, padding, dilation)
+    if isinstance(padding, str):
+        total = [d * (size - 1) if padding == "same" else 0 for d, size in zip(dilation, sizes, strict=True)]
+        x = F.pad(x, [side for extent in reversed(total) for side in (extent // 2, extent - extent // 2)])
+        padding = (0,) * len(sizes)
+    places = tuple(
+        (extent + 2 * p - d * (size - 1) - 1) // s + 1
+        for extent, p, d, size, s in zip(x.shape[2:], padding, dilation, sizes, stride, strict=True)
+    )
+    if len(sizes) == 1:  # as a picture of height one
+        x, sizes, stride = x.unsqueeze(2), (1, *sizes), (1, *stride)
+        padding, dilation = (0, *padding), (1, *dilation)
+    pointwise = set(sizes) == {1} == set(stride) and set(padding) == {0}
+    images = []
+    for image in x.split(1):
+        columns = image.flatten(2) if pointwise else F.unfold(image, sizes, dilation, padding, stride)
+        images.append(linear(columns[0].t(), factors, lists, layout, bias, kernel).t())
+    return torch.stack(images).unflatten(2, places)
