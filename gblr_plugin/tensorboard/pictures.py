@@ -181,16 +181,16 @@ def _with_legend(image: Tensor, most: int) -> Tensor:
     """The image with a scale from one block (bottom) to ``most`` (top) at its right."""
     height = image.shape[0]
     scale = 1 if height < 96 else 2
-    bar, gap, label = 4 * scale, 5 * scale, 4 * scale * len(str(most))
-    wide = torch.tensor(_PAPER, dtype=torch.uint8).repeat(height, image.shape[1] + 2 * gap + bar + label, 1)
+    bar, gap, label = 4 * scale, 4 * scale, 4 * scale * len(str(most))
+    wide = torch.tensor(_PAPER, dtype=torch.uint8).repeat(height, image.shape[1] + 3 * gap + bar + label, 1)
     wide[:, : image.shape[1]] = image
     left = image.shape[1] + gap
     # Even steps in colour: the labels at both ends say what they mean.
     counts = 1 + torch.linspace(1, 0, height) ** (1 / POWER) * (most - 1)
     wide[:, left : left + bar] = colours(counts, most)[:, None]
-    _write(wide, str(most), 0, left + bar + gap, scale)
+    _write(wide, str(most), scale, left + bar + gap, scale)
     if most > 1 and height >= 12 * scale:
-        _write(wide, "1", height - 5 * scale, left + bar + gap, scale)
+        _write(wide, "1", height - 6 * scale, left + bar + gap, scale)
     return wide
 
 
