@@ -228,14 +228,16 @@ def _convert(hint: Any, value: Any, path: tuple[Any, ...], located: Located) -> 
         return {str(key): _convert(arguments[1], item, (*path, key), located) for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, path, located)
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    if hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise located.fail(path, f"need {_NAMES.get(hint, hint)}, got {_describe(value)}")
+    raise located.fail(path, f"need {_NEEDED.get(hint, hint)}, got {_describe(value)}")
 
 
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list", dict: "a table"}
+_NEEDED = {**_NAMES, float: "a finite number"}
 
 
 def _describe(value: Any) -> str:

@@ -1,0 +1,56 @@
+import pytest
+
+from gblr_plugin import ConfigError
+from gblr_plugin.run.settings import Method, RunSettings, Training
+
+
+def test_defaults_are_valid():
+    settings = RunSettings("digits_vit", budget=0.25)
+    assert [method.name for method in settings.methods] == ["gblr", "low_rank"]
+    assert settings.seeds == [0, 1, 2]
+
+
+@pytest.mark.parametrize("budget", [0, -0.1, 1.01, float("nan"), float("inf")])
+def test_budget_range(budget):
+    with pytest.raises(ConfigError, match=r"budget must be relative FLOPs in \(0, 1\]"):
+        RunSettings("digits_vit", budget=budget)
+    assert RunSettings("digits_vit", budget=1.0).budget == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": None}, "give either budget or config_list"),
+        ({"config_list": [{}]}, "give either budget or config_list"),
+        ({"seeds": []}, "seeds must not be empty"),
+        ({"seeds": [1, 1]}, "seeds must be different"),
+        ({"seeds": [-1]}, "seeds must be different whole numbers from 0"),
+        ({"methods": []}, "methods must not be empty"),
+        ({"methods": [Method("gblr"), Method("gblr")]}, "each name may stand once"),
+        ({"methods": [Method("dense")]}, "'dense' is always measured"),
+        ({"latency_batch": [0]}, "latency_batch: batch sizes must be at least 1"),
+        ({"latency_batch": []}, "latency_batch must not be empty"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"weights": "dense.pt"}, "weights has seen the training data of one seed"),
+    ],
+)
+def test_run_settings(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        RunSettings(**{"task": "digits_vit", "budget": 0.5, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (Training, {"epochs": 0}, "epochs must be at least 1"),
+        (Training, {"batch_size": 0}, "batch_size must be at least 1"),
+        (Training, {"lr": 0.0}, "lr must be positive"),
+        (Training, {"warmup_fraction": 1.0}, "warmup_fraction must be in"),
+        (Method, {"name": "gblr", "cooldown": 1.0}, "cooldown must be a share"),
+        (Method, {"name": "gblr", "warmup": -0.1}, "warmup must be a share"),
+        (Method, {"name": "gblr", "warmup": 0.5, "cooldown": 0.5}, "leave no steps to learn in"),
+    ],
+)
+def test_parts(kind, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        kind(**arguments)
