@@ -44,7 +44,8 @@ class Effort:
         overlap: Largest overlap of blocks added together, relative to the smaller.
         refine: Alternations on each candidate block before it is compared with the others.
         momentum: Extrapolation of the column factors from sweep to sweep.
-        shapes: Sides of the square tiles searched.
+        tile_scale: Side of the smaller tiles searched over (mean width of a component that the budget allows)^(3/4);
+            the larger ones have twice that side.
     """
 
     rank_share: float = 0.65
@@ -52,11 +53,11 @@ class Effort:
     sweeps: int = 2
     polish: int = 4
     renew: float = 0.1
-    price: float = 2.2
+    price: float = 2.0
     overlap: float = 0.5
     refine: int = 2
     momentum: float = 0.5
-    shapes: tuple[int, ...] = (8, 16)
+    tile_scale: float = 0.8
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,6 @@ def _norms(rows: Tensor) -> Tensor:
 def _orthonormal(columns: Tensor) -> Tensor:
     basis: Tensor = torch.linalg.qr(columns)[0]
     return basis
-
-
-def _on_grid(side: int, grid: Grid) -> int:
-    return max(grid.tile, side // grid.tile * grid.tile)
 
 
 class _Pursuit:
@@ -239,6 +236,19 @@ class _Pursuit:
         state = replace(state, v=v)
         return replace(state, right=_orthonormal(self.residual(state).T @ state.left).T)
 
+    def _tiles(self) -> list[tuple[int, int]]:
+        """Heights and widths of the tiles searched, whole cells, twice as large the second time."""
+        side = self.effort.tile_scale * (self.allowed / self.count / 2) ** 0.75
+        grids = self.problem.rows, self.problem.cols
+        small = [min(max(1, round(side / grid.tile)), grid.cells) for grid in grids]
+        return [
+            (
+                min(scale * small[0], grids[0].cells) * grids[0].tile,
+                min(scale * small[1], grids[1].cells) * grids[1].tile,
+            )
+            for scale in (1, 2)
+        ]
+
     def add(self, state: _State, seed: int) -> _State:
         """Give up the blocks worth least, then add those that pay most for what is left."""
         if len(state.u):
@@ -264,7 +274,7 @@ class _Pursuit:
             *grids,
             count=room,
             price=self.price,
-            shapes=[(_on_grid(side, grids[0]), _on_grid(side, grids[1])) for side in self.effort.shapes],
+            shapes=self._tiles(),
             refine=self.effort.refine,
             overlap=self.effort.overlap,
             offset=(offset[0], offset[1]),
