@@ -123,11 +123,12 @@ def _layer_record(name: str, layer: Any) -> LayerRecord:
         # All K components, dead ones too: a component keeps its number while it is watched.
         rows, cols = layer.intervals()
         sizes = (layer.U.shape[0] // layer.row_splits,) * layer.row_splits
-        u, v, shape = layer.U.detach(), layer.V.detach(), layer.matrix_shape
+        energy = _interval_energy(layer.U.detach(), rows) * _interval_energy(layer.V.detach(), cols)
+        shape = layer.matrix_shape
     else:
         matrix = _structured(name, layer)
-        rows, cols, sizes, u, v, shape = matrix.rows, matrix.cols, matrix.split_sizes, matrix.u, matrix.v, matrix.shape
-    energy = _interval_energy(u, rows) * _interval_energy(v, cols)
+        rows, cols, sizes, shape = matrix.rows, matrix.cols, matrix.split_sizes, matrix.shape
+        energy = _energy(matrix.u) * _energy(matrix.v)
     row_width, row_start, col_width, col_start = (
         part.cpu().numpy() for part in (rows.width, rows.start, cols.width, cols.start)
     )
@@ -157,9 +158,22 @@ def _structured(name: str, layer: Any) -> StructuredMatrix:
 
 
 def _interval_energy(factors: Tensor, intervals: Intervals) -> Tensor:
-    """(K,) float64 sum of squares of each factor inside its interval."""
-    squares = factors.detach().to(torch.float32).square()
-    return torch.where(intervals.support(), squares, squares.new_zeros(())).sum(dim=1, dtype=torch.float64)
+    """(K,) float64 sum of squares of each factor inside its cyclic interval, from running sums: no (K, N) mask."""
+    running = factors.to(torch.float32).square().cumsum(dim=1)
+    last = intervals.start + intervals.width
+
+    def until(index: Tensor) -> Tensor:
+        sums = running.gather(1, (index - 1).clamp(min=0)[:, None])[:, 0]
+        return torch.where(index > 0, sums, sums.new_zeros(()))
+
+    beyond = until((last - intervals.length).clamp(min=0))
+    energy = until(last.clamp(max=intervals.length)) - until(intervals.start) + beyond
+    return energy.clamp(min=0).to(torch.float64)
+
+
+def _energy(factors: Tensor) -> Tensor:
+    """(K,) float64 sum of squares of factors that are zero outside their intervals."""
+    return factors.to(torch.float32).square().sum(dim=1).to(torch.float64)
 
 
 def _costs(record: LayerRecord) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -24,6 +24,8 @@ from gblr_plugin.structure import Intervals, StructuredMatrix
 from gblr_plugin.tensorboard import write_structure
 from gblr_plugin.tensorboard.plugin import GBLRPluginLoader
 
+pytestmark = pytest.mark.browser
+
 HOSTILE_RUN = "<img src=x onerror=window.hacked=1>"
 HOSTILE_LAYER = '"><script>window.hacked=1</script>.0.<b>fc</b>'
 
@@ -154,7 +156,7 @@ def keep(browser: Any, name: str) -> None:
         browser.screenshot(Path(os.environ["GBLR_SCREENSHOTS"]) / f"{name}.png")
 
 
-def test_tab_inside_tensorboard_follows_its_theme(browser: Any, address: str, trained: Any) -> None:
+def test_tab_inside_tensorboard_follows_its_theme_and_reload(browser: Any, address: str, trained: Any) -> None:
     browser.resize(1280, 900)
     for theme in ("light", "dark"):
         browser.theme(theme)
@@ -169,8 +171,14 @@ def test_tab_inside_tensorboard_follows_its_theme(browser: Any, address: str, tr
             "return performance.getEntriesByType('resource').every((e) => new URL(e.name).origin === location.origin)"
         )
         assert own
+        asked = "return performance.getEntriesByType('resource').filter((e) => e.name.endsWith('/gblr/runs')).length"
+        before = browser.run(asked)
         browser.top()
         keep(browser, f"inside-{theme}")
+        browser.run("document.querySelector('app-header-reload button').click()")
+        browser.frame("iframe[src*='name=gblr']")
+        browser.wait(f"{asked} > arguments[0]", before)
+        browser.top()
 
 
 def test_overview_sorts_groups_and_follows_the_slider(tab: Any, trained: Any) -> None:
@@ -245,6 +253,15 @@ def test_keyboard_alone_drives_map_and_slider(tab: Any, trained: Any) -> None:
     assert map_pixels(tab, [(r, c) for r in range(24) for c in range(48)], (24, 48)) != before
     tab.key("0")
     assert map_pixels(tab, [(r, c) for r in range(24) for c in range(48)], (24, 48)) == before
+    tab.key("Escape")
+    assert tab.run("return document.querySelector('.place')") is None
+    tab.run("document.querySelector('.intervals canvas').focus()")
+    tab.key("ArrowDown")
+    first = int(trained.structures["0.2"][-1].rows.start.argmin())
+    tab.wait("return document.querySelector('.place')?.textContent.startsWith('Component')")
+    assert tab.run("return document.querySelectorAll('.pointed tbody tr').length") == 1
+    start = int(trained.structures["0.2"][-1].rows.start[first])
+    assert tab.run("return parseInt(document.querySelectorAll('.pointed td')[1].textContent)") == start
     tab.run("document.querySelector('input[type=range]').focus()")
     tab.key("Home")
     tab.wait("return document.querySelector('.transport output strong').textContent === 'step 0'")

@@ -64,6 +64,19 @@ def test_every_kind_of_layer_tells_the_same_structure() -> None:
     assert all(math.isinf(value) for value in [step.sigma])
 
 
+def test_energies_of_trainable_layers_end_with_their_intervals() -> None:
+    layer = GBLRLinear(make_matrix())
+    with torch.no_grad():
+        for parameter in (layer.U, layer.V):
+            parameter.copy_(torch.randn_like(parameter))
+        layer.widths.copy_(torch.tensor([[0.75, 0.25, 0.5, 1.0], [0.5, 1.0, 0.2, 0.4]]))
+        layer.locations.copy_(torch.tensor([[0.5, 0.0, 0.75, 0.25], [0.8, 0.0, 0.0, 0.9]]))
+    matrix = layer.structure()
+    _, (logged,) = records_of(structure_summary({"a": layer}))
+    expected = torch.einsum("km,kn->kmn", matrix.u, matrix.v).square().sum((1, 2))
+    torch.testing.assert_close(torch.from_numpy(logged.energy).float(), expected, rtol=0.045, atol=0.0)
+
+
 def test_sigma_is_read_from_trainable_layers() -> None:
     layer = GBLRLinear(make_matrix())
     layer.set_sigma(7.0)

@@ -2,6 +2,7 @@
 
 import { fetchRuns } from './api.js';
 import { h, segmented } from './dom.js';
+import { onReload } from './host.js';
 import { Overview } from './overview.js';
 import { StructureView } from './structure.js';
 import { followTheme, palette, runColour } from './theme.js';
@@ -239,5 +240,6 @@ export async function render() {
   followTheme(() => app.redraw());
   document.body.append(app.root);
   await app.poll();
+  onReload(() => app.poll());
   setInterval(() => document.hidden || app.poll(), POLL_MS);
 }

@@ -192,11 +192,19 @@ export class StructureView {
   }
 
   intervals(axis, side) {
-    const canvas = h('canvas', { role: 'img', 'aria-label': axis === 'rows' ? 'Row intervals, sorted' : 'Column intervals, sorted' });
+    const label = `${axis === 'rows' ? 'Row' : 'Column'} intervals, sorted. Up and down arrow keys go through the components.`;
+    const canvas = h('canvas', { tabindex: 0, role: 'application', 'aria-label': label });
     const part = { axis, canvas, order: [], title: h('figcaption', {}) };
     canvas.addEventListener('pointermove', (event) => {
       const y = event.clientY - canvas.getBoundingClientRect().top;
       this.highlight(componentAt(part.order, part.height, y), side);
+    });
+    canvas.addEventListener('keydown', (event) => {
+      const by = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+      if (!by || !part.order.length) return;
+      event.preventDefault();
+      const at = part.order.indexOf(this.columns[side].pane.viewport.component) + by;
+      this.highlight(part.order[Math.min(Math.max(at, 0), part.order.length - 1)], side);
     });
     canvas.addEventListener('pointerleave', () => this.highlight(-1, side));
     part.element = h('figure', { class: 'intervals' }, part.title, canvas);
