@@ -67,7 +67,11 @@ class Alds(BlockGrid):
         targets = {
             name: check_weight(f"{cls.name}: layer {name!r}", weight, budget) for name, weight in weights.items()
         }
-        layers = {name: _choices(target, options.get("parts")) for name, target in targets.items()}
+        splits = options.get("row_splits", 1)
+        layers = {
+            name: _together([_choices(part, options.get("parts")) for part in target.chunk(splits)])
+            for name, target in targets.items()
+        }
         allowed = sum(budget * target.numel() for target in targets.values()) + 1e-6
         levels = torch.cat([choice.error for choices in layers.values() for choice in choices]).unique()
         costs = {name: _cheapest(choices, float("inf")) for name, choices in layers.items()}
@@ -85,7 +89,9 @@ class Alds(BlockGrid):
                 costs, high = trial, middle
             else:
                 low = middle + 1
-        return {name: cost / targets[name].numel() for name, cost in costs.items()}
+        # Less than the next level's steps is left; everyone may use its share of it.
+        spare = allowed / sum(costs.values())
+        return {name: min(1.0, spare * cost / targets[name].numel()) for name, cost in costs.items()}
 
 
 def _choices(weight: Tensor, parts: int | None) -> list[_Choice]:
@@ -106,6 +112,14 @@ def _choices(weight: Tensor, parts: int | None) -> list[_Choice]:
     if not choices:
         raise ConfigError(f"alds: a {m} x {n} matrix in {counts[0]} parts costs more than dense already at rank 1")
     return choices
+
+
+def _together(parts: list[list[_Choice]]) -> list[_Choice]:
+    """Choices of matrices stacked in one layer, all with the same parts and rank."""
+    return [
+        _Choice(same[0].parts, same[0].cost * len(same), torch.stack([choice.error for choice in same]).amax(0))
+        for same in zip(*parts, strict=True)
+    ]
 
 
 def _cheapest(choices: list[_Choice], error: float) -> int:

@@ -30,13 +30,14 @@ class FamilyMatrix(ABC):
     name: ClassVar[str]
 
     @classmethod
-    def from_dense(cls: type[Self], weight: Tensor, budget: float, **options: Any) -> Self:
+    def from_dense(cls, weight: Tensor, budget: float, **options: Any) -> FamilyMatrix:
         """Project a dense matrix onto the family, in one shot.
 
         Args:
             weight: (m, n) floating point, finite.
             budget: Allowed relative FLOPs, in (0, 1].
-            options: The family's own, see its class.
+            options: The family's own, see its class; and for all ``row_splits``, the number of matrices stacked in the
+                rows of the weight (packed query, key, value: 3), each projected on its own.
 
         Returns:
             A matrix with ``relative_flops <= budget`` in the dtype of the weight (float32 for half precision).
@@ -47,9 +48,17 @@ class FamilyMatrix(ABC):
         """
         target = check_weight(cls.name, weight, budget)
         known = inspect.signature(cls._project).parameters.keys() - {"weight", "allowed"}
+        if "row_splits" in options and "row_splits" not in known:
+            from .stacked import stack  # is a matrix of this protocol itself
+
+            row_splits = options.pop("row_splits")
+            if row_splits != 1:
+                return stack(cls, weight, budget, row_splits, options)
         for option in options:
             if option not in known:
-                raise ConfigError(f"{cls.name}: no option {option!r}; allowed are {', '.join(sorted(known)) or 'none'}")
+                raise ConfigError(
+                    f"{cls.name}: no option {option!r}; allowed are {', '.join(sorted(known | {'row_splits'}))}"
+                )
         m, n = target.shape
         allowed = math.floor(budget * m * n + 1e-6)  # the slack undoes the rounding of cost / (m n)
         dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32

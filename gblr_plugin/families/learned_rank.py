@@ -10,25 +10,52 @@ from torch import Tensor, nn
 from ..layers import GBLRConv1d, GBLRConv2d, GBLRLayer, GBLRLinear
 from ..structure import StructuredMatrix
 from ..swap import structured_like, weight_matrix
-from .low_rank import truncated_svd
 
 __all__ = ["LearnedRankConv1d", "LearnedRankConv2d", "LearnedRankLinear", "learned_rank_like"]
 
 
 class _LearnedRank(GBLRLayer):
-    """Masks that are 0 or 1 on a whole axis, with straight-through gradients.
+    """Masks that are one number on a whole axis, a gate on each component: ``W = sum_k g_k h_k u_k v_k^T``.
 
-    This is the Gaudi mask of a GBLR layer at its lowest frequency alone: ``G(0) = w``, so ``mask[i] = w`` for every i,
-    rounded forward. Its gradient is that of a gate on the component, ``sum_i dLoss/dmask[i]``; intervals cannot form.
-    The layer is counted, driven to its budget, frozen and converted as any GBLR layer whose intervals snap to whole
-    axes.
+    A gate is ``max(0, 2 w - 1)`` for a width w, so that it reaches zero where the width rounds from the whole axis to
+    none: what is counted as off contributes nothing, and goes off without a jump. Beginning at the square roots of the
+    relative singular values, the learner's soft threshold shrinks singular values, the proximal step of the nuclear
+    norm. Gradients pass through closed gates, so that components can come back. Counted, driven to its budget and
+    converted as any GBLR layer whose intervals snap to whole axes.
     """
+
+    def _gates(self) -> Tensor:
+        """(2, K) row and column gates."""
+        raw = 2 * self.widths - 1
+        return raw + (raw.detach().clamp(min=0) - raw.detach())
 
     def masks(self) -> tuple[Tensor, Tensor]:
         """Row mask (K, m) and column mask (K, n)."""
-        gates = self.widths + (torch.round(self.widths.detach()) - self.widths.detach())
+        gates = self._gates()
         rows, cols = self.axis_lengths
         return gates[0, :, None].expand(-1, rows), gates[1, :, None].expand(-1, cols)
+
+    def masked_factors(self) -> tuple[Tensor, Tensor]:
+        """Row factors (K, m) and column factors (K, n) times their gates."""
+        row_gate, col_gate = self._gates().unbind()
+        return row_gate[:, None].to(self.U.dtype) * self.U, col_gate[:, None].to(self.V.dtype) * self.V
+
+    def _blocks_allowed(self) -> bool:
+        """Only once frozen: the gradient of a closed gate comes from the whole axis."""
+        return self._structure_frozen
+
+    @torch.no_grad()
+    def structure(self) -> StructuredMatrix:
+        """A copy of the present low-rank matrix, gates multiplied in, without closed components."""
+        rows, cols = self.intervals()
+        u = self.U.detach() * self._gates().prod(0)[:, None].to(self.U.dtype)
+        return StructuredMatrix.from_factors(u, self.V.detach(), rows, cols).live()
+
+    @torch.no_grad()
+    def freeze_structure(self, whole_widths: Tensor | None = None) -> None:
+        """Multiply the gates into U and fix them as open or closed, as :meth:`GBLRLayer.freeze_structure`."""
+        self.U.mul_(self._gates().prod(0)[:, None].to(self.U.dtype))
+        super().freeze_structure(whole_widths)
 
 
 class LearnedRankLinear(_LearnedRank, GBLRLinear):
@@ -66,10 +93,11 @@ def learned_rank_like(dense: nn.Module) -> GBLRLayer:
         A structured layer for :class:`gblr_plugin.StructureLearner`.
     """
     weight = weight_matrix(dense)
-    left, right = truncated_svd(weight.double(), min(weight.shape))
-    start = StructuredMatrix.from_factors(left.T.contiguous(), right)
+    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    scale = values[0].sqrt()
+    start = StructuredMatrix.from_factors(left.T * scale, right * scale)
     layer: Any = structured_like(dense, start, align=(weight.shape[0], weight.shape[1]))
-    with torch.no_grad():  # all on; at first those of small singular value are nearest to off
-        layer.widths.copy_(1 - 0.5 * torch.arange(len(left.T)) / len(left.T))
+    with torch.no_grad():
+        layer.widths.copy_((values / values[0].clamp(min=torch.finfo(values.dtype).tiny)).sqrt() / 2 + 0.5)
     layer.__class__ = _KINDS[type(layer)]  # same parameters and buffers, other masks
     return layer  # type: ignore[no-any-return]  # a GBLRLayer

@@ -52,7 +52,7 @@ def replace(
     for name, module in chosen.items():
         check_structurable(module, name)
     check_untied(model, chosen)
-    small = [name for name, module in chosen.items() if not can_gain(module)]
+    small = [name for name, module in chosen.items() if not can_gain(module, options.get("row_splits", 1))]
     for name in small:
         _logger.warning("layer %r is too small to gain from structure and stays dense", name)
         chosen.pop(name).gblr_note = "too small to gain, kept dense"

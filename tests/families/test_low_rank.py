@@ -54,16 +54,20 @@ def test_learned_rank_starts_dense_and_ends_on_its_budget() -> None:
     torch.testing.assert_close(gblr.convert(model)(x), before)
 
 
-def test_learned_rank_masks_gate_whole_components() -> None:
+def test_learned_rank_gates_whole_components() -> None:
+    torch.manual_seed(0)
     layer = families.get("low_rank").trainable(nn.Linear(6, 5), 0.5, learned_rank=True)
     with torch.no_grad():
-        layer.widths.copy_(torch.tensor([[0.9, 0.6, 0.4, 0.1, 1.0], [0.9, 0.2, 0.8, 0.1, 0.5]]))
+        layer.widths.copy_(torch.tensor([[0.9, 0.75, 0.5, 0.1, 1.0], [0.9, 0.2, 0.8, 0.1, 0.6]]))
     rows, cols = layer.masks()
-    assert rows.shape == (5, 5)
-    assert cols.shape == (5, 6)
-    assert rows[:, 0].tolist() == [1, 1, 0, 0, 1]
-    assert cols[:, 0].tolist() == [1, 0, 1, 0, 0]
-    assert torch.equal(rows, rows[:, :1].expand(-1, 5))
+    torch.testing.assert_close(rows, torch.tensor([0.8, 0.5, 0.0, 0.0, 1.0])[:, None].expand(5, 5))
+    torch.testing.assert_close(cols, torch.tensor([0.8, 0.0, 0.6, 0.0, 0.2])[:, None].expand(5, 6))
     upstream = torch.randn(5, 6)
     (gradient,) = torch.autograd.grad(cols, layer.widths, upstream)
-    torch.testing.assert_close(gradient[1], upstream.sum(1))
+    torch.testing.assert_close(gradient[1], 2 * upstream.sum(1))  # through closed gates too
+    wanted = layer.to_dense().detach()
+    assert layer.stored == 2 * (5 + 6)  # gates 0 and 4: both of their sides are open
+    torch.testing.assert_close(layer.structure().to_dense(), wanted)
+    layer.freeze_structure()
+    torch.testing.assert_close(layer.to_dense().detach(), wanted)
+    assert layer.stored == 2 * (5 + 6)
