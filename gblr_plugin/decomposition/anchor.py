@@ -13,15 +13,15 @@ __all__ = ["anchored"]
 def _best_start(factor: Tensor, tile: int) -> Tensor:
     """(K,) start, on a multiple of ``tile``, whose cyclic interval loses least energy as its end is cut back.
 
-    A shrinking interval keeps its start. Losing the last index in every width but one, the index before it in every width but
-    two, and so on, index i after the start is lost in i of the N widths: minimise the sum of i * energy over starts, a circular
-    correlation.
+    A shrinking interval keeps its start. Index i after the start is outside it at i of the N widths, so minimise the sum
+    of i * energy over the starts: a circular correlation.
     """
     n = factor.shape[1]
     energy = factor.double().square()
     ramp = torch.arange(n, dtype=torch.float64, device=factor.device)
     loss = torch.fft.irfft(torch.fft.rfft(energy) * torch.fft.rfft(ramp).conj(), n=n)
-    return loss[:, ::tile].argmin(1) * tile
+    start: Tensor = loss[:, ::tile].argmin(1) * tile
+    return start
 
 
 def anchored(matrix: StructuredMatrix, tiles: tuple[int, int] = (1, 1)) -> StructuredMatrix:
