@@ -19,7 +19,7 @@ from .layout import Block, Layout
 
 __all__ = ["available", "linear"]
 
-_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 _MODULES = {"cpu": "numba", "cuda": "triton"}
 WIDEST = 128  # largest block that the triton kernels take
 
@@ -29,9 +29,19 @@ def _installed(kind: str) -> bool:
     return kind in _MODULES and find_spec(_MODULES[kind]) is not None
 
 
+@lru_cache
+def _has_bfloat16() -> bool:
+    import llvmlite.binding
+
+    return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16", False))
+
+
+@torch.compiler.assume_constant_result
 def available(device: torch.device, dtype: torch.dtype) -> bool:
     """Is there a compiled kernel for this device and dtype (an optional dependency may be missing)."""
-    return dtype in _DTYPES.get(device.type, ()) and _installed(device.type)
+    if dtype not in _DTYPES.get(device.type, ()) or not _installed(device.type):
+        return False
+    return device.type != "cpu" or dtype != torch.bfloat16 or _has_bfloat16()
 
 
 @lru_cache
@@ -120,10 +130,14 @@ def _side(table_at: int, blocks: tuple[Block, ...], groups_at: int) -> tuple[int
     return table_at, len(blocks), groups_at, blocks[0].stop - blocks[0].start
 
 
-def fits(layout: Layout, device: torch.device) -> bool:
-    """Are the blocks of a layout small enough for the kernels of a device."""
-    widest = max(block.stop - block.start for block in (layout.row_blocks[0], layout.col_blocks[0]))
-    return device.type != "cuda" or widest <= WIDEST
+def fits(layout: Layout, device: torch.device, dtype: torch.dtype) -> bool:
+    """Do the blocks of a layout suit the kernel: at most 128 wide on CUDA, on even borders for bfloat16 on the CPU."""
+    rows, cols = layout.row_blocks[0], layout.col_blocks[0]
+    widths = rows.stop - rows.start, cols.stop - cols.start
+    if device.type == "cuda":
+        return max(widths) <= WIDEST
+    split_axis = layout.shape[1 if layout.transposed else 0] // len(layout.split_sizes)
+    return dtype != torch.bfloat16 or not any(size % 2 for size in (*widths, *layout.shape, split_axis))
 
 
 def linear(

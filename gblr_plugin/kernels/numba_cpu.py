@@ -7,6 +7,10 @@ the row-major result. One token takes dot products instead, and no packing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import cast
+
 import llvmlite.binding
 import numpy as np
 import torch
@@ -186,14 +190,14 @@ def _first_part(x, x_row, x_column, tokens, n, factors, lists, table, cols, num,
     _stage_one(factors, lists, table, cols, packed.ctypes.data, n, z, num, tiles)
 
 
-def _by_tokens(x: Tensor, y: Tensor, rest: tuple[int, ...], bias: int, threads: int) -> None:
+def _by_tokens(run: Callable[..., None], x: Tensor, y: Tensor, rest: tuple[int, ...], bias: int, threads: int) -> None:
     """Every thread takes some of the tokens."""
     tokens = x.shape[0]
     share = -(-tokens // (threads * LANES)) * LANES
-    x_step, y_step = x.stride(0) * 4, y.stride(0) * 4
+    x_step, y_step = x.stride(0) * x.itemsize, y.stride(0) * y.itemsize
 
     def part(at: int) -> None:
-        _product(
+        run(
             x.data_ptr() + at * x_step,
             *x.stride(),
             min(share, tokens - at),
@@ -234,6 +238,14 @@ def _by_blocks(x: Tensor, y: Tensor, rest: tuple[int, ...], bias: int, threads: 
     run_parts(second, range(threads))
 
 
+@cache
+def _bfloat16_product() -> Callable[..., None]:
+    """Imported on first use: its instructions exist on some processors only."""
+    from .numba_bfloat16 import product_part
+
+    return cast("Callable[..., None]", product_part)
+
+
 def product(
     x: Tensor,
     factors: Tensor,
@@ -250,19 +262,22 @@ def product(
     components: int,
     out_features: int,
 ) -> Tensor:
-    """``x @ W.T + bias`` for float32 x (tokens, n) on the CPU; sizes as in the operator of ``compiled``.
+    """``x @ W.T + bias`` for x (tokens, n) on the CPU, float32 or bfloat16; sizes as in the operator of ``compiled``.
 
     Uses as many threads as ``torch.get_num_threads()`` says, where the work is worth it.
     """
-    x = x if x.shape[0] > 1 or x.stride(1) == 1 else x.contiguous()
+    half = x.dtype == torch.bfloat16
+    x = x if x.stride(1) == 1 or (x.shape[0] > 1 and not half) else x.contiguous()
     y = x.new_empty(x.shape[0], out_features)
     bias = None if bias is None else bias.contiguous()
     bias_at = 0 if bias is None else bias.data_ptr()
     rest = (factors.data_ptr(), lists.data_ptr(), cols_at, cols, rows_at, rows, components)
     threads = torch.get_num_threads()
-    if threads > 1 and x.shape[0] * factors.numel() >= WORTH_THREADS:
-        split = _by_tokens if x.shape[0] >= threads * LANES else _by_blocks
-        split(x, y, rest, bias_at, threads)
+    run = _bfloat16_product() if half else _product
+    if threads == 1 or x.shape[0] * factors.numel() < WORTH_THREADS:
+        run(x.data_ptr(), *x.stride(), *x.shape, *rest, bias_at, y.data_ptr(), out_features)
+    elif half or x.shape[0] >= threads * LANES:
+        _by_tokens(run, x, y, rest, bias_at, threads)
     else:
-        _product(x.data_ptr(), *x.stride(), *x.shape, *rest, bias_at, y.data_ptr(), out_features)
+        _by_blocks(x, y, rest, bias_at, threads)
     return y

@@ -34,7 +34,11 @@ def _plain(x: Tensor) -> bool:
 
 
 def _runs_compiled(x: Tensor, layout: Layout, kernel: str) -> bool:
-    if kernel != "compiled" or not compiled.available(x.device, x.dtype) or not compiled.fits(layout, x.device):
+    if (
+        kernel != "compiled"
+        or not compiled.available(x.device, x.dtype)
+        or not compiled.fits(layout, x.device, x.dtype)
+    ):
         return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["LANES", "dot_tile", "expand_tile", "load_float32", "load_int32", "reduce_tile"]
+__all__ = ["LANES", "Emitter", "dot_tile", "expand_tile", "load_float32", "load_int32", "reduce_tile", "tile"]
 
 LANES = 16
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
@@ -23,7 +23,7 @@ _MASK = ir.VectorType(ir.IntType(1), LANES)
 _ZERO = ir.Constant(_VECTOR, [0.0] * LANES)
 
 
-class _Emitter:
+class Emitter:
     """The few instructions that the tiles are written in."""
 
     def __init__(self, builder: ir.IRBuilder) -> None:
@@ -49,7 +49,7 @@ class _Emitter:
             return self.load(address, _VECTOR)
         name = "llvm.masked.load.v16f32.p0v16f32"
         kind = ir.FunctionType(_VECTOR, [_VECTOR.as_pointer(), _I32, _MASK, _VECTOR])
-        function = self._declare(name, kind)
+        function = self.declare(name, kind)
         pointer = self.b.inttoptr(address, _VECTOR.as_pointer())
         return self.b.call(function, [pointer, ir.Constant(_I32, 4), mask, _ZERO])
 
@@ -60,9 +60,9 @@ class _Emitter:
         name = "llvm.masked.store.v16f32.p0v16f32"
         kind = ir.FunctionType(ir.VoidType(), [_VECTOR, _VECTOR.as_pointer(), _I32, _MASK])
         pointer = self.b.inttoptr(address, _VECTOR.as_pointer())
-        self.b.call(self._declare(name, kind), [value, pointer, ir.Constant(_I32, 4), mask])
+        self.b.call(self.declare(name, kind), [value, pointer, ir.Constant(_I32, 4), mask])
 
-    def _declare(self, name: str, kind: ir.FunctionType) -> Any:
+    def declare(self, name: str, kind: ir.FunctionType) -> Any:
         module = self.b.module
         return module.globals[name] if name in module.globals else ir.Function(module, kind, name)
 
@@ -73,7 +73,7 @@ class _Emitter:
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-        return self.b.call(self._declare("llvm.fma.v16f32", kind), [a, b, c])
+        return self.b.call(self.declare("llvm.fma.v16f32", kind), [a, b, c])
 
     def total(self, vector: Any) -> Any:
         """Sum of the lanes, in halves."""
@@ -117,12 +117,12 @@ class _Emitter:
         return list(carried)
 
 
-def _tile(arguments: int, emit: Callable[[_Emitter, Any], None]) -> Any:
+def tile(arguments: int, emit: Callable[[ir.IRBuilder, Any], None]) -> Any:
     """A numba intrinsic of int64 arguments that emits ``emit`` and returns nothing."""
 
-    def tile(typing_context: Any, *kinds: Any) -> Any:
+    def typed(typing_context: Any, *kinds: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            emit(_Emitter(builder), values)
+            emit(builder, values)
             return context.get_dummy_value()
 
         return types.none(*([types.int64] * arguments)), codegen
@@ -130,8 +130,8 @@ def _tile(arguments: int, emit: Callable[[_Emitter, Any], None]) -> Any:
     # numba reads the number of arguments off the signature.
     kind = inspect.Parameter.POSITIONAL_ONLY
     names = ["context", *(f"a{i}" for i in range(arguments))]
-    tile.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
-    return intrinsic(tile)
+    typed.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+    return intrinsic(typed)
 
 
 @intrinsic
@@ -139,7 +139,7 @@ def load_int32(typing_context: Any, address: Any) -> Any:
     """int32 at an address, as int64."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        e = _Emitter(builder)
+        e = Emitter(builder)
         return builder.sext(e.load(values[0], _I32), _I64)
 
     return types.int64(types.int64), codegen
@@ -150,7 +150,7 @@ def load_float32(typing_context: Any, address: Any) -> Any:
     """float32 at an address."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return _Emitter(builder).load(values[0], _F32)
+        return Emitter(builder).load(values[0], _F32)
 
     return types.float32(types.int64), codegen
 
@@ -162,7 +162,8 @@ def reduce_tile(components: int, tiles: int) -> Any:
     address of z packed (K, 16), its tile stride; address of the int32 list entries.
     """
 
-    def emit(e: _Emitter, a: Any) -> None:
+    def emit(builder: ir.IRBuilder, a: Any) -> None:
+        e = Emitter(builder)
         v, v_stride, columns, x, x_tile, z, z_tile, entries = a
         targets = []
         for r in range(components):
@@ -184,7 +185,7 @@ def reduce_tile(components: int, tiles: int) -> Any:
         for value, target in zip(sums, targets, strict=True):
             e.store_vector(value, target)
 
-    return _tile(8, emit)
+    return tile(8, emit)
 
 
 def expand_tile(tokens: int, vectors: int, masked: bool) -> Any:
@@ -195,7 +196,8 @@ def expand_tile(tokens: int, vectors: int, masked: bool) -> Any:
     0; lanes used (of the single vector, if masked).
     """
 
-    def emit(e: _Emitter, a: Any) -> None:
+    def emit(builder: ir.IRBuilder, a: Any) -> None:
+        e = Emitter(builder)
         z, z_stride, entries, count, u, u_stride, y, y_stride, bias, lanes = a
         mask = e.first_lanes(lanes) if masked else None
         start = e.b.block
@@ -228,7 +230,7 @@ def expand_tile(tokens: int, vectors: int, masked: bool) -> Any:
             for j in range(vectors):
                 e.store_vector(sums[t * vectors + j], e.at(target, e.i(j * LANES)), mask)
 
-    return _tile(10, emit)
+    return tile(10, emit)
 
 
 def dot_tile(components: int) -> Any:
@@ -237,7 +239,8 @@ def dot_tile(components: int) -> Any:
     Arguments: address of V[first, 0], its row stride; columns; addresses of x, of z and of the int32 list entries.
     """
 
-    def emit(e: _Emitter, a: Any) -> None:
+    def emit(builder: ir.IRBuilder, a: Any) -> None:
+        e = Emitter(builder)
         v, v_stride, columns, x, z, entries = a
         rows = [e.at(v, e.b.mul(v_stride, e.i(r))) for r in range(components)]
 
@@ -256,4 +259,4 @@ def dot_tile(components: int) -> Any:
             target = e.at(z, e.b.zext(e.load(e.at(entries, e.i(r)), _I32), _I64))
             e.store(e.b.fadd(e.load(target, _F32), e.total(sums[r])), target)
 
-    return _tile(6, emit)
+    return tile(6, emit)

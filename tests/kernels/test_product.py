@@ -61,6 +61,39 @@ def test_gradients(k: int, m: int, n: int, splits: int, kernel: str) -> None:
 
 
 @needs_numba
+@pytest.mark.parametrize("blocks", [(16, 16), (64, 32), (34, 50)])
+@pytest.mark.parametrize(("k", "m", "n", "splits"), [(20, 48, 64, 1), (31, 60, 34, 3), (90, 300, 258, 1), (0, 6, 4, 1)])
+def test_bfloat16_values(k: int, m: int, n: int, splits: int, blocks: tuple[int, int]) -> None:
+    device = torch.device("cpu")
+    if not compiled.available(device, torch.bfloat16):
+        pytest.skip("this processor has no AVX512-BF16")
+    original = matrix(k, m, n, splits).to(torch.bfloat16)
+    layout, factors, lists = pack(original, *blocks)
+    assert compiled.fits(layout, device, torch.bfloat16)
+    dense, bias = original.to_dense().double(), torch.randn(m).bfloat16()
+    exact = (original.u.double(), original.v.double())
+    parts = zip(*(factor.split(original.split_sizes) for factor in exact), strict=True)
+    dense = torch.cat([u.t() @ v for u, v in parts])
+    for tokens in (0, 1, 2, 3, 7, 16, 37, 64, 130):
+        for x in (torch.randn(tokens, n).bfloat16(), torch.randn(n, tokens).bfloat16().t()):
+            for b in (bias, None):
+                y = product.linear(x, factors, lists, layout, b, "compiled")
+                expected = x.double() @ dense.t() + (0 if b is None else b)
+                assert y.dtype == torch.bfloat16
+                assert float((y - expected).norm()) <= 5e-3 * float(expected.norm())
+
+
+def test_bfloat16_on_odd_borders_takes_torch_operations() -> None:
+    original = matrix(31, 57, 33, 3).to(torch.bfloat16)
+    layout, factors, lists = pack(original, 16, 16)
+    assert not compiled.fits(layout, torch.device("cpu"), torch.bfloat16)
+    x = torch.randn(5, 33).bfloat16()
+    y = product.linear(x, factors, lists, layout, None, "compiled")
+    expected = x.double() @ original.to_dense().double().t()
+    assert float((y - expected).norm()) <= 2e-2 * float(expected.norm())
+
+
+@needs_numba
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_share_the_work(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from gblr_plugin.kernels import numba_cpu

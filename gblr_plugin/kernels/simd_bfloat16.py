@@ -1,0 +1,204 @@
+"""Register tiles of :mod:`~gblr_plugin.kernels.simd` for bfloat16, on processors with AVX512-BF16; sums are float32.
+
+The dot-product instruction takes pairs along the summed axis: columns in stage 1, components of a list in stage 2. A word is
+such a pair, two bfloat16 in 32 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from .simd import LANES, Emitter, tile
+
+__all__ = ["expand_tile", "pair_tile", "reduce_tile"]
+
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_SUMS = ir.VectorType(ir.FloatType(), LANES)
+_WORDS = ir.VectorType(_I32, LANES)
+_HALVES = ir.VectorType(_I16, LANES)
+_ZERO = ir.Constant(_SUMS, [0.0] * LANES)
+_NONE = ir.Constant(_HALVES, [0] * LANES)
+_WEAVE = ir.Constant(ir.VectorType(_I32, 2 * LANES), [lane // 2 + LANES * (lane % 2) for lane in range(2 * LANES)])
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not have."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+_PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
+_SINGLES = ir.VectorType(_BFloat(), LANES)
+
+
+class _PairEmitter(Emitter):
+    def words(self, address: Any) -> Any:
+        return self.b.bitcast(self.load(address, _WORDS), _PAIRS)
+
+    def broadcast_word(self, address: Any) -> Any:
+        word = self.load(address, _I32, 2)
+        single = self.b.insert_element(ir.Constant(_WORDS, ir.Undefined), word, ir.Constant(_I32, 0))
+        spread = self.b.shuffle_vector(single, single, ir.Constant(_WORDS, [0] * LANES))
+        return self.b.bitcast(spread, _PAIRS)
+
+    def dot(self, sums: Any, a: Any, b: Any) -> Any:
+        kind = ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS])
+        return self.b.call(self.declare("llvm.x86.avx512bf16.dpbf16ps.512", kind), [sums, a, b])
+
+    def halves(self, address: Any, mask: Any) -> Any:
+        if mask is None:
+            return self.load(address, _HALVES, 2)
+        kind = ir.FunctionType(_HALVES, [_HALVES.as_pointer(), _I32, mask.type, _HALVES])
+        function = self.declare("llvm.masked.load.v16i16.p0v16i16", kind)
+        return self.b.call(
+            function, [self.b.inttoptr(address, _HALVES.as_pointer()), ir.Constant(_I32, 2), mask, _NONE]
+        )
+
+    def weave(self, first: Any, second: Any) -> Any:
+        """Pairs of the lanes of two vectors."""
+        return self.b.bitcast(self.b.shuffle_vector(first, second, _WEAVE), _PAIRS)
+
+    def widen(self, halves: Any) -> Any:
+        shifted = self.b.shl(self.b.zext(halves, _WORDS), ir.Constant(_WORDS, [16] * LANES))
+        return self.b.bitcast(shifted, _SUMS)
+
+    def store_rounded(self, sums: Any, address: Any, mask: Any) -> None:
+        kind = ir.FunctionType(_SINGLES, [_SUMS])
+        rounded = self.b.call(self.declare("llvm.x86.avx512bf16.cvtneps2bf16.512", kind), [sums])
+        rounded = self.b.bitcast(rounded, _HALVES)
+        pointer = self.b.inttoptr(address, _HALVES.as_pointer())
+        if mask is None:
+            self.b.store(rounded, pointer).align = 2
+            return
+        kind = ir.FunctionType(ir.VoidType(), [_HALVES, _HALVES.as_pointer(), _I32, mask.type])
+        function = self.declare("llvm.masked.store.v16i16.p0v16i16", kind)
+        self.b.call(function, [rounded, pointer, ir.Constant(_I32, 2), mask])
+
+
+def reduce_tile(components: int, tiles: int) -> Any:
+    """Stage 1 of :func:`~gblr_plugin.kernels.simd.reduce_tile`.
+
+    Arguments as there, but: V and its stride in bfloat16; columns in pairs; x packed as (pairs, 16) words. z is float32.
+    """
+
+    def emit(builder: ir.IRBuilder, a: Any) -> None:
+        e = _PairEmitter(builder)
+        v, v_stride, pairs, x, x_tile, z, z_tile, entries = a
+        targets = []
+        for r in range(components):
+            row = e.b.zext(e.load(e.at(entries, e.i(r)), _I32), _I64)
+            base = e.at(z, e.b.mul(row, e.i(LANES)))
+            targets += [e.at(base, e.b.mul(z_tile, e.i(t))) for t in range(tiles)]
+        rows = [e.at(v, e.b.mul(v_stride, e.i(r)), 2) for r in range(components)]
+        panels = [e.at(x, e.b.mul(x_tile, e.i(t))) for t in range(tiles)]
+
+        def body(p: Any, sums: list[Any]) -> list[Any]:
+            inputs = [e.words(e.at(panel, e.b.mul(p, e.i(LANES)))) for panel in panels]
+            result = []
+            for r in range(components):
+                factor = e.broadcast_word(e.at(rows[r], p))
+                result += [e.dot(sums[r * tiles + t], factor, inputs[t]) for t in range(tiles)]
+            return result
+
+        sums = e.loop(pairs, [e.vector(target) for target in targets], body)
+        for value, target in zip(sums, targets, strict=True):
+            e.store_vector(value, target)
+
+    return tile(8, emit)
+
+
+def pair_tile() -> Any:
+    """Rounds the rows of z that a list names and weaves them into pairs.
+
+    Arguments: address of z packed (K, 16) float32; address of the list, its length; address of the (pairs, 16) words.
+    """
+
+    def emit(builder: ir.IRBuilder, a: Any) -> None:
+        e = _PairEmitter(builder)
+        z, entries, count, out = a
+
+        def row(at: Any) -> Any:
+            return e.vector(e.at(z, e.b.mul(e.b.zext(e.load(e.at(entries, at), _I32), _I64), e.i(LANES))))
+
+        def put(p: Any, first: Any, second: Any) -> None:
+            kind = ir.FunctionType(_PAIRS, [_SUMS, _SUMS])
+            both = e.b.call(e.declare("llvm.x86.avx512bf16.cvtne2ps2bf16.512", kind), [second, first])
+            both = e.b.bitcast(both, ir.VectorType(_I16, 2 * LANES))
+            woven = e.b.shuffle_vector(both, both, _WEAVE)
+            e.store(e.b.bitcast(woven, _WORDS), e.at(out, e.b.mul(p, e.i(LANES))))
+
+        def body(p: Any, _: list[Any]) -> list[Any]:
+            at = e.b.mul(p, e.i(2))
+            put(p, row(at), row(e.b.add(at, e.i(1))))
+            return []
+
+        def last(_: Any, carried: list[Any]) -> list[Any]:
+            put(whole, row(e.b.mul(whole, e.i(2))), _ZERO)
+            return carried
+
+        whole = e.b.sdiv(count, e.i(2))
+        e.loop(whole, [], body)
+        e.loop(e.b.srem(count, e.i(2)), [], last)
+
+    return tile(4, emit)
+
+
+def expand_tile(tokens: int, vectors: int, masked: bool) -> Any:
+    """Stage 2 of :func:`~gblr_plugin.kernels.simd.expand_tile`.
+
+    Arguments: address of the words of the first token; number of components; address of U[0, first row], its row stride;
+    address of y[first token, first row], its row stride; address of bias[first row] or 0; lanes used (if masked). U, y and
+    bias are bfloat16.
+    """
+
+    def emit(builder: ir.IRBuilder, a: Any) -> None:
+        e = _PairEmitter(builder)
+        z, count, u, u_stride, y, y_stride, bias, lanes = a
+        mask = e.first_lanes(lanes) if masked else None
+        start = e.b.block
+        with_bias, ready = e.b.append_basic_block("bias"), e.b.append_basic_block("ready")
+        e.b.cbranch(e.b.icmp_signed("!=", bias, e.i(0)), with_bias, ready)
+        e.b.position_at_end(with_bias)
+        loaded = [e.widen(e.halves(e.at(bias, e.i(j * LANES), 2), mask)) for j in range(vectors)]
+        e.b.branch(ready)
+        e.b.position_at_end(ready)
+        initial = []
+        for value in loaded:
+            phi = e.b.phi(_SUMS)
+            phi.add_incoming(_ZERO, start)
+            phi.add_incoming(value, with_bias)
+            initial.append(phi)
+
+        def step(p: Any, sums: list[Any], second: bool) -> list[Any]:
+            first_row = e.at(u, e.b.mul(e.b.mul(p, e.i(2)), u_stride), 2)
+            second_row = e.at(first_row, u_stride, 2)
+            factors = []
+            for j in range(vectors):
+                offset = e.i(j * LANES)
+                top = e.halves(e.at(first_row, offset, 2), mask)
+                factors.append(e.weave(top, e.halves(e.at(second_row, offset, 2), mask) if second else _NONE))
+            inputs = e.at(z, e.b.mul(p, e.i(LANES)))
+            result = []
+            for t in range(tokens):
+                pair = e.broadcast_word(e.at(inputs, e.i(t)))
+                result += [e.dot(sums[t * vectors + j], pair, factors[j]) for j in range(vectors)]
+            return result
+
+        whole = e.b.sdiv(count, e.i(2))
+        sums = e.loop(whole, initial * tokens, lambda p, sums: step(p, sums, True))
+        sums = e.loop(e.b.srem(count, e.i(2)), sums, lambda _, sums: step(whole, sums, False))
+        for t in range(tokens):
+            target = e.at(y, e.b.mul(y_stride, e.i(t)), 2)
+            for j in range(vectors):
+                e.store_rounded(sums[t * vectors + j], e.at(target, e.i(j * LANES), 2), mask)
+
+    return tile(8, emit)
