@@ -21,8 +21,9 @@ from .structure import multiply_adds
 
 __all__ = ["AxisSpec", "WidthBudget"]
 
-_WAYS = 32  # candidates evaluated at once: few calls, little waste
-_ROUNDS = 4
+_WAYS = 8  # candidates evaluated at once: few calls, little waste
+_ROUNDS = 7  # the first one's widest gap, cut by _WAYS six times, is below the resolution
+_RESOLUTION = 2e-6  # of thresholds, as a fraction of the axis
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,9 @@ class WidthBudget:
         num = target.numel()
         low = torch.full_like(target, -growth)
         high = torch.full_like(target, 1.0)
-        fraction = torch.arange(_WAYS + 1, dtype=target.dtype, device=target.device)[:, None] / _WAYS
-        for _ in range(_ROUNDS):
+        even = torch.arange(_WAYS + 1, dtype=target.dtype, device=target.device)[:, None] / _WAYS
+        for turn in range(_ROUNDS):
+            fraction = even if turn else even**4  # one step's shrinkage is mostly small: look there first
             candidates = low + (high - low) * fraction  # (W + 1, G)
             threshold = candidates[:, group]
             if clamp is not None:
@@ -130,6 +132,8 @@ class WidthBudget:
             first = (_WAYS + 1 - fits.sum(0)).clamp(max=_WAYS)
             high = candidates.gather(0, first[None])[0]
             low = candidates.gather(0, (first - 1).clamp(min=0)[None])[0]
+            if not widths.is_cuda and bool((high - low).max() <= _RESOLUTION):  # asking a GPU costs more than a round
+                break
         return high
 
     @torch.no_grad()
@@ -154,7 +158,7 @@ class WidthBudget:
             each = torch.arange(self.num_layers, device=widths.device)
             least = self._search(widths, most, each, growth)
             # The threshold just undershoots the lower bound: step back by the resolution of the search.
-            last = self._search(widths, self._lower, each, growth) - 2.0 * float(_WAYS) ** -_ROUNDS
+            last = self._search(widths, self._lower, each, growth) - 2 * _RESOLUTION
             last = torch.where(self._lower > 0, last, torch.ones_like(last))
             clamp = least, torch.maximum(last, least)
         threshold = self._search(widths, targets, self._group, growth, clamp)[self._group]

@@ -60,7 +60,7 @@ def test_thresholds_meet_the_targets_exactly_counted(share):
     costs = torch.tensor([after[0] + after[2], after[1] + after[3]])
     assert bool((costs <= targets).all())
     # It is the least such threshold, up to the resolution of the search.
-    less = apply_thresholds(SPECS, widths, thresholds - 2 * 32 / 32.0**4)
+    less = apply_thresholds(SPECS, widths, thresholds - 4e-6)
     before = counted(SPECS, less)
     assert before[0] + before[2] > targets[0]
     assert before[1] + before[3] > targets[1]
