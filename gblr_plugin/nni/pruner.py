@@ -311,8 +311,6 @@ def _check_layers(plan: Plan, wrappers: Mapping[str, ModuleWrapper]) -> None:
             )
         if name in wrappers:
             GBLRWrapper.check_rebindable(wrappers[name])
-        if name == "":
-            raise ConfigError("the model is itself the layer: put it into a container, e.g. nn.Sequential(layer)")
         weight: Any = layer.module.U if isinstance(layer.module, GBLRLayer) else getattr(layer.module, "weight", None)
         if weight is not None and not weight.requires_grad:
             raise ConfigError(f"layer {name!r}: its weight does not require gradients; nothing can be learned there")

@@ -201,6 +201,10 @@ def read_config(model: nn.Module, config_list: Sequence[Mapping[str, Any]]) -> P
                 )
         for name, module in select_modules(model, entry, where).items():
             first = first_names[id(module)]
+            if first == "":
+                raise ConfigError(
+                    f"{where}: the model is itself the layer: put it into a container, e.g. nn.Sequential"
+                )
             if first in plans:
                 _logger.warning("%s: layer %r is chosen by an earlier entry already, which holds", where, name)
                 continue

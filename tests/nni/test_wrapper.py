@@ -31,7 +31,6 @@ def test_state_dict_has_the_same_keys_wrapped_and_unwrapped(pruner: GBLRPruner) 
 def test_unwrap_leaves_nothing_behind_and_may_be_repeated(pruner: GBLRPruner) -> None:
     model = pruner.bound_model
     pruner.unwrap_model()
-    model.fc1.__class__  # noqa: B018
     pruner._module_wrappers["fc1"].unwrap()
     assert "forward" not in vars(model.fc1)
     assert not hasattr(model.fc1, "_nni_wrapper")

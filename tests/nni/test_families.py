@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from typing import Any
+
+import nni
+import pytest
+import torch
+from nni.compression.utils import TorchEvaluator
+from torch import nn
+
+from gblr_plugin import ConfigError, families
+from gblr_plugin.nni import compressor_names, create_compressor
+
+
+def test_every_family_is_a_compressor() -> None:
+    assert set(families.names()) | {"gblr_fixed"} <= set(compressor_names())
+
+
+@pytest.mark.parametrize("name", ["low_rank", "monarch", "gblr_fixed"])
+def test_projected_then_fine_tuned_with_the_group_of_the_weight(kit: Any, name: str) -> None:
+    model = kit.MLP()
+    groups = [
+        {"params": [model.fc2.weight], "lr": 0.0},
+        {"params": [model.fc2.bias, *model.fc1.parameters(), *model.fc3.parameters()]},
+    ]
+    made = nni.trace(torch.optim.SGD)(groups, lr=0.1)
+    evaluator = TorchEvaluator(kit.train, made, kit.training_step)
+    compressor = create_compressor(name, model, [{"op_names": ["fc1", "fc2"], "sparse_ratio": 0.5}], evaluator)
+    assert type(model.fc1) is not nn.Linear
+    before = {key: value.detach().clone() for key, value in model.named_parameters()}
+    compressed, masks = compressor.compress(3, None)
+    compressor.unwrap_model()
+    assert compressed is model
+    assert masks == {}
+    changed = {key for key, value in model.named_parameters() if not torch.equal(value, before[key])}
+    trained = {
+        key for key, value in model.named_parameters() if value.requires_grad
+    }  # not a fixed structure's intervals
+    factors = {key for key in trained if key.startswith("fc1.") and not key.endswith("bias")}
+    assert factors
+    assert factors <= changed
+    assert not any(key.startswith("fc2.") and not key.endswith("bias") for key in changed)  # its group's rate is 0
+
+
+def test_a_family_has_no_lambda_and_needs_an_optimizer_that_holds_the_layer(kit: Any) -> None:
+    model = kit.MLP()
+    with pytest.raises(ConfigError, match="layer 'fc1': low_rank has no lambda"):
+        create_compressor("low_rank", model, [{"op_names": ["fc1"], "sparse_threshold": 0.5}])
+    made = nni.trace(torch.optim.SGD)(model.fc3.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="layer 'fc1': its weight is in no optimizer"):
+        create_compressor(
+            "low_rank",
+            model,
+            [{"op_names": ["fc1"], "sparse_ratio": 0.5}],
+            TorchEvaluator(kit.train, made, kit.training_step),
+        )
+    assert type(model.fc1) is nn.Linear
