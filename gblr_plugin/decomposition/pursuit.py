@@ -35,7 +35,8 @@ class Effort:
     """How much is tried.
 
     Args:
-        rank_share: Rank of the low-rank part over the rank of the trapezoid that the whole budget buys.
+        rank_share: Rank of the low-rank part over the rank of the trapezoid that the budget buys; ``None``: 0.65, or
+            0.9 in a metric, where the spectrum decays and little is left for local blocks.
         rounds: Times that blocks are added.
         sweeps: Fits with a new choice of intervals after each.
         polish: Last fits on fixed intervals.
@@ -48,7 +49,7 @@ class Effort:
             the larger ones have twice that side.
     """
 
-    rank_share: float = 0.65
+    rank_share: float | None = None
     rounds: int = 6
     sweeps: int = 2
     polish: int = 4
@@ -363,16 +364,30 @@ def pursuit(problem: Problem, effort: Effort | None = None) -> StructuredMatrix:
     Works in float32 (float64 in a metric, whose whitening is badly conditioned) and finishes in float64.
     """
     effort = Effort() if effort is None else effort
+    share = effort.rank_share
+    if share is None:
+        share = 0.65 if problem.metric.root is None else 0.9
+    triplets = leading_triplets(problem.metric.whiten(problem.weight), min(problem.weight.shape))
+    found = [_with_share(problem, effort, triplets, share)]
+    values = triplets[1]
+    if effort.rank_share is None and bool(values[-1] <= 1e-6 * values[0]):
+        # A singular matrix may be made of blocks alone.
+        found.append(_with_share(problem, effort, triplets, 0.0))
+    return min(found, key=problem.error)
+
+
+def _with_share(
+    problem: Problem, effort: Effort, triplets: tuple[Tensor, Tensor, Tensor], share: float
+) -> StructuredMatrix:
     m, n = problem.weight.shape
     dtype = torch.float32 if problem.metric.root is None else torch.float64
     for gauged in (True, False):
         costs = problem.trapezoid_cost() if gauged else torch.arange(min(m, n) + 1) * (m + n)
         bought = int((costs <= problem.allowed).sum()) - 1
-        rank = int(effort.rank_share * bought)
+        rank = int(share * bought)
         allowed = problem.allowed - int(costs[rank])
         task = _Pursuit(problem, rank, allowed, effort, dtype)
-        left, _, right = leading_triplets(problem.metric.whiten(problem.weight), rank)
-        state = task.run(task.start(left.to(dtype), right.to(dtype)))
+        state = task.run(task.start(triplets[0][:, :rank].to(dtype), triplets[2][:rank].to(dtype)))
         found = _finished(problem, state, rank, gauged)
         if found is not None:
             return found
