@@ -8,7 +8,6 @@ by less than ``SLOPE_TOLERANCE`` of the steepest edge weight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -19,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from .mask import mask_tables
 
-__all__ = ["SLOPE_TOLERANCE", "TOLERANCE", "Block", "active_blocks", "block_dense", "block_linear", "mask_reach"]
+__all__ = ["SLOPE_TOLERANCE", "TOLERANCE", "Block", "MaskedAxis", "active_blocks", "block_dense", "block_linear", "mask_reach"]
 
 TOLERANCE = 1e-5
 """Largest mask value that may be taken for zero."""
@@ -108,46 +107,130 @@ def active_blocks(width: Tensor, start: Tensor, length: int, reach: int, skip: T
     ]
 
 
+@dataclass(frozen=True)
+class MaskedAxis:
+    """One axis of a layer: its blocks, and what makes the masks of its components.
+
+    Args:
+        blocks: From :func:`active_blocks`.
+        tables: (2, 3N) from :func:`~gblr_plugin.mask.mask_tables`.
+        width: (K,) int64 interval widths.
+        start: (K,) int64 first indices.
+    """
+
+    blocks: list[Block]
+    tables: Tensor
+    width: Tensor
+    start: Tensor
+
+    @property
+    def size(self) -> int:
+        """Factor entries that all blocks multiply."""
+        return sum(block.size for block in self.blocks)
+
+    def _windows(self, table: Tensor, block: Block, at: Tensor) -> Tensor:
+        """(A, B) table entries of a block's range for intervals that end or begin ``at``."""
+        n, size = table.shape[0] // 3, block.stop - block.first
+        view = table.as_strided((3 * n - size + 1, size), (1, 1), table.storage_offset())
+        return view.index_select(0, (2 * n + block.first) - at.index_select(0, block.components))
+
+    def mask(self, block: Block) -> Tensor:
+        """(A, B) mask values of a block."""
+        prefix = self.tables[0]
+        return self._windows(prefix, block, self.start).sub_(self._windows(prefix, block, self.start + self.width))
+
+    def edge_sums(self, block: Block, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        """(A,) sums of ``upstream`` (A, B) against the width derivative at the trailing and at the leading edge."""
+        slope = self.tables[1]
+        trailing = self._windows(slope, block, self.start + self.width).mul_(upstream).sum(1)
+        return trailing, self._windows(slope, block, self.start).mul_(upstream).sum(1)
+
+
 def _rows(factor: Tensor, block: Block) -> Tensor:
     return factor[:, block.first : block.stop].index_select(0, block.components)
+
+
+def _along(tensor: Tensor, block: Block) -> Tensor:
+    """Columns of (positions, axis) that a block covers."""
+    return tensor[:, block.offset : block.offset + block.stop - block.first]
+
+
+class _Side:
+    """Gradients of one factor, and of its widths and locations, gathered block by block."""
+
+    def __init__(self, factor: Tensor, axis: MaskedAxis, with_edges: bool) -> None:
+        self.factor, self.axis = factor, axis
+        self.gradient = torch.zeros_like(factor)
+        self.edges = torch.zeros(2, len(factor), dtype=axis.tables.dtype, device=factor.device) if with_edges else None
+
+    def masked(self, block: Block) -> tuple[Tensor, Tensor]:
+        """A block's mask and its factor entries."""
+        return self.axis.mask(block), _rows(self.factor, block)
+
+    def add(self, block: Block, upstream: Tensor, mask: Tensor, factor: Tensor) -> None:
+        """Take in the gradient (A, B) of a block of the masked factor."""
+        here = self.gradient[:, block.first : block.stop]
+        here.index_copy_(0, block.components, (upstream * mask).to(here.dtype))
+        if self.edges is not None:
+            sums = self.axis.edge_sums(block, (upstream * factor).to(mask.dtype))
+            self.edges.index_add_(1, block.components, torch.stack(sums))
 
 
 class _BlockLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, rows: list[Block], cols: list[Block]
+        ctx: Any,
+        x: Tensor,
+        u: Tensor,
+        v: Tensor,
+        widths: Tensor,
+        locations: Tensor,
+        bias: Tensor | None,
+        rows: MaskedAxis,
+        cols: MaskedAxis,
     ) -> Tensor:
-        z = x.new_zeros(len(v), len(x))
-        for block in cols:
-            z.index_add_(0, block.components, _rows(v, block) @ x[:, block.offset : block.offset + block.stop - block.first].T)
-        y = x.new_empty(len(x), rows[-1].offset + rows[-1].stop - rows[-1].first)
-        for block in rows:
-            out = y[:, block.offset : block.offset + block.stop - block.first]
-            torch.mm(z.index_select(0, block.components).T, _rows(u, block), out=out)
+        # Sums over blocks are kept in float32 at least.
+        z = torch.zeros(len(v), len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        for block in cols.blocks:
+            part = (cols.mask(block) * _rows(v, block)).to(x.dtype) @ _along(x, block).T
+            z.index_add_(0, block.components, part.to(z.dtype))
+        y = x.new_empty(len(x), rows.blocks[-1].offset + rows.blocks[-1].stop - rows.blocks[-1].first)
+        for block in rows.blocks:
+            factor = (rows.mask(block) * _rows(u, block)).to(x.dtype)
+            torch.mm(z.index_select(0, block.components).T.to(x.dtype), factor, out=_along(y, block))
         if bias is not None:
             y.add_(bias)
-        ctx.save_for_backward(x, u, v, z)
-        ctx.rows, ctx.cols, ctx.has_bias = rows, cols, bias is not None
+        ctx.save_for_backward(x, u, v, z, rows.tables, cols.tables)
+        ctx.axes, ctx.bias_dtype, ctx.structure_dtype = (rows, cols), None if bias is None else bias.dtype, widths.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, u, v, z = ctx.saved_tensors
-        to_u, to_v, to_x = torch.zeros_like(u), torch.zeros_like(v), torch.empty_like(x)
+        x, u, v, z, _, _ = ctx.saved_tensors  # the tables too: an error where sigma has changed meanwhile
+        rows, cols = ctx.axes
+        with_edges = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        row_side, col_side = _Side(u, rows, with_edges), _Side(v, cols, with_edges)
+        to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         to_z = torch.zeros_like(z)
-        for block in ctx.rows:
-            part = grad[:, block.offset : block.offset + block.stop - block.first]
-            to_u[:, block.first : block.stop].index_copy_(0, block.components, z.index_select(0, block.components) @ part)
-            to_z.index_add_(0, block.components, _rows(u, block) @ part.T)
-        for block in ctx.cols:
-            here = slice(block.first, block.stop)
-            upstream = to_z.index_select(0, block.components)
-            to_v[:, here].index_copy_(0, block.components, upstream @ x[:, here])
-            if ctx.needs_input_grad[0]:
-                torch.mm(upstream.T, _rows(v, block), out=to_x[:, here])
-        to_bias = grad.sum(0) if ctx.has_bias else None
-        return (to_x if ctx.needs_input_grad[0] else None), to_u, to_v, to_bias, None, None
+        for block in rows.blocks:
+            part = _along(grad, block)
+            mask, factor = row_side.masked(block)
+            upstream = z.index_select(0, block.components).to(x.dtype) @ part
+            to_z.index_add_(0, block.components, ((mask * factor).to(x.dtype) @ part.T).to(z.dtype))
+            row_side.add(block, upstream, mask, factor)
+        for block in cols.blocks:
+            mask, factor = col_side.masked(block)
+            behind = to_z.index_select(0, block.components).to(x.dtype)
+            col_side.add(block, behind @ _along(x, block), mask, factor)
+            if to_x is not None:
+                torch.mm(behind.T, (mask * factor).to(x.dtype), out=_along(to_x, block))
+        to_widths = to_locations = None
+        if row_side.edges is not None and col_side.edges is not None:
+            trailing, leading = torch.stack([row_side.edges, col_side.edges], dim=1).to(ctx.structure_dtype)
+            to_widths, to_locations = trailing, trailing - leading
+        to_bias = None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
+        return to_x, row_side.gradient, col_side.gradient, to_widths, to_locations, to_bias, None, None
 
 
 class _BlockDense(torch.autograd.Function):
@@ -175,26 +258,36 @@ class _BlockDense(torch.autograd.Function):
 
 
 def block_linear(
-    x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, rows: Sequence[Block], cols: Sequence[Block]
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    widths: Tensor,
+    locations: Tensor,
+    bias: Tensor | None,
+    rows: MaskedAxis,
+    cols: MaskedAxis,
 ) -> Tensor:
-    """``x W^T + bias`` for W of masked factors, skipping inactive blocks; differentiable once.
+    """``x W^T + bias`` for W of factors under their masks, skipping inactive blocks; differentiable once.
 
     Args:
-        x: (..., n).
-        u: (K, m / s) masked row factors, in the dtype of ``x``.
-        v: (K, n) masked column factors.
+        x: (..., n); its dtype is that of the products.
+        u: (K, m / s) row factors, not yet masked.
+        v: (K, n) column factors.
+        widths: (2, K) parameter that receives the gradient; the masks are those of ``rows`` and ``cols``.
+        locations: (2, K) likewise.
         bias: (m,) or ``None``.
-        rows: Blocks of the rows.
-        cols: Blocks of the columns (one split: every component reads the same input).
+        rows: The row axis.
+        cols: The column axis (one split: every component reads the same input).
 
     Returns:
-        (..., m). Costs ``sum of block sizes`` multiply-adds per input vector.
+        (..., m) in the dtype of ``x``. Costs ``rows.size + cols.size`` multiply-adds per input vector; masks are made, and
+        their gradients reduced, on active blocks only.
     """
     flat = x.reshape(-1, x.shape[-1])
-    y = cast(Tensor, _BlockLinear.apply(flat, u, v, bias, rows, cols))
+    y = cast(Tensor, _BlockLinear.apply(flat, u, v, widths, locations, bias, rows, cols))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def block_dense(u: Tensor, v: Tensor, rows: Sequence[Block]) -> Tensor:
-    """The (m, n) matrix of masked factors, skipping inactive row blocks; differentiable once."""
-    return cast(Tensor, _BlockDense.apply(u, v, rows))
+def block_dense(u: Tensor, v: Tensor, rows: MaskedAxis) -> Tensor:
+    """The (m, n) matrix of factors already masked, skipping inactive row blocks; differentiable once."""
+    return cast(Tensor, _BlockDense.apply(u, v, rows.blocks))

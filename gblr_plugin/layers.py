@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from .blockwise import Block, active_blocks, block_dense, block_linear, mask_reach
+from .blockwise import MaskedAxis, active_blocks, block_dense, block_linear, mask_reach
 from .errors import ConfigError, GBLRError
 from .mask import integer_locations, integer_widths, mask_tables, masked_factor, table_mask
 from .structure import Intervals, StructuredMatrix, multiply_adds
@@ -32,8 +32,8 @@ class _Product(NamedTuple):
     """How to multiply: by the two factors or by their dense product, and over which blocks (``None``: all of it)."""
 
     factored: bool
-    rows: list[Block] | None
-    cols: list[Block] | None
+    rows: MaskedAxis | None
+    cols: MaskedAxis | None
 
 
 class GBLRLayer(nn.Module):
@@ -89,7 +89,7 @@ class GBLRLayer(nn.Module):
         self.register_buffer("frozen", torch.tensor(False, device=device))
         self._sigma: float | None = None
         self._structure_frozen = False
-        self._blocks: tuple[Any, list[Block], list[Block]] | None = None
+        self._axes: tuple[MaskedAxis, MaskedAxis] | None = None
         for name, axis in (("row_tables", rows.length), ("column_tables", cols.length)):
             tables = mask_tables(axis, None, structure_dtype, matrix.u.device)
             self.register_buffer(name, tables, persistent=False)
@@ -155,7 +155,7 @@ class GBLRLayer(nn.Module):
     @torch.no_grad()
     def _refresh_buffers(self) -> None:
         """Write what the buffers hold anew: after a change of sigma, of dtype or device, or of uninitialised memory."""
-        self._blocks = None
+        self._axes = None
         for name, n in zip(("row_tables", "column_tables"), self.axis_lengths, strict=True):
             tables = getattr(self, name)
             if tables.device == self.widths.device:
@@ -220,7 +220,7 @@ class GBLRLayer(nn.Module):
         if dropped:
             for parameter, dim in self._component_parameters():
                 _keep_components(parameter, dim, keep, optimizers)
-            self._blocks = None
+            self._axes = None
         return dropped
 
     def _component_parameters(self) -> tuple[tuple[nn.Parameter, int], ...]:
@@ -246,7 +246,7 @@ class GBLRLayer(nn.Module):
         """The (m, n) matrix of the present, possibly smooth, masks; differentiable."""
         return self._dense(*self.masked_factors())
 
-    def _dense(self, u: Tensor, v: Tensor, rows: list[Block] | None = None) -> Tensor:
+    def _dense(self, u: Tensor, v: Tensor, rows: MaskedAxis | None = None) -> Tensor:
         if rows is not None:
             return block_dense(u, v, rows)
         s = self.row_splits
@@ -267,38 +267,44 @@ class GBLRLayer(nn.Module):
         Two full products take K (m / s + n) each; the dense matrix takes m n each and K m n / s once; both take less where
         blocks of the axes meet few components.
         """
-        k, (m, n), rows = self.U.shape[0], self.matrix_shape, self.axis_lengths[0]
-        factored, dense = positions * k * (rows + n), k * rows * n + positions * m * n
+        k, (m, n), per_split = self.U.shape[0], self.matrix_shape, self.axis_lengths[0]
+        factored, dense = positions * k * (per_split + n), k * per_split * n + positions * m * n
         plain = _Product(factored <= dense, None, None)
         least = min(factored, dense)
         if least < _WORTH_BLOCKS or torch.compiler.is_compiling() or not self._blocks_allowed():
             return plain
-        row_blocks, col_blocks = self._active_blocks()
-        sizes = [sum(block.size for block in blocks) for blocks in (row_blocks, col_blocks)]
-        overhead = _BLOCK_OVERHEAD * (len(row_blocks) + len(col_blocks))
-        block_factored = _BLOCK_SLOWDOWN * positions * sum(sizes) + overhead
-        block_dense = _BLOCK_SLOWDOWN * sizes[0] * n + overhead + positions * m * n
+        rows, cols = self._masked_axes()
+        overhead = _BLOCK_OVERHEAD * (len(rows.blocks) + len(cols.blocks))
+        block_factored = _BLOCK_SLOWDOWN * positions * (rows.size + cols.size) + overhead
+        block_dense = _BLOCK_SLOWDOWN * rows.size * n + overhead + positions * m * n
         if not linear or block_dense < block_factored:
-            return _Product(False, row_blocks, None) if block_dense < least else plain
-        return _Product(True, row_blocks, col_blocks) if block_factored < least else plain
+            return _Product(False, rows, None) if block_dense < least else plain
+        return _Product(True, rows, cols) if block_factored < least else plain
 
     def _blocks_allowed(self) -> bool:
         """On a GPU, lists cost a synchronisation: only for a structure that no longer changes."""
         return self._structure_frozen or not self.widths.is_cuda
 
-    def _active_blocks(self) -> tuple[list[Block], list[Block]]:
-        """Blocks of rows and of columns for the present structure, remembered until it changes."""
-        state = self._sigma, self._structure_frozen, self.widths._version, self.locations._version
-        if self._blocks is None or self._blocks[0] != state:
-            rows, cols = self.intervals()
+    def _masked_axes(self) -> tuple[MaskedAxis, MaskedAxis]:
+        """Rows and columns by blocks for the present structure, remembered until it changes."""
+        if self._axes is not None and self._structure_frozen:
+            return self._axes
+        rows, cols = self.intervals()
+        # Compared by value: optimizers that write to `.data` leave no other trace. A change of sigma has cleared them.
+        if self._axes is None or not all(
+            torch.equal(old.width, new.width) and torch.equal(old.start, new.start)
+            for old, new in zip(self._axes, (rows, cols), strict=True)
+        ):
             # One empty side still has a gradient, and may come back, until the structure is frozen.
             empty_rows, empty_cols = rows.width == 0, cols.width == 0
             skip = empty_rows | empty_cols if self._structure_frozen else empty_rows & empty_cols
-            reach = [0 if self._structure_frozen else mask_reach(n, self._sigma) for n in self.axis_lengths]
-            row_blocks = active_blocks(rows.width, rows.start, rows.length, reach[0], skip, self.row_splits)
-            col_blocks = active_blocks(cols.width, cols.start, cols.length, reach[1], skip)
-            self._blocks = state, row_blocks, col_blocks
-        return self._blocks[1:]
+            axes = []
+            for part, tables, splits in ((rows, self.row_tables, self.row_splits), (cols, self.column_tables, 1)):
+                reach = 0 if self._structure_frozen else mask_reach(part.length, self._sigma)
+                blocks = active_blocks(part.width, part.start, part.length, reach, skip, splits)
+                axes.append(MaskedAxis(blocks, tables, part.width, part.start))
+            self._axes = axes[0], axes[1]
+        return self._axes
 
     # -- module plumbing ---------------------------------------------------------------------------------------------
 
@@ -401,12 +407,12 @@ class GBLRLinear(GBLRLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``x W^T + b`` by the factored product or the dense reconstruction, whichever takes fewer multiply-adds."""
-        u, v = self.masked_factors()
         product = self._choose_product(input.numel() // max(self.in_features, 1), linear=True)
+        if product.rows is not None and product.cols is not None:
+            return self._block_linear(input, product.rows, product.cols)
+        u, v = self.masked_factors()
         if not product.factored:
             return F.linear(input, self._dense(u, v, product.rows), self.bias)
-        if product.rows is not None and product.cols is not None:
-            return self._block_linear(input, u, v, product.rows, product.cols)
         z = F.linear(input, v)
         if self.row_splits == 1:
             return F.linear(z, u.T, self.bias)
@@ -415,15 +421,12 @@ class GBLRLinear(GBLRLayer, nn.Linear):
         y = parts.flatten(-2)
         return y if self.bias is None else y + self.bias
 
-    def _block_linear(self, input: Tensor, u: Tensor, v: Tensor, rows: list[Block], cols: list[Block]) -> Tensor:
-        parts: list[Tensor | None] = [input, u, v, self.bias]
+    def _block_linear(self, input: Tensor, rows: MaskedAxis, cols: MaskedAxis) -> Tensor:
         kind = input.device.type
-        if not torch.is_autocast_enabled(kind):
-            return block_linear(input, u, v, self.bias, rows, cols)
-        x, u, v, bias = (part if part is None else part.to(torch.get_autocast_dtype(kind)) for part in parts)
-        assert x is not None and u is not None and v is not None
+        if torch.is_autocast_enabled(kind):
+            input = input.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
-            return block_linear(x, u, v, bias, rows, cols)
+            return block_linear(input, self.U, self.V, self.widths, self.locations, self.bias, rows, cols)
 
 
 class _GBLRConv(GBLRLayer):

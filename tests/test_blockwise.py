@@ -1,6 +1,8 @@
+import copy
+
 import pytest
 import torch
-from gblr_plugin.blockwise import SLOPE_TOLERANCE, TOLERANCE, active_blocks, block_linear, mask_reach
+from gblr_plugin.blockwise import SLOPE_TOLERANCE, TOLERANCE, MaskedAxis, active_blocks, block_linear, mask_reach
 from gblr_plugin.layers import GBLRLinear
 from gblr_plugin.mask import gaudi_mask, mask_tables
 from gblr_plugin.structure import Intervals, StructuredMatrix
@@ -102,8 +104,8 @@ def test_smooth_blocks_lose_no_more_than_stated(monkeypatch, sigma, linear):
     x = torch.randn(64, 384, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     upstream = torch.randn(64, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     expected = flat(plain(monkeypatch, layer, x, upstream))
-    blocks = layer._active_blocks()
-    assert sum(block.size for block in blocks[0]) < 0.8 * layer.U.numel()
+    blocks = layer._masked_axes()
+    assert blocks[0].size < 0.8 * layer.U.numel()
     choice = (True, *blocks) if linear else (False, blocks[0], None)
     monkeypatch.setattr(layer, "_choose_product", lambda *args, **kw: _product(*choice))
     found = flat(gradients(layer, x, upstream))
@@ -121,17 +123,17 @@ def _product(*choice):
 def test_lists_follow_the_structure():
     layer = big_layer()
     layer.set_sigma(60.0)
-    first = layer._active_blocks()
-    assert layer._active_blocks()[0] is first[0]
-    with torch.no_grad():
-        layer.widths.mul_(0.5)
-    second = layer._active_blocks()
-    assert sum(block.size for block in second[0]) < sum(block.size for block in first[0])
+    first = layer._masked_axes()
+    assert layer._masked_axes()[0] is first[0]
+    assert copy.deepcopy(layer)._masked_axes()[0].tables is not first[0].tables
+    layer.widths.data.mul_(0.5)  # leaves no trace in the version counter
+    second = layer._masked_axes()
+    assert second[0].size < first[0].size
     layer.set_sigma(10.0)
-    assert layer._active_blocks()[0] is not second[0]
+    assert layer._masked_axes()[0] is not second[0]
     layer.freeze_structure()
-    third = layer._active_blocks()
-    assert sum(block.size for block in third[0]) < sum(block.size for block in second[0])
+    third = layer._masked_axes()
+    assert third[0].size < second[0].size
 
 
 def test_autocast_takes_the_lower_precision(monkeypatch):
@@ -150,11 +152,25 @@ def test_autocast_takes_the_lower_precision(monkeypatch):
 
 
 def test_empty_lists_give_zero():
-    x, u, v = torch.randn(3, 100), torch.zeros(2, 70), torch.zeros(2, 100)
+    x, u, v, structure = torch.randn(3, 100), torch.ones(2, 70), torch.ones(2, 100), torch.zeros(2, 2)
     none = torch.ones(2, dtype=torch.bool)
     zeros = torch.zeros(2, dtype=torch.int64)
-    rows, cols = (active_blocks(zeros, zeros, length, 0, none) for length in (70, 100))
-    assert torch.equal(block_linear(x, u, v, None, rows, cols), torch.zeros(3, 70))
+    rows, cols = (
+        MaskedAxis(active_blocks(zeros, zeros, length, 0, none), mask_tables(length, None), zeros, zeros)
+        for length in (70, 100)
+    )
+    assert torch.equal(block_linear(x, u, v, structure, structure, None, rows, cols), torch.zeros(3, 70))
+
+
+def test_sigma_changed_between_forward_and_backward_is_an_error():
+    layer = big_layer()
+    layer.set_sigma(60.0)
+    x = torch.randn(64, 384, dtype=torch.float64)
+    rows, cols = layer._masked_axes()
+    y = block_linear(x, layer.U, layer.V, layer.widths, layer.locations, None, rows, cols)
+    layer.set_sigma(61.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 # -- compaction --------------------------------------------------------------------------------------------------------------

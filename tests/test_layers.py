@@ -41,7 +41,7 @@ def force(monkeypatch, layer, product):
     """Have a layer multiply in one way; a convolution has no factored product by blocks."""
 
     def choose(positions, linear):
-        rows, cols = layer._active_blocks() if product.startswith("block") else (None, None)
+        rows, cols = layer._masked_axes() if product.startswith("block") else (None, None)
         factored = product.endswith("factored") and (linear or not product.startswith("block"))
         return _Product(factored, rows, cols if factored else None)
 
