@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..decomposition.metric import Metric
 from ..errors import ConfigError
 from .base import check_count, check_weight, too_small
 from .grid import BlockGrid, grid_factors
@@ -45,7 +46,7 @@ class Alds(BlockGrid):
     name = "alds"
 
     @classmethod
-    def _project(cls, weight: Tensor, allowed: int, *, parts: int | None = None) -> Alds:
+    def _project(cls, weight: Tensor, allowed: int, *, metric: Metric, parts: int | None = None) -> Alds:
         m, n = weight.shape
         best: tuple[float, int, int] | None = None
         for choice in _choices(weight, parts):
@@ -55,7 +56,7 @@ class Alds(BlockGrid):
         if best is None:
             count = parts or 1
             raise too_small(cls.name, weight.shape, allowed, count * m + n, f"{count} parts of rank 1")
-        return cls(*grid_factors(weight, Partition(m, 1), Partition(n, best[1]), best[2]))
+        return cls(*grid_factors(weight, Partition(m, 1), Partition(n, best[1]), best[2], metric))
 
     @classmethod
     def budgets(cls, weights: Mapping[str, Tensor], budget: float, **options: Any) -> dict[str, float]:

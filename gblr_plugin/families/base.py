@@ -12,10 +12,11 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..decomposition.metric import Metric
 from ..errors import ConfigError
 from ..structure import StructuredMatrix
 
-__all__ = ["FamilyMatrix", "check_count", "check_weight", "too_small"]
+__all__ = ["FamilyMatrix", "check_count", "check_weight", "output_metric", "too_small"]
 
 Self = TypeVar("Self", bound="FamilyMatrix")
 
@@ -36,8 +37,10 @@ class FamilyMatrix(ABC):
         Args:
             weight: (m, n) floating point, finite.
             budget: Allowed relative FLOPs, in (0, 1].
-            options: The family's own, see its class; and for all ``row_splits``, the number of matrices stacked in the
-                rows of the weight (packed query, key, value: 3), each projected on its own.
+            options: The family's own, see its class, and for every family:
+                ``row_splits``: number of matrices stacked in the rows (packed query, key, value: 3), each projected by
+                itself. ``calibration``: (N, n) input activations or their (n, n) second moment; the error minimised is
+                then that of the output, with the whole moment or, where the class says so, its diagonal.
 
         Returns:
             A matrix with ``relative_flops <= budget`` in the dtype of the weight (float32 for half precision).
@@ -47,18 +50,18 @@ class FamilyMatrix(ABC):
                 range.
         """
         target = check_weight(cls.name, weight, budget)
-        known = inspect.signature(cls._project).parameters.keys() - {"weight", "allowed"}
-        if "row_splits" in options and "row_splits" not in known:
+        known = inspect.signature(cls._project).parameters.keys() - {"weight", "allowed", "metric"}
+        for option in options:
+            if option not in known | {"row_splits", "calibration"}:
+                allowed_names = ", ".join(sorted(known | {"row_splits", "calibration"}))
+                raise ConfigError(f"{cls.name}: no option {option!r}; allowed are {allowed_names}")
+        row_splits = 1 if "row_splits" in known else options.pop("row_splits", 1)
+        if row_splits != 1:
             from .stacked import stack  # is a matrix of this protocol itself
 
-            row_splits = options.pop("row_splits")
-            if row_splits != 1:
-                return stack(cls, weight, budget, row_splits, options)
-        for option in options:
-            if option not in known:
-                raise ConfigError(
-                    f"{cls.name}: no option {option!r}; allowed are {', '.join(sorted(known | {'row_splits'}))}"
-                )
+            return stack(cls, weight, budget, row_splits, options)
+        if "calibration" not in known:
+            options["metric"] = output_metric(cls.name, options.pop("calibration", None), target)
         m, n = target.shape
         allowed = math.floor(budget * m * n + 1e-6)  # the slack undoes the rounding of cost / (m n)
         dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
@@ -181,6 +184,30 @@ def check_weight(family: str, weight: Tensor, budget: float) -> Tensor:
     if not bool(torch.isfinite(weight).all()):
         raise ConfigError(f"{family}: weight holds NaN or infinite values")
     return weight
+
+
+def output_metric(family: str, calibration: Tensor | None, weight: Tensor) -> Metric:
+    """The norm of output errors over calibration inputs; the Frobenius norm without any.
+
+    Raises:
+        ConfigError: Unless the inputs are finite (N, n) rows or an (n, n) second moment.
+    """
+    if calibration is None:
+        return Metric()
+    n = weight.shape[1]
+    if (
+        not isinstance(calibration, Tensor)
+        or calibration.dim() != 2
+        or calibration.shape[1] != n
+        or not len(calibration)
+    ):
+        what = tuple(calibration.shape) if isinstance(calibration, Tensor) else type(calibration).__name__
+        raise ConfigError(f"{family}: calibration must be (N, {n}) inputs or an ({n}, {n}) second moment, got {what}")
+    data = calibration.detach().to(weight)
+    if not bool(torch.isfinite(data).all()):
+        raise ConfigError(f"{family}: calibration holds NaN or infinite values")
+    is_moment = len(data) == n and torch.allclose(data, data.T, rtol=1e-4, atol=1e-6 * float(data.abs().max()))
+    return Metric.from_moment(data if is_moment else data.T @ data / len(data))
 
 
 def too_small(family: str, shape: torch.Size, allowed: int, least: int, what: str) -> ConfigError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..decomposition.metric import Metric
 from .base import FamilyMatrix, check_count, too_small
 from .low_rank import truncated_svd
 from .partition import Partition, cut_blocks, join_blocks
@@ -27,6 +28,7 @@ class Blast(FamilyMatrix):
     each a linear least-squares problem with a closed solution, from the truncated SVD (all s_ij = 1 is a low-rank
     matrix). Sweeps start from points extrapolated along the last step, and are taken only if they lower the error. (The
     paper runs a preconditioned gradient descent whose preconditioners are the inverses of the same normal matrices.)
+    Calibration uses the diagonal of the second moment.
 
     Options:
         blocks: b, default 16, or fewer so that the couplings take at most an eighth of the bases.
@@ -44,7 +46,9 @@ class Blast(FamilyMatrix):
     coupling: Tensor
 
     @classmethod
-    def _project(cls, weight: Tensor, allowed: int, *, blocks: int | None = None, iterations: int = 60) -> Blast:
+    def _project(
+        cls, weight: Tensor, allowed: int, *, metric: Metric, blocks: int | None = None, iterations: int = 60
+    ) -> Blast:
         m, n = weight.shape
         if blocks is None:
             count = max(1, min(_BLOCKS, m, n, math.isqrt((m + n) // 8), math.isqrt(max(allowed - m - n, 0))))
@@ -55,7 +59,9 @@ class Blast(FamilyMatrix):
         rank = allowed // each
         if rank < 1:
             raise too_small(cls.name, weight.shape, allowed, each, f"{count} x {count} blocks of rank 1")
-        return cls(*_fit(weight, Partition(m, count), Partition(n, count), rank, iterations))
+        scale = weight.new_ones(n) if metric.moment is None else metric.moment.diagonal().sqrt()
+        left, right, coupling = _fit(weight * scale, Partition(m, count), Partition(n, count), rank, iterations)
+        return cls(*_balanced(left, right / scale, coupling))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -101,7 +107,7 @@ def _solve(normal: Tensor, right_side: Tensor) -> Tensor:
 
 def _fit(weight: Tensor, rows: Partition, cols: Partition, rank: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """Alternating least squares with momentum; returns (r, m), (r, n), (r, b, b) float64."""
-    left, right = truncated_svd(weight, rank)  # the cost of rank min(m, n) exceeds m n
+    left, right = truncated_svd(weight, rank, Metric())  # the cost of rank min(m, n) exceeds m n
     blocks = cut_blocks(weight, rows, cols).contiguous()  # (b, b, s, p)
     mirrored = blocks.permute(1, 0, 3, 2).contiguous()
     u, v = rows.split(left.T).transpose(0, 1), cols.split(right).transpose(0, 1)  # (b, r, s), (b, r, p)
@@ -118,7 +124,7 @@ def _fit(weight: Tensor, rows: Partition, cols: Partition, rank: int, iterations
             continue
         moved_u, moved_v, u, v, s, explained = new_u - u, new_v - v, new_u, new_v, new_s, energy
         momentum, ahead = ahead, min(1.2 * ahead, _MOST_MOMENTUM)
-    return _balanced(rows.join(u.transpose(0, 1)), cols.join(v.transpose(0, 1)), s)
+    return rows.join(u.transpose(0, 1)), cols.join(v.transpose(0, 1)), s
 
 
 def _balanced(u: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..decomposition.metric import Metric
 from ..structure import StructuredMatrix
 from .base import FamilyMatrix, check_count, too_small
-from .dense_blocks import block_components
-from .partition import Partition, cut_blocks
+from .dense_blocks import block_components, fit_blocks
+from .partition import Partition
 
 __all__ = ["BlockDiagonal"]
 
@@ -38,7 +39,7 @@ class BlockDiagonal(FamilyMatrix):
     cols: Partition
 
     @classmethod
-    def _project(cls, weight: Tensor, allowed: int, *, blocks: int | None = None) -> BlockDiagonal:
+    def _project(cls, weight: Tensor, allowed: int, *, metric: Metric, blocks: int | None = None) -> BlockDiagonal:
         m, n = weight.shape
 
         def cost(count: int) -> int:
@@ -52,8 +53,7 @@ class BlockDiagonal(FamilyMatrix):
         if cost(count) > allowed:
             raise too_small(cls.name, weight.shape, allowed, cost(count), f"{count} diagonal blocks")
         rows, cols = Partition(m, count), Partition(n, count)
-        index = torch.arange(count, device=weight.device)
-        return cls(cut_blocks(weight, rows, cols)[index, index], rows, cols)
+        return cls(fit_blocks(weight, rows, cols, range(count), range(count), metric), rows, cols)
 
     @property
     def shape(self) -> tuple[int, int]:

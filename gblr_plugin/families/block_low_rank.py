@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..decomposition.metric import Metric
 from .base import check_count, too_small
 from .grid import BlockGrid, grid_factors
 from .partition import Partition
@@ -30,7 +31,9 @@ class BlockLowRank(BlockGrid):
     name = "block_low_rank"
 
     @classmethod
-    def _project(cls, weight: Tensor, allowed: int, *, blocks: int | tuple[int, int] | None = None) -> BlockLowRank:
+    def _project(
+        cls, weight: Tensor, allowed: int, *, metric: Metric, blocks: int | tuple[int, int] | None = None
+    ) -> BlockLowRank:
         m, n = weight.shape
         if blocks is None:
             blocks = max(1, min(_BLOCKS, m, n, allowed // (m + n)))
@@ -41,4 +44,4 @@ class BlockLowRank(BlockGrid):
         rank = min(allowed // each, rows.size, cols.size)
         if rank < 1:
             raise too_small(cls.name, weight.shape, allowed, each, f"{rows.count} x {cols.count} blocks of rank 1")
-        return cls(*grid_factors(weight, rows, cols, rank))
+        return cls(*grid_factors(weight, rows, cols, rank, metric))

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..decomposition.metric import Metric
 from ..errors import ConfigError
 from ..structure import Intervals, StructuredMatrix
 from .base import FamilyMatrix, check_count, too_small
-from .dense_blocks import block_components
+from .dense_blocks import block_components, fit_blocks
 from .low_rank import truncated_svd
-from .partition import Partition, cut_blocks, join_blocks
+from .partition import Partition, join_blocks
 
 Pattern = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -86,6 +87,7 @@ class BlockSparse(FamilyMatrix):
         weight: Tensor,
         allowed: int,
         *,
+        metric: Metric,
         block: int | None = None,
         low_rank_share: float = _LOW_RANK_SHARE,
         iterations: int = 10,
@@ -113,10 +115,10 @@ class BlockSparse(FamilyMatrix):
         rank = (allowed - _cost(rows, cols, index)) // (m + n) if low_rank_share else 0
         rank = min(rank, m, n)
         left, right = weight.new_zeros(m, rank), weight.new_zeros(rank, n)
-        blocks = _cut(weight, rows, cols, index)
+        blocks = fit_blocks(weight, rows, cols, *index, metric)
         for _ in range(iterations if rank else 0):
-            left, right = truncated_svd(weight - _place(blocks, rows, cols, index), rank)
-            blocks = _cut(weight - left @ right, rows, cols, index)
+            left, right = truncated_svd(weight - _place(blocks, rows, cols, index), rank, metric)
+            blocks = fit_blocks(weight - left @ right, rows, cols, *index, metric)
         return cls(blocks, left, right, rows, cols, index)
 
     @property
@@ -172,10 +174,6 @@ def _largest(m: int, n: int, side: int, allowed: float) -> tuple[Partition, Part
         if _cost(rows, cols, index) <= allowed:
             return rows, cols, index
     return None
-
-
-def _cut(matrix: Tensor, rows: Partition, cols: Partition, index: Pattern) -> Tensor:
-    return cut_blocks(matrix, rows, cols)[list(index[0]), list(index[1])]
 
 
 def _place(blocks: Tensor, rows: Partition, cols: Partition, index: Pattern) -> Tensor:

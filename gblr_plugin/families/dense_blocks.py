@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ..decomposition.metric import Metric
 from ..structure import Intervals, StructuredMatrix
-from .partition import Partition
+from .partition import Partition, cut_blocks
 
-__all__ = ["block_components"]
+__all__ = ["block_components", "fit_blocks"]
+
+
+def fit_blocks(
+    matrix: Tensor, rows: Partition, cols: Partition, row_part: Sequence[int], col_part: Sequence[int], metric: Metric
+) -> Tensor:
+    """The dense blocks in given places that are closest to a matrix.
+
+    In the metric of a second moment H the rows of a block row are least-squares problems on its columns J:
+    ``(M H)_J (H_JJ)^-1``.
+
+    Args:
+        matrix: (m, n) float64.
+        rows: R parts of the rows.
+        cols: C parts of the columns.
+        row_part: Block rows of the N blocks.
+        col_part: Their block columns.
+        metric: Of the error.
+
+    Returns:
+        (N, s, p) blocks, zero-filled.
+    """
+    if metric.moment is not None:
+        fitted = torch.zeros_like(matrix)
+        for part, (start, size) in enumerate(zip(rows.starts, rows.sizes, strict=True)):
+            places = [
+                range(cols.starts[j], cols.starts[j] + cols.sizes[j])
+                for i, j in zip(row_part, col_part, strict=True)
+                if i == part
+            ]
+            support = torch.tensor([index for place in places for index in place], device=matrix.device)
+            if len(support):
+                root = torch.linalg.cholesky(metric.moment[support[:, None], support])
+                moment = matrix[start : start + size] @ metric.moment[:, support]
+                fitted[start : start + size, support] = torch.cholesky_solve(moment.T, root).T
+        matrix = fitted
+    return cut_blocks(matrix, rows, cols)[list(row_part), list(col_part)]
 
 
 def block_components(

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..decomposition import decompose
 from ..structure import StructuredMatrix
 from .base import FamilyMatrix
 
@@ -45,8 +46,6 @@ class Gblr(FamilyMatrix):
         row_splits: int = 1,
         seed: int = 0,
     ) -> Gblr:
-        from ..decomposition import decompose  # the largest import of the package, and only this family needs it
-
         matrix = decompose(
             weight,
             allowed / weight.numel(),

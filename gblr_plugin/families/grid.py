@@ -11,35 +11,62 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ..decomposition.metric import Metric
 from ..structure import StructuredMatrix
 from .base import FamilyMatrix
 from .partition import Partition, cut_blocks, join_blocks
 
 __all__ = ["BlockGrid", "grid_factors"]
 
+_SWEEPS = 4  # over the block columns; the error falls little after the second
 
-def grid_factors(weight: Tensor, rows: Partition, cols: Partition, rank: int) -> tuple[Tensor, Tensor]:
+
+def grid_factors(weight: Tensor, rows: Partition, cols: Partition, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
     """Best factors of each block by its SVD.
+
+    In the metric of a second moment H the block columns are coupled: each in turn takes the exact optimum for the
+    present others, a truncated SVD of ``W_j + E H_.j H_jj^-1`` in the metric of ``H_jj``, E being the others' error.
 
     Args:
         weight: (m, n) float64.
         rows: R parts of the rows.
         cols: C parts of the columns.
         rank: c; blocks with a smaller side get zero components.
+        metric: Of the error.
 
     Returns:
-        (C, c, m) row factors and (R, c, n) column factors, balanced in norm.
+        (C, c, m) row factors and (R, c, n) column factors.
     """
-    left, values, right = torch.linalg.svd(cut_blocks(weight, rows, cols), full_matrices=False)
+    if metric.moment is None:
+        left, right = _block_svd(cut_blocks(weight, rows, cols), rank)
+        return rows.join(left.permute(1, 3, 0, 2)), cols.join(right.permute(0, 2, 1, 3))
+    error = torch.zeros_like(weight)  # at first the others are taken for exact
+    lefts: dict[int, Tensor] = {}
+    rights: dict[int, Tensor] = {}
+    for _ in range(_SWEEPS if cols.count > 1 else 1):
+        for j, (start, size) in enumerate(zip(cols.starts, cols.sizes, strict=True)):
+            place = slice(start, start + size)
+            moment = metric.moment[place, place]
+            root = torch.linalg.cholesky(moment)
+            coupling = error @ metric.moment[:, place] - error[:, place] @ moment
+            target = weight[:, place] + torch.cholesky_solve(coupling.T, root).T
+            blocks = rows.split((target @ root).T).permute(1, 2, 0)  # (R, s, p)
+            left, white = _block_svd(blocks, rank)
+            right = torch.linalg.solve_triangular(root, white, upper=False, left=False)
+            lefts[j], rights[j] = rows.join(left.permute(2, 0, 1)), right
+            error[:, place] = weight[:, place] - rows.join((left @ right).permute(2, 0, 1)).T
+    return torch.stack([lefts[j] for j in range(cols.count)]), torch.cat([rights[j] for j in range(cols.count)], dim=-1)
+
+
+def _block_svd(blocks: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(..., s, c) and (..., c, p) factors of (..., s, p) blocks, balanced in norm; zero past the blocks' own rank."""
+    left, values, right = torch.linalg.svd(blocks, full_matrices=False)
     short = max(rank - values.shape[-1], 0)
     scale = values[..., :rank].sqrt()
-    left = left[..., :rank] * scale[..., None, :]
-    right = right[..., :rank, :] * scale[..., None]
-    if short:
-        left = torch.nn.functional.pad(left, (0, short))
-        right = torch.nn.functional.pad(right, (0, 0, 0, short))
-    return rows.join(left.permute(1, 3, 0, 2)), cols.join(right.permute(0, 2, 1, 3))
+    left, right = left[..., :rank] * scale[..., None, :], right[..., :rank, :] * scale[..., None]
+    return F.pad(left, (0, short)), F.pad(right, (0, 0, 0, short))
 
 
 @dataclass(frozen=True, eq=False)

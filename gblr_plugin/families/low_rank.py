@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..decomposition.metric import Metric
 from ..structure import StructuredMatrix
 from .base import FamilyMatrix, too_small
 
 __all__ = ["LowRank", "truncated_svd"]
 
 
-def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best factors of rank ``r <= min(m, n)``: (m, r) and (r, n), balanced in norm."""
-    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+def truncated_svd(weight: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
+    """Best factors of rank ``r <= min(m, n)`` in a metric: (m, r) and (r, n)."""
+    left, values, right = torch.linalg.svd(metric.whiten(weight), full_matrices=False)
     scale = values[:rank].sqrt()
-    return left[:, :rank] * scale, right[:rank] * scale[:, None]
+    return left[:, :rank] * scale, metric.unwhiten(right[:rank] * scale[:, None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +40,12 @@ class LowRank(FamilyMatrix):
     right: Tensor
 
     @classmethod
-    def _project(cls, weight: Tensor, allowed: int) -> LowRank:
+    def _project(cls, weight: Tensor, allowed: int, *, metric: Metric) -> LowRank:
         m, n = weight.shape
         rank = min(allowed // (m + n), m, n)
         if rank < 1:
             raise too_small(cls.name, weight.shape, allowed, m + n, "rank 1")
-        return cls(*truncated_svd(weight, rank))
+        return cls(*truncated_svd(weight, rank, metric))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..decomposition.metric import Metric
 from .base import check_count, too_small
 from .grid import BlockGrid, grid_factors
 from .partition import Partition
@@ -34,7 +35,13 @@ class Monarch(BlockGrid):
 
     @classmethod
     def _project(
-        cls, weight: Tensor, allowed: int, *, blocks: int | None = None, block_rank: int | None = None
+        cls,
+        weight: Tensor,
+        allowed: int,
+        *,
+        metric: Metric,
+        blocks: int | None = None,
+        block_rank: int | None = None,
     ) -> Monarch:
         m, n = weight.shape
         units = allowed // (m + n)  # so many c b are paid for
@@ -50,7 +57,7 @@ class Monarch(BlockGrid):
             what = f"{count} blocks of rank {rank}"
             raise too_small(cls.name, weight.shape, allowed, count * rank * (m + n), what)
         order = _interleaved(m, count, weight.device)
-        return cls(*grid_factors(weight[order], Partition(m, count), Partition(n, count), rank))
+        return cls(*grid_factors(weight[order], Partition(m, count), Partition(n, count), rank, metric))
 
     @property
     def row_order(self) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..decomposition.metric import Metric
 from ..errors import ConfigError
 from .base import FamilyMatrix, check_count, too_small
 
@@ -27,6 +28,7 @@ class Tucker2(FamilyMatrix):
 
     Ranks: those within the budget with the least sum of the two unfoldings' tail energies, which bounds the squared
     error of the HOSVD (De Lathauwer et al. 2000, Property 10); then A and B are refined by alternating SVDs (HOOI).
+    Calibration uses the mean square of each input channel.
 
     Options:
         kernel_size: Taps along each axis; taken from the module in the trainable form.
@@ -54,6 +56,7 @@ class Tucker2(FamilyMatrix):
         weight: Tensor,
         allowed: int,
         *,
+        metric: Metric,
         kernel_size: tuple[int, ...] | None = None,
         stride: tuple[int, ...] | None = None,
         iterations: int = 10,
@@ -66,9 +69,12 @@ class Tucker2(FamilyMatrix):
         if taps < 1 or weight.shape[1] % taps or len(stride) != len(kernel):
             raise ConfigError(f"tucker2: kernel_size {kernel}, stride {stride} do not fit {weight.shape[1]} columns")
         check_count(cls.name, "iterations", iterations, 10**6)
-        tensor = weight.reshape(len(weight), -1, taps)
+        scale = weight.new_ones(weight.shape[1] // taps)
+        if metric.moment is not None:
+            scale = metric.moment.diagonal().view(-1, taps).mean(1).sqrt()
+        tensor = weight.reshape(len(weight), -1, taps) * scale[:, None]
         by_input = tensor.transpose(0, 1).flatten(1)
-        ranks = _ranks(weight, by_input, allowed, taps, _input_positions(kernel, stride))
+        ranks = _ranks(tensor.flatten(1), by_input, allowed, taps, _input_positions(kernel, stride))
         if ranks is None:
             least = by_input.shape[0] * _input_positions(kernel, stride) + taps + len(weight)
             raise too_small(cls.name, weight.shape, allowed, least, "ranks (1, 1)")
@@ -77,7 +83,7 @@ class Tucker2(FamilyMatrix):
         for _ in range(iterations):
             a = _leading(torch.einsum("oct,cq->oqt", tensor, b).flatten(1), p)
             b = _leading(torch.einsum("oct,op->cpt", tensor, a).flatten(1), q)
-        return cls(a, torch.einsum("oct,op,cq->pqt", tensor, a, b), b.T.contiguous(), kernel, stride)
+        return cls(a, torch.einsum("oct,op,cq->pqt", tensor, a, b), b.T / scale, kernel, stride)
 
     @property
     def shape(self) -> tuple[int, int]:

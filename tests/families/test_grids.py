@@ -31,6 +31,19 @@ def test_blocks_have_the_rank_and_are_their_best_approximation() -> None:
             torch.testing.assert_close(dense[place], best)
 
 
+def test_calibrated_sweeps_stay_exact_and_lower_the_error() -> None:
+    inputs = gaussian(300, 18, seed=3) @ gaussian(18, 18, seed=4)
+    planted = BlockLowRank(gaussian(3, 2, 13), gaussian(2, 2, 18, seed=1))
+    found = BlockLowRank.from_dense(planted.to_dense(), planted.relative_flops, blocks=(2, 3), calibration=inputs)
+    torch.testing.assert_close(found.to_dense(), planted.to_dense())
+    weight = gaussian(13, 18, seed=5)
+    coupled = BlockLowRank.from_dense(weight, 0.6, blocks=(2, 3), calibration=inputs).to_dense()
+    apart = torch.block_diag(*[inputs.T[part] @ inputs[:, part] for part in (slice(6), slice(6, 12), slice(12, 18))])
+    uncoupled = BlockLowRank.from_dense(weight, 0.6, blocks=(2, 3), calibration=apart).to_dense()
+    errors = [float(torch.linalg.norm(inputs @ (weight - found).T)) for found in (coupled, uncoupled)]
+    assert errors[0] < errors[1]
+
+
 def test_full_rank_blocks_are_exact() -> None:
     weight = gaussian(8, 8)
     # A block row of one row costs its width and one entry per block: dense is not reached within the dense cost.

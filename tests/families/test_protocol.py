@@ -111,6 +111,24 @@ class FamilyCase:
             assert found.stored <= planted.stored
             torch.testing.assert_close(found.to_dense(), planted.to_dense(), rtol=0, atol=1e-6)
 
+    def test_calibration_lowers_the_output_error(self) -> None:
+        mixing = gaussian(32, 32, seed=7) * torch.logspace(0, -2, 32, dtype=torch.float64)[:, None]
+        inputs = gaussian(500, 32, seed=8) @ mixing
+        inputs = inputs * torch.logspace(0, -1, 32, dtype=torch.float64)[torch.randperm(32)]
+        weight, family = gaussian(24, 32), families.get(self.name)
+        plain = family.from_dense(weight, 0.5, **self.options).to_dense()
+        by_rows = family.from_dense(weight, 0.5, calibration=inputs, **self.options)
+        by_moment = family.from_dense(weight, 0.5, calibration=inputs.T @ inputs / 500, **self.options)
+
+        def output_error(matrix: Tensor) -> float:
+            return float(torch.linalg.norm(inputs @ (weight - matrix).T))
+
+        assert by_rows.relative_flops <= 0.5
+        assert output_error(by_rows.to_dense()) < 0.95 * output_error(plain)
+        torch.testing.assert_close(by_rows.to_dense(), by_moment.to_dense(), rtol=1e-5, atol=1e-6)
+        with pytest.raises(ConfigError, match="calibration must be"):
+            family.from_dense(weight, 0.5, calibration=inputs[:, :31], **self.options)
+
     # -- GBLR's claims
 
     def test_embeds_in_gblr(self) -> None:

@@ -43,6 +43,17 @@ def test_block_diagonal_keeps_the_diagonal_blocks() -> None:
         BlockDiagonal.from_dense(weight, 0.5, blocks=9)
 
 
+def test_calibrated_blocks_are_least_squares_on_their_columns() -> None:
+    weight, inputs = gaussian(6, 8), gaussian(100, 8, seed=1) @ gaussian(8, 8, seed=2)
+    matrix = BlockDiagonal.from_dense(weight, 0.5, calibration=inputs).to_dense()
+    residual = inputs @ (weight - matrix).T
+    for rows, cols in ((slice(0, 3), slice(0, 4)), (slice(3, 6), slice(4, 8))):
+        wanted = inputs @ weight[rows].T
+        solution = torch.linalg.lstsq(inputs[:, cols], wanted).solution
+        best = (wanted - inputs[:, cols] @ solution).square().sum()
+        assert float(residual[:, rows].square().sum()) == pytest.approx(float(best), rel=1e-3)
+
+
 def test_butterfly_pattern_is_the_support_of_the_factors() -> None:
     # Block butterfly factors of stride k couple blocks whose numbers differ in the bit of k (Chen et al. 2022, Sec. 3).
     size = 8

@@ -97,7 +97,7 @@ def test_nothing_is_touched_when_something_is_wrong() -> None:
         families.replace(model, ["0", "4"], "low_rank", {"0": 0.5})
     with pytest.raises(ConfigError, match=r"layer '4': low_rank: the budget allows 23 of the 768 multiply-adds"):
         families.replace(model, ["0", "4"], "low_rank", {"0": 0.5, "4": 0.03})
-    with pytest.raises(ConfigError, match=r"no option .colour.; allowed are blocks, row_splits"):
+    with pytest.raises(ConfigError, match=r"no option .colour.; allowed are blocks, calibration, row_splits"):
         families.replace(model, ["0"], "block_low_rank", 0.5, colour=1)
     with pytest.raises(ConfigError, match="budget must be a number in"):
         families.replace(model, ["0"], "blast", 1.5)
