@@ -8,7 +8,7 @@ function fill(node, props, children) {
     if (key === 'on') {
       for (const [type, listener] of Object.entries(value)) node.addEventListener(type, listener);
     } else if (key === 'style') {
-      for (const [name, text] of Object.entries(value)) node.style.setProperty(name, text);
+      for (const [name, text] of Object.entries(value)) if (text !== null) node.style.setProperty(name, text);
     } else {
       node.setAttribute(key, value === true ? '' : String(value));
     }

@@ -41,9 +41,10 @@ function cell(value) {
 
 export const csvText = (rows) => rows.map((row) => row.map(cell).join(',')).join('\n') + '\n';
 
-/** Buttons that save what a view shows; `view` has figure() -> SVG, table() -> rows and fileName(). */
+/** Buttons that save what a view shows; `view` has figure() -> SVG, table() -> rows and fileName(), and may load more first in prepare(). */
 export function downloads(view) {
   const guarded = (action) => async () => {
+    await view.prepare?.();
     const root = action === 'csv' ? null : view.figure();
     const name = safeFileName(view.fileName());
     if (action === 'csv') save(new Blob([csvText(view.table())], { type: 'text/csv' }), `${name}.csv`);

@@ -53,12 +53,12 @@ export function ticks(low, high, most = 4) {
   return result;
 }
 
-/** "10–58", cyclic intervals as "90–3 (wraps)"; indices count from 0, both ends included. */
+/** "10–58", cyclic intervals as "90–3 ↻"; indices count from 0, both ends included. */
 export function interval(start, width, length, offset = 0) {
   if (width === 0) return 'none';
   if (width === length) return `${offset}–${offset + length - 1} (all)`;
   const end = (start + width - 1) % length;
-  return `${offset + start}–${offset + end}${end < start ? ' (wraps)' : ''}`;
+  return `${offset + start}–${offset + end}${end < start ? ' ↻' : ''}`;
 }
 
 export function safeFileName(text) {

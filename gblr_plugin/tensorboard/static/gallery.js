@@ -15,6 +15,9 @@ function size(shape) {
   return ratio > 1 ? [Math.round(THUMB / ratio), THUMB] : [THUMB, Math.round(THUMB * ratio)];
 }
 
+/** The end of a name, which tells layers apart. */
+const fitted = (text, most) => (text.length > most ? `…${text.slice(1 - most)}` : text);
+
 export class Gallery {
   constructor(app) {
     this.app = app;
@@ -93,33 +96,47 @@ export class Gallery {
     for (const card of this.cards.values()) if (card.structure) this.paint(card);
   }
 
-  /** Every layer, loaded or not, for downloads. */
   loaded() {
     return [...this.cards.values()].filter((card) => card.structure);
   }
 
+  /** Downloads show every layer, also those that were never scrolled to. */
+  loadAll() {
+    return Promise.allSettled([...this.cards.keys()].map((name) => this.load(name)));
+  }
+
   figure(title) {
     const colours = palette();
-    const groups = [...byBlock(this.loaded(), (card) => card.shape.name)];
-    const columns = Math.max(1, Math.min(6, Math.max(...groups.map(([, cards]) => cards.length), 1)));
-    const cell = THUMB + 22;
-    const width = Math.max(columns * cell + 24, 420);
-    const heights = groups.map(([, cards]) => 30 + Math.ceil(cards.length / columns) * (cell + 18));
-    const pen = new SvgPen(width, 50 + heights.reduce((a, b) => a + b, 0), colours.card);
+    const cell = THUMB + 16;
+    const across = 6; // thumbs in a row of shelves
+    const shelves = [];
+    for (const [block, cards] of byBlock(this.loaded(), (card) => card.shape.name)) {
+      for (let from = 0; from < cards.length; from += across) shelves.push({ block, cards: cards.slice(from, from + across) });
+    }
+    const rowHeight = THUMB + 58;
+    let x = 0;
+    let row = 0;
+    let widest = 2;
+    for (const shelf of shelves) {
+      if (x + shelf.cards.length > across) [x, row] = [0, row + 1];
+      Object.assign(shelf, { x, row });
+      x += shelf.cards.length;
+      widest = Math.max(widest, x);
+    }
+    const pen = new SvgPen(widest * cell + 32, 52 + (row + 1) * rowHeight, colours.card);
     pen.text(16, 24, title, { fill: colours.ink, size: 14, weight: 600 });
-    let y = 46;
-    groups.forEach(([block, cards], g) => {
-      pen.text(16, y + 8, block || 'other layers', { fill: colours.muted, size: 11.5, weight: 600 });
+    for (const { block, cards, x: column, row: line } of shelves) {
+      const left = 16 + column * cell;
+      const top = 46 + line * rowHeight;
+      pen.text(left, top + 8, fitted(block || 'other layers', 22 * cards.length), { fill: colours.muted, size: 11.5, weight: 600 });
       cards.forEach((card, i) => {
         const [w, height] = size(card.shape);
-        const x = 16 + (i % columns) * cell;
-        const top = y + 24 + Math.floor(i / columns) * (cell + 18);
-        pen.image(this.picture(card, w, height), x, top + THUMB - height, w, height);
+        const at = left + i * cell;
+        pen.image(this.picture(card, w, height), at, top + 22 + THUMB - height, w, height);
         const short = block ? card.shape.name.slice(block.length + 1) : card.shape.name;
-        pen.text(x, top + THUMB + 11, `${short.slice(-16)} ${percent(card.structure.relativeFlops)}`, { fill: colours.ink, size: 10.5 });
+        pen.text(at, top + THUMB + 33, `${fitted(short, 15)} ${percent(card.structure.relativeFlops)}`, { fill: colours.ink, size: 10.5 });
       });
-      y += heights[g];
-    });
+    }
     return pen.root;
   }
 }

@@ -5,7 +5,7 @@ import { compact, ticks } from './format.js';
 import { lookup, parseHex } from './theme.js';
 
 const MARGIN = { left: 44, right: 58, top: 46, bottom: 34 };
-const DECADES = 4;
+const DECADES = 3;
 
 /** The smallest power of two that holds the overlap: the scale rarely changes while learning is played. */
 export function scaleFor(structures) {
@@ -13,10 +13,10 @@ export function scaleFor(structures) {
   return Math.max(4, 2 ** Math.ceil(Math.log2(most)));
 }
 
-/** Share of the colour ramp for a count, logarithmic. */
-export const countShade = (count, scale) => Math.min(Math.log1p(count) / Math.log1p(scale), 1);
+/** Share of the colour ramp for a count. The root tells one block from none, and fifty from sixty. */
+export const countShade = (count, scale) => Math.min(Math.sqrt(count / scale), 1);
 
-/** Share of the ramp for an energy relative to the strongest; four decades. */
+/** Share of the ramp for an energy relative to the strongest; three decades. */
 export function energyShade(energy, top) {
   if (!(energy > 0) || !(top > 0)) return 0.06;
   return Math.min(Math.max(1 + Math.log10(energy / top) / DECADES, 0.06), 1);

@@ -108,8 +108,9 @@ export class Overview {
     this.totals.replaceChildren(...this.shown.map((run) => this.total(run, colours)));
     const reach = this.reach();
     const groups = this.groups();
+    this.totals.hidden = !this.shown.length;
     this.bars.replaceChildren(
-      this.scale(reach),
+      this.shown.length ? this.scale(reach) : '',
       ...groups.flatMap(([block, rows]) => [
         block || groups.length > 1 ? this.blockHead(block, rows) : null,
         ...rows.map((row) => this.row(row, block, reach, colours)),
@@ -219,7 +220,7 @@ export class Overview {
     const groups = this.groups();
     const width = 880;
     const label = 250;
-    const bar = Math.max(5, 15 - 3 * this.shown.length);
+    const bar = Math.max(6, 15 - 2 * this.shown.length);
     const rowHeight = Math.max(20, bar * this.shown.length + 8);
     const rows = groups.reduce((total, [block, list]) => total + list.length * rowHeight + (block ? 24 : 0), 0);
     const top = 34 + 20 * this.shown.length;
@@ -253,9 +254,9 @@ export class Overview {
           pen.rect(label, from, toX(1) - label, bar - 1, colours.track);
           pen.rect(label, from, toX(entry.stored / dense(entry)) - label, bar - 1, runColour(colours, this.shown[at].index));
           if (entry.budget !== null) pen.rect(toX(entry.budget) - 1, from - 2, 2, bar + 3, colours.budget);
+          const text = percent(entry.stored / dense(entry));
+          pen.text(width - 16, from + bar / 2, text, { ...quiet, size: Math.min(11, bar + 1), align: 'end' });
         });
-        const values = row.entries.map((entry) => (entry ? percent(entry.stored / dense(entry)) : '–'));
-        pen.text(width - 12, y + rowHeight / 2, values.join(' '), { ...quiet, size: values.length > 2 ? 9 : 11, align: 'end' });
         y += rowHeight;
       }
     }

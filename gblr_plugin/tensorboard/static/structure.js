@@ -40,7 +40,7 @@ export class StructureView {
     this.notes = h('p', { class: 'note', role: 'status', hidden: true });
     this.readout = h('div', { class: 'pointed', 'aria-live': 'polite' });
     this.help = h('p', { class: 'hint', id: 'map-help' },
-      'Drag to zoom, double-click to fit. With the map focused: arrow keys move the cross, Shift and arrows pan, + and − zoom, 0 fits.');
+      'Drag to zoom, double-click to fit. With the map focused: arrow keys move the cross, Shift and arrows pan, + and − zoom, 0 fits. ↻ marks an interval that wraps around.');
     this.maps = h('div', { class: 'maps' });
     this.gallery = new Gallery(app);
     this.single = h(
@@ -50,12 +50,21 @@ export class StructureView {
       this.maps,
       this.help,
     );
+    this.toolbar = h(
+      'div',
+      { class: 'toolbar' },
+      ...[this.run, this.layer, this.compare, this.compareWith].map((part) => part.element),
+      h('span', { class: 'spring' }),
+      downloads(this),
+    );
+    this.nothing = h('p', { class: 'empty' }, 'Choose a run above to see its structure.');
     this.element = h(
       'section',
       { class: 'view', 'aria-label': 'Structure' },
       h('div', { class: 'card' },
-        h('div', { class: 'toolbar' }, this.run.element, this.layer.element, this.compare.element, this.compareWith.element, h('span', { class: 'spring' }), downloads(this)),
+        this.toolbar,
         this.notes,
+        this.nothing,
         this.single,
         this.gallery.element,
       ),
@@ -109,10 +118,12 @@ export class StructureView {
     const { state } = app;
     const run = app.structureRun();
     const token = (this.token = {});
+    this.nothing.hidden = Boolean(run);
+    this.toolbar.hidden = !run;
     if (!run) {
       this.sides = [];
       this.single.hidden = this.gallery.element.hidden = true;
-      this.setNotes(['Choose a run above to see its structure.']);
+      this.setNotes([]);
       return;
     }
     const layer = run.layers.some((l) => l.name === state.layer) ? state.layer : '';
@@ -251,11 +262,17 @@ export class StructureView {
   drawLegend({ colours, colourBy, scale }) {
     const table = lookup(colours.ramp);
     const stops = Array.from({ length: 9 }, (_, i) => rgb(table, Math.round((i / 8) * 255))).join(',');
-    const marks = colourBy === 'energy' ? [['weak', 0], ['strong', 1]] : [1, ...[4, 16, 64, 256, 1024].filter((c) => c < scale / 2), scale].map((c) => [String(c), countShade(c, scale)]);
+    const counts = [scale, 1024, 256, 64, 16, 4, 1].filter((count, i) => i === 0 || count < scale);
+    const apart = [];
+    for (const count of counts) {
+      const at = countShade(count, scale);
+      if (!apart.length || apart.at(-1)[1] - at > 0.16) apart.push([String(count), at]);
+    }
+    const marks = colourBy === 'energy' ? [['weak', 0], ['strong', 1]] : apart.reverse();
     this.legend.replaceChildren(
       h('span', { class: 'hint' }, colourBy === 'energy' ? 'Energy per entry' : 'Blocks that overlap'),
       h('span', { class: 'ramp', style: { 'background-image': `linear-gradient(90deg,${stops})` } },
-        ...marks.map(([text, at]) => h('small', { style: { left: `${at * 100}%` } }, text))),
+        ...marks.map(([text, at]) => h('small', { style: { left: `${at * 100}%`, transform: at === 0 ? 'none' : null } }, text))),
     );
   }
 
@@ -326,6 +343,10 @@ export class StructureView {
   }
 
   // -- downloads ---------------------------------------------------------------------------------------------------
+
+  async prepare() {
+    if (!this.sides.length && this.gallery.run) await this.gallery.loadAll();
+  }
 
   fileName() {
     const [side] = this.sides;

@@ -101,7 +101,7 @@ export class Time {
           const points = run.steps.map((step, i) => [step, run.budget[i]]).filter(([, b]) => b !== null);
           const [[first, budget]] = points;
           const line = [[toX(first), toY(budget)], ...points.map(([step, b]) => [toX(step), toY(b)])];
-          pen.path(line, { stroke: colours.budget, dash: [5, 4], width: 1.25 });
+          pen.path(line, { stroke: colour, dash: [5, 4], width: 1.25 });
         }
         let stretch = [];
         const flush = () => {
