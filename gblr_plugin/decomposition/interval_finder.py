@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..mask import gaudi_mask, integer_locations, integer_widths
 from ..structure import Intervals, StructuredMatrix, multiply_adds
 from .problem import Problem
-from .svd import leading_triplets
+from .triplets import singular_triplets
 
 __all__ = ["interval", "longest_run"]
 
@@ -71,7 +71,8 @@ def interval(problem: Problem, steps: int = 1000, lr: float = 5e-3) -> Structure
     m, n = weight.shape
     count = problem.max_components
     lengths = torch.tensor([[m], [n]], dtype=torch.float64, device=weight.device)
-    left, values, right = leading_triplets(weight, min(m, n, count))
+    left, values, right = singular_triplets(weight)
+    left, values, right = left[:, :count], values[:count], right[:count]
     scale = values.sqrt()
     repeats = -(-count // len(values))
     anchors = [part.abs().argmax(1).repeat(repeats)[:count] for part in (left.T, right)]

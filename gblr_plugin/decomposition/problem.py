@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..structure import Intervals, StructuredMatrix, multiply_adds
 from .metric import Metric
+from .triplets import singular_triplets
 
 __all__ = ["Grid", "Problem"]
 
@@ -72,6 +74,11 @@ class Problem:
     max_components: int
     metric: Metric
     seed: int
+
+    @cached_property
+    def triplets(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Thin SVD of the whitened weight: (m, r), (r,), (r, n)."""
+        return singular_triplets(self.metric.whiten(self.weight))
 
     def trapezoid_cost(self) -> Tensor:
         """(r_max + 1,) int64 multiply-adds of trapezoids of rank 0 .. r_max (MATH: r (m + n) - r (r - 1) unaligned)."""

@@ -20,7 +20,6 @@ from .joint import conjugate_gradient, supported_solve
 from .problem import Grid, Problem
 from .search import find_blocks
 from .spans import Spans, best_spans, cell_sums
-from .svd import leading_triplets
 from .trapezoid import gauge_trapezoids
 
 __all__ = ["Effort", "pursuit"]
@@ -367,18 +366,15 @@ def pursuit(problem: Problem, effort: Effort | None = None) -> StructuredMatrix:
     share = effort.rank_share
     if share is None:
         share = 0.65 if problem.metric.root is None else 0.9
-    triplets = leading_triplets(problem.metric.whiten(problem.weight), min(problem.weight.shape))
-    found = [_with_share(problem, effort, triplets, share)]
-    values = triplets[1]
+    found = [_with_share(problem, effort, share)]
+    values = problem.triplets[1]
     if effort.rank_share is None and bool(values[-1] <= 1e-6 * values[0]):
         # A singular matrix may be made of blocks alone.
-        found.append(_with_share(problem, effort, triplets, 0.0))
+        found.append(_with_share(problem, effort, 0.0))
     return min(found, key=problem.error)
 
 
-def _with_share(
-    problem: Problem, effort: Effort, triplets: tuple[Tensor, Tensor, Tensor], share: float
-) -> StructuredMatrix:
+def _with_share(problem: Problem, effort: Effort, share: float) -> StructuredMatrix:
     m, n = problem.weight.shape
     dtype = torch.float32 if problem.metric.root is None else torch.float64
     for gauged in (True, False):
@@ -387,7 +383,8 @@ def _with_share(
         rank = int(share * bought)
         allowed = problem.allowed - int(costs[rank])
         task = _Pursuit(problem, rank, allowed, effort, dtype)
-        state = task.run(task.start(triplets[0][:, :rank].to(dtype), triplets[2][:rank].to(dtype)))
+        left, _, right = problem.triplets
+        state = task.run(task.start(left[:, :rank].to(dtype), right[:rank].to(dtype)))
         found = _finished(problem, state, rank, gauged)
         if found is not None:
             return found
