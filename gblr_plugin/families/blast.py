@@ -28,7 +28,7 @@ class Blast(FamilyMatrix):
     each a linear least-squares problem with a closed solution, from the truncated SVD (all s_ij = 1 is a low-rank
     matrix). Sweeps start from points extrapolated along the last step, and are taken only if they lower the error. (The
     paper runs a preconditioned gradient descent whose preconditioners are the inverses of the same normal matrices.)
-    Calibration uses the diagonal of the second moment.
+
 
     Options:
         blocks: b, default 16, or fewer so that the couplings take at most an eighth of the bases.
@@ -59,9 +59,10 @@ class Blast(FamilyMatrix):
         rank = allowed // each
         if rank < 1:
             raise too_small(cls.name, weight.shape, allowed, each, f"{count} x {count} blocks of rank 1")
-        scale = weight.new_ones(n) if metric.moment is None else metric.moment.diagonal().sqrt()
-        left, right, coupling = _fit(weight * scale, Partition(m, count), Partition(n, count), rank, iterations)
-        return cls(*_balanced(left, right / scale, coupling))
+        rows, cols = Partition(m, count), Partition(n, count)
+        if metric.moment is None:
+            return cls(*_balanced(*_fit(weight, rows, cols, rank, iterations)))
+        return cls(*_balanced(*_fit_outputs(weight, rows, cols, rank, iterations, metric)))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -125,6 +126,44 @@ def _fit(weight: Tensor, rows: Partition, cols: Partition, rank: int, iterations
         moved_u, moved_v, u, v, s, explained = new_u - u, new_v - v, new_u, new_v, new_s, energy
         momentum, ahead = ahead, min(1.2 * ahead, _MOST_MOMENTUM)
     return rows.join(u.transpose(0, 1)), cols.join(v.transpose(0, 1)), s
+
+
+def _fit_outputs(
+    weight: Tensor, rows: Partition, cols: Partition, rank: int, iterations: int, metric: Metric
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Alternating least squares in the metric of a second moment H; returns (r, m), (r, n), (r, b, b) float64.
+
+    H couples the block columns. With E the error of the others, block column j is fitted to ``W_j + E H_.j H_jj^-1``
+    in the metric of ``H_jj``, first its couplings and then its basis; the row bases are fitted in the whole metric.
+    """
+    left, v = truncated_svd(weight, rank, metric)
+    moment = metric.moment
+    assert moment is not None
+    targets = rows.split(weight.T)  # (n, b, s)
+    u = rows.split(left.T).transpose(0, 1)  # (b, r, s)
+    s = weight.new_ones(rank, rows.count, cols.count)
+    error = weight - left @ v
+    for _ in range(iterations):
+        by_row = u @ u.mT
+        for j, (start, size) in enumerate(zip(cols.starts, cols.sizes, strict=True)):
+            place = slice(start, start + size)
+            local = moment[place, place]
+            coupling = error @ moment[:, place] - error[:, place] @ local
+            wanted = weight[:, place] + torch.cholesky_solve(coupling.T, torch.linalg.cholesky(local)).T
+            projected = u @ rows.split(wanted.T).permute(1, 2, 0)  # (b, r, p)
+            seen = v[:, place] @ local
+            gram = by_row * (seen @ v[:, place].T)
+            s_j = _solve(gram, (projected * seen).sum(-1, keepdim=True)).squeeze(-1)  # (b, r)
+            normal = (s_j[:, :, None] * by_row * s_j[:, None, :]).sum(0)
+            v[:, place] = _solve(normal, (s_j[:, :, None] * projected).sum(0))
+            s[:, :, j] = s_j.T
+            fitted = torch.einsum("ik,iks,kp->pis", s_j, u, v[:, place])
+            error[:, place] = weight[:, place] - rows.join(fitted).T
+        mixed = cols.join(torch.einsum("kij,kjp->ikjp", s, cols.split(v)))  # (b, r, n)
+        seen = mixed @ moment
+        u = _solve(seen @ mixed.mT, torch.einsum("ikn,nis->iks", seen, targets))
+        error = weight - rows.join(torch.einsum("iks,ikn->nis", u, mixed)).T
+    return rows.join(u.transpose(0, 1)), v, s
 
 
 def _balanced(u: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,3 +45,23 @@ def test_factors_are_balanced() -> None:
     matrix = Blast.from_dense(gaussian(24, 32), 0.5)
     torch.testing.assert_close(matrix.left.norm(dim=1), matrix.right.norm(dim=1))
     torch.testing.assert_close(matrix.coupling.square().mean((1, 2)), torch.ones(len(matrix.left), dtype=torch.float64))
+
+
+def test_calibrated_sweeps_never_raise_the_output_error_and_beat_low_rank() -> None:
+    inputs = gaussian(300, 31, seed=1) * torch.logspace(0, -1, 31, dtype=torch.float64)
+    inputs = inputs @ torch.linalg.qr(gaussian(31, 31, seed=2))[0]
+    weight = gaussian(22, 31)
+    # Errors in the damped metric, which is what the sweeps lower.
+    moment = inputs.T @ inputs / 300
+    damped = moment + 1e-3 * moment.diagonal().mean() * torch.eye(31, dtype=torch.float64)
+
+    def error(matrix: Tensor) -> float:
+        gap = weight - matrix
+        return float((gap @ damped * gap).sum())
+
+    errors = [
+        error(Blast.from_dense(weight, 0.6, blocks=3, iterations=steps, calibration=inputs).to_dense())
+        for steps in (1, 2, 5, 10, 30)
+    ]
+    assert all(later <= earlier * (1 + 1e-9) for earlier, later in pairwise(errors))
+    assert errors[-1] < error(LowRank.from_dense(weight, 0.6, calibration=inputs).to_dense())
