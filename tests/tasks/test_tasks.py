@@ -1,0 +1,132 @@
+from itertools import pairwise
+
+import pytest
+import torch
+
+from gblr_plugin import ConfigError
+from gblr_plugin.tasks import TASKS, get_task
+from gblr_plugin.tasks.base import WarmupCosine
+from gblr_plugin.tasks.digits import DigitsTask
+from gblr_plugin.tasks.text import ByteWindows, TextTask
+
+SMALL = {
+    "digits_vit": {"dim": 16, "depth": 1, "heads": 2},
+    "byte_gpt": {"dim": 16, "depth": 1, "heads": 2, "context": 16, "train_bytes": 4000, "test_bytes": 1000},
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_built_in_task_fits_together(name):
+    task = get_task(name)(**SMALL[name])
+    network = task.network()
+    data = task.data(seed=1, batch_size=8)
+    x, target = next(iter(data.train_dataloader()))
+    logits = network(x)
+    assert logits.shape[:-1] == target.shape
+    assert network(task.example_input(3)).shape[0] == 3
+    module = task.module(network, _Training(), steps=10)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2), target.flatten())
+    assert torch.isfinite(loss)
+    optimizer = module.configure_optimizers()["optimizer"]
+    assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == sum(
+        p.numel() for p in module.parameters()
+    )
+
+
+class _Training:
+    epochs, lr, weight_decay, warmup_fraction, batch_size, label_smoothing = 1, 1e-3, 0.0, 0.1, 8, 0.0
+
+
+def test_digits_are_split_by_the_seed_without_overlap():
+    task = DigitsTask()
+
+    def held_out(seed):
+        images, target = next(iter(task.data(seed, 500).test_dataloader()))
+        return images, target
+
+    images, target = held_out(0)
+    again, _ = held_out(0)
+    other, _ = held_out(1)
+    assert len(images) == 450
+    assert torch.equal(images, again)
+    assert not torch.equal(images, other)
+    assert target.bincount().min() >= 43  # every class
+    shown = {image.numpy().tobytes() for image in images}
+    train = DigitsTask(shift=0).data(0, 64).train_set
+    assert not shown & {train[i][0].numpy().tobytes() for i in range(len(train))}
+    assert 0 <= float(images.min()) < float(images.max()) <= 1
+
+
+def test_text_windows_are_shifted_by_one_byte():
+    windows = ByteWindows(torch.arange(20, dtype=torch.uint8), context=6, stride=3)
+    assert len(windows) == 5
+    x, y = windows[4]
+    assert x.tolist() == [12, 13, 14, 15, 16, 17]
+    assert y.tolist() == [13, 14, 15, 16, 17, 18]
+    assert len(ByteWindows(torch.zeros(6, dtype=torch.uint8), 6, 3)) == 0
+
+
+def test_text_files_are_on_one_side_only(tmp_path):
+    for i in range(20):
+        (tmp_path / f"{i:02}.py").write_bytes(bytes([i]) * 100)
+    task = TextTask(folder=str(tmp_path), context=8, dim=16, depth=1, heads=2)
+    data = task.data(seed=0, batch_size=4)
+    train, held_out = set(data.train_set.text.tolist()), set(data.held_out.text.tolist())
+    assert not train & held_out
+    assert len(train) == 18
+    assert set(task.data(1, 4).held_out.text.tolist()) != held_out
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("digits_vit", {"depht": 2}, "depht"),
+        ("digits_vit", {"dim": 15}, "heads 4 dim 15"),
+        ("digits_vit", {"patch_size": 3}, "patch_size 3 must divide image_size 8"),
+        ("digits_vit", {"patch_size": 0}, "patch_size must be a whole number of at least 1, got 0"),
+        ("digits_vit", {"dim": "wide"}, "dim must be a whole number of at least 1, got 'wide'"),
+        ("digits_vit", {"dropout": 1.0}, r"dropout must be a number in \[0, 1\)"),
+        ("digits_vit", {"held_out": 1.5}, r"held_out must be a fraction in \(0, 1\)"),
+        ("digits_vit", {"held_out": "half"}, "held_out must be a fraction"),
+        ("digits_vit", {"shift": 9}, "shift must be 0 to 7 pixels"),
+        ("byte_gpt", {"heads": 3}, "heads 3 must divide dim"),
+        ("byte_gpt", {"context": 0}, "context must be a whole number of at least 1"),
+        ("byte_gpt", {"folder": 3}, "folder must be a path"),
+        ("byte_gpt", {"folder": "/nowhere"}, r"looked for \*.py files in /nowhere, found 0; need at least 10"),
+    ],
+)
+def test_bad_arguments(name, arguments, message):
+    with pytest.raises(ConfigError, match=message):  # noqa: PT012  # made, then used
+        task = get_task(name)(**arguments)
+        task.network()
+        task.data(0, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digits", "unknown task 'digits'; allowed are digits_vit, byte_gpt or 'package.module:Class'"),
+        ("no_such_module:Task", "cannot import 'no_such_module'"),
+        ("gblr_plugin.tasks.digits:Digit", "'gblr_plugin.tasks.digits' has no class 'Digit'"),
+        (":Task", "cannot import ''"),
+    ],
+)
+def test_unknown_tasks(name, message):
+    with pytest.raises(ConfigError, match=r"^task: ") as caught:
+        get_task(name)
+    assert message in str(caught.value)
+
+
+def test_task_by_import_path():
+    assert get_task("gblr_plugin.tasks.digits:DigitsTask") is DigitsTask
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    factor = WarmupCosine(100, 0.1)
+    values = [factor(step) for step in range(101)]
+    assert values[0] == pytest.approx(1 / 11)
+    assert all(a < b for a, b in pairwise(values[:11]))
+    assert max(values) == values[10] == 1.0
+    assert all(a > b for a, b in pairwise(values[10:]))
+    assert values[100] == pytest.approx(0.0, abs=1e-12)
+    assert WarmupCosine(1, 0.0)(0) <= 1.0
