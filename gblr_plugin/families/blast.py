@@ -95,7 +95,7 @@ class Blast(FamilyMatrix):
         z = torch.einsum("...jp,kjp->...jk", self.cols.split(x), self.cols.split(self.right))
         z = torch.einsum("...jk,kij->...ik", z, self.coupling)
         y = self.rows.join(torch.einsum("...ik,kis->...is", z, self.rows.split(self.left)))
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)
 
 
 def _solve(normal: Tensor, right_side: Tensor) -> Tensor:

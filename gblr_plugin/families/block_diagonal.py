@@ -74,7 +74,7 @@ class BlockDiagonal(FamilyMatrix):
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """One batched product over the blocks."""
         y: Tensor = self.rows.join(torch.einsum("...bp,bsp->...bs", self.cols.split(x), self.blocks))
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def to_structured(self) -> StructuredMatrix:
         """Exactly this matrix, at one multiply-add more per component."""

@@ -120,7 +120,7 @@ class BlockGrid(FamilyMatrix):
         order = self.row_order
         if order is not None:
             y = y.index_select(-1, torch.argsort(order))
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def to_structured(self) -> StructuredMatrix:
         """R C c components, each on one block, at equal cost; the rows in ``row_order``."""

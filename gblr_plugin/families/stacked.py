@@ -70,7 +70,7 @@ class Stacked(FamilyMatrix):
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The parts' products beside each other."""
         y = torch.cat([part.linear(x) for part in self.parts], dim=-1)
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def to_structured(self) -> StructuredMatrix | None:
         """A GBLR matrix with s row splits, where the parts are GBLR matrices in their own row order."""

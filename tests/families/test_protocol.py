@@ -211,6 +211,15 @@ class FamilyCase:
         torch.testing.assert_close(copy.deepcopy(model)(x), wanted)
         torch.testing.assert_close(copy.deepcopy(model).double()(x.double()).float(), wanted, rtol=1e-4, atol=1e-5)
 
+    def test_autocast(self) -> None:
+        model = nn.Sequential(self.module(torch.float32))
+        families.replace(model, None, self.name, 0.5, **self.layer_options)
+        x = self.input(torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = model(x)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), model(x), rtol=0.05, atol=0.05)
+
     def test_unknown_option_is_refused(self) -> None:
         with pytest.raises(ConfigError, match=f"{self.name}: no option 'colour'"):
             families.get(self.name).from_dense(gaussian(24, 32), 0.5, colour=1)
