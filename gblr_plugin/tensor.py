@@ -129,7 +129,8 @@ class GBLRTensor(TorchAOBaseTensor):
 
     def replan(self, plan: Plan | str = "auto") -> GBLRTensor:
         """The same weight under another plan, for example measured anew on the device it now lies on."""
-        return self.from_structured(self.to_structured(), shape=self.outer_shape, plan=plan)
+        result: GBLRTensor = self.from_structured(self.to_structured(), shape=self.outer_shape, plan=plan)
+        return result
 
     def to_structured(self) -> StructuredMatrix:
         """The components stored, in their order; dense storage comes back as one component per row.
@@ -139,7 +140,7 @@ class GBLRTensor(TorchAOBaseTensor):
         """
         return unpack(self.packing, self.factors, self.lists)
 
-    def to_dense(self) -> Tensor:  # type: ignore[override]  # torch's takes a dtype for sparse tensors
+    def to_dense(self) -> Tensor:
         """The matrix in the outer shape, dtype as stored."""
         return to_dense(self.packing, self.factors, self.lists).reshape(self.outer_shape)
 
@@ -163,7 +164,7 @@ class GBLRTensor(TorchAOBaseTensor):
         """Number of components stored, K."""
         return self.packing.num_components
 
-    def share_memory_(self) -> NoReturn:  # type: ignore[override]  # refused on purpose
+    def share_memory_(self) -> NoReturn:
         """Refused: sharing a wrapper without storage of its own crashes the process.
 
         Raises:
@@ -266,7 +267,8 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
                 kernel = weight.plan.kernels[-1][1]
                 sizes = weight.outer_shape[2:]
                 y = product.convolution(x, factors, weight.lists, weight.packing, bias, sizes, *options, kernel)
-        return y if batched else y.squeeze(0)
+        result: Tensor = y if batched else y.squeeze(0)
+        return result
 
     return call(*args, **kwargs)
 

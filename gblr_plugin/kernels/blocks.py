@@ -122,6 +122,6 @@ def convolution(
     assert z is not None  # every component meets a column block
     out_size = z.shape[2:]
     flat = z.to(x.dtype).flatten(2)
-    y = torch.cat([block_values(values, b).t() @ _select(flat, index, b, 1) for b in layout.row_blocks], dim=1)
-    y = y.unflatten(2, out_size)
+    rows = [block_values(values, b).t() @ _select(flat, index, b, 1) for b in layout.row_blocks]
+    y: Tensor = torch.cat(rows, dim=1).unflatten(2, out_size)
     return y if bias is None else y + bias.view(-1, *(1 for _ in out_size))

@@ -169,8 +169,9 @@ def _groups(blocks: list[Block], touches: Tensor) -> tuple[Tensor, Tensor]:
     """Groups of 64 components and the blocks that any of them meets, for kernels that keep a group's sums.
 
     Returns:
-        (groups, 2) place of a group's first pair, counted from the first of all, and number of its pairs; (pairs, 5) start and
-        width of the block, place of the group's first row in it, low and high half of the mask of active components.
+        (groups, 2) place of a group's first pair, counted from the first of all, and number of its pairs; (pairs, 5)
+        start and width of the block, place of the group's first row in it, both halves of the mask of active
+        components.
     """
     num, device = touches.shape[0], touches.device
     groups = -(-num // GROUP)

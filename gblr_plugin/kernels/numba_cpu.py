@@ -41,7 +41,7 @@ _dot_4, _dot_1 = dot_tile(4), dot_tile(1)
 
 @njit(nogil=True)
 def _pack(x, x_row, x_column, tokens, tiles, n, packed):  # type: ignore[no-untyped-def]
-    """x of any strides into (tiles, n, 16); lanes beyond the tokens are zero."""
+    """Tokens of any strides into (tiles, n, 16); lanes beyond the tokens are zero."""
     for tile in range(tiles):
         left = min(tokens - tile * LANES, LANES)
         at, corner = tile * n * LANES, x + tile * LANES * x_row * 4

@@ -1,9 +1,9 @@
 """Kernels by name, and which of them is safe for the call at hand.
 
 ``dense`` multiplies by the stored dense matrix; ``blocks`` is torch operations and always possible; ``compiled`` is
-numba on a CPU and triton on CUDA, as one operator with gradients. Exported programs and whatever looks into the product (FLOP
-counters, functorch, forward-mode gradients) take torch operations whatever the plan says: the former must run without
-this package.
+numba on a CPU and triton on CUDA, as one operator with gradients. Exported programs, and whatever looks into the
+product (FLOP counters, functorch, forward-mode gradients), take torch operations whatever the plan says: an exported
+program must run without this package.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def convolution(
 ) -> Tensor:
     """Convolution of x (batch, c_in, ...) with the (c_out, c_in * prod(sizes)) matrix; returns (batch, c_out, ...).
 
-    The compiled kernel takes the unfolded input, one example after another, tokens being output places; torch operations
-    convolve block by block (:func:`~gblr_plugin.kernels.blocks.convolution`).
+    The compiled kernel takes the unfolded input of one example after another, output places being its tokens; torch
+    operations convolve block by block (:func:`~gblr_plugin.kernels.blocks.convolution`).
 
     Args:
         x: One or two axes of places, dtype and device of ``factors``.
@@ -117,4 +117,5 @@ def convolution(
     for image in x.split(1):
         columns = image.flatten(2) if pointwise else F.unfold(image, sizes, dilation, padding, stride)
         images.append(linear(columns[0].t(), factors, lists, layout, bias, kernel).t())
-    return torch.stack(images).unflatten(2, places)
+    y: Tensor = torch.stack(images).unflatten(2, places)
+    return y

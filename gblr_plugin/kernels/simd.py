@@ -30,6 +30,7 @@ class Emitter:
         self.b = builder
 
     def i(self, value: int) -> ir.Constant:
+        """An int64 constant."""
         return ir.Constant(_I64, value)
 
     def at(self, base: Any, offset: Any, size: int = 4) -> Any:
@@ -37,14 +38,17 @@ class Emitter:
         return self.b.add(base, self.b.mul(offset, self.i(size)))
 
     def load(self, address: Any, kind: Any, align: int = 4) -> Any:
+        """A value of an LLVM type at an address."""
         value = self.b.load(self.b.inttoptr(address, kind.as_pointer()))
         value.align = align
         return value
 
     def store(self, value: Any, address: Any) -> None:
+        """Write a value to an address."""
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer())).align = 4
 
     def vector(self, address: Any, mask: Any = None) -> Any:
+        """16 float32, zero where masked out."""
         if mask is None:
             return self.load(address, _VECTOR)
         name = "llvm.masked.load.v16f32.p0v16f32"
@@ -54,6 +58,7 @@ class Emitter:
         return self.b.call(function, [pointer, ir.Constant(_I32, 4), mask, _ZERO])
 
     def store_vector(self, value: Any, address: Any, mask: Any = None) -> None:
+        """Write the lanes of a vector that the mask lets through."""
         if mask is None:
             self.store(value, address)
             return
@@ -63,15 +68,18 @@ class Emitter:
         self.b.call(self.declare(name, kind), [value, pointer, ir.Constant(_I32, 4), mask])
 
     def declare(self, name: str, kind: ir.FunctionType) -> Any:
+        """An LLVM intrinsic function, declared once per module."""
         module = self.b.module
         return module.globals[name] if name in module.globals else ir.Function(module, kind, name)
 
     def broadcast(self, scalar: Any) -> Any:
+        """A float32 in every lane."""
         single = self.b.insert_element(ir.Constant(_VECTOR, ir.Undefined), scalar, ir.Constant(_I32, 0))
         zeros = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
         return self.b.shuffle_vector(single, ir.Constant(_VECTOR, ir.Undefined), zeros)
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
+        """``a * b + c`` per lane."""
         kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
         return self.b.call(self.declare("llvm.fma.v16f32", kind), [a, b, c])
 

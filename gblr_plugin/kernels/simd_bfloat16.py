@@ -1,7 +1,7 @@
 """Register tiles of :mod:`~gblr_plugin.kernels.simd` for bfloat16, on processors with AVX512-BF16; sums are float32.
 
-The dot-product instruction takes pairs along the summed axis: columns in stage 1, components of a list in stage 2. A word is
-such a pair, two bfloat16 in 32 bits.
+The dot-product instruction takes pairs along the summed axis: columns in stage 1, components of a list in stage 2. A
+word is such a pair, two bfloat16 in 32 bits.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class _PairEmitter(Emitter):
 def reduce_tile(components: int, tiles: int) -> Any:
     """Stage 1 of :func:`~gblr_plugin.kernels.simd.reduce_tile`.
 
-    Arguments as there, but: V and its stride in bfloat16; columns in pairs; x packed as (pairs, 16) words. z is float32.
+    Arguments as there, but: V and its stride in bfloat16; columns in pairs; x packed as (pairs, 16) words. z is
+    float32.
     """
 
     def emit(builder: ir.IRBuilder, a: Any) -> None:
@@ -155,9 +156,9 @@ def pair_tile() -> Any:
 def expand_tile(tokens: int, vectors: int, masked: bool) -> Any:
     """Stage 2 of :func:`~gblr_plugin.kernels.simd.expand_tile`.
 
-    Arguments: address of the words of the first token; number of components; address of U[0, first row], its row stride;
-    address of y[first token, first row], its row stride; address of bias[first row] or 0; lanes used (if masked). U, y and
-    bias are bfloat16.
+    Arguments: address of the words of the first token; number of components; address of U[0, first row], its row
+    stride; address of y[first token, first row], its row stride; address of bias[first row] or 0; lanes used (if
+    masked). U, y and bias are bfloat16.
     """
 
     def emit(builder: ir.IRBuilder, a: Any) -> None:

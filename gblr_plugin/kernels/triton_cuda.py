@@ -20,7 +20,7 @@ from .layout import GROUP
 __all__ = ["product"]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _stage_one(  # type: ignore[no-untyped-def]
     x,
     factors,
@@ -78,7 +78,7 @@ def _stage_one(  # type: ignore[no-untyped-def]
     tl.store(place, sums.to(z.dtype.element_ty), mask=(k < components)[:, None])
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _stage_two(  # type: ignore[no-untyped-def]
     z,
     factors,

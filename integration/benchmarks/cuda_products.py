@@ -2,8 +2,8 @@
 
     python integration/benchmarks/cuda_products.py [--tokens 1 16 4096] [--shapes 4096x4096] [--dtype bfloat16]
 
-Times are medians of CUDA graph replays, dense and structured in turns, with the weights of several layers in rotation so
-that neither product is served from a cache that a real model would not have.
+Times are medians of CUDA graph replays, dense and structured in turns, with the weights of several layers in rotation
+so that neither product is served from a cache that a real model would not have.
 """
 
 from __future__ import annotations
