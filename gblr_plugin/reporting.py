@@ -240,7 +240,7 @@ def _count_parameters(model: nn.Module, layers: list[tuple[nn.Module, LayerRepor
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    flops: int = sdpa_flop_count(query, key, value)  # type: ignore[no-untyped-call]  # torch's own, on shapes
+    flops: int = sdpa_flop_count(query, key, value)  # on shapes
     return flops
 
 
