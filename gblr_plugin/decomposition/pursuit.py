@@ -25,6 +25,8 @@ from .trapezoid import gauge_trapezoids
 __all__ = ["Effort", "pursuit"]
 
 CG_STEPS = 12
+LARGE = 1 << 22
+"""Entries from which fewer rounds are made: each takes many seconds, and the last ones gain least."""
 WIDE = 512
 """Columns from which the gains in a metric use a lower bound instead of an inverse of the moment on the interval."""
 
@@ -203,8 +205,7 @@ class _Pursuit:
             spans, live = self._choose(torch.where(support, inside, outside), spans.grid, other_cost, mode == "exact")
             spans, gram, right = spans.select(live), gram[live][:, live], right[live]
         factors, _ = supported_solve(gram, right, spans.support())
-        rest = target - factors.T @ other[live]
-        return spans, live, factors, _orthonormal(rest @ basis.T)
+        return spans, live, factors, _orthonormal(target @ basis.T - factors.T @ shared[live])
 
     def _fit_weighted_cols(self, state: _State, mode: str) -> _State:
         """As `_fit` for columns that couple through the second moment: conjugate gradients on the normal equations."""
@@ -361,8 +362,13 @@ def pursuit(problem: Problem, effort: Effort | None = None) -> StructuredMatrix:
     """Low rank plus interval pursuit within the budget; deterministic for a seed.
 
     Works in float32 (float64 in a metric, whose whitening is badly conditioned) and finishes in float64.
+
+    Args:
+        problem: The matrix, its budget, grids, metric and seed.
+        effort: How much is tried; default by size.
     """
-    effort = Effort() if effort is None else effort
+    if effort is None:
+        effort = Effort() if problem.weight.numel() < LARGE else Effort(rounds=4, polish=2)
     share = effort.rank_share
     if share is None:
         share = 0.65 if problem.metric.root is None else 0.9
