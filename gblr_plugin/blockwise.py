@@ -2,8 +2,8 @@
 
 A component whose interval does not meet a block of an axis contributes nothing there. Each block multiplies only the
 components on its list, forward and backward. For exact boxcars of a frozen structure nothing is lost. For smooth masks,
-mask values below ``TOLERANCE`` are taken for zero, and so is the part of the width and location gradients that is weighted
-by less than ``SLOPE_TOLERANCE`` of the steepest edge weight.
+mask values below ``TOLERANCE`` are taken for zero, and so is the part of the width and location gradients that is
+weighted by less than ``SLOPE_TOLERANCE`` of the steepest edge weight.
 """
 
 from __future__ import annotations
@@ -18,13 +18,24 @@ from torch.autograd.function import once_differentiable
 
 from .mask import mask_tables
 
-__all__ = ["SLOPE_TOLERANCE", "TOLERANCE", "Block", "MaskedAxis", "active_blocks", "block_dense", "block_linear", "mask_reach"]
+__all__ = [
+    "SLOPE_TOLERANCE",
+    "TOLERANCE",
+    "Block",
+    "MaskedAxis",
+    "active_blocks",
+    "block_dense",
+    "block_linear",
+    "mask_reach",
+]
 
 TOLERANCE = 1e-5
 """Largest mask value that may be taken for zero."""
 
 SLOPE_TOLERANCE = 1e-3
 """Largest weight in width and location gradients, over the largest one, that may be taken for zero."""
+
+_POSITIONS = 512  # input vectors taken together: their (K, 512) codes stay in the cache
 
 
 @lru_cache(maxsize=32)
@@ -156,24 +167,33 @@ def _along(tensor: Tensor, block: Block) -> Tensor:
 
 
 class _Side:
-    """Gradients of one factor, and of its widths and locations, gathered block by block."""
+    """One factor by blocks: masks and entries, and the gradients of the factor and of its widths and locations."""
 
-    def __init__(self, factor: Tensor, axis: MaskedAxis, with_edges: bool) -> None:
-        self.factor, self.axis = factor, axis
-        self.gradient = torch.zeros_like(factor)
-        self.edges = torch.zeros(2, len(factor), dtype=axis.tables.dtype, device=factor.device) if with_edges else None
+    def __init__(self, factor: Tensor, axis: MaskedAxis, dtype: torch.dtype) -> None:
+        self.axis, self.factor = axis, factor
+        self.masks = [axis.mask(block) for block in axis.blocks]
+        self.entries = [_rows(factor, block) for block in axis.blocks]
+        self.masked = [(mask * part).to(dtype) for mask, part in zip(self.masks, self.entries, strict=True)]
 
-    def masked(self, block: Block) -> tuple[Tensor, Tensor]:
-        """A block's mask and its factor entries."""
-        return self.axis.mask(block), _rows(self.factor, block)
+    def gradients(self, upstream: list[Tensor], with_edges: bool) -> tuple[Tensor, Tensor | None]:
+        """(K, N) gradient of the factor and (2, K) sums at trailing and leading edges, from those of masked blocks."""
+        gradient = torch.zeros_like(self.factor)
+        edges = torch.zeros(2, len(self.factor), dtype=self.axis.tables.dtype, device=self.factor.device)
+        for block, grad, mask, entries in zip(self.axis.blocks, upstream, self.masks, self.entries, strict=True):
+            here = gradient[:, block.first : block.stop]
+            here.index_copy_(0, block.components, (grad * mask).to(here.dtype))
+            if with_edges:
+                sums = self.axis.edge_sums(block, (grad * entries).to(mask.dtype))
+                edges.index_add_(1, block.components, torch.stack(sums))
+        return gradient, edges if with_edges else None
 
-    def add(self, block: Block, upstream: Tensor, mask: Tensor, factor: Tensor) -> None:
-        """Take in the gradient (A, B) of a block of the masked factor."""
-        here = self.gradient[:, block.first : block.stop]
-        here.index_copy_(0, block.components, (upstream * mask).to(here.dtype))
-        if self.edges is not None:
-            sums = self.axis.edge_sums(block, (upstream * factor).to(mask.dtype))
-            self.edges.index_add_(1, block.components, torch.stack(sums))
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``; sums in lower precision are kept in float32."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
 
 
 class _BlockLinear(torch.autograd.Function):
@@ -189,48 +209,53 @@ class _BlockLinear(torch.autograd.Function):
         rows: MaskedAxis,
         cols: MaskedAxis,
     ) -> Tensor:
-        # Sums over blocks are kept in float32 at least.
-        z = torch.zeros(len(v), len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        for block in cols.blocks:
-            part = (cols.mask(block) * _rows(v, block)).to(x.dtype) @ _along(x, block).T
-            z.index_add_(0, block.components, part.to(z.dtype))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        row_side, col_side = _Side(u, rows, x.dtype), _Side(v, cols, x.dtype)
         y = x.new_empty(len(x), rows.blocks[-1].offset + rows.blocks[-1].stop - rows.blocks[-1].first)
-        for block in rows.blocks:
-            factor = (rows.mask(block) * _rows(u, block)).to(x.dtype)
-            torch.mm(z.index_select(0, block.components).T.to(x.dtype), factor, out=_along(y, block))
+        codes = []
+        for x_part, y_part in zip(x.split(_POSITIONS), y.split(_POSITIONS), strict=True):
+            z = torch.zeros(len(v), len(x_part), dtype=wide, device=x.device)
+            for block, factor in zip(cols.blocks, col_side.masked, strict=True):
+                z.index_add_(0, block.components, (factor @ _along(x_part, block).T).to(wide))
+            for block, factor in zip(rows.blocks, row_side.masked, strict=True):
+                torch.mm(z.index_select(0, block.components).T.to(x.dtype), factor, out=_along(y_part, block))
+            codes.append(z)
         if bias is not None:
             y.add_(bias)
-        ctx.save_for_backward(x, u, v, z, rows.tables, cols.tables)
+        ctx.save_for_backward(x, u, v, rows.tables, cols.tables, *codes)
         ctx.axes, ctx.bias_dtype, ctx.structure_dtype = (rows, cols), None if bias is None else bias.dtype, widths.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, u, v, z, _, _ = ctx.saved_tensors  # the tables too: an error where sigma has changed meanwhile
+        x, u, v, _, _, *codes = ctx.saved_tensors  # the tables too: an error where sigma has changed meanwhile
         rows, cols = ctx.axes
+        row_side, col_side = _Side(u, rows, x.dtype), _Side(v, cols, x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        to_rows, to_cols = ([torch.zeros_like(f, dtype=wide) for f in side.masked] for side in (row_side, col_side))
+        to_x = torch.empty_like(x)
+        parts = zip(x.split(_POSITIONS), grad.split(_POSITIONS), to_x.split(_POSITIONS), codes, strict=True)
+        for x_part, grad_part, to_x_part, z in parts:
+            to_z = torch.zeros_like(z)
+            for block, factor, total in zip(rows.blocks, row_side.masked, to_rows, strict=True):
+                behind = _along(grad_part, block)
+                _add_product(total, z.index_select(0, block.components).to(x.dtype), behind)
+                to_z.index_add_(0, block.components, (factor @ behind.T).to(wide))
+            for block, factor, total in zip(cols.blocks, col_side.masked, to_cols, strict=True):
+                behind = to_z.index_select(0, block.components).to(x.dtype)
+                _add_product(total, behind, _along(x_part, block))
+                if ctx.needs_input_grad[0]:
+                    torch.mm(behind.T, factor, out=_along(to_x_part, block))
         with_edges = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        row_side, col_side = _Side(u, rows, with_edges), _Side(v, cols, with_edges)
-        to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        to_z = torch.zeros_like(z)
-        for block in rows.blocks:
-            part = _along(grad, block)
-            mask, factor = row_side.masked(block)
-            upstream = z.index_select(0, block.components).to(x.dtype) @ part
-            to_z.index_add_(0, block.components, ((mask * factor).to(x.dtype) @ part.T).to(z.dtype))
-            row_side.add(block, upstream, mask, factor)
-        for block in cols.blocks:
-            mask, factor = col_side.masked(block)
-            behind = to_z.index_select(0, block.components).to(x.dtype)
-            col_side.add(block, behind @ _along(x, block), mask, factor)
-            if to_x is not None:
-                torch.mm(behind.T, (mask * factor).to(x.dtype), out=_along(to_x, block))
+        to_u, row_edges = row_side.gradients(to_rows, with_edges)
+        to_v, col_edges = col_side.gradients(to_cols, with_edges)
         to_widths = to_locations = None
-        if row_side.edges is not None and col_side.edges is not None:
-            trailing, leading = torch.stack([row_side.edges, col_side.edges], dim=1).to(ctx.structure_dtype)
+        if row_edges is not None and col_edges is not None:
+            trailing, leading = torch.stack([row_edges, col_edges], dim=1).to(ctx.structure_dtype)
             to_widths, to_locations = trailing, trailing - leading
         to_bias = None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
-        return to_x, row_side.gradient, col_side.gradient, to_widths, to_locations, to_bias, None, None
+        return (to_x if ctx.needs_input_grad[0] else None), to_u, to_v, to_widths, to_locations, to_bias, None, None
 
 
 class _BlockDense(torch.autograd.Function):
@@ -280,14 +305,14 @@ def block_linear(
         cols: The column axis (one split: every component reads the same input).
 
     Returns:
-        (..., m) in the dtype of ``x``. Costs ``rows.size + cols.size`` multiply-adds per input vector; masks are made, and
-        their gradients reduced, on active blocks only.
+        (..., m) in the dtype of ``x``. Costs ``rows.size + cols.size`` multiply-adds per input vector; masks are made,
+        and their gradients reduced, on active blocks only.
     """
     flat = x.reshape(-1, x.shape[-1])
-    y = cast(Tensor, _BlockLinear.apply(flat, u, v, widths, locations, bias, rows, cols))
+    y = cast(Tensor, _BlockLinear.apply(flat, u, v, widths, locations, bias, rows, cols))  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def block_dense(u: Tensor, v: Tensor, rows: MaskedAxis) -> Tensor:
     """The (m, n) matrix of factors already masked, skipping inactive row blocks; differentiable once."""
-    return cast(Tensor, _BlockDense.apply(u, v, rows.blocks))
+    return cast(Tensor, _BlockDense.apply(u, v, rows.blocks))  # type: ignore[no-untyped-call]

@@ -170,8 +170,8 @@ class WidthBudget:
     def settle(self, widths: Tensor, targets: Tensor) -> Tensor:
         """Whole widths that use each group's target up to less than one step of one interval.
 
-        Components that only rounding made empty come back first, if they fit; then live widths grow, those whose rounding
-        lost most first. A width of exactly zero stays zero.
+        Components that only rounding made empty come back first, if they fit; then live widths grow, those whose
+        rounding lost most first. A width of exactly zero stays zero.
 
         Args:
             widths: (2, C) normalised widths that already meet the targets.
@@ -230,8 +230,6 @@ class WidthBudget:
         usable = (whole > 0).all(0) & (step > 0)
         lost = widths - whole / self._length
         column = torch.arange(whole.shape[1], device=whole.device).repeat(2)
-        chosen = self._affordable(
-            lost.flatten(), step.flatten(), column, usable.flatten(), self._slack(whole, targets)
-        )
+        chosen = self._affordable(lost.flatten(), step.flatten(), column, usable.flatten(), self._slack(whole, targets))
         whole.view(-1)[chosen] += step.flatten()[chosen]
         return chosen.numel() > 0

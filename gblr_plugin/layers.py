@@ -1,7 +1,7 @@
 """Trainable structured layers: drop-in modules whose weight is a GBLR matrix with learnable intervals.
 
-The factors, widths and locations are plain parameters, so that optimizers, gradient clipping, AMP, ``torch.compile`` and
-``state_dict`` work as with any module.
+The factors, widths and locations are plain parameters, so that optimizers, gradient clipping, AMP, ``torch.compile``
+and ``state_dict`` work as with any module.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["GBLRConv1d", "GBLRConv2d", "GBLRLayer", "GBLRLinear"]
 
 _WORTH_BLOCKS = 5e7  # multiply-adds below which listing blocks costs more than they save
 _BLOCK_OVERHEAD = 5e5  # multiply-adds that one block's extra calls are worth
-_BLOCK_SLOWDOWN = 1.3  # of a multiply-add inside a block: gathering and scattering rows
+_BLOCK_SLOWDOWN = 1.45  # of a multiply-add inside a block: gathering and scattering rows
 
 
 class _Product(NamedTuple):
@@ -39,8 +39,8 @@ class _Product(NamedTuple):
 class GBLRLayer(nn.Module):
     """What the structured layers share: parameters, masks, counting, and the choice of product.
 
-    The layer's weight is the (m, n) matrix ``sum_k (b_k^R * u_k)(b_k^C * v_k)^T`` (paper Eq. 2), or with ``row_splits = s`` a
-    stack of s such matrices of m / s rows with K / s components each.
+    The layer's weight is the (m, n) matrix ``sum_k (b_k^R * u_k)(b_k^C * v_k)^T`` (paper Eq. 2), or with ``row_splits``
+    = s a stack of s such matrices of m / s rows with K / s components each.
 
     Attributes:
         U: (K, m / s) parameter, row factors.
@@ -201,9 +201,9 @@ class GBLRLayer(nn.Module):
     def compact(self, optimizers: Iterable[Optimizer] = ()) -> int:
         """Drop components with an empty side for good, from the parameters and from the optimizers' state.
 
-        Parameters keep their identity and change their shape; so do the state entries that have their shape. Whatever else
-        holds tensors of the old shape (moving averages of the weights, DistributedDataParallel) has to be made anew. With
-        row splits, every split keeps as many components as the fullest one.
+        Parameters keep their identity and change their shape; so do the state entries that have their shape. Whatever
+        else holds tensors of the old shape (moving averages of the weights, DistributedDataParallel) has to be made
+        anew. With row splits, every split keeps as many components as the fullest one.
 
         Args:
             optimizers: Those whose state for this layer's parameters is to be sliced.
@@ -264,8 +264,8 @@ class GBLRLayer(nn.Module):
     def _choose_product(self, positions: int, linear: bool) -> _Product:
         """The product of masked factors with fewest multiply-adds over ``positions`` inputs.
 
-        Two full products take K (m / s + n) each; the dense matrix takes m n each and K m n / s once; both take less where
-        blocks of the axes meet few components.
+        Two full products take K (m / s + n) each; the dense matrix takes m n each and K m n / s once; both take less
+        where blocks of the axes meet few components.
         """
         k, (m, n), per_split = self.U.shape[0], self.matrix_shape, self.axis_lengths[0]
         factored, dense = positions * k * (per_split + n), k * per_split * n + positions * m * n
@@ -320,7 +320,7 @@ class GBLRLayer(nn.Module):
             return tensor.to(device=moved.device) if id(tensor) in wide and narrowed else moved
 
         smoothness, dtype, device = self.smoothness, self.row_tables.dtype, self.row_tables.device
-        super()._apply(guarded, recurse)
+        super()._apply(guarded, recurse)  # type: ignore[no-untyped-call]
         if (self.row_tables.dtype, self.row_tables.device) != (dtype, device):
             self._refresh_buffers()
         return self
@@ -330,9 +330,10 @@ class GBLRLayer(nn.Module):
             saved = state_dict.get(prefix + name)
             # A state saved after compaction has fewer components: the parameter takes their number.
             dim = 0 if name in "UV" else 1
-            if saved is not None and saved.dim() == 2 and saved.shape[dim] != parameter.shape[dim]:
-                if saved.shape[dim] % self.row_splits == 0 and saved.shape[1 - dim] == parameter.shape[1 - dim]:
-                    _replace_storage(parameter, parameter.new_empty(saved.shape))
+            if saved is None or saved.dim() != 2 or saved.shape[dim] == parameter.shape[dim]:
+                continue
+            if saved.shape[dim] % self.row_splits == 0 and saved.shape[1 - dim] == parameter.shape[1 - dim]:
+                _replace_storage(parameter, parameter.new_empty(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not self.smoothness.is_meta:
             value = float(self.smoothness)
@@ -342,6 +343,7 @@ class GBLRLayer(nn.Module):
             self._refresh_buffers()
 
     def extra_repr(self) -> str:
+        """Sizes, number of components, splits, tiles and smoothness, for ``print(model)``."""
         splits = f", row_splits={self.row_splits}" if self.row_splits > 1 else ""
         align = f", align={self.align}" if self.align != (1, 1) else ""
         sigma = "boxcar" if self.sigma is None else f"{self.sigma:g}"
@@ -375,7 +377,7 @@ def _check_align(align: int | tuple[int, int]) -> tuple[int, int]:
 
 
 class GBLRLinear(GBLRLayer, nn.Linear):
-    """A linear layer ``y = x W^T + b`` with a trainable GBLR weight; takes the place of ``nn.Linear`` and HF ``Conv1D``.
+    """A linear layer ``y = x W^T + b`` with a trainable GBLR weight, in place of ``nn.Linear`` and HF ``Conv1D``.
 
     Args:
         matrix: Start of the (out_features, in_features) weight.
@@ -432,19 +434,30 @@ class GBLRLinear(GBLRLayer, nn.Linear):
 class _GBLRConv(GBLRLayer):
     """Convolutions as c_out x (c_in * prod(kernel)) matrices (paper Sec. 4, MATH: one row per output channel)."""
 
-    bias: nn.Parameter | None
+    bias: Any
     kernel_size: tuple[int, ...]
     in_channels: int
-    padding_mode: str
+    padding_mode: Any
     _reversed_padding_repeated_twice: list[int]
 
-    def _init_conv(self, matrix: StructuredMatrix, like: Any, align: int | tuple[int, int], bias: Tensor | None) -> None:
+    def _init_conv(
+        self, matrix: StructuredMatrix, like: Any, align: int | tuple[int, int], bias: Tensor | None
+    ) -> None:
         if like.groups != 1:
             raise ConfigError(f"convolution with groups={like.groups}: only groups=1 can be structured")
-        for name in (
-            "in_channels out_channels kernel_size stride padding dilation groups padding_mode transposed output_padding "
-            "_reversed_padding_repeated_twice"
-        ).split():
+        for name in [
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "padding_mode",
+            "transposed",
+            "output_padding",
+            "_reversed_padding_repeated_twice",
+        ]:
             setattr(self, name, getattr(like, name))
         expected = like.out_channels, like.in_channels * math.prod(like.kernel_size)
         if matrix.shape != expected:
@@ -458,10 +471,8 @@ class _GBLRConv(GBLRLayer):
         positions = math.prod(input.shape[: input.dim() - len(self.kernel_size) - 1])
         for axis, size in enumerate(spatial):
             reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
-            if conv.padding == "same":
-                pad = reach - 1
-            else:
-                pad = 0 if conv.padding == "valid" else 2 * conv.padding[axis]
+            named = {"same": reach - 1, "valid": 0}
+            pad = named[conv.padding] if isinstance(conv.padding, str) else 2 * conv.padding[axis]
             positions *= max((size + pad - reach) // conv.stride[axis] + 1, 0)
         return positions
 
@@ -515,7 +526,7 @@ class GBLRConv1d(_GBLRConv, nn.Conv1d):
 
 
 class GBLRConv2d(_GBLRConv, nn.Conv2d):
-    """``nn.Conv2d`` with a trainable GBLR weight, the (c_out, c_in * kh * kw) matrix; arguments as :class:`GBLRConv1d`."""
+    """``nn.Conv2d`` with a trainable GBLR weight, the (c_out, c_in * kh * kw) matrix; see :class:`GBLRConv1d`."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Drives the structure of a model's layers through training: prox-and-clip, sigma, lambda, and the final freeze.
 
-One object serves every host. NNI's pruner and the Lightning callback only decide when it is attached to which optimizer,
-and who turns its clock.
+One object serves every host. NNI's pruner and the Lightning callback only decide when it is attached to which
+optimizer, and who turns its clock.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class LayerGoal:
 class StructureLearner:
     """Learns the structure of layers while any training loop trains them.
 
-    After each real optimizer step it turns its clock, sets the threshold (fixed lambda, or the one that meets the ramped
-    budget), runs one fused prox-and-clip over all layers, and updates sigma. At the end of the ramp it settles the widths
-    on whole samples within the budget and freezes the structure as exact boxcars.
+    After each real optimizer step it turns its clock, sets the threshold (fixed lambda, or the one that meets the
+    ramped budget), runs one fused prox-and-clip over all layers, and updates sigma. At the end of the ramp it settles
+    the widths on whole samples within the budget and freezes the structure as exact boxcars.
 
     Args:
         layers: Structured layers by name. Layers that appear twice are counted once.
@@ -76,8 +76,9 @@ class StructureLearner:
         schedule: Warm-up, homotopy and cool-down. ``None``: the host turns the clock with :meth:`set_progress`.
         sigmas: Smoothness at the start and just before freezing where the host turns the clock.
         compact: At the freeze, also drop dead components from the parameters and from the state of the attached
-            optimizers, which makes the cool-down cheaper. Parameters change shape then: leave it off where something else
-            holds tensors of their shape (moving averages of the weights). Never done while several processes train.
+            optimizers, which makes the cool-down cheaper. Parameters change shape then: leave it off where something
+            else holds tensors of their shape (moving averages of the weights). Never done while several processes
+            train.
 
     Raises:
         ConfigError: If names differ, the goals of a group contradict each other, or its bounds exclude its budget.
@@ -121,9 +122,7 @@ class StructureLearner:
             number = numbers.setdefault(key, len(numbers))
             asked = goal.budget, goal.threshold
             if targets.setdefault(number, asked) != asked:
-                raise ConfigError(
-                    f"layer {name!r}: group {goal.group!r} has two goals, {targets[number]} and {asked} (budget, threshold)"
-                )
+                raise ConfigError(f"layer {name!r}: group {goal.group!r} has two goals, {targets[number]} and {asked}")
             ids.append(number)
         return ids
 
@@ -139,8 +138,9 @@ class StructureLearner:
         for (name, goal), group in zip(self.goals.items(), self._group_ids, strict=True):
             if goal.budget is not None and not least[group] <= goal.budget * dense[group] <= most[group]:
                 raise ConfigError(
-                    f"layer {name!r}: the bounds of its group allow relative FLOPs from {least[group] / dense[group]:.4g} to "
-                    f"{most[group] / dense[group]:.4g}, which excludes the budget {goal.budget:g}"
+                    f"layer {name!r}: the bounds of its group allow relative FLOPs from "
+                    f"{least[group] / dense[group]:.4g} to {most[group] / dense[group]:.4g}, "
+                    f"which excludes the budget {goal.budget:g}"
                 )
 
     def _zeros(self) -> list[float]:
@@ -262,11 +262,11 @@ class StructureLearner:
         flat = self._flat_widths()
         self._check_finite(flat)
         in_warmup = self.schedule is not None and self.progress <= 0.0
-        lambdas = [
-            0.0 if in_warmup else (goal.threshold or 0.0) * self._driven_share() for goal in self.goals.values()
-        ]
+        lambdas = [0.0 if in_warmup else (goal.threshold or 0.0) * self._driven_share() for goal in self.goals.values()]
         thresholds = torch.tensor(
-            [value * (rate or 0.0) for value, rate in zip(lambdas, rates, strict=True)], dtype=torch.float64, device=device
+            [value * (rate or 0.0) for value, rate in zip(lambdas, rates, strict=True)],
+            dtype=torch.float64,
+            device=device,
         )
         growth = max((rate for rate in rates if rate is not None), default=0.0)
         if not in_warmup and any(goal.budget is not None for goal in self.goals.values()):

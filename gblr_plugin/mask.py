@@ -1,13 +1,14 @@
 r"""Gaussian-Dirichlet (Gaudi) masks: boxcars that can be differentiated in their width and location.
 
-With normalised width ``w`` and location ``l`` on an axis of length N, the mask is the inverse real FFT of (paper Sec. 3.2)
+With normalised width ``w`` and location ``l`` on an axis of length N, the mask is the inverse real FFT over
+k = 0 .. N // 2 of (paper Sec. 3.2)
 
-    G(k) = w sinc(k w) / sinc(k / N) * exp(i pi k (1/N - w)) * exp(-2 pi i k l) * exp(-k^2 / (2 sigma^2)),   k = 0 .. N // 2.
+    G(k) = w sinc(k w) / sinc(k / N) * exp(i pi k (1/N - w)) * exp(-2 pi i k l) * exp(-k^2 / (2 sigma^2)).
 
-``sigma = None`` (infinity) gives the exact boxcar; a finite sigma gives that boxcar circularly convolved with a Gaussian of
-standard deviation N / (2 pi sigma) samples. Under the straight-through estimator (STE) widths and locations are integers in
-the forward pass, and mask and gradients are differences of shifted copies of two length-N tables: one FFT per
-(N, sigma) instead of K of them per step.
+``sigma = None`` (infinity) gives the exact boxcar; a finite sigma gives that boxcar circularly convolved with a
+Gaussian of standard deviation N / (2 pi sigma) samples. Under the straight-through estimator (STE) widths and locations
+are integers in the forward pass, and mask and gradients are differences of shifted copies of two length-N tables: one
+FFT per (N, sigma) instead of K of them per step.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ class _TableMask(torch.autograd.Function):
 
 
 class _MaskedFactor(torch.autograd.Function):
-    """Mask times factor and all three gradients, a few components at a time: no (K, N) mask or mask gradient is held."""
+    """Mask times factor and its gradients, a few components at a time: no (K, N) mask or mask gradient is held."""
 
     @staticmethod
     def forward(factor: Tensor, width: Tensor, location: Tensor, tables: Tensor, w: Tensor, start: Tensor) -> Tensor:
@@ -208,7 +209,7 @@ def table_mask(width: Tensor, location: Tensor, tables: Tensor, align: int = 1) 
     """
     n = tables.shape[1] // 3
     w, start = integer_widths(width, n, align), integer_locations(location, n, align)
-    return cast(Tensor, _TableMask.apply(width, location, tables, w, start))
+    return cast(Tensor, _TableMask.apply(width, location, tables, w, start))  # type: ignore[no-untyped-call]
 
 
 def masked_factor(factor: Tensor, width: Tensor, location: Tensor, tables: Tensor, align: int = 1) -> Tensor:
@@ -229,7 +230,7 @@ def masked_factor(factor: Tensor, width: Tensor, location: Tensor, tables: Tenso
         return table_mask(width, location, tables, align).to(factor.dtype) * factor
     n = tables.shape[1] // 3
     w, start = integer_widths(width, n, align), integer_locations(location, n, align)
-    return cast(Tensor, _MaskedFactor.apply(factor, width, location, tables, w, start))
+    return cast(Tensor, _MaskedFactor.apply(factor, width, location, tables, w, start))  # type: ignore[no-untyped-call]
 
 
 def _fft_mask(width: Tensor, location: Tensor, n: int, sigma: float | None) -> Tensor:
@@ -238,7 +239,8 @@ def _fft_mask(width: Tensor, location: Tensor, n: int, sigma: float | None) -> T
     w, loc = width[:, None], location[:, None]
     amplitude = w * torch.sinc(k * w) / dirichlet * window
     phase = torch.pi * k * (1 / n - w - 2 * loc)
-    return torch.fft.irfft(torch.polar(torch.ones_like(phase), phase) * amplitude, n=n, norm="forward")
+    mask: Tensor = torch.fft.irfft(torch.polar(torch.ones_like(phase), phase) * amplitude, n=n, norm="forward")
+    return mask
 
 
 def gaudi_mask(
@@ -258,14 +260,14 @@ def gaudi_mask(
         location: (K,) floating point, fraction of the axis; taken modulo 1.
         n: Axis length N.
         sigma: Smoothness, > 0; ``None`` for the exact boxcar.
-        straight_through: Round to whole samples forward and pass gradients unchanged (paper Sec. 3.2). ``False`` evaluates
-            the mask at the real-valued parameters, which needs the FFT form.
+        straight_through: Round to whole samples forward and pass gradients unchanged (paper Sec. 3.2). ``False``
+            evaluates the mask at the real-valued parameters, which needs the FFT form.
         form: ``"table"``, or ``"fft"`` for the published formula, kept as the reference.
         align: With ``straight_through``, round to multiples of this many samples.
 
     Returns:
-        (K, N) mask in the dtype of ``width``; differentiable in ``width`` and ``location``. The derivative in the width does
-        not vanish at width 0, so that a dead component can come back.
+        (K, N) mask in the dtype of ``width``; differentiable in ``width`` and ``location``. The derivative in the width
+        does not vanish at width 0, so that a dead component can come back.
 
     Raises:
         ConfigError: If shapes differ from (K,), sigma <= 0, n < 1, align < 1, or ``form`` is unknown.

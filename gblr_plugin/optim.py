@@ -109,12 +109,13 @@ def split_structure_group(
 
     Args:
         optimizer: Changed in place; the parameters' state is kept.
-        structure: Widths and locations; those that the optimizer does not hold, or that have moved already, are passed over.
+        structure: Widths and locations; those that the optimizer does not hold, or that have moved already, are passed
+            over.
         lr: Learning rate of the new group, on the scale of the source group's base rate (the peak of a OneCycleLR; the
             present rate where no scheduler recorded a base); under a scheduler both rates keep that ratio. Default: the
             same rate.
-        schedulers: Learning-rate schedulers of this optimizer; their per-group lists grow by the source group's entry, so
-            that the new group follows the same schedule.
+        schedulers: Learning-rate schedulers of this optimizer; their per-group lists grow by the source group's entry,
+            so that the new group follows the same schedule.
 
     Returns:
         Whether the optimizer holds any of the structure parameters.
@@ -132,7 +133,9 @@ def split_structure_group(
         if lr is not None:
             base = float(group.get("max_lr", group.get("initial_lr", group["lr"])))
             if base == 0:
-                raise ConfigError("structure group: an own learning rate needs a non-zero rate of the group it comes from")
+                raise ConfigError(
+                    "structure group: an own learning rate needs a non-zero rate of the group it comes from"
+                )
             ratio = lr / base
         new_group: dict[str, Any] = {"params": moved, **_structure_options(group, ratio)}
         if "param_names" in group:
@@ -150,8 +153,8 @@ class StepHook:
     """Runs a function after each step that an optimizer really took.
 
     ``Optimizer.register_step_post_hook`` fires for steps that a GradScaler skips inside a fused kernel, and twice for
-    subclasses that call ``super().step``; per-batch callbacks count micro-batches. Wrapping ``step`` on the instance, and
-    passing over steps with ``found_inf`` set, is exact for all of these.
+    subclasses that call ``super().step``; per-batch callbacks count micro-batches. Wrapping ``step`` on the instance,
+    and passing over steps with ``found_inf`` set, is exact for all of these.
 
     Args:
         optimizer: Its ``step`` is wrapped until :meth:`remove`.
@@ -197,8 +200,8 @@ def check_optimized(layers: dict[str, GBLRLayer], optimizers: Sequence[Optimizer
     for name, layer in layers.items():
         if layer.widths.requires_grad and id(layer.widths) not in held:
             raise ConfigError(
-                f"layer {name!r}: its widths are in no optimizer; build the optimizer from the model's parameters after "
-                "the layers were prepared"
+                f"layer {name!r}: its widths are in no optimizer; build the optimizer from the model's parameters "
+                "after the layers were prepared"
             )
 
 

@@ -1,4 +1,4 @@
-"""Prox-and-clip: the proximal step that shrinks widths and keeps the structure parameters in their domain (Algorithm 1)."""
+"""Prox-and-clip: the proximal step that shrinks widths and keeps structure parameters in their domain (Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def prox_and_clip_(widths: Sequence[Tensor], locations: Sequence[Tensor], thresh
     """In place, over all layers at once: ``w <- clip(softshrink(w, t), 0, 1)``, ``l <- l - floor(l)``.
 
     Because of the clip at zero, softshrink is a subtraction. A negative threshold lets the live widths of a layer grow
-    (a budget that is not used up); widths at zero then stay where they are. The number of kernel launches does not depend
-    on the number of layers: widths are handled as one flat tensor, locations by ``torch._foreach_*``.
+    (a budget that is not used up); widths at zero then stay where they are. The number of kernel launches does not
+    depend on the number of layers: widths are handled as one flat tensor, locations by ``torch._foreach_*``.
 
     Args:
         widths: Per layer (2, K), floating point, one dtype and device.

@@ -15,8 +15,8 @@ class Schedule:
 
     Args:
         warmup_step: Steps before anything shrinks; sigma stays at ``sigma_start``.
-        cooldown_begin_step: Step at which sigma has reached ``sigma_end``, the budget is met, and the structure is frozen as
-            exact boxcars. What is trained from here on is what is counted and deployed.
+        cooldown_begin_step: Step at which sigma has reached ``sigma_end``, the budget is met, and the structure is
+            frozen as exact boxcars. What is trained from here on is what is counted and deployed.
         sigma_start: Smoothness at the start; 1 is very smooth.
         sigma_end: Smoothness just before the cool-down; 100 is close to the boxcar.
 

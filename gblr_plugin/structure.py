@@ -4,8 +4,8 @@ A GBLR matrix (Lee & Kim, ICLR 2024, Eq. 2) is a sum of K rank-1 blocks that may
 
     W = sum_k (b_k^R * u_k) (b_k^C * v_k)^T,
 
-where ``b_k^R`` and ``b_k^C`` are 0/1 indicators of cyclic intervals of the rows and columns. This module knows intervals
-and what they cost; how they are learned, found or multiplied fast is the business of the modules above it.
+where ``b_k^R`` and ``b_k^C`` are 0/1 indicators of cyclic intervals of the rows and columns. This module knows
+intervals and what they cost; how they are learned, found or multiplied fast is the business of the modules above it.
 """
 
 from __future__ import annotations
@@ -41,10 +41,13 @@ class Intervals:
     def __post_init__(self) -> None:
         for name, value in (("width", self.width), ("start", self.start)):
             if value.dtype != torch.int64 or value.dim() != 1:
-                raise ConfigError(f"intervals: {name} must be a 1-d int64 tensor, got {value.dtype} {tuple(value.shape)}")
+                raise ConfigError(
+                    f"intervals: {name} must be a 1-d int64 tensor, got {value.dtype} {tuple(value.shape)}"
+                )
         if self.width.shape != self.start.shape:
             raise ConfigError(
-                f"intervals: width and start must have one shape, got {tuple(self.width.shape)} and {tuple(self.start.shape)}"
+                "intervals: width and start must have one shape, "
+                f"got {tuple(self.width.shape)} and {tuple(self.start.shape)}"
             )
         if self.length < 1:
             raise ConfigError(f"intervals: length must be at least 1, got {self.length}")

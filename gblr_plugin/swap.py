@@ -1,4 +1,4 @@
-"""Between dense and structured modules: which can be structured, their weight as a matrix, and swapping them in a model."""
+"""Between dense and structured modules: which can be structured, their weight as a matrix, and swapping them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def can_gain(module: nn.Module, row_splits: int = 1) -> bool:
 
 def check_structurable(module: nn.Module, name: str) -> None:
     """Raise a ConfigError that names the layer unless it can be structured as it stands."""
-    if parametrize.is_parametrized(module) or isinstance(module.__dict__.get("weight"), Tensor):  # also the old weight_norm
+    computed = isinstance(module.__dict__.get("weight"), Tensor)  # the old weight_norm and spectral_norm
+    if computed or parametrize.is_parametrized(module):
         raise ConfigError(f"layer {name!r}: its weight is parametrized; remove the parametrization first")
     if not structurable(module):
         raise ConfigError(
@@ -54,14 +55,13 @@ def check_structurable(module: nn.Module, name: str) -> None:
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
-    """The module's weight as an (m, n) matrix, rows = outputs; shares memory. Convolutions: (c_out, c_in * prod(kernel))."""
-    weight: Tensor = module.weight.detach()  # type: ignore[operator, union-attr]  # a tensor for every structurable kind
+    """The module's weight as an (m, n) matrix, for convolutions (c_out, c_in * prod(kernel)); shares memory."""
+    stored: Any = module.weight
+    weight: Tensor = stored.detach()
     return weight.T if _is_hf_conv1d(module) else weight.flatten(1)
 
 
-def structured_like(
-    module: nn.Module, matrix: StructuredMatrix, *, align: int | tuple[int, int] = 1
-) -> GBLRLayer:
+def structured_like(module: nn.Module, matrix: StructuredMatrix, *, align: int | tuple[int, int] = 1) -> GBLRLayer:
     """A trainable structured module in place of a dense one.
 
     Args:
@@ -93,10 +93,15 @@ def structured_like(
         for parameter in (layer.U, layer.V, layer.widths, layer.locations):
             parameter.requires_grad_(False)
     layer.train(module.training)
-    for table in (
-        "_forward_hooks _forward_pre_hooks _forward_hooks_with_kwargs _forward_pre_hooks_with_kwargs "
-        "_forward_hooks_always_called _backward_hooks _backward_pre_hooks"
-    ).split():
+    for table in [
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+    ]:
         getattr(layer, table).update(getattr(module, table))
     return layer
 

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+
 from gblr_plugin.blockwise import SLOPE_TOLERANCE, TOLERANCE, MaskedAxis, active_blocks, block_linear, mask_reach
 from gblr_plugin.layers import GBLRLinear
 from gblr_plugin.mask import gaudi_mask, mask_tables
@@ -173,7 +174,7 @@ def test_sigma_changed_between_forward_and_backward_is_an_error():
         y.sum().backward()
 
 
-# -- compaction --------------------------------------------------------------------------------------------------------------
+# -- compaction ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("splits", [1, 2])

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from gblr_plugin.budget import AxisSpec, WidthBudget
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.mask import gaudi_mask

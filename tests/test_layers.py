@@ -8,14 +8,15 @@ import pickle
 import pytest
 import torch
 import torch._dynamo.testing
+from torch import nn
+from torch.nn import functional as F
+
 from gblr_plugin.errors import ConfigError, GBLRError
 from gblr_plugin.layers import GBLRConv1d, GBLRConv2d, GBLRLinear, _Product
 from gblr_plugin.mask import gaudi_mask
 from gblr_plugin.optim import param_groups
 from gblr_plugin.structure import Intervals, StructuredMatrix
 from gblr_plugin.swap import structured_like
-from torch import nn
-from torch.nn import functional as F
 
 SIGMAS = [1.0, 20.0, None]
 
@@ -73,7 +74,9 @@ class LayerCase:
         layer = structured_like(self.dense_module().to(torch.float64), matrix, align=self.align)
         with torch.no_grad():  # off the grid, so that rounding takes part; U and V alive outside the intervals
             generator = torch.Generator().manual_seed(3)
-            layer.widths.add_(0.4 * (torch.rand(layer.widths.shape, generator=generator) - 0.5) / max(m, n)).clamp_(0, 1)
+            layer.widths.add_(0.4 * (torch.rand(layer.widths.shape, generator=generator) - 0.5) / max(m, n)).clamp_(
+                0, 1
+            )
             for factor in (layer.U, layer.V):
                 factor.normal_(generator=generator)
         layer.set_sigma(sigma)
@@ -337,7 +340,9 @@ class TestLinearSplit(TestLinear):
         matrix = random_matrix(12, 11, splits=3)
         sizes = (6, 2, 4)
         keep = torch.cat([torch.arange(6), 6 + torch.arange(2), 12 + torch.arange(4)])
-        uneven = StructuredMatrix(matrix.u[keep], matrix.v[keep], matrix.rows.select(keep), matrix.cols.select(keep), sizes)
+        uneven = StructuredMatrix(
+            matrix.u[keep], matrix.v[keep], matrix.rows.select(keep), matrix.cols.select(keep), sizes
+        )
         layer = GBLRLinear(uneven)
         torch.testing.assert_close(layer.to_dense(), uneven.to_dense())
         assert layer.stored == uneven.stored

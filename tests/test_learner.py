@@ -2,9 +2,14 @@ import copy
 import io
 import logging
 import math
+from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import SGD, AdamW
+
 from gblr_plugin.errors import ConfigError, GBLRError
 from gblr_plugin.learner import LayerGoal, StructureLearner
 from gblr_plugin.mask import gaudi_mask
@@ -12,9 +17,6 @@ from gblr_plugin.optim import param_groups
 from gblr_plugin.schedule import Schedule
 from gblr_plugin.structure import StructuredMatrix
 from gblr_plugin.swap import structured_like, weight_matrix
-from torch import nn
-from torch.nn import functional as F
-from torch.optim import SGD, AdamW
 
 
 def full_rank(module):
@@ -25,7 +27,7 @@ def full_rank(module):
 def build(align=1, seed=0, sizes=(32, 64, 48)):
     torch.manual_seed(seed)
     modules = []
-    for n, m in zip(sizes, sizes[1:], strict=False):
+    for n, m in pairwise(sizes):
         dense = nn.Linear(n, m)
         modules += [structured_like(dense, full_rank(dense), align=align), nn.Tanh()]
     return nn.Sequential(*modules[:-1])
@@ -62,7 +64,7 @@ def relative(layers):
     return sum(counted(layer) for layer in layers) / sum(math.prod(layer.matrix_shape) for layer in layers)
 
 
-# -- budgets ---------------------------------------------------------------------------------------------------------------
+# -- budgets ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("budget", [0.05, 0.25, 0.5, 0.9])
@@ -72,7 +74,9 @@ def test_realised_cost_meets_the_budget(budget, align, kind, lr):
     model = build(align)
     layers = layers_of(model)
     optimizer = kind(param_groups(model, lr=lr))
-    learner = StructureLearner(layers, {name: LayerGoal(budget=budget, group="all") for name in layers}, Schedule(2, 20))
+    learner = StructureLearner(
+        layers, {name: LayerGoal(budget=budget, group="all") for name in layers}, Schedule(2, 20)
+    )
     learner.attach_all([optimizer])
     train(model, optimizer, 21)
     assert learner.frozen
@@ -147,7 +151,7 @@ def test_cost_never_exceeds_the_ramped_target():
         assert relative(layers.values()) <= allowed + 1e-12 or step < 5
 
 
-# -- homotopy and freeze -----------------------------------------------------------------------------------------------------
+# -- homotopy and freeze ---------------------------------------------------------------------------------------------
 
 
 def test_homotopy_ends_in_frozen_exact_boxcars():
@@ -214,7 +218,7 @@ def test_freeze_does_not_shrink_a_fixed_lambda_again():
             assert torch.equal(before.width, after.width)
 
 
-# -- once per real step ------------------------------------------------------------------------------------------------------
+# -- once per real step ----------------------------------------------------------------------------------------------
 
 
 def thresholds_seen(monkeypatch):
@@ -300,7 +304,7 @@ def test_unsplit_optimizer_still_shrinks_at_its_rate(monkeypatch):
     assert seen == [[0.01, 0.01]]
 
 
-# -- resume ------------------------------------------------------------------------------------------------------------------
+# -- resume ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stop", [3, 12, 20, 24])
@@ -335,7 +339,7 @@ def test_resume_equals_an_uninterrupted_run(stop, learner_first):
     assert [layer.sigma for layer in layers_of(again).values()] == [None, None]
 
 
-# -- driven from outside -----------------------------------------------------------------------------------------------------
+# -- driven from outside ---------------------------------------------------------------------------------------------
 
 
 def test_host_turns_the_clock():
@@ -357,7 +361,7 @@ def test_host_turns_the_clock():
     assert learner.sigma is None
 
 
-# -- bad input and bad numbers -----------------------------------------------------------------------------------------------
+# -- bad input and bad numbers ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["widths", "locations"])
@@ -446,7 +450,7 @@ def test_learning_survives_deepcopy_of_the_model():
     assert twin[0].sigma is not None
 
 
-# -- compaction --------------------------------------------------------------------------------------------------------------
+# -- compaction ------------------------------------------------------------------------------------------------------
 
 
 def compacting(compact, kind=AdamW):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.mask import gaudi_mask, integer_locations, integer_widths, mask_tables
 

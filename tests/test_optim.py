@@ -3,6 +3,9 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, RMSprop, lr_scheduler
+
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.layers import GBLRLinear
 from gblr_plugin.optim import (
@@ -15,8 +18,6 @@ from gblr_plugin.optim import (
     structure_parameters,
 )
 from gblr_plugin.structure import Intervals, StructuredMatrix
-from torch import nn
-from torch.optim import SGD, Adam, AdamW, RMSprop, lr_scheduler
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def structure_groups(optimizer):
     return [group for group in optimizer.param_groups if group.get(STRUCTURE_KEY)]
 
 
-# -- the structure's own group ---------------------------------------------------------------------------------------------
+# -- the structure's own group ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_unoptimized_widths_are_named(model):
     check_optimized({"fc": model[0]}, [SGD(model.parameters(), lr=0.1)])
 
 
-# -- exactly once per real step --------------------------------------------------------------------------------------------
+# -- exactly once per real step --------------------------------------------------------------------------------------
 
 
 class OverridesStep(AdamW):

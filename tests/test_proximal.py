@@ -1,6 +1,7 @@
 import torch
-from gblr_plugin.proximal import prox_and_clip_
 from torch.nn import functional as F
+
+from gblr_plugin.proximal import prox_and_clip_
 
 
 def draw(seed=0):

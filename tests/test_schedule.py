@@ -1,4 +1,7 @@
+from itertools import pairwise
+
 import pytest
+
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.schedule import Schedule
 
@@ -9,7 +12,7 @@ def test_published_homotopy():
     sigma = [schedule.sigma(schedule.progress(epoch)) for epoch in range(111)]
     assert sigma[:6] == [1.0] * 6
     assert sigma[100:] == [100.0] * 11
-    steps = [b - a for a, b in zip(sigma[5:100], sigma[6:101], strict=True)]
+    steps = [b - a for a, b in pairwise(sigma[5:101])]
     assert steps == pytest.approx([99 / 95] * 95)
 
 

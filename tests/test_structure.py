@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.structure import Intervals, StructuredMatrix, multiply_adds
 

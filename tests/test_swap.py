@@ -2,6 +2,8 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.layers import GBLRConv1d, GBLRConv2d, GBLRLinear
 from gblr_plugin.structure import StructuredMatrix
@@ -13,7 +15,6 @@ from gblr_plugin.swap import (
     structured_like,
     weight_matrix,
 )
-from torch import nn
 
 
 def exact(module):

@@ -1,8 +1,11 @@
 """Time training steps of structured layers against dense ones, and masks against their FFT form.
 
 Every figure is a ratio of medians of interleaved repetitions in one process, so that a busy machine slows both sides.
+For training steps caches are swept before each call, as the other layers of a network would: a lone dense layer and its
+    optimizer state would
+otherwise stay in the cache from step to step. ``--fused`` takes AdamW(fused=True) on both sides.
 
-    python integration/benchmarks/training.py [--quick] [--threads 1] [--cpu-time] [--json FILE]
+    python integration/benchmarks/training.py [--quick] [--threads 1] [--cpu-time] [--fused] [--json FILE]
 """
 
 from __future__ import annotations
@@ -14,22 +17,26 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
+
 from gblr_plugin import GBLRLinear, Intervals, LayerGoal, StructuredMatrix, StructureLearner
 from gblr_plugin.mask import gaudi_mask, mask_tables, masked_factor, table_mask
 from gblr_plugin.optim import param_groups
-from torch import Tensor, nn
 
 SIGMA = 100.0
 clock: Callable[[], float] = time.perf_counter
 
 
-def interleaved(functions: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+def interleaved(functions: dict[str, Callable[[], object]], repetitions: int, *, swept: bool) -> dict[str, float]:
     """Median seconds of each function; one call of each in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    sweep = torch.zeros(16 << 20)  # 64 MiB
     for function in functions.values():
         function()
     for _ in range(repetitions):
         for name, function in functions.items():
+            if swept:
+                sweep.add_(1.0)
             begin = clock()
             function()
             seconds[name].append(clock() - begin)
@@ -72,6 +79,7 @@ def masks(n: int, repetitions: int) -> dict[str, float]:
             "masked_factor": lambda: through(masked_factor(factor, width, location, tables), factor, width, location),
         },
         repetitions,
+        swept=False,
     )
     return {
         "fft_ms": 1e3 * seconds["fft"],
@@ -84,11 +92,13 @@ def masks(n: int, repetitions: int) -> dict[str, float]:
 class Step:
     """One training step of a layer, whole and in parts."""
 
+    fused = False
+
     def __init__(self, layer: nn.Module, tokens: int, m: int, n: int) -> None:
         self.layer = layer
         self.x, self.upstream = torch.randn(tokens, n, requires_grad=True), torch.randn(tokens, m)
-        groups = param_groups(layer, lr=1e-6, weight_decay=0.01)
-        self.optimizer = torch.optim.AdamW(groups[:1] if isinstance(layer, nn.Linear) and not groups[1]["params"] else groups)
+        groups = [group for group in param_groups(layer, lr=1e-6, weight_decay=0.01) if group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, fused=self.fused or None)
 
     def products(self) -> None:
         """Forward and backward, masks included."""
@@ -137,18 +147,21 @@ def training(m: int, n: int, tokens: int, repetitions: int) -> list[dict[str, ob
         goal = LayerGoal(budget=cost) if cost <= 1 else LayerGoal(threshold=0.0)  # so that the structure stays as it is
         learner = StructureLearner({"layer": case.layer}, {"layer": goal}, None)
         functions[f"{name}: products"] = case.products
-        functions[f"{name}: masks"] = case.masks
+        if case.layer._choose_product(tokens, linear=True).cols is None:
+            functions[f"{name}: masks"] = case.masks
         functions[f"{name}: step"] = case.step
         if not case.layer.structure_frozen:
             learner.begin()
             learner.set_progress(1.0)
             functions[f"{name}: prox"] = lambda learner=learner, case=case: learner.after_step(case.optimizer)
-    seconds = interleaved(functions, repetitions)
+    seconds = interleaved(functions, repetitions, swept=True)
     rows: list[dict[str, object]] = []
     for name, case in cases.items():
         assert isinstance(case.layer, GBLRLinear)
         part = {key: 1e3 * seconds.get(f"{name}: {key}", 0.0) for key in ("step", "products", "masks", "prox")}
         product = case.layer._choose_product(tokens, linear=True)
+        if product.cols is not None:
+            part["masks"] = 0.0  # made inside the products, on active blocks only
         rows.append(
             {
                 "shape": f"{m}x{n}",
@@ -175,14 +188,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="768x768 and 256 tokens only")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds in place of wall time: for a busy machine")
+    parser.add_argument("--fused", action="store_true", help="AdamW(fused=True), dense and structured")
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--json", help="also write the figures to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    Step.fused = options.fused
     if options.cpu_time:
         global clock
         clock = time.process_time
     found: dict[str, object] = {"torch": torch.__version__, "threads": options.threads}
+    found["optimizer"] = "AdamW(fused=True)" if options.fused else "AdamW"
     print(f"{'masks':24}{'FFT ms':>9}{'tables ms':>11}{'ratio':>8}{'with factor':>13}")
     for n in (768,) if options.quick else (768, 4096):
         row = masks(n, options.repetitions if n < 1000 else 3)
@@ -199,7 +215,9 @@ def main() -> None:
     shapes = ((768, 768),) if options.quick else ((768, 768), (3072, 768))
     for m, n in shapes:
         for tokens in (256,) if options.quick else (256, 4096):
-            for row in training(m, n, tokens, options.repetitions if tokens < 1000 else max(3, options.repetitions // 3)):
+            for row in training(
+                m, n, tokens, options.repetitions if tokens < 1000 else max(3, options.repetitions // 3)
+            ):
                 steps.append(row)
                 print(
                     f"{row['shape']:10}{row['tokens']:7d}  {row['structure']:24}{row['relative_flops']:6.2f}  "
