@@ -282,8 +282,8 @@ class GBLRLayer(nn.Module):
         return _Product(True, rows, cols) if block_factored < least else plain
 
     def _blocks_allowed(self) -> bool:
-        """On a GPU, lists cost a synchronisation: only for a structure that no longer changes."""
-        return self._structure_frozen or not self.widths.is_cuda
+        """On a GPU, lists cost a synchronisation, and many small products more than they save."""
+        return self.widths.device.type == "cpu"
 
     def _masked_axes(self) -> tuple[MaskedAxis, MaskedAxis]:
         """Rows and columns by blocks for the present structure, remembered until it changes."""

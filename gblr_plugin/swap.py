@@ -88,7 +88,7 @@ def structured_like(module: nn.Module, matrix: StructuredMatrix, *, align: int |
     else:
         layer = GBLRLinear(matrix, bias, align=align)
     if bias is not None:
-        layer.bias.requires_grad_(bias.requires_grad)  # type: ignore[union-attr]  # present whenever the dense one is
+        layer.bias.requires_grad_(bias.requires_grad)  # present whenever the dense one is
     if not weight.requires_grad:
         for parameter in (layer.U, layer.V, layer.widths, layer.locations):
             parameter.requires_grad_(False)

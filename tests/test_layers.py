@@ -461,10 +461,15 @@ def test_bad_align_is_refused(align):
         GBLRLinear(random_matrix(4, 4), align=align)
 
 
-def test_compiles_whole_and_follows_sigma_without_recompiling():
+@pytest.mark.parametrize("always_blocks", [False, True])
+def test_compiles_whole_and_follows_sigma_without_recompiling(monkeypatch, always_blocks):
     torch._dynamo.reset()
     layer = GBLRLinear(random_matrix(12, 10, dtype=torch.float32))
     layer.set_sigma(1.0)
+    if always_blocks:  # eager takes them, compiled code has none
+        for name in ("_WORTH_BLOCKS", "_BLOCK_OVERHEAD", "_BLOCK_SLOWDOWN"):
+            monkeypatch.setattr(f"gblr_plugin.layers.{name}", 0)
+        assert layer._choose_product(5, linear=True).rows is not None
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     x = torch.randn(5, 10)

@@ -1,9 +1,9 @@
 """Time training steps of structured layers against dense ones, and masks against their FFT form.
 
 Every figure is a ratio of medians of interleaved repetitions in one process, so that a busy machine slows both sides.
-For training steps caches are swept before each call, as the other layers of a network would: a lone dense layer and its
-    optimizer state would
-otherwise stay in the cache from step to step. ``--fused`` takes AdamW(fused=True) on both sides.
+For training steps caches are swept before each call, as the other layers of a network would do: a lone dense layer and
+its optimizer state would otherwise stay in the cache from step to step. ``--fused`` takes AdamW(fused=True) on both
+sides.
 
     python integration/benchmarks/training.py [--quick] [--threads 1] [--cpu-time] [--fused] [--json FILE]
 """
