@@ -112,11 +112,19 @@ def _windows(table: Tensor, first: Tensor, n: int, out: Tensor | None = None) ->
     return view.index_select(0, first) if out is None else torch.index_select(view, 0, first, out=out)
 
 
-def _chunks(num: int, n: int, device: torch.device) -> Iterator[slice]:
-    """Ranges of components whose masks stay in the cache together; one range where that does not matter."""
-    whole = device.type != "cpu" or torch.compiler.is_compiling()
-    size = max(num, 1) if whole else max(1, _CACHED_ELEMENTS // n)
-    return (slice(first, min(first + size, num)) for first in range(0, num, size))
+def _chunks(num: int, n: int, like: Tensor, buffers: int) -> Iterator[tuple[slice, list[Tensor | None]]]:
+    """Ranges of components whose masks stay in the cache together, each with the same scratch memory.
+
+    On a GPU, and in compiled code, there is one range, and results are allocated as usual (``None``).
+    """
+    if like.device.type != "cpu" or torch.compiler.is_compiling():
+        yield slice(0, num), [None] * buffers
+        return
+    size = max(1, _CACHED_ELEMENTS // n)
+    scratch = [torch.empty(min(size, num), n, dtype=like.dtype) for _ in range(buffers)]  # fresh pages cost most
+    for first in range(0, num, size):
+        stop = min(first + size, num)
+        yield slice(first, stop), [part[: stop - first] for part in scratch]
 
 
 def _edge_gradients(upstream: Tensor, factor: Tensor | None, tables: Tensor, w: Tensor, start: Tensor) -> Any:
@@ -125,13 +133,13 @@ def _edge_gradients(upstream: Tensor, factor: Tensor | None, tables: Tensor, w: 
     last, first = 2 * n - start - w, 2 * n - start
     trailing = torch.empty(len(w), dtype=tables.dtype, device=tables.device)
     leading = torch.empty_like(trailing)
-    for part in _chunks(len(w), n, tables.device):
+    for part, (window, product) in _chunks(len(w), n, tables, 2):
         grad = upstream[part].to(tables.dtype)
         if factor is not None:
-            grad = grad * factor[part]
+            grad = torch.mul(grad, factor[part].to(tables.dtype), out=product)
         # The product of a row with its window, summed at once.
-        trailing[part] = _windows(tables[1], last[part], n).mul_(grad).sum(1)
-        leading[part] = _windows(tables[1], first[part], n).mul_(grad).sum(1)
+        trailing[part] = _windows(tables[1], last[part], n, window).mul_(grad).sum(1)
+        leading[part] = _windows(tables[1], first[part], n, window).mul_(grad).sum(1)
     return trailing, trailing - leading
 
 
@@ -141,8 +149,8 @@ class _TableMask(torch.autograd.Function):
         n = tables.shape[1] // 3
         prefix = tables[0]
         mask = _windows(prefix, 2 * n - start, n)
-        for part in _chunks(len(w), n, tables.device):
-            mask[part] -= _windows(prefix, (2 * n - start - w)[part], n)
+        for part, (window,) in _chunks(len(w), n, tables, 1):
+            mask[part] -= _windows(prefix, (2 * n - start - w)[part], n, window)
         return mask
 
     @staticmethod
@@ -189,8 +197,8 @@ def _times_mask(factor: Tensor, tables: Tensor, w: Tensor, start: Tensor) -> Ten
     n = tables.shape[1] // 3
     first, last = 2 * n - start, 2 * n - start - w
     result = torch.empty(factor.shape, dtype=factor.dtype, device=factor.device)
-    for part in _chunks(len(w), n, tables.device):
-        mask = _windows(tables[0], first[part], n).sub_(_windows(tables[0], last[part], n))
+    for part, (leading, trailing) in _chunks(len(w), n, tables, 2):
+        mask = _windows(tables[0], first[part], n, leading).sub_(_windows(tables[0], last[part], n, trailing))
         torch.mul(mask, factor[part], out=result[part])
     return result
 
