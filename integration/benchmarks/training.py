@@ -111,7 +111,7 @@ class Step:
         assert isinstance(self.layer, GBLRLinear)
         u, v = self.layer.masked_factors()
         inputs = [p for p in (self.layer.U, self.layer.V, self.layer.widths, self.layer.locations) if p.requires_grad]
-        torch.autograd.grad((u, v), inputs, (torch.ones_like(u), torch.ones_like(v)))
+        torch.autograd.grad((u, v), inputs, (u.detach(), v.detach()))
 
     def step(self) -> None:
         """Forward, backward, optimizer (and prox, where a learner is attached)."""
