@@ -23,11 +23,11 @@ __all__ = ["GBLRConfig"]
 class GBLRConfig(AOBaseConfig):
     """Structure the layers that ``quantize_(model, config, filter_fn)`` selects.
 
-    ``step="prepare"`` turns dense layers into trainable structured ones. ``step="convert"`` freezes prepared layers,
-    and compresses layers that were never prepared in one shot to ``budget``. Converted layers are left alone, so
-    applying a config twice is harmless. quantize_'s default filter selects linear layers only; pass ``filter_fn`` for
-    convolutions. Layers that are too small to gain stay dense; :func:`gblr_plugin.report` says so. quantize_ shows a
-    handler one layer at a time: leave layers out whose weight is tied to another's.
+    ``step="prepare"`` turns dense layers into trainable structured ones. ``step="convert"`` freezes prepared
+    layers, and compresses layers that were never prepared in one shot to ``budget``. Converted layers are left
+    alone, so applying a config twice is harmless. The default filter of ``quantize_`` selects linear layers only;
+    pass ``filter_fn`` for convolutions. Layers that are too small to gain stay dense; :func:`gblr_plugin.report`
+    says so. ``quantize_`` shows a handler one layer at a time: leave layers out whose weight is tied to another's.
 
     Args:
         step: ``"prepare"`` or ``"convert"``.
