@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -51,6 +52,10 @@ class LayerGoal:
     max_flops: float = math.inf
 
     def __post_init__(self) -> None:
+        for name in ("budget", "threshold", "min_flops", "max_flops"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Real):
+                raise ConfigError(f"goal: {name} must be a number, got {value!r}")
         if (self.budget is None) == (self.threshold is None):
             raise ConfigError("goal: give either a budget or a fixed threshold (lambda), not both or none")
         if self.budget is not None and not 0 < self.budget <= 1:

@@ -24,6 +24,20 @@ def _is_plain(module: nn.Module) -> bool:
     return weight is not None and type(weight.data) is Tensor and getattr(module, "groups", 1) == 1
 
 
+def _obstacle(modules: dict[str, nn.Module]) -> str:
+    """Why none of these modules can be chosen, told by the first that comes close."""
+    for name, module in modules.items():
+        if isinstance(module, GBLRLayer):
+            return f"layer {name!r} is structured already"
+        if structurable(module):
+            try:
+                check_structurable(module, name)
+            except ConfigError as error:
+                return str(error)
+            return f"layer {name!r} is too small to gain from structure"
+    return f"{_ALLOWED}, inside a model"
+
+
 def select_layers(
     model: nn.Module, include: Iterable[str] | None = None, exclude: Iterable[str] = ()
 ) -> dict[str, nn.Module]:
@@ -74,8 +88,8 @@ def select_layers(
             exact = name in include
             if exact or (structurable(module) and any(matches(pattern, name, module) for pattern in include)):
                 chosen[name] = module
-    chosen = {n: mod for n, mod in chosen.items() if not any(matches(pattern, n, mod) for pattern in exclude)}
-    chosen = {n: mod for n, mod in chosen.items() if not isinstance(mod, GBLRLayer)}
+    kept = {n: mod for n, mod in modules.items() if not any(matches(pattern, n, mod) for pattern in exclude)}
+    chosen = {n: mod for n, mod in chosen.items() if n in kept and not isinstance(mod, GBLRLayer)}
     if not chosen:
-        raise ConfigError(f"layers: the selection is empty; {_ALLOWED}, inside a model")
+        raise ConfigError(f"layers: the selection is empty; {_obstacle(kept)}")
     return chosen

@@ -400,6 +400,7 @@ def test_non_finite_factors_stop_the_freeze():
         ({"budget": 0.5, "min_flops": 0.6, "max_flops": 0.5}, "exceeds max_flops"),
         ({"budget": 0.5, "min_flops": -0.1}, "min_flops"),
         ({"budget": 0.5, "max_flops": math.nan}, "max_flops"),
+        ({"budget": "half"}, "budget must be a number, got 'half'"),
     ],
 )
 def test_bad_goals_are_refused(options, message):

@@ -123,6 +123,10 @@ def test_public_functions_are_callable_after_their_submodules_are_imported():
         assert callable(getattr(gblr_plugin, name))
 
 
+def test_types_are_offered_to_the_users_checker():
+    assert (Path(gblr_plugin.__file__).parent / "py.typed").is_file()
+
+
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'decomposes'"):
         gblr_plugin.decomposes  # noqa: B018

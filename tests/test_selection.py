@@ -92,3 +92,28 @@ def test_default_passes_over_what_is_structured_converted_or_parametrized():
 def test_a_model_that_is_itself_a_layer_has_no_layer_inside():
     with pytest.raises(ConfigError, match="inside a model"):
         select_layers(nn.Linear(16, 16))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (nn.Sequential(nn.ReLU()), "allowed are Linear, Conv1d, Conv2d"),
+        (nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2)), "layer '1': convolution with groups=2: only groups=1"),
+        (nn.Sequential(nn.Linear(16, 1)), "layer '0' is too small to gain"),
+    ],
+)
+def test_an_empty_default_selection_says_what_stands_in_the_way(model, reason):
+    with pytest.raises(ConfigError, match=f"the selection is empty; {reason}"):
+        select_layers(model)
+
+
+def test_preparing_twice_says_so():
+    model = nn.Sequential(nn.Linear(16, 16))
+    prepare(model)
+    with pytest.raises(ConfigError, match="the selection is empty; layer '0' is structured already"):
+        prepare(model)
+    with torch.no_grad():
+        model[0].widths.mul_(0.3)
+    convert(model)
+    with pytest.raises(ConfigError, match="layer '0': its weight is a GBLRTensor, need a plain tensor"):
+        prepare(model)

@@ -13,8 +13,8 @@ __all__ = ["anchored"]
 def _best_start(factor: Tensor, tile: int) -> Tensor:
     """(K,) start, on a multiple of ``tile``, whose cyclic interval loses least energy as its end is cut back.
 
-    A shrinking interval keeps its start. Index i after the start is outside it at i of the N widths, so minimise the sum
-    of i * energy over the starts: a circular correlation.
+    A shrinking interval keeps its start. Index i after the start is outside it at i of the N widths, so minimise the
+    sum of i * energy over the starts: a circular correlation.
     """
     n = factor.shape[1]
     energy = factor.double().square()
@@ -27,8 +27,8 @@ def _best_start(factor: Tensor, tile: int) -> Tensor:
 def anchored(matrix: StructuredMatrix, tiles: tuple[int, int] = (1, 1)) -> StructuredMatrix:
     """The same matrix, the starts of its full-width intervals chosen by their factors' energy.
 
-    A full interval covers the axis wherever it starts, so the choice is free; with all starts at zero, as published, every
-    interval shrinks towards the first rows and columns, and the components huddle in one corner.
+    A full interval covers the axis wherever it starts, so the choice is free; with all starts at zero, as published,
+    every interval shrinks towards the first rows and columns, and the components huddle in one corner.
 
     Args:
         matrix: Any structured matrix; intervals that are not full stay.

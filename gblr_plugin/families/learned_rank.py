@@ -64,13 +64,13 @@ class LearnedRankLinear(_LearnedRank, GBLRLinear):
     structure_name = "low_rank"
 
 
-class LearnedRankConv1d(_LearnedRank, GBLRConv1d):  # type: ignore[misc]  # as its base
+class LearnedRankConv1d(_LearnedRank, GBLRConv1d):
     """``nn.Conv1d`` of learned rank; see :class:`gblr_plugin.GBLRConv1d`."""
 
     structure_name = "low_rank"
 
 
-class LearnedRankConv2d(_LearnedRank, GBLRConv2d):  # type: ignore[misc]  # as its base
+class LearnedRankConv2d(_LearnedRank, GBLRConv2d):
     """``nn.Conv2d`` of learned rank; see :class:`gblr_plugin.GBLRConv2d`."""
 
     structure_name = "low_rank"
