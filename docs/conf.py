@@ -28,7 +28,10 @@ napoleon_use_rtype = False
 nitpicky = True
 nitpick_ignore_regex = [
     # Internal, though docstrings name them.
-    (r"py:.*", r"(gblr_plugin\.)?(kernels\.layout\.Layout|decomposition\.calibration|overlap_map|families\.base\.Self)"),
+    (
+        r"py:.*",
+        r"(gblr_plugin\.)?(kernels\.layout\.Layout|decomposition\.calibration|overlap_map|families\.base\.Self)",
+    ),
     # Annotations that Sphinx cuts at their commas.
     (r"py:class", r"(list|dict)\[.*"),
     (r"py:.*", r"(torch|nni|schema|collections|pathlib|typing|matplotlib|tensorboard|numpy|os|nn|optional)\b.*"),

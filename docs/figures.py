@@ -38,9 +38,10 @@ def masks() -> None:
         width, location = torch.tensor([0.3]), torch.tensor([0.25])
         shapes.plot(samples, gblr.gaudi_mask(width, location, n, sigma)[0].numpy(), color=colour, label=f"{sigma:g}")
         if sigma < 100:
-            # Forward mode, one column of the Jacobian: the published formula at real-valued parameters.
+            # The published formula at a real-valued width: the table rounds it.
             slope = torch.autograd.functional.jacobian(
-                lambda w, l=location, s=sigma: gblr.gaudi_mask(w, l, n, s, straight_through=False, form="fft")[0], width
+                lambda w, at=location, s=sigma: gblr.gaudi_mask(w, at, n, s, straight_through=False, form="fft")[0],
+                width,
             )[:, 0]
             slopes.plot(samples, slope.numpy(), color=colour)
     shapes.legend(title="sigma", fontsize=7, title_fontsize=7, frameon=False, loc="upper right")
@@ -71,7 +72,9 @@ def pursuit() -> None:
         weight[top : top + height, left : left + width] += block
     found = gblr.decompose(weight, 0.08)
     error = float((weight - found.to_dense()).norm() / weight.norm())
-    save(gblr.plot.structure(found, title=f"four planted blocks, found with a relative error of {error:.3f}"), "pursuit")
+    save(
+        gblr.plot.structure(found, title=f"four planted blocks, found with a relative error of {error:.3f}"), "pursuit"
+    )
 
 
 def learning() -> None:
