@@ -33,6 +33,7 @@ from .console import Console
 from .measure import METRICS, evaluate, interleaved_latency
 from .settings import Method, RunSettings, Training
 from .summary import MethodResult, RunReport
+from .training import check_comparable, compress_and_train
 
 __all__ = ["Job", "prepare_run"]
 
@@ -110,7 +111,7 @@ class Job:
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
             raise ConfigError(f"model: the network does not take the data of its task: {_one_line(error)}") from error
         for method in self.settings.methods:
-            self._compressor(method, copy.deepcopy(network), seed)
+            check_comparable(method.name, self._compressor(method, copy.deepcopy(network), seed)[0])
 
     def _dense_network(self) -> nn.Module:
         """A new network, or the trained one that the settings name."""
@@ -221,7 +222,8 @@ class Job:
         steps = training.epochs * batches
         module = self._module(network, training, batches)
         monitor = GBLRCallback(budget=None, picture_every_n_epochs=max(training.epochs // 8, 1))
-        watching = [monitor] if method.name in _LEARNED else []
+        learned = method.name in _LEARNED and method.options.get("pruner", "gblr") == "gblr"
+        watching = [monitor] if learned else []
         options = dict(method.options)
         if method.name == "gblr":
             options.setdefault("warmup_step", round(method.warmup * steps))
@@ -233,8 +235,7 @@ class Job:
         """The network, compressed by a method, fine-tuned and converted."""
         compressor, module, monitor = self._compressor(method, network.train(), seed)
         training = method.training or self.settings.finetune
-        compressor.compress(max_steps=None, max_epochs=training.epochs)
-        compressor.unwrap_model()
+        compress_and_train(method.name, compressor, training.epochs)
         self.histories.setdefault(method.name, monitor.history)
         return convert(module.network).eval()
 
