@@ -22,6 +22,7 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 napoleon_use_rtype = False
+napoleon_custom_sections = [("Tensor Attributes", "params_style"), ("Non-Tensor Attributes", "params_style")]
 
 # Every reference to a name of this package must resolve. Those of other packages have no inventory at hand: the build
 # needs no network.
