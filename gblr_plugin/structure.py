@@ -168,8 +168,12 @@ class StructuredMatrix:
 
     @property
     def stored(self) -> int:
-        """Number of stored factor entries, equal to the multiply-adds of one matrix-vector product."""
-        return int(self.component_multiply_adds.sum())
+        """Number of stored entries, equal to the multiply-adds of one matrix-vector product.
+
+        Components that together cost more than the dense matrix are stored and multiplied as that: at most m * n.
+        """
+        m, n = self.shape
+        return min(int(self.component_multiply_adds.sum()), m * n)
 
     @property
     def relative_flops(self) -> float:
