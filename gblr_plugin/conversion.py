@@ -15,7 +15,7 @@ from .errors import ConfigError
 from .layers import GBLRLayer
 from .selection import select_layers
 from .structure import StructuredMatrix
-from .swap import can_gain, check_structurable, replace_modules, structured_like, weight_matrix
+from .swap import can_gain, check_structurable, copy_hooks, replace_modules, structured_like, weight_matrix
 
 __all__ = ["LayerSettings", "check_untied", "convert", "frozen_like", "prepare", "prepare_layers"]
 
@@ -199,16 +199,7 @@ def frozen_like(module: nn.Module, matrix: StructuredMatrix, *, plan: Any = None
     if full:  # plain attributes, shown by the report
         new.structure_name, new.gblr_note = "full", "not cheaper than dense, stored dense"  # type: ignore[assignment]
     new.train(module.training)
-    for table in (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-    ):
-        getattr(new, table).update(getattr(module, table))
+    copy_hooks(module, new)
     return new
 
 

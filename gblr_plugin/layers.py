@@ -20,7 +20,22 @@ from .errors import ConfigError, GBLRError
 from .mask import integer_locations, integer_widths, mask_tables, masked_factor, table_mask
 from .structure import Intervals, StructuredMatrix, multiply_adds
 
-__all__ = ["GBLRConv1d", "GBLRConv2d", "GBLRLayer", "GBLRLinear"]
+__all__ = ["CONV_ATTRIBUTES", "GBLRConv1d", "GBLRConv2d", "GBLRLayer", "GBLRLinear"]
+
+CONV_ATTRIBUTES = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+    "transposed",
+    "output_padding",
+    "_reversed_padding_repeated_twice",
+)
+"""What ``nn.Conv1d`` and ``nn.Conv2d`` hold besides weight and bias."""
 
 
 _WORTH_BLOCKS = 5e7  # multiply-adds below which listing blocks costs more than they save
@@ -445,19 +460,7 @@ class _GBLRConv(GBLRLayer):
     ) -> None:
         if like.groups != 1:
             raise ConfigError(f"convolution with groups={like.groups}: only groups=1 can be structured")
-        for name in [
-            "in_channels",
-            "out_channels",
-            "kernel_size",
-            "stride",
-            "padding",
-            "dilation",
-            "groups",
-            "padding_mode",
-            "transposed",
-            "output_padding",
-            "_reversed_padding_repeated_twice",
-        ]:
+        for name in CONV_ATTRIBUTES:
             setattr(self, name, getattr(like, name))
         expected = like.out_channels, like.in_channels * math.prod(like.kernel_size)
         if matrix.shape != expected:

@@ -13,7 +13,25 @@ from .errors import ConfigError
 from .layers import GBLRConv1d, GBLRConv2d, GBLRLayer, GBLRLinear
 from .structure import StructuredMatrix
 
-__all__ = ["can_gain", "check_structurable", "replace_modules", "structurable", "structured_like", "weight_matrix"]
+__all__ = [
+    "can_gain",
+    "check_structurable",
+    "copy_hooks",
+    "replace_modules",
+    "structurable",
+    "structured_like",
+    "weight_matrix",
+]
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 def _is_hf_conv1d(module: nn.Module) -> bool:
@@ -93,17 +111,14 @@ def structured_like(module: nn.Module, matrix: StructuredMatrix, *, align: int |
         for parameter in (layer.U, layer.V, layer.widths, layer.locations):
             parameter.requires_grad_(False)
     layer.train(module.training)
-    for table in [
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-    ]:
-        getattr(layer, table).update(getattr(module, table))
+    copy_hooks(module, layer)
     return layer
+
+
+def copy_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Give a module the caller's own forward and backward hooks of the one that it stands in for."""
+    for table in _HOOKS:
+        getattr(target, table).update(getattr(source, table))
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:

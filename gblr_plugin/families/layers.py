@@ -7,33 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..swap import check_structurable, weight_matrix
+from ..layers import CONV_ATTRIBUTES
+from ..swap import check_structurable, copy_hooks, weight_matrix
 from .base import FamilyMatrix
 
 __all__ = ["FamilyConv1d", "FamilyConv2d", "FamilyLayer", "FamilyLinear", "layer_like"]
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-_CONV = (
-    "in_channels",
-    "out_channels",
-    "kernel_size",
-    "stride",
-    "padding",
-    "dilation",
-    "groups",
-    "padding_mode",
-    "transposed",
-    "output_padding",
-    "_reversed_padding_repeated_twice",
-)
 
 
 class FamilyLayer(nn.Module):
@@ -135,7 +113,7 @@ class _FamilyConv(FamilyLayer):
         expected = tuple(weight_matrix(like).shape)
         if matrix.shape != expected:
             raise ConfigError(f"{matrix.name}: the convolution's weight matrix is {expected}, got {matrix.shape}")
-        for name in _CONV:
+        for name in CONV_ATTRIBUTES:
             setattr(self, name, getattr(like, name))
         self._init_factors(matrix, bias)
 
@@ -201,6 +179,5 @@ def layer_like(dense: nn.Module, matrix: FamilyMatrix) -> FamilyLayer:
     if layer.bias is not None:
         layer.bias.requires_grad_(bias.requires_grad)
     layer.train(dense.training)
-    for table in _HOOKS:
-        getattr(layer, table).update(getattr(dense, table))
+    copy_hooks(dense, layer)
     return layer
