@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from typing import Any
 
@@ -105,6 +106,30 @@ def test_no_dense_weight_and_no_mask_is_held(kit: Any) -> None:
     assert size < dense / 2
     assert not any(tensor.numel() >= 96 * 96 for _, tensor in held)
     assert not any(isinstance(value, torch.Tensor) for value in vars(layer._nni_wrapper).values())
+
+
+def test_nothing_of_a_dense_weights_size_is_alive_while_training(kit: Any) -> None:
+    def alive() -> int:
+        gc.collect()
+        tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, nn.Parameter)]
+        return sum(one.numel() >= 96 * 96 for one in tensors)  # weights, masks, gradients, the optimizer's moments
+
+    before = alive()
+    model = kit.MLP(width=96)
+    assert alive() == before + 1
+    seen = []
+
+    def loop(*args: Any, **kwargs: Any) -> None:
+        def step(batch: Any, net: nn.Module) -> torch.Tensor:
+            loss: torch.Tensor = kit.training_step(batch, net)
+            seen.append(alive())
+            return loss
+
+        kit.train(*args[:2], step, *args[3:], **kwargs)
+
+    config = [{"op_names": ["fc2"], "sparse_ratio": 0.75, "gblr": {"num_components": 10}}]
+    GBLRPruner(model, config, kit.evaluator(model, loop=loop), 1, 5).compress(6, None)
+    assert seen == [before] * 6
 
 
 def test_transformer_encoder_layer_runs_its_fast_path(kit: Any) -> None:
