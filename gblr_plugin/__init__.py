@@ -23,6 +23,7 @@ _EXPORTS = {
     "GBLRTensor": "tensor",
     "Intervals": "structure",
     "LayerGoal": "learner",
+    "LayerSettings": "conversion",
     "Schedule": "schedule",
     "StructureLearner": "learner",
     "StructuredMatrix": "structure",

@@ -146,6 +146,12 @@ class StructuredMatrix:
             (u.shape[0],) if split_sizes is None else split_sizes,
         )
 
+    def __repr__(self) -> str:
+        return (
+            f"StructuredMatrix(shape={self.shape}, components={self.num_components}, row_splits={self.row_splits}, "
+            f"relative_flops={self.relative_flops:.4f}, dtype={self.u.dtype}, device={self.u.device})"
+        )
+
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n) of the matrix represented."""

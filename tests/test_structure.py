@@ -115,3 +115,11 @@ def test_parts_that_do_not_fit_are_refused():
         StructuredMatrix(torch.zeros(2, 5), torch.zeros(2, 4), full, full, (2,))
     with pytest.raises(ConfigError, match="component counts differ"):
         StructuredMatrix(torch.zeros(2, 4), torch.zeros(2, 4), full, full, (1,))
+
+
+def test_repr_is_one_line():
+    matrix = StructuredMatrix.from_factors(torch.ones(2, 8), torch.ones(2, 16))
+    assert repr(matrix) == (
+        "StructuredMatrix(shape=(8, 16), components=2, row_splits=1, relative_flops=0.3750, dtype=torch.float32, "
+        "device=cpu)"
+    )
