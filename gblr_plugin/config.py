@@ -14,7 +14,7 @@ from .decomposition import METHODS, decompose
 from .errors import ConfigError
 from .layers import GBLRLayer
 from .swap import can_gain, check_structurable, structurable, weight_matrix
-from .tensor import GBLRTensor
+from .tensor import FACTOR_DTYPES, GBLRTensor
 
 __all__ = ["GBLRConfig"]
 
@@ -40,6 +40,8 @@ class GBLRConfig(AOBaseConfig):
         row_splits: Number of matrices packed along the rows.
         plan: How kernels are chosen, see :meth:`GBLRTensor.from_structured`.
         seed: Of random initialisers and decompositions.
+        factor_dtype: ``None`` keeps that of the weight; ``"int8"`` converts to int8 factors with a scale per component
+            (weight-only). ``quantize_(model, Int8WeightOnlyConfig())`` does the same to a converted model.
 
     Example:
         >>> from torchao.quantization import quantize_
@@ -55,6 +57,7 @@ class GBLRConfig(AOBaseConfig):
     row_splits: int = 1
     plan: Any = None
     seed: int = 0
+    factor_dtype: Literal["int8"] | None = None
 
     def __post_init__(self) -> None:
         if self.step not in ("prepare", "convert"):
@@ -62,6 +65,8 @@ class GBLRConfig(AOBaseConfig):
         number = isinstance(self.budget, (int, float)) and not isinstance(self.budget, bool)
         if self.budget is not None and not (number and 0 < self.budget <= 1):
             raise ConfigError(f"GBLRConfig: budget must be relative FLOPs in (0, 1], got {self.budget!r}")
+        if self.factor_dtype not in FACTOR_DTYPES:
+            raise ConfigError(f"GBLRConfig: factor_dtype must be None or 'int8', got {self.factor_dtype!r}")
         for name, known in (("method", METHODS), ("initialiser", METHODS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"GBLRConfig: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -94,7 +99,7 @@ def _gblr_transform(module: nn.Module, config: GBLRConfig) -> nn.Module:
         row_splits=config.row_splits,
         seed=config.seed,
     )
-    return frozen_like(module, matrix, plan=config.plan)
+    return frozen_like(module, matrix, plan=config.plan, factor_dtype=config.factor_dtype)
 
 
 def _frozen(layer: GBLRLayer, config: GBLRConfig) -> nn.Module:
@@ -103,4 +108,4 @@ def _frozen(layer: GBLRLayer, config: GBLRConfig) -> nn.Module:
             f"GBLRConfig: masks are still smooth (sigma {layer.sigma:g}); finish training or call "
             "freeze_structure() before converting"
         )
-    return frozen_like(layer, layer.structure(), plan=config.plan)
+    return frozen_like(layer, layer.structure(), plan=config.plan, factor_dtype=config.factor_dtype)

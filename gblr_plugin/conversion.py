@@ -153,7 +153,9 @@ def prepare(
     return prepare_layers(model, dict.fromkeys(chosen, settings or LayerSettings()))
 
 
-def frozen_like(module: nn.Module, matrix: StructuredMatrix, *, plan: Any = None) -> nn.Module:
+def frozen_like(
+    module: nn.Module, matrix: StructuredMatrix, *, plan: Any = None, factor_dtype: str | None = None
+) -> nn.Module:
     """A plain nn.Linear / nn.Conv1d / nn.Conv2d whose weight is a frozen :class:`~gblr_plugin.GBLRTensor`.
 
     A matrix that costs at least as much as the dense product becomes a dense weight instead.
@@ -162,6 +164,7 @@ def frozen_like(module: nn.Module, matrix: StructuredMatrix, *, plan: Any = None
         module: The dense or structured module whose geometry, bias, mode and hooks are taken over.
         matrix: Its (m, n) weight.
         plan: Passed to :meth:`GBLRTensor.from_structured`.
+        factor_dtype: The same.
 
     Returns:
         The frozen module; its bias still trains if it did.
@@ -175,7 +178,11 @@ def frozen_like(module: nn.Module, matrix: StructuredMatrix, *, plan: Any = None
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         shape = (matrix.shape[0], module.in_channels, *module.kernel_size)
     full = matrix.relative_flops >= 1.0
-    weight = matrix.to_dense().reshape(shape) if full else GBLRTensor.from_structured(matrix, shape=shape, plan=plan)
+    weight = (
+        matrix.to_dense().reshape(shape)
+        if full
+        else GBLRTensor.from_structured(matrix, shape=shape, plan=plan, factor_dtype=factor_dtype)
+    )
     new: nn.Module
     bias: Any = module.bias
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):

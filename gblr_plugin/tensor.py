@@ -9,14 +9,16 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 import torchao.core.config
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import return_and_correct_aliasing
+from torchao.quantization import Int8WeightOnlyConfig, PerRow
+from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER, register_quantize_module_handler
 from torchao.utils import TorchAOBaseTensor
 
 from .errors import ConfigError, GBLRError
 from .kernels import product
-from .kernels.layout import Block, Layout, pack, to_dense, unpack
+from .kernels.layout import Block, Layout, pack, quantize, to_dense, unpack
 from .kernels.measure import measured_plan
 from .kernels.plan import BUCKETS, Plan, fixed_plan
 from .structure import StructuredMatrix
@@ -24,6 +26,7 @@ from .structure import StructuredMatrix
 __all__ = ["GBLRTensor"]
 
 aten = torch.ops.aten
+FACTOR_DTYPES = (None, "int8")
 
 
 class GBLRTensor(TorchAOBaseTensor):
@@ -33,8 +36,10 @@ class GBLRTensor(TorchAOBaseTensor):
     Gradients reach the input and the bias, not the weight. Build it with :meth:`from_structured`.
 
     Tensor Attributes:
-        factors: (entries,) floating point, the factors block by block, or the dense matrix where the plan says so.
+        factors: (entries,) floating point or int8, the factors block by block, or the dense matrix where the plan says
+            so.
         lists: int32, the component list of each block, then row widths, row starts, column widths and column starts.
+        scales: Of int8 factors only: (components,), or (rows,) of a dense matrix, in the dtype of the tensor.
 
     Non-Tensor Attributes:
         packing: Static offsets into both buffers (:class:`~gblr_plugin.kernels.layout.Layout`).
@@ -44,23 +49,41 @@ class GBLRTensor(TorchAOBaseTensor):
 
     tensor_data_names: ClassVar[list[str]] = ["factors", "lists"]
     tensor_attribute_names: ClassVar[list[str]] = ["packing", "plan", "outer_shape"]
+    optional_tensor_data_names: ClassVar[list[str]] = ["scales"]
 
     factors: Tensor
     lists: Tensor
     packing: Layout
     plan: Plan
     outer_shape: tuple[int, ...]
+    scales: Tensor | None
 
     def __new__(
-        cls, factors: Tensor, lists: Tensor, packing: Layout, plan: Plan, outer_shape: tuple[int, ...]
+        cls,
+        factors: Tensor,
+        lists: Tensor,
+        packing: Layout,
+        plan: Plan,
+        outer_shape: tuple[int, ...],
+        scales: Tensor | None = None,
     ) -> GBLRTensor:
         """Wrap buffers packed by :func:`~gblr_plugin.kernels.layout.pack`."""
         return torch.Tensor._make_wrapper_subclass(
-            cls, outer_shape, dtype=factors.dtype, device=factors.device, requires_grad=False
+            cls,
+            outer_shape,
+            dtype=factors.dtype if scales is None else scales.dtype,
+            device=factors.device,
+            requires_grad=False,
         )
 
     def __init__(
-        self, factors: Tensor, lists: Tensor, packing: Layout, plan: Plan, outer_shape: tuple[int, ...]
+        self,
+        factors: Tensor,
+        lists: Tensor,
+        packing: Layout,
+        plan: Plan,
+        outer_shape: tuple[int, ...],
+        scales: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.factors = factors
@@ -68,17 +91,19 @@ class GBLRTensor(TorchAOBaseTensor):
         self.packing = packing
         self.plan = plan
         self.outer_shape = tuple(outer_shape)
+        self.scales = scales
 
     def __repr__(self) -> str:
         return (
             f"GBLRTensor(shape={tuple(self.outer_shape)}, components={self.num_components}, "
             f"relative_flops={self.relative_flops:.4f}, padding={self.packing.padding:.3f}, "
-            f"blocks=({self.plan.block_rows}, {self.plan.block_cols}), dtype={self.dtype}, device={self.device})"
+            f"blocks=({self.plan.block_rows}, {self.plan.block_cols}), dtype={self.dtype}, "
+            f"factor_dtype={self.factors.dtype}, device={self.device})"
         )
 
     def _stable_hash_for_caching(self) -> str:
         """Key of compiled programs: all that a trace depends on."""
-        facts = repr((self.packing, self.plan, self.outer_shape, self.dtype, self.device.type))
+        facts = repr((self.packing, self.plan, self.outer_shape, self.dtype, self.factors.dtype, self.device.type))
         return hashlib.sha256(facts.encode()).hexdigest()
 
     @classmethod
@@ -89,17 +114,23 @@ class GBLRTensor(TorchAOBaseTensor):
         *,
         shape: tuple[int, ...] | None = None,
         plan: Plan | str | None = None,
+        factor_dtype: str | None = None,
     ) -> GBLRTensor:
         """Pack a structured matrix.
 
         Args:
             matrix: The (m, n) weight; its dtype and device are kept, components without cost are dropped.
             shape: Outer shape; (m, n) by default, (c_out, c_in, k...) with c_in * prod(k) = n for a convolution.
-            plan: ``None`` or ``"fixed"``: by the cost model. ``"auto"``: measured here and now. Or a plan.
+            plan: ``None`` or ``"fixed"``: by the cost model. ``"auto"``: measured here and now (with factors as they
+                are, also if they become int8). Or a plan.
+            factor_dtype: ``None`` keeps the factors; ``"int8"`` rounds them, see :meth:`quantize`.
 
         Raises:
-            ConfigError: If the shape does not fit, the factors are not floating point, or the plan is unknown.
+            ConfigError: If the shape does not fit, the factors are not floating point, or the plan or the dtype of
+                the factors is unknown.
         """
+        if factor_dtype not in FACTOR_DTYPES:
+            raise ConfigError(f"GBLR tensor: factor_dtype must be None or 'int8', got {factor_dtype!r}")
         m, n = matrix.shape
         shape = (m, n) if shape is None else tuple(int(size) for size in shape)
         if len(shape) not in (2, 3, 4) or shape[0] != m or prod(shape[1:]) != n:
@@ -125,28 +156,54 @@ class GBLRTensor(TorchAOBaseTensor):
                 f"GBLR tensor: block_cols of a convolution must be a multiple of its {unit} taps, got {plan.block_cols}"
             )
         layout, values, index = pack(matrix, plan.block_rows, plan.block_cols)
-        return cls(values, index, layout, plan, shape)
+        weight = cls(values, index, layout, plan, shape)
+        return weight if factor_dtype is None else weight.quantize()
+
+    @torch.compiler.disable
+    def quantize(self) -> GBLRTensor:
+        """The weight with int8 factors (weight-only, symmetric) and a scale per component.
+
+        ``dtype`` stays what it is: that of inputs, outputs and scales. An int8 weight comes back itself.
+        """
+        if self.scales is not None:
+            return self
+        factors, scales = quantize(self.packing, self.factors, self.lists)
+        return GBLRTensor(factors, self.lists, self.packing, self.plan, self.outer_shape, scales)
 
     def replan(self, plan: Plan | str = "auto") -> GBLRTensor:
         """The same weight under another plan, for example measured anew on the device it now lies on."""
-        result: GBLRTensor = self.from_structured(self.to_structured(), shape=self.outer_shape, plan=plan)
+        result: GBLRTensor = self.from_structured(
+            self.to_structured(), shape=self.outer_shape, plan=plan, factor_dtype=self.factor_dtype
+        )
         return result
 
     def to_structured(self) -> StructuredMatrix:
         """The components stored, in their order; dense storage comes back as one component per row.
 
+        Factors are floating point, those of int8 as rounded.
+
         Raises:
             ConfigError: For the transpose of a matrix with row splits.
         """
-        return unpack(self.packing, self.factors, self.lists)
+        return unpack(self.packing, self.factors, self.lists, self.scales)
 
     def to_dense(self) -> Tensor:
         """The matrix in the outer shape, dtype as stored."""
-        return to_dense(self.packing, self.factors, self.lists).reshape(self.outer_shape)
+        return to_dense(self.packing, self.factors, self.lists, self.scales).reshape(self.outer_shape)
 
     def dequantize(self) -> Tensor:
         """Alias of :meth:`to_dense`, the name that torchao and PEFT call."""
         return self.to_dense()
+
+    @property
+    def factor_dtype(self) -> str | None:
+        """``"int8"`` where factors are narrower than the tensor's dtype, else ``None``."""
+        return None if self.scales is None else "int8"
+
+    @property
+    def nbytes_stored(self) -> int:
+        """Bytes of all buffers: factors, lists and scales."""
+        return self.factors.nbytes + self.lists.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     @property
     def stored(self) -> int:
@@ -187,17 +244,21 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if x.is_floating_point() and x.dtype != torch.float64 else None
 
 
-def _operands(x: Tensor, weight: GBLRTensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Input, factors and bias in one dtype, autocast's where it is on."""
-    factors, dtype = weight.factors, _autocast_dtype(x)
+def _operands(
+    x: Tensor, weight: GBLRTensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Input, factors, scales and bias in one dtype, autocast's where it is on; int8 factors stay so."""
+    factors, scales, dtype = weight.factors, weight.scales, _autocast_dtype(x)
     if dtype is not None:
-        x, factors, bias = x.to(dtype), factors.to(dtype), None if bias is None else bias.to(dtype)
-    if x.dtype != factors.dtype or (bias is not None and bias.dtype != x.dtype):
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        factors, scales = (factors.to(dtype), None) if scales is None else (factors, scales.to(dtype))
+    own = factors.dtype if scales is None else scales.dtype
+    if x.dtype != own or (bias is not None and bias.dtype != x.dtype):
         raise GBLRError(
-            f"GBLR tensor: input, weight and bias must share one dtype, got {x.dtype}, {factors.dtype}"
+            f"GBLR tensor: input, weight and bias must share one dtype, got {x.dtype}, {own}"
             + ("" if bias is None else f" and {bias.dtype}")
         )
-    return x, factors, bias
+    return x, factors, scales, bias
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -208,12 +269,12 @@ def _linear(x: Tensor, weight: GBLRTensor, bias: Tensor | None) -> Tensor:
     m, n = weight.packing.shape
     if x.shape[-1] != n:
         raise GBLRError(f"GBLR tensor: input of shape {tuple(x.shape)} does not fit a {m} x {n} weight")
-    rows, factors, bias = _operands(x.reshape(-1, n), weight, bias)
+    rows, factors, scales, bias = _operands(x.reshape(-1, n), weight, bias)
     # A trace with a dynamic batch must not ask how many tokens there are.
     tokens = BUCKETS[-1] if torch.compiler.is_compiling() else rows.shape[0]
     kernel = weight.plan.kernel(tokens)
     with _no_autocast(x):
-        y = product.linear(rows, factors, weight.lists, weight.packing, bias, kernel)
+        y = product.linear(rows, factors, weight.lists, weight.packing, bias, kernel, scales)
     return y.view(*x.shape[:-1], m)
 
 
@@ -251,7 +312,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
             raise GBLRError(
                 f"GBLR tensor: input {tuple(input.shape)} does not fit a convolution weight {weight.outer_shape}"
             )
-        x, factors, bias = _operands(input, weight, bias)
+        x, factors, scales, bias = _operands(input, weight, bias)
         options = (
             _sizes(stride, dims),
             padding if isinstance(padding, str) else _sizes(padding, dims),
@@ -261,12 +322,12 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
         x = x if batched else x.unsqueeze(0)
         with _no_autocast(input):
             if weight.packing.dense:
-                dense = to_dense(weight.packing, factors, weight.lists).reshape(weight.outer_shape)
+                dense = to_dense(weight.packing, factors, weight.lists, scales).reshape(weight.outer_shape)
                 y = func(x, dense, bias, *options)
             else:
                 kernel = weight.plan.kernels[-1][1]
                 sizes = weight.outer_shape[2:]
-                y = product.convolution(x, factors, weight.lists, weight.packing, bias, sizes, *options, kernel)
+                y = product.convolution(x, factors, weight.lists, weight.packing, bias, sizes, *options, kernel, scales)
         result: Tensor = y if batched else y.squeeze(0)
         return result
 
@@ -280,12 +341,14 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
     dtype = options.pop("dtype")
     if not dtype.is_floating_point:
         raise GBLRError(f"GBLR tensor: factors must stay floating point, got {dtype}")
+    int8 = self.scales is not None
     moved = GBLRTensor(
-        self.factors.to(dtype=dtype, **options),
+        self.factors.to(**options) if int8 else self.factors.to(dtype=dtype, **options),
         self.lists.to(**options),  # indices move, they are never cast
         self.packing,
         self.plan,
         self.outer_shape,
+        self.scales.to(dtype=dtype, **options) if int8 else None,
     )
     return return_and_correct_aliasing(func, args, kwargs, moved)  # type: ignore[no-any-return]  # untyped in torch
 
@@ -294,7 +357,7 @@ def _transposed(func: Any, args: Any, kwargs: Any) -> GBLRTensor:
     self = args[0]
     if len(self.outer_shape) != 2:
         raise GBLRError(f"GBLR tensor: only 2-D weights can be transposed, this one is {self.outer_shape}")
-    result = GBLRTensor(self.factors, self.lists, self.packing.t(), self.plan, self.outer_shape[::-1])
+    result = GBLRTensor(self.factors, self.lists, self.packing.t(), self.plan, self.outer_shape[::-1], self.scales)
     return return_and_correct_aliasing(func, args, kwargs, result)  # type: ignore[no-any-return]  # untyped in torch
 
 
@@ -324,6 +387,25 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     if kwargs or isinstance(x, GBLRTensor) or bias.dim() != 1:
         raise GBLRError("GBLR tensor: addmm takes a 1-D bias, a plain input and a GBLRTensor, without scaling")
     return _linear(x, weight.t(), bias)
+
+
+# torchao knows one handler per config: ours takes converted layers and hands everything else on.
+_int8_of_torchao = _QUANTIZE_CONFIG_HANDLER[Int8WeightOnlyConfig]
+
+
+@register_quantize_module_handler(Int8WeightOnlyConfig)
+def _int8_transform(module: nn.Module, config: Int8WeightOnlyConfig, **options: Any) -> nn.Module:
+    """Int8WeightOnlyConfig on a converted layer: int8 factors with a scale per component."""
+    name = options.get("parameter_name", "weight")
+    weight = getattr(module, name, None)
+    if not isinstance(weight, GBLRTensor):
+        return _int8_of_torchao(module, config, **options)  # type: ignore[no-any-return]  # untyped in torchao
+    if config.granularity != PerRow():
+        raise ConfigError(
+            f"Int8WeightOnlyConfig: a GBLR layer has one scale per component (PerRow()), got {config.granularity}"
+        )
+    setattr(module, name, nn.Parameter(weight.quantize(), requires_grad=False))
+    return module
 
 
 torch.serialization.add_safe_globals([GBLRTensor, Layout, Block, Plan])

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing._internal import common_utils
 from torch.utils.flop_counter import FlopCounterMode
+from torchao.quantization import Int8WeightOnlyConfig, PerTensor, quantize_
 from torchao.testing import utils as ao
 from torchao.utils import unwrap_tensor_subclass
 
+from gblr_plugin.config import GBLRConfig
 from gblr_plugin.errors import ConfigError, GBLRError
 from gblr_plugin.kernels.plan import Plan
+from gblr_plugin.serialization import load, save
 from gblr_plugin.structure import Intervals, StructuredMatrix
 from gblr_plugin.tensor import GBLRTensor
 
@@ -355,3 +358,76 @@ def test_bad_arguments_are_named() -> None:
         GBLRTensor.from_structured(matrix, shape=(8, 2, 3, 3), plan=Plan(16, 16))
     with pytest.raises(GBLRError, match="does not fit"):
         F.linear(torch.randn(3, 17), GBLRTensor.from_structured(matrix))
+
+
+def int8_module() -> nn.Linear:
+    module = linear_module()
+    module.weight = nn.Parameter(module.weight.data.quantize(), requires_grad=False)
+    return module
+
+
+def test_int8_factors_by_torchaos_config() -> None:
+    model, x = nn.Sequential(nn.Linear(20, 75), linear_module()), torch.randn(9, 20)
+    before = model[1].weight
+    expected = model(x)
+    quantize_(model, Int8WeightOnlyConfig())
+    weight = model[1].weight
+    assert (weight.factors.dtype, weight.dtype, weight.factor_dtype) == (torch.int8, torch.float32, "int8")
+    assert weight.factors.nbytes * 4 == before.factors.nbytes
+    assert type(model[0].weight).__name__ == "Int8Tensor"
+    assert 1e-4 < relative_error(weight.to_dense(), before.to_dense()) < 2e-2
+    assert relative_error(model(x), expected) < 3e-2
+    assert weight.quantize() is weight
+    with pytest.raises(ConfigError, match="one scale per component"):
+        quantize_(model[1:], Int8WeightOnlyConfig(granularity=PerTensor()))
+
+
+def test_int8_factors_survive_what_others_survive() -> None:
+    module, x = int8_module(), torch.randn(9, 75)
+    reference = module(x)
+    assert torch.equal(copy.deepcopy(module)(x), reference)
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    fresh = nn.Linear(75, 50)
+    fresh.load_state_dict(torch.load(buffer, weights_only=True), assign=True)
+    assert torch.equal(fresh(x), reference)
+    replanned = module.weight.replan(Plan(32, 32))
+    assert replanned.factor_dtype == "int8"
+    torch.testing.assert_close(replanned.to_dense(), module.weight.to_dense(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(module.weight.t().to_dense(), module.weight.to_dense().t(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), reference)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype == torch.bfloat16
+    half = copy.deepcopy(module).bfloat16()
+    assert (half.weight.dtype, half.weight.factors.dtype) == (torch.bfloat16, torch.int8)
+    assert relative_error(half(x.bfloat16()), reference.double()) < 2e-2
+
+
+def test_int8_factors_by_our_config_and_in_files(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(48, 64))
+    quantize_(model, GBLRConfig(step="convert", budget=0.5, factor_dtype="int8"))
+    assert model[0].weight.factor_dtype == "int8"
+    save(model, tmp_path / "model.pt")
+    loaded, x = load(tmp_path / "model.pt", nn.Sequential(nn.Linear(48, 64))), torch.randn(3, 48)
+    assert torch.equal(loaded(x), model(x))
+    model[0].weight.scales = model[0].weight.scales[1:]
+    save(model, tmp_path / "short.pt")
+    with pytest.raises(ConfigError, match="damaged"):
+        load(tmp_path / "short.pt", nn.Sequential(nn.Linear(48, 64)))
+    with pytest.raises(ConfigError, match="factor_dtype must be"):
+        GBLRConfig(factor_dtype="int4")
+
+
+def test_int8_convolution() -> None:
+    matrix, x = random_matrix(25, 10, 54), torch.randn(2, 6, 9, 9)
+    weight = GBLRTensor.from_structured(matrix, shape=(10, 6, 3, 3), factor_dtype="int8")
+    expected = F.conv2d(x, weight.to_dense(), padding=1)
+    torch.testing.assert_close(F.conv2d(x, weight, padding=1), expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), FlopCounterMode(display=False):  # torch operations
+        torch.testing.assert_close(F.conv2d(x, weight, padding=1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_unknown_dtypes_of_factors_are_named() -> None:
+    with pytest.raises(ConfigError, match="factor_dtype must be"):
+        GBLRTensor.from_structured(random_matrix(4, 8, 18), factor_dtype="int4")

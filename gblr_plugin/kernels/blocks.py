@@ -1,7 +1,8 @@
 """The factored product by torch operations: differentiable, traceable, on any device and dtype.
 
 Stage 1 makes z^T (K, tokens) from the column blocks, ``z^T[list] += V_J x_J^T``; stage 2 makes each row block of the
-output from its own list, ``y_J = z^T[list]^T U_J``. z stays transposed so that both take whole rows of it.
+output from its own list, ``y_J = z^T[list]^T U_J``. z stays transposed so that both take whole rows of it. int8 factors
+are cast block by block, and z multiplied by their scales.
 """
 
 from __future__ import annotations
@@ -40,7 +41,16 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def linear(x: Tensor, values: Tensor, index: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
+def _scaled(z: Tensor, scales: Tensor | None, dtype: torch.dtype, dim: int) -> Tensor:
+    """Multiply z by the scales of its components, in the dtype of the result."""
+    if scales is not None:
+        z = z * scales.to(z.dtype).view(*(1,) * dim, -1, *(1,) * (z.dim() - dim - 1))
+    return z.to(dtype)
+
+
+def linear(
+    x: Tensor, values: Tensor, index: Tensor, layout: Layout, bias: Tensor | None, scales: Tensor | None = None
+) -> Tensor:
     """``x @ W.T + bias`` for x (tokens, n); returns (tokens, m). Differentiable in x and bias; static shapes."""
     x_t = x.t()
     # Without components the empty z is cut from x, to keep the result in its graph.
@@ -48,14 +58,16 @@ def linear(x: Tensor, values: Tensor, index: Tensor, layout: Layout, bias: Tenso
     z = x.new_zeros(num, x.shape[0], dtype=_sum_dtype(x.dtype)) if num else x_t[:0]
     for block in layout.col_blocks:
         if block.size:
-            part = block_values(values, block) @ x_t.narrow(0, block.start, block.stop - block.start)
+            part = block_values(values, block).to(x.dtype) @ x_t.narrow(0, block.start, block.stop - block.start)
             _accumulate(z, part, index, block, 0)
-    z = z.to(x.dtype)
-    y = torch.cat([_select(z, index, b, 0).t() @ block_values(values, b) for b in layout.row_blocks], dim=1)
+    z = _scaled(z, scales, x.dtype, 0)
+    y = torch.cat([_select(z, index, b, 0).t() @ block_values(values, b).to(x.dtype) for b in layout.row_blocks], dim=1)
     return y if bias is None else y + bias
 
 
-def linear_inference(x: Tensor, values: Tensor, index: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
+def linear_inference(
+    x: Tensor, values: Tensor, index: Tensor, layout: Layout, bias: Tensor | None, scales: Tensor | None = None
+) -> Tensor:
     """As :func:`linear` without gradients: chunks of tokens, results written in place."""
     tokens, m = x.shape[0], layout.shape[0]
     y = x.new_empty(tokens, m)
@@ -66,14 +78,14 @@ def linear_inference(x: Tensor, values: Tensor, index: Tensor, layout: Layout, b
         for block in layout.col_blocks:
             if not block.size:
                 continue
-            x_part, factor = x_t[block.start : block.stop], block_values(values, block)
+            x_part, factor = x_t[block.start : block.stop], block_values(values, block).to(x.dtype)
             if block.first >= 0 and z.dtype == x.dtype:
                 z[block.first : block.first + block.size].addmm_(factor, x_part)
             else:
                 _accumulate(z, factor @ x_part, index, block, 0)
-        z = z.to(x.dtype)
+        z = _scaled(z, scales, x.dtype, 0)
         for block in layout.row_blocks:
-            z_t, factor = _select(z, index, block, 0).t(), block_values(values, block)
+            z_t, factor = _select(z, index, block, 0).t(), block_values(values, block).to(x.dtype)
             target = y_chunk[:, block.start : block.stop]
             if bias is None:
                 torch.mm(z_t, factor, out=target)
@@ -92,6 +104,7 @@ def convolution(
     stride: tuple[int, ...],
     padding: tuple[int, ...] | str,
     dilation: tuple[int, ...],
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Convolution of x (batch, c_in, ...) with the (c_out, c_in * prod(kernel)) matrix; returns (batch, c_out, ...).
 
@@ -107,13 +120,13 @@ def convolution(
         return convolve(x_part, weight, None, stride, padding, dilation)
 
     # One component's own shape gives the output size for every padding mode.
-    probe = stage(x[:, :1], values.new_zeros(1, 1, *kernel)) if not layout.num_components else None
+    probe = stage(x[:, :1], x.new_zeros(1, 1, *kernel)) if not layout.num_components else None
     z: Tensor | None = None if probe is None else probe[:, :0]
     for block in layout.col_blocks:
         if not block.size:
             continue
         channel, channels = block.start // taps, (block.stop - block.start) // taps
-        weight = block_values(values, block).view(block.size, channels, *kernel)
+        weight = block_values(values, block).to(x.dtype).view(block.size, channels, *kernel)
         part = stage(x.narrow(1, channel, channels), weight)
         if z is None:
             shape = (part.shape[0], layout.num_components, *part.shape[2:])
@@ -121,7 +134,7 @@ def convolution(
         _accumulate(z, part, index, block, 1)
     assert z is not None  # every component meets a column block
     out_size = z.shape[2:]
-    flat = z.to(x.dtype).flatten(2)
-    rows = [block_values(values, b).t() @ _select(flat, index, b, 1) for b in layout.row_blocks]
+    flat = _scaled(z, scales, x.dtype, 1).flatten(2)
+    rows = [block_values(values, b).to(x.dtype).t() @ _select(flat, index, b, 1) for b in layout.row_blocks]
     y: Tensor = torch.cat(rows, dim=1).unflatten(2, out_size)
     return y if bias is None else y + bias.view(-1, *(1 for _ in out_size))

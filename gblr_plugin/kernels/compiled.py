@@ -56,12 +56,18 @@ def _kernel(kind: str) -> Callable[..., Tensor]:
     return numba_cpu.product
 
 
+def _scaled(scales: Tensor | None) -> dict[str, Tensor]:
+    """The argument of the kernels that know scales."""
+    return {} if scales is None else {"scales": scales}
+
+
 @torch.library.custom_op("gblr_plugin::structured_linear", mutates_args=())
 def structured_linear(
     x: Tensor,
     factors: Tensor,
     lists: Tensor,
     bias: Tensor | None,
+    scales: Tensor | None,
     cols_at: int,
     cols: int,
     col_groups_at: int,
@@ -90,31 +96,32 @@ def structured_linear(
         row_width,
         components,
         out_features,
+        **_scaled(scales),
     )
 
 
 @structured_linear.register_fake
-def _(x: Tensor, factors: Tensor, lists: Tensor, bias: Tensor | None, *sizes: int) -> Tensor:
+def _(x: Tensor, factors: Tensor, lists: Tensor, bias: Tensor | None, scales: Tensor | None, *sizes: int) -> Tensor:
     return x.new_empty(x.shape[0], sizes[9])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, factors, lists, _, *sizes = inputs
-    ctx.save_for_backward(factors, lists)
+    x, factors, lists, _, scales, *sizes = inputs
+    ctx.save_for_backward(factors, lists, scales)
     ctx.sizes, ctx.in_features = sizes, x.shape[1]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    factors, lists = ctx.saved_tensors
+    factors, lists, scales = ctx.saved_tensors
     col_side, row_side, (components, _, entries) = ctx.sizes[:4], ctx.sizes[4:8], ctx.sizes[8:]
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = structured_linear(
-            grad, factors, lists, None, *row_side, *col_side, components, ctx.in_features, entries
+            grad, factors, lists, None, scales, *row_side, *col_side, components, ctx.in_features, entries
         )
     if ctx.needs_input_grad[3]:
         grad_bias = grad.sum(0)
-    return (grad_x, None, None, grad_bias, *([None] * 11))
+    return (grad_x, None, None, grad_bias, *([None] * 12))
 
 
 structured_linear.register_autograd(_backward, setup_context=_setup)
@@ -141,7 +148,14 @@ def fits(layout: Layout, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def linear(
-    x: Tensor, factors: Tensor, lists: Tensor, layout: Layout, bias: Tensor | None, opaque: bool, **options: Any
+    x: Tensor,
+    factors: Tensor,
+    lists: Tensor,
+    layout: Layout,
+    bias: Tensor | None,
+    opaque: bool,
+    scales: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """``x @ W.T + bias`` by the compiled kernel.
 
@@ -152,6 +166,7 @@ def linear(
         layout: Where everything lies; not dense.
         bias: (m,) or None.
         opaque: Call the kernel directly, without torch's dispatcher: no gradients, no tracing, less overhead.
+        scales: (components,) float32 of int8 factors; on the CPU, for x in float32.
         options: For the opaque kernel (``tiles`` of triton).
     """
     call = _kernel(x.device.type) if opaque else structured_linear
@@ -162,7 +177,7 @@ def linear(
         layout.shape[0],
     )
     return (
-        call(x, factors, lists, bias, *sizes, **options)
+        call(x, factors, lists, bias, *sizes, **_scaled(scales), **options)
         if opaque
-        else call(x, factors, lists, bias, *sizes, layout.entries)
+        else call(x, factors, lists, bias, scales, *sizes, layout.entries)
     )

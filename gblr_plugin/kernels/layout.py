@@ -25,12 +25,14 @@ __all__ = [
     "edges",
     "pack",
     "padded_entries",
+    "quantize",
     "to_dense",
     "touched_blocks",
     "unpack",
 ]
 
 GROUP = 64  # components per group
+_INT8 = 127.0  # largest magnitude of an int8 factor
 WIDTH_CLASSES = 10  # of the column widths, when ordering components
 
 
@@ -266,6 +268,43 @@ def block_values(values: Tensor, block: Block) -> Tensor:
     return values.narrow(0, block.data_at, block.size * width).view(block.size, width)
 
 
+def quantize(layout: Layout, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 values and a scale per component: symmetric, each of u_k and v_k by its own largest entry.
+
+    Only the product of the two scales of a component matters to the matrix, so that one number is kept.
+
+    Args:
+        layout: Where everything lies; dense storage has a scale per stored row.
+        values: Flat floating-point factors.
+        index: int32 index buffer.
+
+    Returns:
+        (entries,) int8, and (components,) or (stored rows,) in the dtype of ``values``.
+    """
+    if layout.dense:
+        stored_rows = layout.shape[1 if layout.transposed else 0]
+        rows = values.float().view(stored_rows, -1)
+        scale = rows.abs().amax(1) / _INT8
+        whole = (rows / torch.where(scale > 0, scale, 1.0)[:, None]).round().to(torch.int8)
+        return whole.view(-1), scale.to(values.dtype)
+    result = torch.zeros_like(values, dtype=torch.int8)
+    product = values.new_ones(layout.num_components, dtype=torch.float32)
+    for blocks in (layout.col_blocks, layout.row_blocks):
+        largest = torch.zeros_like(product)
+        for block in blocks:
+            if block.size:
+                own = index.narrow(0, block.list_at, block.size)
+                rows = block_values(values, block).float().abs().amax(1)
+                largest[own] = largest[own].maximum(rows)
+        scale = largest / _INT8
+        for block in blocks:
+            own = scale.index_select(0, index.narrow(0, block.list_at, block.size))[:, None]
+            entries = block_values(values, block).float() / torch.where(own > 0, own, 1.0)
+            block_values(result, block).copy_(entries.round())
+        product *= scale
+    return result, product.to(values.dtype)
+
+
 def _unpack_axis(blocks: tuple[Block, ...], num: int, length: int, values: Tensor, index: Tensor) -> Tensor:
     """(K, length) factor; a stacked axis folds onto its splits, each component living in one of them."""
     factor = values.new_zeros(num, length)
@@ -276,19 +315,21 @@ def _unpack_axis(blocks: tuple[Block, ...], num: int, length: int, values: Tenso
     return factor
 
 
-def unpack(layout: Layout, values: Tensor, index: Tensor) -> StructuredMatrix:
+def unpack(layout: Layout, values: Tensor, index: Tensor, scales: Tensor | None = None) -> StructuredMatrix:
     """The structured matrix that was packed; a dense one comes back as its rows (m components of 1 x n).
+
+    int8 factors come back as floating-point ones, each of u_k and v_k times the root of the scale.
 
     Raises:
         ConfigError: For the transpose of a matrix packed with row splits, whose columns are no single cyclic axis.
     """
     m, n = layout.shape
     if layout.dense:
-        dense = to_dense(layout, values, index)
+        dense = to_dense(layout, values, index, scales)
         one_row = Intervals(
             torch.ones(m, dtype=torch.int64, device=values.device), torch.arange(m, device=values.device), m
         )
-        eye = torch.eye(m, dtype=values.dtype, device=values.device)
+        eye = torch.eye(m, dtype=dense.dtype, device=values.device)
         return StructuredMatrix(eye, dense, one_row, Intervals.full(m, n, values.device), (m,))
     splits = len(layout.split_sizes)
     if layout.transposed and splits > 1:
@@ -301,23 +342,34 @@ def unpack(layout: Layout, values: Tensor, index: Tensor) -> StructuredMatrix:
     if layout.transposed:
         ends = ends[[2, 3, 0, 1]]
     ends = ends[:, order]
+    u = _unpack_axis(layout.row_blocks, num, part, values, index)
+    v = _unpack_axis(layout.col_blocks, num, n, values, index)
+    if scales is not None:
+        root = scales.sqrt()[:, None]
+        u, v = u.to(scales.dtype) * root, v.to(scales.dtype) * root
     return StructuredMatrix(
-        _unpack_axis(layout.row_blocks, num, part, values, index)[order],
-        _unpack_axis(layout.col_blocks, num, n, values, index)[order],
+        u[order],
+        v[order],
         Intervals(ends[0], ends[1], part),
         Intervals(ends[2], ends[3], n),
         layout.split_sizes,
     )
 
 
-def to_dense(layout: Layout, values: Tensor, index: Tensor) -> Tensor:
-    """The (m, n) matrix; traceable (static shapes only)."""
+def to_dense(layout: Layout, values: Tensor, index: Tensor, scales: Tensor | None = None) -> Tensor:
+    """The (m, n) matrix in floating point; traceable (static shapes only)."""
     m, n = layout.shape
     if layout.dense:
-        return values.view(n, m).t() if layout.transposed else values.view(m, n)
+        stored = values.view(n, m) if layout.transposed else values.view(m, n)
+        if scales is not None:
+            stored = stored.to(scales.dtype) * scales[:, None]
+        return stored.t() if layout.transposed else stored
     factor = _unpack_axis(layout.col_blocks, layout.num_components, n, values, index)
+    if scales is not None:
+        factor = factor.to(scales.dtype) * scales[:, None]
     parts = [
-        block_values(values, block).t() @ factor.index_select(0, index.narrow(0, block.list_at, block.size))
+        block_values(values, block).to(factor.dtype).t()
+        @ factor.index_select(0, index.narrow(0, block.list_at, block.size))
         for block in layout.row_blocks
     ]
     return torch.cat(parts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from .compile_cache import compiled
 from .simd import LANES, load_int32
 from .simd_bfloat16 import expand_tile, pair_tile, reduce_tile
 
@@ -117,7 +118,7 @@ def _stage_two(factors, lists, table, blocks, z, num, tokens, words, y, y_stride
                 j += 2 * LANES if whole else lanes
 
 
-@njit(nogil=True)
+@compiled("bfloat16", keep=True)
 def product_part(  # type: ignore[no-untyped-def]
     x, x_row, x_column, tokens, n, factors, lists, cols_at, cols, rows_at, rows, num, bias, y, y_stride
 ):

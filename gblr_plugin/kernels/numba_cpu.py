@@ -1,15 +1,15 @@
-"""The factored product compiled with numba, float32: no call per block, no copies of z, few tokens included. Optional.
+"""The factored product compiled with numba: no call per block, no copies of z, few tokens included. Optional.
 
-Tokens are packed in tiles of 16 lanes: x as (tiles, n, 16) and z as (tiles, K, 16). Stage 1 adds up z over the column
-blocks in tiles of components x tokens; stage 2 writes each row block of y once, in tiles of tokens x rows, right into
-the row-major result. One token takes dot products instead, and no packing.
+float32; the factors may be int8. Tokens are packed in tiles of 16 lanes: x as (tiles, n, 16) and z as (tiles, K, 16).
+Stage 1 adds up z over the column blocks in tiles of components x tokens; stage 2 writes each row block of y once, in
+tiles of tokens x rows, right into the row-major result. One token takes dot products instead, and no packing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import cast
+from typing import NamedTuple, cast
 
 import llvmlite.binding
 import numpy as np
@@ -17,7 +17,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .simd import LANES, dot_tile, expand_tile, load_float32, load_int32, reduce_tile
+from .compile_cache import compiled
+from .simd import LANES, dot_tile, expand_tile, load_float32, load_int32, reduce_tile, widen_tile
 from .threads import run_parts
 
 __all__ = ["product"]
@@ -32,11 +33,6 @@ _TALL = 8 if _WIDE else 4  # components (stage 1) or tokens (stage 2) per regist
 _reduce = {(r, t): reduce_tile(r, t) for r in (1, 2, 4, _TALL) for t in (1, _TILES)}
 _reduce_tall, _reduce_4, _reduce_2, _reduce_1 = (_reduce[r, _TILES] for r in (_TALL, 4, 2, 1))
 _reduce_tall_one, _reduce_4_one, _reduce_2_one, _reduce_1_one = (_reduce[r, 1] for r in (_TALL, 4, 2, 1))
-_expand = {t: expand_tile(t, 2 if _WIDE else 1, False) for t in (1, 2, 4, _TALL)}
-_tail = {t: expand_tile(t, 1, True) for t in (1, 2, 4, _TALL)}
-_expand_tall, _expand_4, _expand_2, _expand_1 = (_expand[t] for t in (_TALL, 4, 2, 1))
-_tail_tall, _tail_4, _tail_2, _tail_1 = (_tail[t] for t in (_TALL, 4, 2, 1))
-_dot_4, _dot_1 = dot_tile(4), dot_tile(1)
 
 
 @njit(nogil=True)
@@ -58,136 +54,165 @@ def _pack(x, x_row, x_column, tokens, tiles, n, packed):  # type: ignore[no-unty
                     packed[at + c * LANES + lane] = load_float32(row + c * x_column * 4)
 
 
-@njit(nogil=True)
-def _stage_one(factors, lists, table, blocks, x, n, z, num, tiles):  # type: ignore[no-untyped-def]
-    x_tile, z_tile = n * LANES, num * LANES
-    for b in range(blocks):
-        row = table + b * _TABLE
-        start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
-        entries, v = lists + load_int32(row + 12) * 4, factors + load_int32(row + 16) * 4
-        panel = x + start * LANES * 4
-        i = 0
-        while i < count:
-            left = count - i
-            size = _TALL if left >= _TALL else 4 if left >= 4 else 2 if left >= 2 else 1
-            v_i, list_i = v + i * width * 4, entries + i * 4
-            tile = 0
-            while tile < tiles:
-                x_i, z_i = panel + tile * x_tile * 4, z + tile * z_tile * 4
-                if tiles - tile >= _TILES:
-                    if size == _TALL:
-                        _reduce_tall(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
-                    elif size == 4:
-                        _reduce_4(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
-                    elif size == 2:
-                        _reduce_2(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
-                    else:
-                        _reduce_1(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
-                    tile += _TILES
-                else:
-                    if size == _TALL:
-                        _reduce_tall_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
-                    elif size == 4:
-                        _reduce_4_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
-                    elif size == 2:
-                        _reduce_2_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
-                    else:
-                        _reduce_1_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
-                    tile += 1
-            i += size
+class _Functions(NamedTuple):
+    """Entry points: the whole product, stage 1 over some column blocks, stage 2 over some row blocks."""
+
+    whole: Callable[..., None]
+    first_part: Callable[..., None]
+    stage_two: Callable[..., None]
 
 
-@njit(nogil=True)
-def _stage_one_single(factors, lists, table, blocks, x, z):  # type: ignore[no-untyped-def]
-    for b in range(blocks):
-        row = table + b * _TABLE
-        start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
-        entries, v = lists + load_int32(row + 12) * 4, factors + load_int32(row + 16) * 4
-        i = 0
-        while i + 4 <= count:
-            _dot_4(v + i * width * 4, width, width, x + start * 4, z, entries + i * 4)
-            i += 4
-        while i < count:
-            _dot_1(v + i * width * 4, width, width, x + start * 4, z, entries + i * 4)
-            i += 1
+@cache
+def _functions(int8: bool) -> _Functions:
+    """Functions for factors in float32, or in int8 with a scale per component that z is multiplied by."""
+    variant, item = ("int8", 1) if int8 else ("float32", 4)
+    expand_tall, expand_4, expand_2, expand_1 = (
+        expand_tile(t, 2 if _WIDE else 1, False, int8) for t in (_TALL, 4, 2, 1)
+    )
+    tail_tall, tail_4, tail_2, tail_1 = (expand_tile(t, 1, True, int8) for t in (_TALL, 4, 2, 1))
+    dot_4, dot_1 = dot_tile(4, int8), dot_tile(1, int8)
+    widen = widen_tile()
 
-
-@njit(nogil=True)
-def _stage_two(factors, lists, table, blocks, z, z_stride, z_tile, tokens, y, y_stride, bias):  # type: ignore[no-untyped-def]
-    step = 2 * LANES if _WIDE else LANES
-    for b in range(blocks):
-        row = table + b * _TABLE
-        start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
-        entries, u = lists + load_int32(row + 12) * 4, factors + load_int32(row + 16) * 4
-        j = 0
-        while j < width:
-            whole = width - j >= step
-            lanes = min(width - j, LANES)
-            u_j, y_j = u + j * 4, y + (start + j) * 4
-            bias_j = bias + (start + j) * 4 if bias != 0 else 0
-            t = 0
-            while t < tokens:
-                left = tokens - t
+    @compiled(variant)
+    def stage_one(factors, lists, table, blocks, x, n, z, num, tiles):  # type: ignore[no-untyped-def]
+        x_tile, z_tile = n * LANES, num * LANES
+        for b in range(blocks):
+            row = table + b * _TABLE
+            start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
+            entries, v = lists + load_int32(row + 12) * 4, factors + load_int32(row + 16) * item
+            panel = x + start * LANES * 4
+            scratch = np.empty(_TALL * width if int8 else 0, np.float32)
+            i = 0
+            while i < count:
+                left = count - i
                 size = _TALL if left >= _TALL else 4 if left >= 4 else 2 if left >= 2 else 1
-                z_t = z + (t // LANES * z_tile + t % LANES) * 4
-                y_t = y_j + t * y_stride * 4
-                if whole:
-                    if size == _TALL:
-                        _expand_tall(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
-                    elif size == 4:
-                        _expand_4(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
-                    elif size == 2:
-                        _expand_2(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                v_i, list_i = v + i * width * item, entries + i * 4
+                if int8:  # widened once for all tokens
+                    widen(v_i, size * width, scratch.ctypes.data)
+                    v_i = scratch.ctypes.data
+                tile = 0
+                while tile < tiles:
+                    x_i, z_i = panel + tile * x_tile * 4, z + tile * z_tile * 4
+                    if tiles - tile >= _TILES:
+                        if size == _TALL:
+                            _reduce_tall(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                        elif size == 4:
+                            _reduce_4(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                        elif size == 2:
+                            _reduce_2(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                        else:
+                            _reduce_1(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                        tile += _TILES
                     else:
-                        _expand_1(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
-                else:
-                    if size == _TALL:
-                        _tail_tall(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
-                    elif size == 4:
-                        _tail_4(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
-                    elif size == 2:
-                        _tail_2(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                        if size == _TALL:
+                            _reduce_tall_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                        elif size == 4:
+                            _reduce_4_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                        elif size == 2:
+                            _reduce_2_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                        else:
+                            _reduce_1_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                        tile += 1
+                i += size
+
+    @compiled(variant)
+    def stage_one_single(factors, lists, table, blocks, x, z):  # type: ignore[no-untyped-def]
+        for b in range(blocks):
+            row = table + b * _TABLE
+            start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
+            entries, v = lists + load_int32(row + 12) * 4, factors + load_int32(row + 16) * item
+            i = 0
+            while i + 4 <= count:
+                dot_4(v + i * width * item, width, width, x + start * 4, z, entries + i * 4)
+                i += 4
+            while i < count:
+                dot_1(v + i * width * item, width, width, x + start * 4, z, entries + i * 4)
+                i += 1
+
+    @compiled(variant, keep=True)
+    def stage_two(factors, lists, table, blocks, z, z_stride, z_tile, tokens, y, y_stride, bias):  # type: ignore[no-untyped-def]
+        step = 2 * LANES if _WIDE else LANES
+        for b in range(blocks):
+            row = table + b * _TABLE
+            start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
+            entries, u = lists + load_int32(row + 12) * 4, factors + load_int32(row + 16) * item
+            j = 0
+            while j < width:
+                whole = width - j >= step
+                lanes = min(width - j, LANES)
+                u_j, y_j = u + j * item, y + (start + j) * 4
+                bias_j = bias + (start + j) * 4 if bias != 0 else 0
+                t = 0
+                while t < tokens:
+                    left = tokens - t
+                    size = _TALL if left >= _TALL else 4 if left >= 4 else 2 if left >= 2 else 1
+                    z_t = z + (t // LANES * z_tile + t % LANES) * 4
+                    y_t = y_j + t * y_stride * 4
+                    if whole:
+                        if size == _TALL:
+                            expand_tall(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                        elif size == 4:
+                            expand_4(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                        elif size == 2:
+                            expand_2(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                        else:
+                            expand_1(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
                     else:
-                        _tail_1(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
-                t += size
-            j += step if whole else lanes
+                        if size == _TALL:
+                            tail_tall(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                        elif size == 4:
+                            tail_4(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                        elif size == 2:
+                            tail_2(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                        else:
+                            tail_1(z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                    t += size
+                j += step if whole else lanes
 
+    @compiled(variant, keep=True)
+    def whole(  # type: ignore[no-untyped-def]
+        x, x_row, x_column, tokens, n, factors, lists, cols_at, cols, rows_at, rows, num, scales, bias, y, y_stride
+    ):
+        if tokens == 0:
+            return
+        col_table, row_table = lists + cols_at * 4, lists + rows_at * 4
+        if tokens == 1:
+            z = np.zeros(num + 1, np.float32)
+            stage_one_single(factors, lists, col_table, cols, x, z.ctypes.data)
+            if scales != 0:
+                for k in range(num):
+                    z[k] *= load_float32(scales + k * 4)
+            stage_two(factors, lists, row_table, rows, z.ctypes.data, 1, 0, 1, y, y_stride, bias)
+            return
+        tiles = (min(tokens, CHUNK) + LANES - 1) // LANES
+        packed = np.empty(tiles * n * LANES, np.float32)
+        z = np.empty(tiles * num * LANES + 1, np.float32)
+        for at in range(0, tokens, CHUNK):
+            part = min(tokens - at, CHUNK)
+            tiles = (part + LANES - 1) // LANES
+            _pack(x + at * x_row * 4, x_row, x_column, part, tiles, n, packed)
+            z[: tiles * num * LANES] = 0.0
+            stage_one(factors, lists, col_table, cols, packed.ctypes.data, n, z.ctypes.data, num, tiles)
+            if scales != 0:
+                for row in range(tiles * num):
+                    scale = load_float32(scales + row % num * 4)
+                    for at_lane in range(row * LANES, (row + 1) * LANES):
+                        z[at_lane] *= scale
+            y_at = y + at * y_stride * 4
+            stage_two(factors, lists, row_table, rows, z.ctypes.data, LANES, num * LANES, part, y_at, y_stride, bias)
 
-@njit(nogil=True)
-def _product(  # type: ignore[no-untyped-def]
-    x, x_row, x_column, tokens, n, factors, lists, cols_at, cols, rows_at, rows, num, bias, y, y_stride
-):
-    if tokens == 0:
-        return
-    col_table, row_table = lists + cols_at * 4, lists + rows_at * 4
-    if tokens == 1:
-        z = np.zeros(num + 1, np.float32)
-        _stage_one_single(factors, lists, col_table, cols, x, z.ctypes.data)
-        _stage_two(factors, lists, row_table, rows, z.ctypes.data, 1, 0, 1, y, y_stride, bias)
-        return
-    tiles = (min(tokens, CHUNK) + LANES - 1) // LANES
-    packed = np.empty(tiles * n * LANES, np.float32)
-    z = np.empty(tiles * num * LANES + 1, np.float32)
-    for at in range(0, tokens, CHUNK):
-        part = min(tokens - at, CHUNK)
-        tiles = (part + LANES - 1) // LANES
-        _pack(x + at * x_row * 4, x_row, x_column, part, tiles, n, packed)
-        z[: tiles * num * LANES] = 0.0
-        _stage_one(factors, lists, col_table, cols, packed.ctypes.data, n, z.ctypes.data, num, tiles)
-        y_at = y + at * y_stride * 4
-        _stage_two(factors, lists, row_table, rows, z.ctypes.data, LANES, num * LANES, part, y_at, y_stride, bias)
+    @compiled(variant, keep=True)
+    def first_part(x, x_row, x_column, tokens, n, factors, lists, table, cols, num, z):  # type: ignore[no-untyped-def]
+        """Stage 1 over some of the column blocks, into a z of its own (zeroed by the caller)."""
+        if tokens == 1:
+            stage_one_single(factors, lists, table, cols, x, z)
+            return
+        tiles = (tokens + LANES - 1) // LANES
+        packed = np.empty(tiles * n * LANES, np.float32)
+        _pack(x, x_row, x_column, tokens, tiles, n, packed)
+        stage_one(factors, lists, table, cols, packed.ctypes.data, n, z, num, tiles)
 
-
-@njit(nogil=True)
-def _first_part(x, x_row, x_column, tokens, n, factors, lists, table, cols, num, z):  # type: ignore[no-untyped-def]
-    """Stage 1 over some of the column blocks, into a z of its own (zeroed by the caller)."""
-    if tokens == 1:
-        _stage_one_single(factors, lists, table, cols, x, z)
-        return
-    tiles = (tokens + LANES - 1) // LANES
-    packed = np.empty(tiles * n * LANES, np.float32)
-    _pack(x, x_row, x_column, tokens, tiles, n, packed)
-    _stage_one(factors, lists, table, cols, packed.ctypes.data, n, z, num, tiles)
+    return _Functions(whole, first_part, stage_two)
 
 
 def _by_tokens(run: Callable[..., None], x: Tensor, y: Tensor, rest: tuple[int, ...], bias: int, threads: int) -> None:
@@ -211,9 +236,10 @@ def _by_tokens(run: Callable[..., None], x: Tensor, y: Tensor, rest: tuple[int, 
     run_parts(part, range(0, tokens, share))
 
 
-def _by_blocks(x: Tensor, y: Tensor, rest: tuple[int, ...], bias: int, threads: int) -> None:
+def _by_blocks(x: Tensor, y: Tensor, rest: tuple[int, ...], scales: Tensor | None, bias: int, threads: int) -> None:
     """Every thread takes some of the blocks, for few tokens: two rounds, the sums of the first are added up between."""
-    factors, lists, cols_at, cols, rows_at, rows, num = rest
+    factors, lists, cols_at, cols, rows_at, rows, num, _ = rest
+    run = _functions(scales is not None)
     tokens, n = x.shape
     lanes = 1 if tokens == 1 else -(-tokens // LANES) * LANES
     sums = torch.zeros(threads, num * lanes + 1)
@@ -222,16 +248,18 @@ def _by_blocks(x: Tensor, y: Tensor, rest: tuple[int, ...], bias: int, threads: 
         at, to = cols * thread // threads, cols * (thread + 1) // threads
         table = lists + cols_at * 4 + at * _TABLE
         z = sums[thread].data_ptr()
-        _first_part(x.data_ptr(), *x.stride(), tokens, n, factors, lists, table, to - at, num, z)
+        run.first_part(x.data_ptr(), *x.stride(), tokens, n, factors, lists, table, to - at, num, z)
 
     run_parts(first, range(threads))
     z = sums.sum(0)
+    if scales is not None:
+        z[:-1].view(-(-lanes // LANES), num, min(lanes, LANES)).mul_(scales[:, None])
     z_stride, z_tile = (1, 0) if tokens == 1 else (LANES, num * LANES)
 
     def second(thread: int) -> None:
         at, to = rows * thread // threads, rows * (thread + 1) // threads
         table = lists + rows_at * 4 + at * _TABLE
-        _stage_two(
+        run.stage_two(
             factors, lists, table, to - at, z.data_ptr(), z_stride, z_tile, tokens, y.data_ptr(), y.stride(0), bias
         )
 
@@ -261,8 +289,11 @@ def product(
     row_width: int,
     components: int,
     out_features: int,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """``x @ W.T + bias`` for x (tokens, n) on the CPU, float32 or bfloat16; sizes as in the operator of ``compiled``.
+
+    int8 factors come with float32 ``scales`` (components,), and take x in float32.
 
     Uses as many threads as ``torch.get_num_threads()`` says, where the work is worth it.
     """
@@ -271,13 +302,15 @@ def product(
     y = x.new_empty(x.shape[0], out_features)
     bias = None if bias is None else bias.contiguous()
     bias_at = 0 if bias is None else bias.data_ptr()
-    rest = (factors.data_ptr(), lists.data_ptr(), cols_at, cols, rows_at, rows, components)
+    rest: tuple[int, ...] = (factors.data_ptr(), lists.data_ptr(), cols_at, cols, rows_at, rows, components)
+    if not half:
+        rest += (0 if scales is None else scales.data_ptr(),)
     threads = torch.get_num_threads()
-    run = _bfloat16_product() if half else _product
+    run = _bfloat16_product() if half else _functions(scales is not None).whole
     if threads == 1 or x.shape[0] * factors.numel() < WORTH_THREADS:
         run(x.data_ptr(), *x.stride(), *x.shape, *rest, bias_at, y.data_ptr(), out_features)
     elif half or x.shape[0] >= threads * LANES:
         _by_tokens(run, x, y, rest, bias_at, threads)
     else:
-        _by_blocks(x, y, rest, bias_at, threads)
+        _by_blocks(x, y, rest, scales, bias_at, threads)
     return y

@@ -33,9 +33,10 @@ def _plain(x: Tensor) -> bool:
     )
 
 
-def _runs_compiled(x: Tensor, layout: Layout, kernel: str) -> bool:
+def _runs_compiled(x: Tensor, scales: Tensor | None, layout: Layout, kernel: str) -> bool:
     if (
         kernel != "compiled"
+        or (scales is not None and not (x.device.type == "cpu" and x.dtype == scales.dtype == torch.float32))
         or not compiled.available(x.device, x.dtype)
         or not compiled.fits(layout, x.device, x.dtype)
     ):
@@ -45,29 +46,38 @@ def _runs_compiled(x: Tensor, layout: Layout, kernel: str) -> bool:
     return _plain(x)
 
 
-def linear(x: Tensor, factors: Tensor, lists: Tensor, layout: Layout, bias: Tensor | None, kernel: str) -> Tensor:
+def linear(
+    x: Tensor,
+    factors: Tensor,
+    lists: Tensor,
+    layout: Layout,
+    bias: Tensor | None,
+    kernel: str,
+    scales: Tensor | None = None,
+) -> Tensor:
     """``x @ W.T + bias`` for x (tokens, n), by the named kernel where it may run and by torch operations elsewhere.
 
     Args:
-        x: (tokens, n), dtype and device of ``factors``.
+        x: (tokens, n), dtype and device of ``factors`` (of ``scales`` where there are some).
         factors: Flat factors, see :class:`~gblr_plugin.kernels.layout.Layout`.
         lists: int32 lists, intervals and block tables.
         layout: Where everything lies.
         bias: (m,) or None.
         kernel: One of :data:`KERNELS`.
+        scales: (components,) of int8 factors; compiled kernels take them in float32 on the CPU.
 
     Returns:
         (tokens, m).
     """
     if layout.dense:
-        return F.linear(x, to_dense(layout, factors, lists), bias)
+        return F.linear(x, to_dense(layout, factors, lists, scales), bias)
     gradients = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     traced = torch.compiler.is_compiling()
-    if _runs_compiled(x, layout, kernel):
-        return compiled.linear(x, factors, lists, layout, bias, opaque=not (gradients or traced))
+    if _runs_compiled(x, scales, layout, kernel):
+        return compiled.linear(x, factors, lists, layout, bias, opaque=not (gradients or traced), scales=scales)
     if gradients or traced or not _plain(x):
-        return blocks.linear(x, factors, lists, layout, bias)
-    return blocks.linear_inference(x, factors, lists, layout, bias)
+        return blocks.linear(x, factors, lists, layout, bias, scales)
+    return blocks.linear_inference(x, factors, lists, layout, bias, scales)
 
 
 def convolution(
@@ -81,6 +91,7 @@ def convolution(
     padding: tuple[int, ...] | str,
     dilation: tuple[int, ...],
     kernel: str,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Convolution of x (batch, c_in, ...) with the (c_out, c_in * prod(sizes)) matrix; returns (batch, c_out, ...).
 
@@ -98,9 +109,10 @@ def convolution(
         padding: As in ``F.conv2d``, per axis or ``"same"`` / ``"valid"``.
         dilation: As in ``F.conv2d``, per axis.
         kernel: One of :data:`KERNELS`.
+        scales: As in :func:`linear`.
     """
-    if not x.shape[0] or not _runs_compiled(x, layout, kernel):
-        return blocks.convolution(x, factors, lists, layout, bias, sizes, stride, padding, dilation)
+    if not x.shape[0] or not _runs_compiled(x, scales, layout, kernel):
+        return blocks.convolution(x, factors, lists, layout, bias, sizes, stride, padding, dilation, scales)
     if isinstance(padding, str):
         total = [d * (size - 1) if padding == "same" else 0 for d, size in zip(dilation, sizes, strict=True)]
         x = F.pad(x, [side for extent in reversed(total) for side in (extent // 2, extent - extent // 2)])
@@ -116,6 +128,6 @@ def convolution(
     images = []
     for image in x.split(1):
         columns = image.flatten(2) if pointwise else F.unfold(image, sizes, dilation, padding, stride)
-        images.append(linear(columns[0].t(), factors, lists, layout, bias, kernel).t())
+        images.append(linear(columns[0].t(), factors, lists, layout, bias, kernel, scales).t())
     y: Tensor = torch.stack(images).unflatten(2, places)
     return y

@@ -1,7 +1,8 @@
 """Register tiles for the compiled CPU kernels: LLVM vector code behind numba intrinsics. Needs numba.
 
 All tiles take raw addresses (int64) and element strides, and work in float32 on vectors of 16 lanes. A tile keeps its
-sums in registers over the whole inner loop; the sizes fit 32 registers of 512 bits, or 16 of 256.
+sums in registers over the whole inner loop; the sizes fit 32 registers of 512 bits, or 16 of 256. Factors are float32,
+or int8 where a tile says so: widened as they are read, scaled by the caller.
 """
 
 from __future__ import annotations
@@ -14,10 +15,21 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["LANES", "Emitter", "dot_tile", "expand_tile", "load_float32", "load_int32", "reduce_tile", "tile"]
+__all__ = [
+    "LANES",
+    "Emitter",
+    "dot_tile",
+    "expand_tile",
+    "load_float32",
+    "load_int32",
+    "reduce_tile",
+    "tile",
+    "widen_tile",
+]
 
 LANES = 16
-_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_F32, _I8, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_BYTES = ir.VectorType(_I8, LANES)
 _VECTOR = ir.VectorType(_F32, LANES)
 _MASK = ir.VectorType(ir.IntType(1), LANES)
 _ZERO = ir.Constant(_VECTOR, [0.0] * LANES)
@@ -66,6 +78,18 @@ class Emitter:
         kind = ir.FunctionType(ir.VoidType(), [_VECTOR, _VECTOR.as_pointer(), _I32, _MASK])
         pointer = self.b.inttoptr(address, _VECTOR.as_pointer())
         self.b.call(self.declare(name, kind), [value, pointer, ir.Constant(_I32, 4), mask])
+
+    def bytes(self, address: Any, mask: Any = None) -> Any:
+        """16 int8 as float32, zero where masked out."""
+        if mask is None:
+            values = self.load(address, _BYTES, 1)
+        else:
+            kind = ir.FunctionType(_BYTES, [_BYTES.as_pointer(), _I32, _MASK, _BYTES])
+            function = self.declare("llvm.masked.load.v16i8.p0v16i8", kind)
+            pointer = self.b.inttoptr(address, _BYTES.as_pointer())
+            zero = ir.Constant(_BYTES, [0] * LANES)
+            values = self.b.call(function, [pointer, ir.Constant(_I32, 1), mask, zero])
+        return self.b.sitofp(self.b.sext(values, ir.VectorType(_I32, LANES)), _VECTOR)
 
     def declare(self, name: str, kind: ir.FunctionType) -> Any:
         """An LLVM intrinsic function, declared once per module."""
@@ -196,7 +220,7 @@ def reduce_tile(components: int, tiles: int) -> Any:
     return tile(8, emit)
 
 
-def expand_tile(tokens: int, vectors: int, masked: bool) -> Any:
+def expand_tile(tokens: int, vectors: int, masked: bool, int8: bool = False) -> Any:
     """Stage 2: ``y[t, :] = bias + sum_k z[list[k], t] U[k, :]`` for some tokens and 16 * vectors rows.
 
     Arguments: address of z[0, first token], its row stride; address of the int32 list, its length; address of
@@ -208,6 +232,7 @@ def expand_tile(tokens: int, vectors: int, masked: bool) -> Any:
         e = Emitter(builder)
         z, z_stride, entries, count, u, u_stride, y, y_stride, bias, lanes = a
         mask = e.first_lanes(lanes) if masked else None
+        read, size = (e.bytes, 1) if int8 else (e.vector, 4)
         start = e.b.block
         with_bias, ready = e.b.append_basic_block("bias"), e.b.append_basic_block("ready")
         e.b.cbranch(e.b.icmp_signed("!=", bias, e.i(0)), with_bias, ready)
@@ -225,7 +250,8 @@ def expand_tile(tokens: int, vectors: int, masked: bool) -> Any:
         def body(k: Any, sums: list[Any]) -> list[Any]:
             row = e.b.zext(e.load(e.at(entries, k), _I32), _I64)
             inputs = e.at(z, e.b.mul(row, z_stride))
-            factors = [e.vector(e.at(u, e.b.add(e.b.mul(k, u_stride), e.i(j * LANES))), mask) for j in range(vectors)]
+            places = [e.b.add(e.b.mul(k, u_stride), e.i(j * LANES)) for j in range(vectors)]
+            factors = [read(e.at(u, place, size), mask) for place in places]
             result = []
             for t in range(tokens):
                 scalar = e.broadcast(e.load(e.at(inputs, e.i(t)), _F32))
@@ -241,7 +267,7 @@ def expand_tile(tokens: int, vectors: int, masked: bool) -> Any:
     return tile(10, emit)
 
 
-def dot_tile(components: int) -> Any:
+def dot_tile(components: int, int8: bool = False) -> Any:
     """Stage 1 for one token: ``z[list[i]] += V[i, :] x`` for some components.
 
     Arguments: address of V[first, 0], its row stride; columns; addresses of x, of z and of the int32 list entries.
@@ -250,11 +276,12 @@ def dot_tile(components: int) -> Any:
     def emit(builder: ir.IRBuilder, a: Any) -> None:
         e = Emitter(builder)
         v, v_stride, columns, x, z, entries = a
-        rows = [e.at(v, e.b.mul(v_stride, e.i(r))) for r in range(components)]
+        read, size = (e.bytes, 1) if int8 else (e.vector, 4)
+        rows = [e.at(v, e.b.mul(v_stride, e.i(r)), size) for r in range(components)]
 
         def step(at: Any, sums: list[Any], mask: Any) -> list[Any]:
             inputs = e.vector(e.at(x, at), mask)
-            return [e.fma(e.vector(e.at(rows[r], at), mask), inputs, sums[r]) for r in range(components)]
+            return [e.fma(read(e.at(rows[r], at, size), mask), inputs, sums[r]) for r in range(components)]
 
         whole = e.b.sdiv(columns, e.i(LANES))
         sums = e.loop(whole, [_ZERO] * components, lambda c, sums: step(e.b.mul(c, e.i(LANES)), sums, None))
@@ -268,3 +295,27 @@ def dot_tile(components: int) -> Any:
             e.store(e.b.fadd(e.load(target, _F32), e.total(sums[r])), target)
 
     return tile(6, emit)
+
+
+def widen_tile() -> Any:
+    """int8 to float32.
+
+    Arguments: address of the int8, their number, address of the float32.
+    """
+
+    def emit(builder: ir.IRBuilder, a: Any) -> None:
+        e = Emitter(builder)
+        source, count, target = a
+
+        def step(at: Any, mask: Any) -> list[Any]:
+            e.store_vector(e.bytes(e.at(source, at, 1), mask), e.at(target, at), mask)
+            return []
+
+        whole = e.b.sdiv(count, e.i(LANES))
+        done = e.b.mul(whole, e.i(LANES))
+        rest = e.b.sub(count, done)
+        mask = e.first_lanes(rest)
+        e.loop(whole, [], lambda c, _: step(e.b.mul(c, e.i(LANES)), None))
+        e.loop(e.b.select(e.b.icmp_signed(">", rest, e.i(0)), e.i(1), e.i(0)), [], lambda _, __: step(done, mask))
+
+    return tile(3, emit)

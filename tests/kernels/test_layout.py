@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gblr_plugin.errors import ConfigError
-from gblr_plugin.kernels.layout import pack, padded_entries, to_dense, unpack
+from gblr_plugin.kernels.layout import pack, padded_entries, quantize, to_dense, unpack
 from gblr_plugin.structure import Intervals, StructuredMatrix
 
 
@@ -67,6 +67,34 @@ def test_lists_are_the_components_that_meet_the_block() -> None:
         assert torch.equal(index[block.list_at : block.list_at + block.size].long(), expected)
         if block.first >= 0:
             assert torch.equal(expected, torch.arange(block.first, block.first + block.size))
+
+
+@pytest.mark.parametrize("blocks", [(16, 8), (7, 11), (0, 0)])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_int8_factors_are_the_nearest(blocks: tuple[int, int], splits: int) -> None:
+    original = matrix(splits=splits).live()
+    layout, values, index = pack(original, *blocks)
+    whole, scales = quantize(layout, values, index)
+    back = unpack(layout, whole, index, scales)
+    if blocks == (0, 0):
+        step = original.to_dense().abs().amax(1, keepdim=True) / 127
+        assert bool(((to_dense(layout, whole, index, scales) - original.to_dense()).abs() <= 0.501 * step).all())
+    else:
+        for mine, true in ((back.u, original.u), (back.v, original.v)):
+            # The scale of a component is shared out evenly: u and v come back up to one factor each.
+            largest = true.abs().amax(1, keepdim=True)
+            mine = mine / mine.abs().amax(1, keepdim=True) * largest
+            assert bool(((mine - true).abs() <= 0.501 * largest / 127).all())
+    torch.testing.assert_close(to_dense(layout, whole, index, scales), back.to_dense(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(to_dense(layout.t(), whole, index, scales), back.to_dense().t(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(pack(back, *blocks)[1].sign(), whole.sign().float())
+
+
+def test_int8_of_zero_factors_is_zero() -> None:
+    zeros = StructuredMatrix.from_factors(torch.zeros(3, 8), torch.zeros(3, 9))
+    layout, values, index = pack(zeros, 4, 4)
+    whole, scales = quantize(layout, values, index)
+    assert torch.equal(to_dense(layout, whole, index, scales), torch.zeros(8, 9))
 
 
 def test_dense_storage() -> None:

@@ -10,7 +10,7 @@ from torch.func import jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from gblr_plugin.kernels import compiled, product
-from gblr_plugin.kernels.layout import pack
+from gblr_plugin.kernels.layout import pack, quantize, to_dense
 from gblr_plugin.structure import Intervals, StructuredMatrix
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
@@ -83,6 +83,28 @@ def test_bfloat16_values(k: int, m: int, n: int, splits: int, blocks: tuple[int,
                 assert float((y - expected).norm()) <= 5e-3 * float(expected.norm())
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("blocks", [(16, 16), (64, 32), (33, 50)])
+@pytest.mark.parametrize(("k", "m", "n", "splits"), CASES)
+def test_int8_factors_multiply_as_the_matrix_they_stand_for(
+    k: int, m: int, n: int, splits: int, blocks: tuple[int, int], kernel: str
+) -> None:
+    layout, factors, lists = pack(matrix(k, m, n, splits), *blocks)
+    whole, scales = quantize(layout, factors, lists)
+    dense, bias = to_dense(layout, whole, lists, scales.double()), torch.randn(m, requires_grad=True)
+    for tokens in (0, 1, 3, 16, 37, 130):
+        for x in (torch.randn(tokens, n, requires_grad=True), torch.randn(n, tokens).t()):
+            expected = x.double() @ dense.t() + bias
+            with torch.no_grad():
+                y = product.linear(x, whole, lists, layout, bias, kernel, scales)
+                expected = expected.detach()
+            assert float((y - expected).norm()) <= 1e-5 * float(expected.norm())
+        x = torch.randn(tokens, n, requires_grad=True)
+        mine = torch.autograd.grad(product.linear(x, whole, lists, layout, bias, kernel, scales).square().sum(), x)
+        true = torch.autograd.grad((x.double() @ dense.t() + bias).square().sum(), x)
+        torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-4 * float(true[0].abs().max()) if tokens else 0.0)
+
+
 def test_bfloat16_on_odd_borders_takes_torch_operations() -> None:
     original = matrix(31, 57, 33, 3).to(torch.bfloat16)
     layout, factors, lists = pack(original, 16, 16)
@@ -101,6 +123,8 @@ def test_threads_share_the_work(threads: int, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(numba_cpu, "WORTH_THREADS", 0)
     original = matrix(31, 57, 33, 3)
     layout, factors, lists = pack(original, 16, 16)
+    whole, scales = quantize(layout, factors, lists)
+    rounded = to_dense(layout, whole, lists, scales)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -108,6 +132,8 @@ def test_threads_share_the_work(threads: int, monkeypatch: pytest.MonkeyPatch) -
             x, bias = torch.randn(tokens, 33), torch.randn(57)
             y = product.linear(x, factors, lists, layout, bias, "compiled")
             torch.testing.assert_close(y, x @ original.to_dense().t() + bias, rtol=1e-4, atol=1e-4)
+            y = product.linear(x, whole, lists, layout, bias, "compiled", scales)
+            torch.testing.assert_close(y, x @ rounded.t() + bias, rtol=1e-4, atol=1e-4)
     finally:
         torch.set_num_threads(before)
 
@@ -122,6 +148,7 @@ def test_the_operator_is_well_formed() -> None:
         factors,
         lists,
         torch.randn(57, requires_grad=True),
+        None,
         *sizes,
         layout.num_components,
         57,
