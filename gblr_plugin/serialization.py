@@ -122,8 +122,8 @@ def _is_sound(tensor: Any) -> bool:
     if not isinstance(tensor, GBLRTensor):
         return True
     layout, (m, n) = tensor.packing, tensor.packing.shape
-    int8 = tensor.factors.dtype == torch.int8
-    if int8 != (tensor.scales is not None) or (int8 and tensor.scales.shape != (layout.num_components,)):
+    int8, scales = tensor.factors.dtype == torch.int8, tensor.scales
+    if int8 != (scales is not None) or (scales is not None and scales.shape != (layout.num_components,)):
         return False
     if layout.dense:
         return not layout.transposed and tensor.factors.numel() == m * n
