@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._functorch._aot_autograd.subclass_parametrization import unwrap_tensor_subclass_parameters
 from torch.nn import functional as F
 from torch.testing._internal import common_utils
 from torch.utils.flop_counter import FlopCounterMode
@@ -268,16 +270,56 @@ def test_compile_without_graph_breaks() -> None:
         torch.testing.assert_close(compiled(x), module(x))
 
 
+def layers_of_all_kinds() -> nn.Module:
+    """A convolution, a packed projection, a float32 layer and an int8 one."""
+    model = nn.Sequential(
+        nn.Conv2d(6, 10, 3, padding=1), nn.Conv2d(10, 8, 1), nn.Flatten(), nn.Linear(72, 96), nn.Linear(96, 20)
+    )
+    for layer, splits, factor_dtype in (
+        (model[0], 1, None),
+        (model[1], 1, None),
+        (model[3], 3, None),
+        (model[4], 1, "int8"),
+    ):
+        shape = tuple(layer.weight.shape)
+        matrix = random_matrix(24, shape[0], layer.weight[0].numel(), splits=splits)
+        weight = GBLRTensor.from_structured(matrix, shape=shape, factor_dtype=factor_dtype)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    return model.eval()
+
+
 def test_exported_program_runs_without_the_package(tmp_path: Path) -> None:
-    model, x = nn.Sequential(linear_module()), torch.randn(9, 75)
+    model, x = layers_of_all_kinds(), torch.randn(9, 6, 3, 3)
     batch = torch.export.Dim("batch", min=2, max=4096)
-    program = torch.export.export(unwrap_tensor_subclass(copy.deepcopy(model)), (x,), dynamic_shapes=({0: batch},))
-    torch.testing.assert_close(program.module()(x[:5]), model(x[:5]))
+    plain = unwrap_tensor_subclass_parameters(copy.deepcopy(model))  # torchao's own does not know convolutions
+    program = torch.export.export(plain, (x,), dynamic_shapes=({0: batch},))
+    torch.testing.assert_close(program.module()(x[:5]), model(x[:5]), rtol=1e-4, atol=1e-3)
     torch.export.save(program, tmp_path / "model.pt2")
     torch.save((x[:3], model(x[:3]).detach()), tmp_path / "io.pt")
     code = (
         "import sys, torch; sys.modules['gblr_plugin'] = None; program = torch.export.load('model.pt2').module(); "
-        "x, y = torch.load('io.pt'); torch.testing.assert_close(program(x), y)"
+        "x, y = torch.load('io.pt'); torch.testing.assert_close(program(x), y, rtol=1e-4, atol=1e-3)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler to build the package with")
+def test_compiled_package_runs_without_the_package(tmp_path: Path) -> None:
+    module, x = nn.Linear(24, 20), torch.randn(9, 24)
+    module.weight = nn.Parameter(
+        GBLRTensor.from_structured(random_matrix(6, 20, 24), plan=Plan(16, 16)), requires_grad=False
+    )
+    with torch.no_grad():
+        program = torch.export.export(unwrap_tensor_subclass(copy.deepcopy(module)), (x,))
+        torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(tmp_path / "model.pt2"),
+            inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},  # the C++ compiler's time is the test's
+        )
+        torch.save((x, module(x).detach()), tmp_path / "io.pt")
+    code = (
+        "import sys, torch; sys.modules['gblr_plugin'] = None; run = torch._inductor.aoti_load_package('model.pt2'); "
+        "x, y = torch.load('io.pt'); torch.testing.assert_close(run(x), y, rtol=1e-4, atol=1e-4)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
 
