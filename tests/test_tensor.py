@@ -334,6 +334,20 @@ def test_flop_counter_counts_the_structured_product(splits: int) -> None:
     assert counter.get_total_flops() == 2 * 5 * matrix.stored
 
 
+def test_flop_counter_sees_through_gradients_and_compilers() -> None:
+    matrix, x = random_matrix(64, 192, 256, align=16), torch.randn(5, 256, requires_grad=True)
+    module = nn.Linear(256, 192)
+    module.weight = nn.Parameter(GBLRTensor.from_structured(matrix, plan=Plan(16, 16)), requires_grad=False)
+    with FlopCounterMode(display=False) as counter:
+        module(x).sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * 5 * matrix.stored
+    # torch runs compiled modules eagerly under a counter.
+    compiled = torch.compile(module)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        compiled(x)
+    assert counter.get_total_flops() == 2 * 5 * matrix.stored
+
+
 CONVOLUTIONS = [
     (nn.Conv2d, (3, 3), {"padding": 1}),
     (nn.Conv2d, (3, 2), {"stride": 2, "padding": (1, 0), "dilation": (1, 2)}),

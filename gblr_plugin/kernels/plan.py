@@ -141,6 +141,20 @@ def _memory(matrix: StructuredMatrix, rows: _Axis, cols: _Axis) -> float:
     return (item * (rows.entries + cols.entries) + 4 * words) / (item * max(matrix.stored, 1))
 
 
+def _all_full(matrix: StructuredMatrix) -> bool:
+    """Does every component cover both axes: a low-rank matrix."""
+    return matrix.num_components > 0 and all(
+        bool((axis.width == axis.length).all()) for axis in (matrix.rows, matrix.cols)
+    )
+
+
+def _whole_plan(matrix: StructuredMatrix) -> Plan:
+    """One block per axis (and row split), without padding."""
+    m, n = matrix.shape
+    cost = matrix.stored + CALL["blocks"] * (matrix.row_splits + 1)
+    return Plan(m // matrix.row_splits, n, ((BUCKETS[-1], "blocks"),), predicted=cost / (m * n))
+
+
 def candidates(matrix: StructuredMatrix, unit: int = 1, kernel: str | None = None) -> list[Plan]:
     """Block plans within the memory limit, cheapest first by the cost model; the leanest one if none is within it.
 
@@ -154,6 +168,9 @@ def candidates(matrix: StructuredMatrix, unit: int = 1, kernel: str | None = Non
     (m, n), item = matrix.shape, matrix.u.element_size()
     if kernel is None:
         kernel = "compiled" if available(matrix.u.device, matrix.u.dtype) else "blocks"
+    if _all_full(matrix) and (kernel == "blocks" or matrix.u.is_cuda):
+        # Two plain products per split; a library's are the fastest there are.
+        return [_whole_plan(matrix)]
     rows, cols = _axis(matrix.rows, matrix.row_splits, 1), _axis(matrix.cols, 1, unit)
     pairs = [(r, c) for r in rows for c in cols]
     lean = [pair for pair in pairs if _memory(matrix, *pair) <= MEMORY]

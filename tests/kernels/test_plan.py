@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gblr_plugin.errors import ConfigError
+from gblr_plugin.kernels import product
 from gblr_plugin.kernels.layout import pack
 from gblr_plugin.kernels.measure import interleaved_medians, measured_plan
 from gblr_plugin.kernels.plan import MEMORY, Plan, candidates, fixed_plan
@@ -57,6 +58,18 @@ def test_too_narrow_for_the_limit_takes_the_leanest() -> None:
     narrow = StructuredMatrix.from_factors(torch.randn(40, 128), torch.randn(40, 128), rows, cols)
     (plan,) = candidates(narrow)
     assert (plan.block_rows, plan.block_cols) == (16, 16)
+
+
+@pytest.mark.parametrize("sizes", [(12,), (4, 4, 4)])
+def test_full_widths_are_two_plain_products(sizes: tuple[int, ...]) -> None:
+    u, v = torch.randn(12, 96), torch.randn(12, 80)
+    low_rank = StructuredMatrix.from_factors(u, v, split_sizes=sizes)
+    (plan,) = candidates(low_rank, kernel="blocks")
+    layout, values, index = pack(low_rank, plan.block_rows, plan.block_cols)
+    assert (len(layout.row_blocks), len(layout.col_blocks), layout.padding) == (len(sizes), 1, 1.0)
+    x = torch.randn(7, 80)
+    y = product.linear(x, values, index, layout, None, plan.kernel(7))
+    torch.testing.assert_close(y, x @ low_rank.to_dense().t(), rtol=1e-4, atol=1e-4)
 
 
 def test_dense_where_factors_cost_no_less() -> None:
