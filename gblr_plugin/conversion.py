@@ -13,6 +13,7 @@ from .decomposition import initialise
 from .decomposition.anchor import anchored
 from .errors import ConfigError
 from .layers import GBLRLayer
+from .progress import track
 from .selection import select_layers
 from .structure import StructuredMatrix
 from .swap import can_gain, check_structurable, copy_hooks, replace_modules, structured_like, weight_matrix
@@ -96,9 +97,8 @@ def prepare_layers(model: nn.Module, settings: Mapping[str, LayerSettings]) -> d
         shape = tuple(weight_matrix(module).shape)
         raise ConfigError(f"layer {name!r}: a {shape[0]} x {shape[1]} weight is too small to gain from structure")
     layers: dict[str, GBLRLayer] = {}
-    for name, module in chosen.items():
-        if name not in kept:
-            layers[name] = structured_from(name, module, settings[name])
+    for name in track([name for name in chosen if name not in kept], "decomposing"):
+        layers[name] = structured_from(name, chosen[name], settings[name])
     for name, module in kept.items():
         module.gblr_note = TOO_SMALL  # type: ignore[assignment]  # a plain attribute
         _logger.warning("layer %r is too small to gain from structure and stays dense", name)

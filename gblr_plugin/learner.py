@@ -73,7 +73,8 @@ class StructureLearner:
 
     After each real optimizer step it turns its clock, sets the threshold (fixed lambda, or the one that meets the
     ramped budget), runs one fused prox-and-clip over all layers, and updates sigma. At the end of the ramp it settles
-    the widths on whole samples within the budget and freezes the structure as exact boxcars.
+    the widths on whole samples within the budget and freezes the structure as exact boxcars. Groups of layers that
+    begin within their budget keep the final sigma throughout.
 
     Args:
         layers: Structured layers by name. Layers that appear twice are counted once.
@@ -212,9 +213,21 @@ class StructureLearner:
     def _set_sigma(self) -> None:
         schedule = self.schedule or Schedule(0, 1, *self.sigmas)
         if not self.frozen:
-            sigma = schedule.sigma(self.progress)
-            for layer in self.layers.values():
-                layer.set_sigma(sigma)
+            sigma, sharpest = schedule.sigma(self.progress), schedule.sigma(1.0)
+            for layer, sharp in zip(self.layers.values(), self._sharp(), strict=True):
+                layer.set_sigma(sharpest if sharp else sigma)
+
+    def _sharp(self) -> list[bool]:
+        """Whether a layer's group began within its budget: smoothing such a start would only destroy it."""
+        if self._start_costs is None:
+            return [False] * len(self.layers)
+        starts, ends = self._zeros(), self._zeros()
+        for goal, layer, cost, group in zip(
+            self.goals.values(), self.layers.values(), self._start_costs, self._group_ids, strict=True
+        ):
+            starts[group] += cost
+            ends[group] += -math.inf if goal.budget is None else goal.budget * math.prod(layer.matrix_shape)
+        return [starts[group] <= ends[group] for group in self._group_ids]
 
     def _targets(self, device: torch.device) -> Tensor:
         """(G,) multiply-adds that each group may cost now."""

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
+from gblr_plugin.conversion import LayerSettings, prepare_layers
 from gblr_plugin.errors import ConfigError, GBLRError
 from gblr_plugin.learner import LayerGoal, StructureLearner
 from gblr_plugin.mask import gaudi_mask
@@ -489,3 +490,16 @@ def test_resume_of_a_compacted_run(stop):
     train(again[0], again[1], 30 - stop, first=stop)
     for (name, a), b in zip(model.named_parameters(), again[0].named_parameters(), strict=True):
         assert torch.equal(a, b[1]), name
+
+
+def test_a_start_within_its_budget_keeps_the_final_sigma() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 24))
+    x = torch.randn(5, 24)
+    layers = prepare_layers(model, {"0": LayerSettings("trapezoid", budget=0.5), "2": LayerSettings("svd")})
+    start = model(x)
+    learner = StructureLearner(layers, {name: LayerGoal(budget=0.5) for name in layers}, Schedule(2, 20))
+    learner.begin()
+    assert layers["0"].sigma == 100.0
+    assert layers["2"].sigma == 1.0
+    torch.testing.assert_close(model(x), start, rtol=1e-2, atol=1e-2)  # smoothed to sigma 1 it would be another network

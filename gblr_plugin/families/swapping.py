@@ -11,6 +11,7 @@ from torch import nn
 from ..conversion import check_untied, frozen_like
 from ..conversion import convert as convert_gblr
 from ..errors import ConfigError
+from ..progress import track
 from ..selection import select_layers
 from ..swap import can_gain, check_structurable, replace_modules, weight_matrix
 from .layers import FamilyLayer
@@ -66,9 +67,9 @@ def replace(
     else:
         budgets = kind.budgets({name: weight_matrix(module) for name, module in chosen.items()}, budget, **options)
     layers: dict[str, nn.Module] = {}
-    for name, module in chosen.items():
+    for name in track(list(chosen), "decomposing"):
         try:
-            layers[name] = kind.trainable(module, budgets[name], **options)
+            layers[name] = kind.trainable(chosen[name], budgets[name], **options)
         except ConfigError as error:
             raise ConfigError(f"layer {name!r}: {error}") from error
     replace_modules(model, {id(chosen[name]): layer for name, layer in layers.items()})

@@ -24,6 +24,7 @@ from ..families import FamilyLayer, convert
 from ..files import write_atomic, write_text
 from ..lightning import GBLRCallback
 from ..nni import LightningEvaluator, create_compressor
+from ..progress import shown_by
 from ..reporting import Report, report
 from ..serialization import load, read_file, save
 from ..tasks import get_task
@@ -211,7 +212,8 @@ class Job:
         for method in self.settings.methods:
             pl.seed_everything(1000 + seed)
             start = time.monotonic()
-            network = self._compress(method, copy.deepcopy(dense), seed)
+            with shown_by(lambda text, name=method.name: self._console.progress(f"seed {seed}  {name}  {text}")):  # type: ignore[misc]
+                network = self._compress(method, copy.deepcopy(dense), seed)
             self._record(method.name, network, data, start, seed)
 
     def _compressor(self, method: Method, network: nn.Module, seed: int) -> tuple[Any, ClassifierModule, GBLRCallback]:
