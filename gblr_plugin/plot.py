@@ -325,6 +325,14 @@ def _points(values: Sequence[Any]) -> tuple[list[float], list[float]]:
     return [float(step) for step, _ in pairs], [float(value) for _, value in pairs]
 
 
+def _room(values: Sequence[float]) -> tuple[float, float]:
+    """Limits that hold zero and all finite values, with air where a curve would lie on the edge."""
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min(0.0, *finite, 0.0), max(0.0, *finite, 0.0)
+    air = 0.06 * (high - low) or 1.0
+    return (low - air if low < 0 else 0.0), high + air
+
+
 def curves(source: Any, *, budget: float | None = None, title: str | None = None) -> Figure:
     """How the structure was learned, step by step.
 
@@ -365,7 +373,7 @@ def curves(source: Any, *, budget: float | None = None, title: str | None = None
             if short:
                 labels.append((short, (steps[-1], values[-1]), color))
         _title(axes, label)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(*_room([value for name in names for value in _points(history[name])[1]]))
         axes.set_xlim(0, end or 1)
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=_STEPS, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=_STEPS, integer=label == "live components"))

@@ -147,6 +147,22 @@ def test_curves_have_a_panel_per_quantity():
     assert figure.axes[3].lines[0].get_xdata().tolist() == [0, 1, 2]
 
 
+def test_curves_show_what_is_below_zero_and_stay_off_the_edge():
+    history = {
+        "live_components": [(0, 96), (10, 96), (20, 96)],
+        "lambda": [(0, 0.0), (10, 0.5), (20, -0.02)],
+        "sigma": [(0, 1.0), (10, 100.0), (20, float("inf"))],
+        "loss": [0.0, 0.0],
+    }
+    figure = plot.curves(history)
+    assert rendered(figure)
+    for axes, values in zip(figure.axes, ([96.0], [1.0, 100.0], [-0.02, 0.5], [0.0]), strict=True):
+        low, high = axes.get_ylim()
+        assert max(values) < high
+        assert low < min(values) if min(values) < 0 else low == 0
+        assert high - low < 1.2 * (max(values) - min(0.0, *values, 0.0)) or high == 1.0
+
+
 def test_curves_of_a_callback():
     class Trained:
         history = {"relative_flops": [(0, 1.0), (5, 0.5)]}

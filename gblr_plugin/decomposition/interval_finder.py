@@ -2,8 +2,8 @@ r"""The published starting point (Lee & Kim, ICLR 2024, appendix): intervals fro
 
 Rows that belong together correlate in W W^T and columns in W^T W. A row of either matrix, smoothed along the axis and
 thresholded, shows runs; the longest becomes a component's interval. Adam then lowers ||W - W_hat||_F^2 over factors,
-widths and locations through Gaudi masks, the widths being projected on the budget after each step. Kept for
-comparison: `pursuit` is better and much faster.
+widths and locations through Gaudi masks, the widths being projected on the budget after each step. Ours is the end:
+intervals are made exact and the row factors fitted to them. Kept for comparison: `pursuit` is better and much faster.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..mask import gaudi_mask, integer_locations, integer_widths
 from ..structure import Intervals, StructuredMatrix, multiply_adds
+from .joint import supported_solve
 from .problem import Problem
 from .triplets import singular_triplets
 
@@ -39,22 +40,22 @@ def _smooth_rows(gram: Tensor, anchors: Tensor) -> Tensor:
     return rows / rows.amax(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
 
 
-def _project_widths(widths: Tensor, lengths: Tensor, allowed: float) -> None:
-    """Lower all widths by one common amount, in place, so that sum(widths * lengths) is at most ``allowed``.
+def _cost(widths: Tensor, problem: Problem) -> int:
+    """Multiply-adds of (2, K) fractions, counted as the masks round them."""
+    grids = problem.rows, problem.cols
+    rows, cols = (integer_widths(part, grid.length, grid.tile) for part, grid in zip(widths, grids, strict=True))
+    return int(multiply_adds(rows, cols).sum())
 
-    Args:
-        widths: (2, K) fractions in [0, 1].
-        lengths: (2, 1) axis lengths.
-        allowed: Multiply-adds to spend.
-    """
-    if float((widths * lengths).sum()) <= allowed:
+
+def _project_widths(widths: Tensor, problem: Problem) -> None:
+    """Lower all widths, (2, K) fractions in [0, 1], by the least common amount that meets the budget, in place."""
+    if _cost(widths, problem) <= problem.allowed:
         return
     low, high = 0.0, 1.0
-    for _ in range(30):
+    for _ in range(20):
         middle = (low + high) / 2
-        low, high = (
-            (middle, high) if float(((widths - middle).clamp(min=0) * lengths).sum()) > allowed else (low, middle)
-        )
+        over = _cost((widths - middle).clamp(min=0), problem) > problem.allowed
+        low, high = (middle, high) if over else (low, middle)
     widths.sub_(high).clamp_(min=0)
 
 
@@ -81,7 +82,7 @@ def interval(problem: Problem, steps: int = 1000, lr: float = 5e-3) -> Structure
     for _ in range(20):  # the threshold at which the runs cost what is allowed
         middle = (low + high) / 2
         runs = [longest_run(part >= middle) for part in smooth]
-        spent = int(multiply_adds(runs[0][0], runs[1][0]).sum())
+        spent = _cost(torch.stack([run[0] for run in runs]) / lengths, problem)
         low, high = (middle, high) if spent > problem.allowed else (low, middle)
     runs = [longest_run(part >= high) for part in smooth]
 
@@ -105,13 +106,17 @@ def interval(problem: Problem, steps: int = 1000, lr: float = 5e-3) -> Structure
         optimizer.step()
         with torch.no_grad():
             widths.clamp_(0, 1)
-            _project_widths(widths, lengths.float(), problem.allowed)
+            _project_widths(widths, problem)
             locations.sub_(locations.floor())
     return _frozen(u.detach().double(), v.detach().double(), widths.detach(), locations.detach(), problem)
 
 
 def _frozen(u: Tensor, v: Tensor, widths: Tensor, locations: Tensor, problem: Problem) -> StructuredMatrix:
-    """Whole intervals within the budget: rounding may overspend, so the components that carry least are dropped."""
+    """Whole intervals within the budget, and the best row factors for them.
+
+    Masks were smooth, and components may have to go for the budget's sake; what is left would no longer add up to the
+    weight, and could be further from it than zero is.
+    """
     m, n = problem.weight.shape
     tiles = problem.rows.tile, problem.cols.tile
     rows, cols = (
@@ -123,5 +128,8 @@ def _frozen(u: Tensor, v: Tensor, widths: Tensor, locations: Tensor, problem: Pr
     cost = multiply_adds(rows.width, cols.width)
     energy = (u * rows.support()).square().sum(1) * (v * cols.support()).square().sum(1)
     order = torch.argsort(energy / cost.clamp(min=1), descending=True, stable=True)
-    kept = order[cost[order].cumsum(0) <= problem.allowed].sort().values
-    return StructuredMatrix.from_factors(u[kept], v[kept], rows.select(kept), cols.select(kept)).live()
+    kept = order[(cost[order].cumsum(0) <= problem.allowed) & (cost[order] > 0)].sort().values
+    rows, cols, v = rows.select(kept), cols.select(kept), v[kept] * cols.support()[kept]
+    whitened = problem.metric.whiten(v)
+    u, _ = supported_solve(whitened @ whitened.T, whitened @ problem.metric.whiten(problem.weight).T, rows.support())
+    return StructuredMatrix.from_factors(u, v, rows, cols).live()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from gblr_plugin.decomposition.interval_finder import interval, longest_run
@@ -28,3 +29,18 @@ def test_budget_is_kept_and_steps_lower_the_error() -> None:
         assert 0.5 * task.allowed < found.stored <= task.allowed
         errors.append(task.error(found))
     assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize(("align", "budget", "steps"), [(16, 0.1, 1), (16, 0.3, 120), (8, 0.3, 300)])
+def test_tiles_start_with_components_and_never_end_worse_than_zero(align: int, budget: float, steps: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(56, 90, generator=g).double()  # neither is whole tiles of 16
+    metric = Metric.from_moment((inputs := torch.randn(300, 90, generator=g).double()).T @ inputs)
+    task = Problem(weight, int(budget * 56 * 90), Grid(56, align), Grid(90, align), 56, metric, 0)
+    found = interval(task, steps=steps)
+    assert found.num_components > 1
+    assert 0.5 * task.allowed < found.stored <= task.allowed
+    assert task.error(found) < 0.999
+    for part, length in ((found.rows, 56), (found.cols, 90)):
+        assert bool(((part.width % align == 0) | (part.width == length)).all())
+        assert bool((part.start % align == 0).all())
