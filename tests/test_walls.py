@@ -9,7 +9,7 @@ import gblr_plugin
 
 PACKAGE = Path(gblr_plugin.__file__).parent
 ROOMS = [
-    {"errors", "files", "mask", "structure"},
+    {"errors", "files", "mask", "progress", "structure"},
     {"kernels"},
     {"blockwise", "budget", "decomposition", "layers", "learner", "optim", "proximal", "schedule", "swap", "tensor"},
     {"config", "conversion", "families", "reporting", "selection", "serialization"},
