@@ -79,7 +79,11 @@ def random_structure(
 
 @torch.no_grad()
 def speed(
-    matrix: StructuredMatrix, tokens: int, plan: str = "fixed", seconds: float = 0.3
+    matrix: StructuredMatrix,
+    tokens: int,
+    plan: str = "fixed",
+    seconds: float = 0.3,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, float, GBLRTensor]:
     """Median times of one dense and one structured ``F.linear``, in seconds, on the device of the matrix.
 
@@ -88,6 +92,7 @@ def speed(
         tokens: Rows of the input.
         plan: ``"fixed"`` or ``"auto"``.
         seconds: About how long to spend on each.
+        clock: Where the time comes from.
 
     Returns:
         (dense, structured, the weight used).
@@ -98,7 +103,7 @@ def speed(
     def call(w: Tensor) -> Callable[[], object]:
         return lambda: F.linear(x, w)
 
-    times = interleaved_medians([call(dense), call(weight)], dense.device, seconds)
+    times = interleaved_medians([call(dense), call(weight)], dense.device, seconds, clock=clock)
     return times[0], times[1], weight
 
 
@@ -147,6 +152,10 @@ BFLOAT16, VIT, GPT2 = 0.7, 2.2, 1.6
 GPT2_FLOPS = 0.437  # over all linear layers of the blocks, attention's output projection left dense
 
 
+def _clock(options: argparse.Namespace) -> Callable[[], float]:
+    return time.process_time if options.cpu_time else time.perf_counter
+
+
 def _product_rows(
     section: str, shapes: list[tuple[int, int]], tokens: list[int], options: argparse.Namespace, dtype: torch.dtype
 ) -> Iterator[Row]:
@@ -156,7 +165,7 @@ def _product_rows(
         for align in options.align if section == "products" else [32]:
             matrix = random_structure(m, n, options.relative_flops, align, dtype=dtype).to(device)
             for count in tokens:
-                dense, ours, weight = speed(matrix, count, options.plan, options.seconds)
+                dense, ours, weight = speed(matrix, count, options.plan, options.seconds, _clock(options))
                 memory = weight.nbytes_stored / (matrix.stored * weight.factors.itemsize)
                 goal, kind = None, "one token" if count == 1 else "16 and more tokens" if count >= 16 else "few tokens"
                 if judged and section == "bfloat16":
@@ -208,7 +217,9 @@ def _vit_rows(options: argparse.Namespace) -> Iterator[Row]:
             def call(network: ViT, images: Tensor = images) -> Callable[[], object]:
                 return lambda: network(images)
 
-            times = interleaved_medians([call(dense), call(ours)], images.device, options.seconds)
+            times = interleaved_medians(
+                [call(dense), call(ours)], images.device, options.seconds, clock=_clock(options)
+            )
             speedup = times[0] / times[1]
             name = f"ViT-B/16 shape, batch {batch}"
             goal = None if options.quick or options.relative_flops != 0.25 else VIT
@@ -229,7 +240,9 @@ def _gpt2_rows(options: argparse.Namespace) -> Iterator[Row]:
             def call(network: GPT, head: bool = head) -> Callable[[], object]:
                 return lambda: network.decode(start, tokens, head=head)
 
-            times = interleaved_medians([call(dense), call(ours)], torch.device("cpu"), options.seconds)
+            times = interleaved_medians(
+                [call(dense), call(ours)], torch.device("cpu"), options.seconds, clock=_clock(options)
+            )
             times = [taken / tokens for taken in times]
             name = "GPT-2 shape, a token" + ("" if head else ", blocks")
             goal = None if options.quick else GPT2
@@ -276,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plan", choices=("fixed", "auto"), default="fixed")
     parser.add_argument("--seconds", type=float, default=0.3, help="time spent on each entry")
     parser.add_argument("--quick", action="store_true", help="small sizes: does everything run; no goals")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds instead of wall time, for a busy machine")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait before a section for a quiet machine")
     return parser
@@ -328,6 +342,7 @@ def _run(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     title = f"torch {torch.__version__}, {name}, {options.threads} threads, plan {options.plan}"
+    title += ", CPU time" if options.cpu_time else ""
     print(title)
     rows: list[Row] = []
     loads: dict[str, tuple[float, float]] = {}

@@ -71,7 +71,7 @@ def test_summary_names_the_worst_case() -> None:
 
 
 def test_every_section_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--quick", "--seconds", "0", "--align", "32", "--threads", "1", "--wait", "0"]) == 0
+    assert main(["--quick", "--cpu-time", "--seconds", "0", "--align", "32", "--threads", "1", "--wait", "0"]) == 0
     out = capsys.readouterr().out
     for name in (
         "256x384, 16 tokens",
