@@ -293,12 +293,12 @@ def test_exported_program_runs_without_the_package(tmp_path: Path) -> None:
     batch = torch.export.Dim("batch", min=2, max=4096)
     plain = unwrap_tensor_subclass_parameters(copy.deepcopy(model))  # torchao's own does not know convolutions
     program = torch.export.export(plain, (x,), dynamic_shapes=({0: batch},))
-    torch.testing.assert_close(program.module()(x[:5]), model(x[:5]), rtol=1e-4, atol=1e-3)
+    assert relative_error(program.module()(x[:5]), model(x[:5]).double()) < 1e-5
     torch.export.save(program, tmp_path / "model.pt2")
     torch.save((x[:3], model(x[:3]).detach()), tmp_path / "io.pt")
     code = (
         "import sys, torch; sys.modules['gblr_plugin'] = None; program = torch.export.load('model.pt2').module(); "
-        "x, y = torch.load('io.pt'); torch.testing.assert_close(program(x), y, rtol=1e-4, atol=1e-3)"
+        "x, y = torch.load('io.pt'); assert (program(x) - y).norm() < 1e-5 * y.norm()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
 
