@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -51,6 +52,19 @@ def test_pictures_are_small_and_shown():
     pictures = list((ROOT / "docs" / "images").iterdir())
     assert pictures
     for picture in pictures:
-        assert picture.suffix == ".png"
-        assert picture.stat().st_size < 150_000, picture.name
+        most = {".png": 150_000, ".svg": 20_000}
+        assert picture.suffix in most
+        assert picture.stat().st_size < most[picture.suffix], picture.name
         assert f"images/{picture.name})" in text, f"{picture.name} is shown nowhere"
+
+
+def test_drawings_stand_alone_and_follow_the_theme():
+    drawings = sorted((ROOT / "docs" / "images").glob("*.svg"))
+    assert drawings
+    for drawing in drawings:
+        root = ElementTree.parse(drawing).getroot()
+        assert root.find("{*}title") is not None, f"{drawing.name} has no title"
+        text = drawing.read_text("utf-8")
+        assert "prefers-color-scheme: dark" in text
+        assert "<script" not in text
+        assert re.findall(r"(?:href|src)=|https?://(?!www\.w3\.org/)", text) == []

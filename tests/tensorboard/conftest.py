@@ -185,6 +185,13 @@ class TrainedLog:
     relative_flops: list[float]
     structures: dict[str, list[StructuredMatrix]]
 
+    def shares(self, layer: str) -> list[float]:
+        """Relative FLOPs of a layer at each step, counted over its components (while it trains, they may exceed 1)."""
+        return [
+            int(matrix.component_multiply_adds.sum()) / (matrix.shape[0] * matrix.shape[1])
+            for matrix in self.structures[layer]
+        ]
+
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedLog:

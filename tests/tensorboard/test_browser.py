@@ -27,7 +27,7 @@ from gblr_plugin.tensorboard.plugin import GBLRPluginLoader
 pytestmark = pytest.mark.browser
 
 HOSTILE_RUN = "<img src=x onerror=window.hacked=1>"
-HOSTILE_LAYER = '"><script>window.hacked=1</script>.0.<b>fc</b>'
+HOSTILE_LAYER = '"><script>window.hacked=1</script>.0.<b>fc</b>\x1b\u202e'  # ends with what XML cannot hold
 
 
 def serve(folder: Path) -> str:
@@ -188,7 +188,7 @@ def test_overview_sorts_groups_and_follows_the_slider(tab: Any, trained: Any) ->
     assert blocks == ["0", "1"]
     choose(tab, "Sort by", "flops")
     view(tab, "none")
-    final = {name: matrices[-1].relative_flops for name, matrices in trained.structures.items()}
+    final = {name: trained.shares(name)[-1] for name in trained.structures}
     expected = sorted(final, key=lambda name: -final[name])
     tab.wait("return document.querySelectorAll('.block').length === 0")
     assert [final[name] for name in tab.run(names)] == [final[name] for name in expected]
@@ -202,7 +202,7 @@ def test_overview_sorts_groups_and_follows_the_slider(tab: Any, trained: Any) ->
     tab.wait(total, first)
     widths = tab.run("return [...document.querySelectorAll('.bar .fill')].map((b) => b.getBoundingClientRect().width)")
     dense = tab.run("return document.querySelector('.bar .dense').getBoundingClientRect().width")
-    starts = [trained.structures[name][0].relative_flops for name in tab.run(names)]
+    starts = [trained.shares(name)[0] for name in tab.run(names)]
     assert [width / dense for width in widths] == pytest.approx(starts, abs=0.01)
 
 
@@ -400,6 +400,16 @@ def test_hostile_names_and_broken_records(browser: Any, tmp_path: Path, log_byte
         assert browser.run("return document.querySelectorAll('.app script, .app img, .app b').length") == 0
     browser.run("return new Promise((resolve) => setTimeout(resolve, 50))")
     assert browser.run("return window.hacked") is None
+
+
+def test_a_download_that_fails_says_so(tab: Any) -> None:
+    tab.run(
+        "URL.createObjectURL = () => { throw new Error('<b>disk full</b>'); };"
+        "document.querySelector('[data-save=csv]').click()"
+    )
+    tab.wait("return document.querySelector('.banner').textContent.includes('not saved: <b>disk full</b>')")
+    tab.run("document.querySelector('[data-value=time]').click()")
+    tab.wait("return document.querySelector('.banner').textContent === ''")
 
 
 def test_nothing_readable_is_explained(browser: Any, tmp_path: Path, log_bytes: Callable[..., None]) -> None:

@@ -41,9 +41,9 @@ function cell(value) {
 
 export const csvText = (rows) => rows.map((row) => row.map(cell).join(',')).join('\n') + '\n';
 
-/** Buttons that save what a view shows; `view` has figure() -> SVG, table() -> rows and fileName(), and may load more first in prepare(). */
+/** Buttons that save what a view shows; `view` has figure() -> SVG, table() -> rows and fileName(), may load more first in prepare(), and tells its app of failures. */
 export function downloads(view) {
-  const guarded = (action) => async () => {
+  const write = async (action) => {
     await view.prepare?.();
     const root = action === 'csv' ? null : view.figure();
     const name = safeFileName(view.fileName());
@@ -51,6 +51,7 @@ export function downloads(view) {
     else if (action === 'svg') save(new Blob([svgText(root)], { type: 'image/svg+xml' }), `${name}.svg`);
     else save(await rasterise(root), `${name}.png`);
   };
+  const guarded = (action) => () => write(action).catch((error) => view.app.fail(`${action.toUpperCase()} was not saved: ${error.message}`));
   return h(
     'div',
     { class: 'downloads', role: 'group', 'aria-label': 'Download' },

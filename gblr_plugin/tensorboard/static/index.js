@@ -154,6 +154,12 @@ class App {
     this.drawBanner();
   }
 
+  /** Says what went wrong until something else is shown. */
+  fail(text) {
+    this.failure = text;
+    this.drawBanner();
+  }
+
   nothing() {
     return h('div', { class: 'card nothing' },
       h('h2', {}, this.runs.length ? 'No readable GBLR records' : 'No GBLR records yet'),

@@ -69,6 +69,9 @@ export class CanvasPen {
   }
 }
 
+// XML has no way to write most control characters: one in a name would make the whole file unreadable.
+const UNWRITABLE = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\ud800-\udfff\ufffe\uffff]/gu;
+
 let clips = 0;
 
 export class SvgPen {
@@ -113,7 +116,7 @@ export class SvgPen {
 
   text(x, y, text, { fill, size = 11, align = 'start', weight = 400 } = {}) {
     const props = { x, y, fill, 'font-size': size, 'text-anchor': align, 'dominant-baseline': 'central', 'font-weight': weight };
-    return this.add(svg('text', props, text));
+    return this.add(svg('text', props, text.replace(UNWRITABLE, '\ufffd')));
   }
 
   image(picture, x, y, width, height) {
