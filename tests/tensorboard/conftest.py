@@ -122,7 +122,7 @@ class Browser:
     def key(self, *keys: str) -> None:
         """Press and release keys, one after the other; names as in the DevTools protocol."""
         for key in keys:
-            text = {"text": key} if len(key) == 1 else {}
+            text = {"text": "\r" if key == "Enter" else key} if len(key) == 1 or key == "Enter" else {}
             self.devtools("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, **_key_code(key), **text)
             self.devtools("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, **_key_code(key))
 
@@ -158,7 +158,7 @@ class Browser:
 
 
 def _key_code(key: str) -> dict[str, int]:
-    codes = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Home": 36, "Tab": 9}
+    codes = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Home": 36, "Tab": 9, "Enter": 13}
     return {"windowsVirtualKeyCode": codes[key]} if key in codes else {}
 
 

@@ -279,6 +279,20 @@ def test_keyboard_alone_drives_map_and_slider(tab: Any, trained: Any) -> None:
         raise AssertionError("Tab does not reach the downloads")
 
 
+def test_opening_a_layer_keeps_the_keyboard_in_place(tab: Any) -> None:
+    chosen = "return document.activeElement.closest('.field')?.firstElementChild.textContent === 'Layer'"
+    tab.run("document.querySelectorAll('button.layer')[1].focus()")
+    tab.key("Enter")
+    tab.wait("return document.querySelector('.pane strong')?.textContent.startsWith('0.2,')")
+    tab.wait(chosen)
+    choose(tab, "Layer", "")
+    tab.wait("return document.querySelectorAll('.thumb').length === 4")
+    tab.run("document.querySelectorAll('.thumb')[2].focus()")
+    tab.key("Enter")
+    tab.wait("return document.querySelector('.pane strong')?.textContent.startsWith('1.0,')")
+    tab.wait(chosen)
+
+
 def test_playing_runs_through_learning(tab: Any) -> None:
     open_layer(tab, "1.0")
     tab.run(

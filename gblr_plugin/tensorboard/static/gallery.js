@@ -57,7 +57,7 @@ export class Gallery {
     const short = block && shape.name.startsWith(`${block}.`) ? shape.name.slice(block.length + 1) : shape.name;
     const element = h(
       'button',
-      { type: 'button', class: 'thumb', 'data-layer': shape.name, title: shape.name, on: { click: () => this.app.set({ layer: shape.name }) } },
+      { type: 'button', class: 'thumb', 'data-layer': shape.name, title: shape.name, on: { click: () => this.app.openLayer({ layer: shape.name }) } },
       canvas,
       h('span', { class: 'name' }, h('bdi', {}, short)),
       share,

@@ -68,6 +68,12 @@ class App {
     return this.update();
   }
 
+  /** Shows a layer; what was pressed is gone then, so the keyboard goes on at the choice of layers. */
+  async openLayer(change) {
+    await this.set({ view: 'structure', ...change });
+    this.views.structure.layer.input.focus();
+  }
+
   selectedRuns() {
     const readable = this.runs.filter((run) => run.steps.length);
     const { runs } = this.state;

@@ -196,7 +196,8 @@ export class Overview {
 
   openLayer(row) {
     const at = row.entries.findIndex((entry) => entry);
-    this.app.set({ view: 'structure', layer: row.name, run: row.entries.some((e, i) => e && this.shown[i].run === this.app.state.run) ? this.app.state.run : this.shown[at].run });
+    const run = row.entries.some((entry, i) => entry && this.shown[i].run === this.app.state.run) ? this.app.state.run : this.shown[at].run;
+    this.app.openLayer({ layer: row.name, run });
   }
 
   // -- downloads ---------------------------------------------------------------------------------------------------
