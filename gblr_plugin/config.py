@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
-from torchao.core.config import AOBaseConfig
-from torchao.quantization.transform_module import register_quantize_module_handler
 
 from .conversion import TOO_SMALL, LayerSettings, frozen_like, structured_from
 from .decomposition import METHODS, decompose
 from .errors import ConfigError
 from .layers import GBLRLayer
+from .quiet import quiet_import
 from .swap import can_gain, check_structurable, structurable, weight_matrix
 from .tensor import FACTOR_DTYPES, GBLRTensor
+
+with quiet_import("gblr_plugin.GBLRConfig", "torchao 0.18"):
+    from torchao.core.config import AOBaseConfig
+    from torchao.quantization.transform_module import register_quantize_module_handler
 
 __all__ = ["GBLRConfig"]
 

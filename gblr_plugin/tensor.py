@@ -8,20 +8,23 @@ from math import prod
 from typing import Any, ClassVar, NoReturn
 
 import torch
-import torchao.core.config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torchao.quantization import Int8WeightOnlyConfig, PerRow
-from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER, register_quantize_module_handler
-from torchao.utils import TorchAOBaseTensor
 
 from .errors import ConfigError, GBLRError
 from .kernels import product
 from .kernels.layout import Block, Layout, pack, quantize, to_dense, unpack
 from .kernels.measure import measured_plan
 from .kernels.plan import BUCKETS, Plan, fixed_plan
+from .quiet import quiet_import
 from .structure import StructuredMatrix
+
+with quiet_import("gblr_plugin.GBLRTensor", "torchao 0.18"):  # it lists the libraries that it cannot load
+    import torchao.core.config
+    from torchao.quantization import Int8WeightOnlyConfig, PerRow
+    from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER, register_quantize_module_handler
+    from torchao.utils import TorchAOBaseTensor
 
 __all__ = ["GBLRTensor"]
 

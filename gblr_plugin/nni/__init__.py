@@ -5,7 +5,7 @@ Importing this package imports NNI 3.0 (quietly) and registers the structured la
 
 from __future__ import annotations
 
-from ._quiet import quiet_import
+from ..quiet import quiet_import
 
 with quiet_import("gblr_plugin.nni", needs="nni (pip install 'nni>=3.0')"):
     from .compressors import compressor_names, create_compressor, register_compressor
