@@ -103,6 +103,19 @@ def test_sampled_logs_show_what_was_kept(trained: Any, client_of: Callable[..., 
         assert answer["step"] <= max(step, run["steps"][0])
 
 
+def test_merged_folders(trained: Any, tmp_path: Path, client_of: Callable[..., Client]) -> None:
+    """Logs of several trainings below one folder, or linked into it from elsewhere, are runs of one tab."""
+    (tmp_path / "elsewhere").symlink_to(trained.folder, target_is_directory=True)
+    with SummaryWriter(str(tmp_path / "here" / "seed 1")) as writer:
+        write_structure(writer, {"a": low_rank()}, 3)
+    client = client_of(tmp_path)
+    found = {run["run"]: run["steps"] for run in get(client, "runs")["runs"]}
+    assert found == {"elsewhere/trained": trained.steps, "here/seed 1": [3]}
+    for run, layer in (("elsewhere/trained", "0.0"), ("here/seed 1", "a")):
+        assert get(client, "layer", run=run, layer=layer)["structure"] is not None
+    assert get(client, "layer", 400, run="here/seed 1", layer="0.0")["error"]
+
+
 @pytest.mark.parametrize(
     ("route", "params", "message"),
     [
