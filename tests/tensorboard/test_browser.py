@@ -323,6 +323,34 @@ def test_compare_steps_and_layers(tab: Any, trained: Any) -> None:
     keep(tab, "compare")
 
 
+def test_several_runs_side_by_side(browser: Any, tmp_path: Path) -> None:
+    full = StructuredMatrix.from_factors(torch.ones(1, 8), torch.ones(1, 8))
+    rows = Intervals(torch.tensor([4]), torch.tensor([2]), 8)
+    block = StructuredMatrix.from_factors(torch.ones(1, 8), torch.ones(1, 8), rows, rows)
+    for run, matrix in (("all", full), ("block", block)):
+        with SummaryWriter(str(tmp_path / run)) as writer:
+            write_structure(writer, {"a.0.fc": matrix}, 5, budget=0.5)
+    open_tab(browser, serve(tmp_path))
+    totals = "return [...document.querySelectorAll('[data-total=flops]')].map((t) => t.textContent)"
+    assert browser.run(totals) == ["25.0%", "12.5%"]
+    widths = "return [...document.querySelectorAll('.layer .fill')].map((b) => b.style.width)"
+    assert browser.run(widths) == ["25%", "12.5%"]
+    view(browser, "structure")
+    open_layer(browser, "a.0.fc")
+    choose(browser, "Compare with", "run")
+    browser.wait("return document.querySelectorAll('.pane').length === 3")
+    titles = browser.run("return [...document.querySelectorAll('.pane strong')].map((t) => t.textContent)")
+    assert titles[:2] == ["a.0.fc, all, step 5", "a.0.fc, block, step 5"]
+    everywhere = [(row, col) for row in range(8) for col in range(8)]
+    changed = map_pixels(browser, everywhere, (8, 8), pane=2)
+    inside = {pixel for place, pixel in zip(everywhere, changed, strict=True) if all(2 <= at < 6 for at in place)}
+    outside = {pixel for place, pixel in zip(everywhere, changed, strict=True) if not all(2 <= at < 6 for at in place)}
+    assert (len(inside), len(outside), len(inside | outside)) == (1, 1, 2)
+    view(browser, "overview")
+    browser.run("document.querySelector('.chip input[data-run=all]').click()")
+    browser.wait(f"return JSON.stringify((() => {{ {totals} }})()) === '[\"12.5%\"]'")
+
+
 def test_clicking_a_curve_moves_the_slider(tab: Any, trained: Any) -> None:
     view(tab, "time")
     tab.wait("return document.querySelector('.curves svg')")
