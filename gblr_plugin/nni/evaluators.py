@@ -44,6 +44,18 @@ def _for_either(name: str) -> Callable[..., Any]:
     return copied
 
 
+def _is_traced(instance: Any) -> bool:
+    """Whether an object was made through ``nni.trace``.
+
+    NNI hangs its properties on the class of what it traces first, so that later objects of that class which were not
+    traced have the properties but not what they read.
+    """
+    try:
+        return bool(is_traceable(instance))
+    except KeyError:
+        return False
+
+
 class LightningEvaluator(_NNILightningEvaluator):
     """NNI's LightningEvaluator for Lightning 2.x, as ``pytorch_lightning`` or ``lightning.pytorch``.
 
@@ -60,7 +72,7 @@ class LightningEvaluator(_NNILightningEvaluator):
         for what, given, kind in (("trainer", trainer, "Trainer"), ("data_module", data_module, "LightningDataModule")):
             if not isinstance(given, getattr(_EITHER, kind)):
                 raise ConfigError(f"evaluator: {what} must be a Lightning {kind}, got a {type(given).__name__}")
-            if not is_traceable(given):
+            if not _is_traced(given):
                 raise ConfigError(
                     f"evaluator: make the {what} with nni.trace({type(given).__name__})(...): NNI makes it anew"
                 )

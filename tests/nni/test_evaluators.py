@@ -220,6 +220,13 @@ def test_nnis_own_evaluator_works_where_it_works_at_all(pl: Any, lit: Lightning)
     assert pruner.learner.frozen
 
 
+_TRACE = ("trace_copy", "trace_symbol", "trace_args", "trace_kwargs")
+
+
+def _read_nothing(instance: Any) -> Any:
+    return instance.__dict__["_nni_symbol"]
+
+
 def test_what_is_not_traced_is_refused(pl: Any, lit: Lightning) -> None:
     with pytest.raises(ConfigError, match=r"make the trainer with nni.trace"):
         LightningEvaluator(
@@ -228,5 +235,9 @@ def test_what_is_not_traced_is_refused(pl: Any, lit: Lightning) -> None:
     trainer = nni.trace(pl.Trainer)(logger=False, enable_progress_bar=False, accelerator="cpu")
     with pytest.raises(ConfigError, match=r"make the data_module with nni.trace"):
         LightningEvaluator(trainer, lit.data())
+    # NNI leaves properties on a class that it has traced an object of; that makes other objects no more traced.
+    marked = type("Marked", (lit.data,), {name: property(_read_nothing) for name in _TRACE})
+    with pytest.raises(ConfigError, match=r"make the data_module with nni.trace"):
+        LightningEvaluator(trainer, marked())
     with pytest.raises(ConfigError, match=r"trainer must be a Lightning Trainer, got a int"):
         LightningEvaluator(3, lit.data())
