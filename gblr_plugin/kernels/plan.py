@@ -21,7 +21,7 @@ BLOCKS = (16, 32, 64, 128, 256, 512)
 BUCKETS = (1, 4, 16, 64, 256, 1024)  # tokens; a kernel is chosen for each
 MEMORY = 1.15  # bytes of a layout over those of the bare factors
 # Costs in multiply-adds: moving one element of z, and one more block per token (about 10 us a call at 256 tokens).
-MOVE = {"compiled": 2.0, "blocks": 8.0}
+MOVE = {"compiled": 1.0, "blocks": 8.0}
 CALL = {"compiled": 50.0, "blocks": 2000.0}
 
 
