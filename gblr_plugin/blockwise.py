@@ -309,10 +309,10 @@ def block_linear(
         and their gradients reduced, on active blocks only.
     """
     flat = x.reshape(-1, x.shape[-1])
-    y = cast(Tensor, _BlockLinear.apply(flat, u, v, widths, locations, bias, rows, cols))  # type: ignore[no-untyped-call]
+    y = cast(Tensor, _BlockLinear.apply(flat, u, v, widths, locations, bias, rows, cols))  # type: ignore[no-untyped-call]  # torch's, untyped
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def block_dense(u: Tensor, v: Tensor, rows: MaskedAxis) -> Tensor:
     """The (m, n) matrix of factors already masked, skipping inactive row blocks; differentiable once."""
-    return cast(Tensor, _BlockDense.apply(u, v, rows.blocks))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _BlockDense.apply(u, v, rows.blocks))  # type: ignore[no-untyped-call]  # torch's, untyped

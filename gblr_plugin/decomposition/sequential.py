@@ -271,7 +271,7 @@ def _fit(
     cross, square = moments.second()
     target = corrected_target(weight, cross, square, damping) if sequential else weight.double()
     matrix = decompose(target, budget, calibration=square, damping=damping, **settings).to(weight.dtype)
-    present: Tensor | None = None if module.bias is None else module.bias.detach()  # type: ignore[operator]
+    present: Tensor | None = None if module.bias is None else module.bias.detach()  # type: ignore[operator]  # a tensor
     bias = corrected_bias(present, weight, matrix.to_dense(), *moments.mean)
     shift = bias if present is None else bias - present.double()
     return matrix, bias.to(weight.dtype), shift

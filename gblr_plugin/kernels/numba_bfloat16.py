@@ -25,12 +25,12 @@ _pairs = pair_tile()
 
 
 @njit(nogil=True)
-def _size(left):  # type: ignore[no-untyped-def]
+def _size(left):
     return 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
 
 
 @njit(nogil=True)
-def _pack(x, x_row, tokens, tiles, pairs, packed):  # type: ignore[no-untyped-def]
+def _pack(x, x_row, tokens, tiles, pairs, packed):
     """Rows of x into (tiles, pairs, 16) words; lanes beyond the tokens are zero."""
     for tile in range(tiles):
         for lane in range(LANES):
@@ -40,7 +40,7 @@ def _pack(x, x_row, tokens, tiles, pairs, packed):  # type: ignore[no-untyped-de
 
 
 @njit(nogil=True)
-def _stage_one(factors, lists, table, blocks, x, pairs, z, num, tiles):  # type: ignore[no-untyped-def]
+def _stage_one(factors, lists, table, blocks, x, pairs, z, num, tiles):
     x_tile, z_tile = pairs * LANES, num * LANES
     for b in range(blocks):
         row = table + b * _TABLE
@@ -78,7 +78,7 @@ def _stage_one(factors, lists, table, blocks, x, pairs, z, num, tiles):  # type:
 
 
 @njit(nogil=True)
-def _stage_two(factors, lists, table, blocks, z, num, tokens, words, y, y_stride, bias):  # type: ignore[no-untyped-def]
+def _stage_two(factors, lists, table, blocks, z, num, tokens, words, y, y_stride, bias):
     for b in range(blocks):
         row = table + b * _TABLE
         start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
@@ -119,9 +119,7 @@ def _stage_two(factors, lists, table, blocks, z, num, tokens, words, y, y_stride
 
 
 @compiled("bfloat16", keep=True)
-def product_part(  # type: ignore[no-untyped-def]
-    x, x_row, x_column, tokens, n, factors, lists, cols_at, cols, rows_at, rows, num, bias, y, y_stride
-):
+def product_part(x, x_row, x_column, tokens, n, factors, lists, cols_at, cols, rows_at, rows, num, bias, y, y_stride):
     """``x @ W.T + bias`` for some tokens, from addresses; x_column must be 1, block borders even."""
     pairs = n // 2
     tiles = (min(tokens, CHUNK) + LANES - 1) // LANES

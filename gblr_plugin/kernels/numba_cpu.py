@@ -36,7 +36,7 @@ _reduce_tall_one, _reduce_4_one, _reduce_2_one, _reduce_1_one = (_reduce[r, 1] f
 
 
 @njit(nogil=True)
-def _pack(x, x_row, x_column, tokens, tiles, n, packed):  # type: ignore[no-untyped-def]
+def _pack(x, x_row, x_column, tokens, tiles, n, packed):
     """Tokens of any strides into (tiles, n, 16); lanes beyond the tokens are zero."""
     for tile in range(tiles):
         left = min(tokens - tile * LANES, LANES)
@@ -74,7 +74,7 @@ def _functions(int8: bool) -> _Functions:
     widen = widen_tile()
 
     @compiled(variant)
-    def stage_one(factors, lists, table, blocks, x, n, z, num, tiles):  # type: ignore[no-untyped-def]
+    def stage_one(factors, lists, table, blocks, x, n, z, num, tiles):
         x_tile, z_tile = n * LANES, num * LANES
         for b in range(blocks):
             row = table + b * _TABLE
@@ -116,7 +116,7 @@ def _functions(int8: bool) -> _Functions:
                 i += size
 
     @compiled(variant)
-    def stage_one_single(factors, lists, table, blocks, x, z):  # type: ignore[no-untyped-def]
+    def stage_one_single(factors, lists, table, blocks, x, z):
         for b in range(blocks):
             row = table + b * _TABLE
             start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
@@ -130,7 +130,7 @@ def _functions(int8: bool) -> _Functions:
                 i += 1
 
     @compiled(variant, keep=True)
-    def stage_two(factors, lists, table, blocks, z, z_stride, z_tile, tokens, y, y_stride, bias):  # type: ignore[no-untyped-def]
+    def stage_two(factors, lists, table, blocks, z, z_stride, z_tile, tokens, y, y_stride, bias):
         step = 2 * LANES if _WIDE else LANES
         for b in range(blocks):
             row = table + b * _TABLE
@@ -170,7 +170,7 @@ def _functions(int8: bool) -> _Functions:
                 j += step if whole else lanes
 
     @compiled(variant, keep=True)
-    def whole(  # type: ignore[no-untyped-def]
+    def whole(
         x, x_row, x_column, tokens, n, factors, lists, cols_at, cols, rows_at, rows, num, scales, bias, y, y_stride
     ):
         if tokens == 0:
@@ -202,7 +202,7 @@ def _functions(int8: bool) -> _Functions:
             stage_two(factors, lists, row_table, rows, z.ctypes.data, LANES, num * LANES, part, y_at, y_stride, bias)
 
     @compiled(variant, keep=True)
-    def first_part(x, x_row, x_column, tokens, n, factors, lists, table, cols, num, z):  # type: ignore[no-untyped-def]
+    def first_part(x, x_row, x_column, tokens, n, factors, lists, table, cols, num, z):
         """Stage 1 over some of the column blocks, into a z of its own (zeroed by the caller)."""
         if tokens == 1:
             stage_one_single(factors, lists, table, cols, x, z)
