@@ -9,13 +9,14 @@ weighted by less than ``SLOPE_TOLERANCE`` of the steepest edge weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .kernels.masks import mask_kernels
 from .mask import mask_tables
 
 __all__ = [
@@ -134,10 +135,21 @@ class MaskedAxis:
     width: Tensor
     start: Tensor
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Factor entries that all blocks multiply."""
         return sum(block.size for block in self.blocks)
+
+    @cached_property
+    def lists(self) -> tuple[Tensor, Tensor]:
+        """Components of all blocks, (sum A,) int64, and (blocks, 3) int64 first index, stop and A of each."""
+        table = torch.tensor([(block.first, block.stop, len(block.components)) for block in self.blocks])
+        return torch.cat([block.components for block in self.blocks]), table
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The (A, B) entries of each block in a (size,) buffer that holds them one after another."""
+        parts = flat.split([block.size for block in self.blocks])
+        return [part.view(-1, block.stop - block.first) for part, block in zip(parts, self.blocks, strict=True)]
 
     def _windows(self, table: Tensor, block: Block, at: Tensor) -> Tensor:
         """(A, B) table entries of a block's range for intervals that end or begin ``at``."""
@@ -167,33 +179,50 @@ def _along(tensor: Tensor, block: Block) -> Tensor:
 
 
 class _Side:
-    """One factor by blocks: masks and entries, and the gradients of the factor and of its widths and locations."""
+    """One factor by blocks: its masked entries, and the gradients of the factor and of its widths and locations."""
 
     def __init__(self, factor: Tensor, axis: MaskedAxis, dtype: torch.dtype) -> None:
         self.axis, self.factor = axis, factor
-        self.masks = [axis.mask(block) for block in axis.blocks]
-        self.entries = [_rows(factor, block) for block in axis.blocks]
-        self.masked = [(mask * part).to(dtype) for mask, part in zip(self.masks, self.entries, strict=True)]
+        kernels = self._kernels(factor)
+        if kernels is None:
+            masked = [axis.mask(block).mul_(_rows(factor, block)) for block in axis.blocks]
+        else:
+            flat = kernels.block_entries(axis.tables, *axis.lists, axis.width, axis.start, factor, axis.size)
+            masked = axis.views(flat)
+        self.masked = [part.to(dtype) for part in masked]
 
-    def gradients(self, upstream: list[Tensor], with_edges: bool) -> tuple[Tensor, Tensor | None]:
-        """(K, N) gradient of the factor and (2, K) sums at trailing and leading edges, from those of masked blocks."""
-        gradient = torch.zeros_like(self.factor)
-        edges = torch.zeros(2, len(self.factor), dtype=self.axis.tables.dtype, device=self.factor.device)
-        for block, grad, mask, entries in zip(self.axis.blocks, upstream, self.masks, self.entries, strict=True):
+    def _kernels(self, *others: Tensor) -> Any:
+        on_cpu = self.factor.device.type == "cpu"
+        return mask_kernels(self.axis.tables, self.factor.numel(), others) if on_cpu else None
+
+    def gradients(self, upstream: Tensor, with_edges: bool) -> tuple[Tensor, Tensor | None]:
+        """(K, N) gradient of the factor and (2, K) sums at trailing and leading edges, from the (size,) of entries."""
+        axis, factor = self.axis, self.factor
+        kernels = self._kernels(factor, upstream)
+        if kernels is not None:
+            both = axis.tables, *axis.lists, axis.width, axis.start, factor, upstream
+            gradient, edges = kernels.block_gradients(*both)
+            return gradient, edges if with_edges else None
+        gradient = torch.zeros_like(factor)
+        edges = torch.zeros(2, len(factor), dtype=axis.tables.dtype, device=factor.device)
+        for block, grad in zip(axis.blocks, axis.views(upstream), strict=True):
             here = gradient[:, block.first : block.stop]
-            here.index_copy_(0, block.components, (grad * mask).to(here.dtype))
+            here.index_copy_(0, block.components, (grad * axis.mask(block)).to(here.dtype))
             if with_edges:
-                sums = self.axis.edge_sums(block, (grad * entries).to(mask.dtype))
+                sums = axis.edge_sums(block, (grad * _rows(factor, block)).to(axis.tables.dtype))
                 edges.index_add_(1, block.components, torch.stack(sums))
         return gradient, edges if with_edges else None
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``; sums in lower precision are kept in float32."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
+def _set_or_add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """``total = left @ right`` the first time, ``+=`` from then on; sums in lower precision are kept in float32."""
+    if total.dtype != left.dtype:
+        product = left @ right
+        total.copy_(product) if first else total.add_(product)
+    elif first:
+        torch.mm(left, right, out=total)
     else:
-        total.add_(left @ right)
+        total.addmm_(left, right)
 
 
 class _BlockLinear(torch.autograd.Function):
@@ -233,18 +262,19 @@ class _BlockLinear(torch.autograd.Function):
         rows, cols = ctx.axes
         row_side, col_side = _Side(u, rows, x.dtype), _Side(v, cols, x.dtype)
         wide = torch.promote_types(x.dtype, torch.float32)
-        to_rows, to_cols = ([torch.zeros_like(f, dtype=wide) for f in side.masked] for side in (row_side, col_side))
+        to_rows, to_cols = (torch.empty(axis.size, dtype=wide, device=x.device) for axis in (rows, cols))
+        row_totals, col_totals = rows.views(to_rows), cols.views(to_cols)
         to_x = torch.empty_like(x)
         parts = zip(x.split(_POSITIONS), grad.split(_POSITIONS), to_x.split(_POSITIONS), codes, strict=True)
-        for x_part, grad_part, to_x_part, z in parts:
+        for number, (x_part, grad_part, to_x_part, z) in enumerate(parts):
             to_z = torch.zeros_like(z)
-            for block, factor, total in zip(rows.blocks, row_side.masked, to_rows, strict=True):
+            for block, factor, total in zip(rows.blocks, row_side.masked, row_totals, strict=True):
                 behind = _along(grad_part, block)
-                _add_product(total, z.index_select(0, block.components).to(x.dtype), behind)
+                _set_or_add_product(total, z.index_select(0, block.components).to(x.dtype), behind, number == 0)
                 to_z.index_add_(0, block.components, (factor @ behind.T).to(wide))
-            for block, factor, total in zip(cols.blocks, col_side.masked, to_cols, strict=True):
+            for block, factor, total in zip(cols.blocks, col_side.masked, col_totals, strict=True):
                 behind = to_z.index_select(0, block.components).to(x.dtype)
-                _add_product(total, behind, _along(x_part, block))
+                _set_or_add_product(total, behind, _along(x_part, block), number == 0)
                 if ctx.needs_input_grad[0]:
                     torch.mm(behind.T, factor, out=_along(to_x_part, block))
         with_edges = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]

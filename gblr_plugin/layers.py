@@ -40,7 +40,8 @@ CONV_ATTRIBUTES = (
 
 _WORTH_BLOCKS = 5e7  # multiply-adds below which listing blocks costs more than they save
 _BLOCK_OVERHEAD = 5e5  # multiply-adds that one block's extra calls are worth
-_BLOCK_SLOWDOWN = 1.45  # of a multiply-add inside a block: gathering and scattering rows
+_BLOCK_SLOWDOWN = 1.25  # of a multiply-add inside a block: gathering and scattering rows
+_BLOCK_DENSE_SLOWDOWN = 1.45  # of one in a block of the dense matrix
 
 
 class _Product(NamedTuple):
@@ -291,7 +292,7 @@ class GBLRLayer(nn.Module):
         rows, cols = self._masked_axes()
         overhead = _BLOCK_OVERHEAD * (len(rows.blocks) + len(cols.blocks))
         block_factored = _BLOCK_SLOWDOWN * positions * (rows.size + cols.size) + overhead
-        block_dense = _BLOCK_SLOWDOWN * rows.size * n + overhead + positions * m * n
+        block_dense = _BLOCK_DENSE_SLOWDOWN * rows.size * n + overhead + positions * m * n
         if not linear or block_dense < block_factored:
             return _Product(False, rows, None) if block_dense < least else plain
         return _Product(True, rows, cols) if block_factored < least else plain

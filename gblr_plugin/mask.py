@@ -8,7 +8,8 @@ k = 0 .. N // 2 of (paper Sec. 3.2)
 ``sigma = None`` (infinity) gives the exact boxcar; a finite sigma gives that boxcar circularly convolved with a
 Gaussian of standard deviation N / (2 pi sigma) samples. Under the straight-through estimator (STE) widths and locations
 are integers in the forward pass, and mask and gradients are differences of shifted copies of two length-N tables: one
-FFT per (N, sigma) instead of K of them per step.
+FFT per (N, sigma) instead of K of them per step. Where numba (on the CPU) or triton (on CUDA) is there, one pass over
+memory makes them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .errors import ConfigError
+from .kernels.masks import mask_kernels
 
 __all__ = ["gaudi_mask", "integer_locations", "integer_widths", "mask_tables", "masked_factor", "table_mask"]
 
@@ -127,10 +129,16 @@ def _chunks(num: int, n: int, like: Tensor, buffers: int) -> Iterator[tuple[slic
         yield slice(first, stop), [part[: stop - first] for part in scratch]
 
 
-def _edge_gradients(upstream: Tensor, factor: Tensor | None, tables: Tensor, w: Tensor, start: Tensor) -> Any:
+def _edge_gradients(
+    upstream: Tensor, factor: Tensor | None, tables: Tensor, w: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor]:
     """Gradients (K,) of width and location from that of the mask, ``upstream * factor``, never held as a whole."""
     n = tables.shape[1] // 3
-    last, first = 2 * n - start - w, 2 * n - start
+    first, last = _edges(tables, w, start)
+    kernels = mask_kernels(tables, len(w) * n, (upstream,)) if factor is None else None
+    if kernels is not None:
+        trailing, leading = kernels.edge_sums(tables, first, last, upstream)
+        return trailing, trailing - leading
     trailing = torch.empty(len(w), dtype=tables.dtype, device=tables.device)
     leading = torch.empty_like(trailing)
     for part, (window, product) in _chunks(len(w), n, tables, 2):
@@ -146,12 +154,7 @@ def _edge_gradients(upstream: Tensor, factor: Tensor | None, tables: Tensor, w: 
 class _TableMask(torch.autograd.Function):
     @staticmethod
     def forward(width: Tensor, location: Tensor, tables: Tensor, w: Tensor, start: Tensor) -> Tensor:
-        n = tables.shape[1] // 3
-        prefix = tables[0]
-        mask = _windows(prefix, 2 * n - start, n)
-        for part, (window,) in _chunks(len(w), n, tables, 1):
-            mask[part] -= _windows(prefix, (2 * n - start - w)[part], n, window)
-        return mask
+        return _masks(None, tables, w, start)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -167,11 +170,11 @@ class _TableMask(torch.autograd.Function):
 
 
 class _MaskedFactor(torch.autograd.Function):
-    """Mask times factor and its gradients, a few components at a time: no (K, N) mask or mask gradient is held."""
+    """Mask times factor and its gradients; no (K, N) mask or mask gradient is held."""
 
     @staticmethod
     def forward(factor: Tensor, width: Tensor, location: Tensor, tables: Tensor, w: Tensor, start: Tensor) -> Tensor:
-        return _times_mask(factor, tables, w, start)
+        return _masks(factor, tables, w, start)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -183,22 +186,46 @@ class _MaskedFactor(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         factor, tables, w, start = ctx.saved_tensors
-        to_factor = to_width = to_location = None
-        if ctx.needs_input_grad[0]:
-            to_factor = _times_mask(grad, tables, w, start).to(factor.dtype)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            trailing, edges = _edge_gradients(grad, factor, tables, w, start)
-            to_width, to_location = trailing.to(ctx.dtypes[0]), edges.to(ctx.dtypes[1])
+        with_edges = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        kernels = mask_kernels(tables, factor.numel(), (factor, grad)) if all(ctx.needs_input_grad[:2]) else None
+        to_factor: Tensor | None = None
+        to_width: Any = None
+        to_location: Any = None
+        if kernels is not None:
+            to_factor, (trailing, leading) = kernels.masked_gradients(tables, *_edges(tables, w, start), grad, factor)
+            to_width, to_location = trailing, trailing - leading
+        else:
+            if ctx.needs_input_grad[0]:
+                to_factor = _masks(grad, tables, w, start).to(factor.dtype)
+            if with_edges:
+                to_width, to_location = _edge_gradients(grad, factor, tables, w, start)
+        if with_edges:
+            to_width, to_location = to_width.to(ctx.dtypes[0]), to_location.to(ctx.dtypes[1])
         return to_factor, to_width, to_location, None, None, None
 
 
-def _times_mask(factor: Tensor, tables: Tensor, w: Tensor, start: Tensor) -> Tensor:
-    """(K, N) ``mask * factor`` in the dtype of ``factor``."""
+def _edges(tables: Tensor, w: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """First entries of a component's windows in the tables: at its leading and at its trailing edge."""
+    leading = tables.shape[1] // 3 * 2 - start
+    return leading, leading - w
+
+
+def _masks(factor: Tensor | None, tables: Tensor, w: Tensor, start: Tensor) -> Tensor:
+    """(K, N) masks in the dtype of the tables, or ``mask * factor`` in that of the factor."""
     n = tables.shape[1] // 3
-    first, last = 2 * n - start, 2 * n - start - w
+    first, last = _edges(tables, w, start)
+    kernels = mask_kernels(tables, len(w) * n, (factor,))
+    if kernels is not None:
+        return cast(Tensor, kernels.window_differences(tables, first, last, factor))
+    prefix = tables[0]
+    if factor is None:
+        result = _windows(prefix, first, n)
+        for part, (window,) in _chunks(len(w), n, tables, 1):
+            result[part] -= _windows(prefix, last[part], n, window)
+        return result
     result = torch.empty(factor.shape, dtype=factor.dtype, device=factor.device)
     for part, (leading, trailing) in _chunks(len(w), n, tables, 2):
-        mask = _windows(tables[0], first[part], n, leading).sub_(_windows(tables[0], last[part], n, trailing))
+        mask = _windows(prefix, first[part], n, leading).sub_(_windows(prefix, last[part], n, trailing))
         torch.mul(mask, factor[part], out=result[part])
     return result
 

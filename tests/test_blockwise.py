@@ -121,6 +121,20 @@ def _product(*choice):
     return _Product(*choice)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_sides_agree_with_torch(monkeypatch, dtype):
+    pytest.importorskip("numba")
+    layer = big_layer(dtype=dtype)
+    layer.set_sigma(60.0)
+    x, upstream = torch.randn(64, 384, dtype=dtype), torch.randn(64, 512, dtype=dtype)
+    choice = (True, *layer._masked_axes())
+    monkeypatch.setattr(layer, "_choose_product", lambda *args, **kw: _product(*choice))
+    found = flat(gradients(layer, x, upstream))
+    monkeypatch.setattr("gblr_plugin.kernels.masks._module", lambda kind: None)
+    for a, b in zip(found, flat(gradients(layer, x, upstream)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
 def test_lists_follow_the_structure():
     layer = big_layer()
     layer.set_sigma(60.0)

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from gblr_plugin.errors import ConfigError
-from gblr_plugin.mask import gaudi_mask, integer_locations, integer_widths, mask_tables
+from gblr_plugin.kernels.masks import mask_kernels
+from gblr_plugin.mask import gaudi_mask, integer_locations, integer_widths, mask_tables, masked_factor, table_mask
 
 SIGMAS = [1.0, 10.0, 100.0, None]
 
@@ -135,3 +136,61 @@ def test_bad_arguments_are_refused():
         gaudi_mask(good, good, 8, None, form="dft")
     with pytest.raises(ConfigError, match="align"):
         gaudi_mask(good, good, 8, None, align=0)
+
+
+# -- compiled kernels --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torch_alone(monkeypatch):
+    """Run a function with torch operations in place of compiled kernels."""
+
+    def run(function):
+        with monkeypatch.context() as patch:
+            patch.setattr("gblr_plugin.kernels.masks._module", lambda kind: None)
+            return function()
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_compiled_masks_agree_with_torch(monkeypatch, torch_alone, dtype, threads):
+    numba_masks = pytest.importorskip("gblr_plugin.kernels.numba_masks")
+    monkeypatch.setattr("gblr_plugin.kernels.masks._WORTH", 0)
+    monkeypatch.setattr(numba_masks, "_WORTH_THREADS", 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    n = 37
+    width, location = (part.detach().to(dtype).requires_grad_() for part in draw(n))
+    factor = torch.randn(12, n, dtype=dtype).requires_grad_()
+    upstream = torch.randn(n, 12, dtype=dtype).T  # not contiguous
+    for sigma in (5.0, None):
+        tables = mask_tables(n, sigma, dtype)
+
+        def results(tables=tables):
+            mask = table_mask(width, location, tables)
+            masked = masked_factor(factor, width, location, tables)
+            frozen = masked_factor(factor, width.detach(), location.detach(), tables)
+            return [
+                mask.detach(),
+                masked.detach(),
+                *torch.autograd.grad(mask, (width, location), upstream),
+                *torch.autograd.grad(masked, (factor, width, location), upstream, retain_graph=True),
+                *torch.autograd.grad(masked, (width,), upstream),
+                *torch.autograd.grad(frozen, (factor,), upstream),
+            ]
+
+        assert mask_kernels(tables, 1 << 20, (factor,)) is numba_masks
+        for found, expected in zip(results(), torch_alone(results), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.set_num_threads(before)
+
+
+def test_compiled_masks_leave_other_tensors_alone():
+    tables = mask_tables(8, None)
+    assert mask_kernels(tables, 8, ()) is None
+    assert mask_kernels(tables, 1 << 20, (torch.zeros(1, dtype=torch.bfloat16),)) is None
+    assert mask_kernels(tables.to("meta"), 1 << 20, ()) is None
+    with torch._subclasses.FakeTensorMode():
+        assert mask_kernels(torch.zeros(2, 24), 1 << 20, ()) is None

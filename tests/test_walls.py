@@ -9,12 +9,12 @@ import gblr_plugin
 
 PACKAGE = Path(gblr_plugin.__file__).parent
 ROOMS = [
-    {"errors", "files", "mask", "progress", "quiet", "structure"},
-    {"kernels"},
+    {"errors", "files", "progress", "quiet", "structure"},
+    {"kernels", "mask"},
     {"blockwise", "budget", "decomposition", "layers", "learner", "optim", "proximal", "schedule", "swap", "tensor"},
     {"config", "conversion", "families", "reporting", "selection", "serialization"},
     {"lightning", "nni", "plot", "tensorboard"},
-    {"bench", "bench_networks", "cli", "run", "tasks"},
+    {"bench", "bench_networks", "cli", "data", "run", "tasks"},
 ]
 LEVEL = {name: level for level, room in enumerate(ROOMS) for name in room}
 # NNI's evaluator of Lightning is cured in nni/, so that room sees both.

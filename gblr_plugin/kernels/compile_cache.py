@@ -18,7 +18,8 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 __all__ = ["compiled"]
 
-_SOURCES = ("simd.py", "simd_bfloat16.py", "numba_cpu.py", "numba_bfloat16.py")
+_SOURCES = ("simd.py", "simd_bfloat16.py", "numba_cpu.py", "numba_bfloat16.py", "numba_masks.py")
+_REORDER = {"reassoc", "contract", "nsz"}  # sums may be reordered, which vector lanes need
 _logger = logging.getLogger(__name__)
 
 
@@ -62,7 +63,7 @@ class _Cache(FunctionCache):
             _logger.debug("compiled kernel not kept in %s: %r", self._cache_path, error)
 
 
-def compiled(variant: str, keep: bool = False) -> Callable[[Any], Any]:
+def compiled(variant: str, keep: bool = False, fast: bool = False) -> Callable[[Any], Any]:
     """Decorator: ``numba.njit(nogil=True)`` for functions made several times by one piece of code.
 
     Machine code goes to the place of numba's choice: ``NUMBA_CACHE_DIR``, else ``__pycache__`` next to the source, else
@@ -71,11 +72,12 @@ def compiled(variant: str, keep: bool = False) -> Callable[[Any], Any]:
     Args:
         variant: Tells functions of one name apart, in symbols (two processes may have numbered them alike) and files.
         keep: Keep the machine code of this function and of all that it calls; for functions that Python calls.
+        fast: Let the order of floating-point sums change. NaN and infinity are kept.
     """
 
     def decorate(function: Any) -> Any:
         function.__qualname__ = f"{function.__name__}_{variant}"
-        dispatcher = numba.njit(nogil=True)(function)
+        dispatcher = numba.njit(nogil=True, fastmath=_REORDER if fast else False)(function)
         if keep and _DIGEST:
             try:
                 dispatcher._cache = _Cache(function)
