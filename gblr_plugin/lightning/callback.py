@@ -67,6 +67,9 @@ class GBLRCallback(Callback):
             draws none at all.
         picture_every_n_steps: Also a picture each so many optimizer steps (for training in few, long epochs).
         picture_size: Longest side of a picture, in pixels.
+        compact: At the freeze, also drop dead components from the parameters and the optimizers' state, which makes
+            the cool-down cheaper. Leave it off where something else holds tensors of the parameters' shapes (moving
+            averages of the weights). Not done while several processes train.
         freeze_at_end: Whether training that ends before the cool-down began (early stopping) freezes the structure
             within the budget all the same. By default it stays trainable, for a later fit to go on from.
 
@@ -117,6 +120,7 @@ class GBLRCallback(Callback):
         picture_every_n_epochs: int = 10,
         picture_every_n_steps: int | None = None,
         picture_size: int = 512,
+        compact: bool = False,
         freeze_at_end: bool = False,
     ) -> None:
         self.monitor_only = budget is None and threshold is None
@@ -159,6 +163,7 @@ class GBLRCallback(Callback):
         self._picture_every_n_epochs = picture_every_n_epochs
         self._picture_every_n_steps = picture_every_n_steps
         self._picture_size = picture_size
+        self._compact = compact
         self._freeze_at_end = freeze_at_end
 
         self.learner: StructureLearner | None = None
@@ -292,7 +297,8 @@ class GBLRCallback(Callback):
         goal = LayerGoal(self._budget, self._threshold, group=_POOLED if self._group else None)
         if isinstance(self._warmup, float) and isinstance(self._cooldown, float):
             cooldown = max(cooldown, warmup + 1)  # fractions of a very short training may round to one step
-        learner = StructureLearner(self._layers, dict.fromkeys(self._layers, goal), Schedule(warmup, cooldown))
+        goals, schedule = dict.fromkeys(self._layers, goal), Schedule(warmup, cooldown)
+        learner = StructureLearner(self._layers, goals, schedule, compact=self._compact)
         if restored is not None and restored["learner"] is not None:
             learner.load_state_dict(restored["learner"])
         return learner

@@ -324,7 +324,9 @@ def _prepare(model: nn.Module, plan: Plan, schedule: Schedule | None) -> Structu
     layers = {name: {**ready, **swapped}[name] for name in plan.layers if name in ready or name in swapped}
     goals = {name: plan.layers[name].goal for name in layers}
     try:
-        learner = StructureLearner(layers, goals, schedule, sigmas=(plan.sigma_start, plan.sigma_end))
+        learner = StructureLearner(
+            layers, goals, schedule, sigmas=(plan.sigma_start, plan.sigma_end), compact=plan.compact
+        )
     except ConfigError:
         replace_modules(model, {id(layer): plan.layers[name].module for name, layer in swapped.items()})
         raise

@@ -93,6 +93,10 @@ def _read_granularity(value: Any) -> tuple[int, int] | None:
     return None
 
 
+def _read_switch(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
 # Key: how its value is read (None: not allowed), and what is allowed.
 _GOAL: dict[str, tuple[Callable[[Any], Any], str]] = {
     "sparse_ratio": _number(0, 1, high_open=True),
@@ -111,9 +115,10 @@ _OWN: dict[str, tuple[Callable[[Any], Any], str]] = {
     "structure_lr": _number(0, math.inf, low_open=True),
     "sigma_start": _number(0, math.inf, low_open=True),
     "sigma_end": _number(0, math.inf, low_open=True),
+    "compact": (_read_switch, "true or false"),
 }
 _LAYER_OWN = ("num_components", "initialiser", "row_splits", "seed", "start_budget")
-_SHARED_OWN = ("structure_lr", "sigma_start", "sigma_end")
+_SHARED_OWN = ("structure_lr", "sigma_start", "sigma_end", "compact")
 
 _WEIGHT_SETTING: dict[str, Any] = {
     **dict.fromkeys(_GOAL),
@@ -165,12 +170,14 @@ class Plan:
         structure_lr: Learning rate of widths and locations; ``None``: that of the weight they replace.
         sigma_start: Smoothness at the start.
         sigma_end: Smoothness before the structure is frozen.
+        compact: Whether dead components are dropped at the freeze.
     """
 
     layers: dict[str, LayerPlan]
     structure_lr: float | None
     sigma_start: float
     sigma_end: float
+    compact: bool = False
 
 
 def read_config(model: nn.Module, config_list: Sequence[Mapping[str, Any]]) -> Plan:
@@ -190,14 +197,14 @@ def read_config(model: nn.Module, config_list: Sequence[Mapping[str, Any]]) -> P
     entries = _entries(config_list)
     first_names = {id(module): name for name, module in model.named_modules()}
     plans: dict[str, LayerPlan] = {}
-    shared: dict[str, float] = {}
+    shared: dict[str, Any] = {}
     for where, entry in entries:
         values = _flat(entry, where)
         goal, settings, nni_entry = _layer_values(values, where)
         for key in _SHARED_OWN:
             if key in values and shared.setdefault(key, values[key]) != values[key]:
                 raise ConfigError(
-                    f"{where}: {key} is {values[key]:g} here and {shared[key]:g} in another entry; give one"
+                    f"{where}: {key} is {_plain(values[key])} here and {_plain(shared[key])} in another entry; give one"
                 )
         for name, module in select_modules(model, entry, where).items():
             first = first_names[id(module)]
@@ -214,7 +221,18 @@ def read_config(model: nn.Module, config_list: Sequence[Mapping[str, Any]]) -> P
     order = {name: index for index, name in enumerate(first_names.values())}
     ordered = {name: plans[name] for name in sorted(plans, key=order.__getitem__)}
     _check_groups({name: plan.goal for name, plan in ordered.items()})
-    return Plan(ordered, shared.get("structure_lr"), shared.get("sigma_start", 1.0), shared.get("sigma_end", 100.0))
+    return Plan(
+        ordered,
+        shared.get("structure_lr"),
+        shared.get("sigma_start", 1.0),
+        shared.get("sigma_end", 100.0),
+        shared.get("compact", False),
+    )
+
+
+def _plain(value: Any) -> str:
+    """A value as the config writes it."""
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
 
 
 def _entries(config_list: Any) -> list[tuple[str, dict[str, Any]]]:

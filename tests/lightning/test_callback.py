@@ -159,6 +159,28 @@ def test_stop_and_resume_gives_the_same_parameters(make_module, make_trainer, tm
     assert_identical(parameters_of(resumed), parameters_of(straight))
 
 
+@pytest.mark.parametrize("stop", [12, 17], ids=["before the freeze", "after the freeze"])
+def test_compaction_is_resumed(make_module, make_trainer, tmp_path, stop):
+    plain, straight = make_module(by_step=True), make_module(by_step=True)
+    make_trainer([driver(budget=0.1)], max_steps=24).fit(plain)
+    make_trainer([driver(budget=0.1, compact=True)], max_steps=24).fit(straight)
+    before, after = layers_of(plain), layers_of(straight)
+    assert sum(layer.U.shape[0] for layer in after.values()) < sum(layer.U.shape[0] for layer in before.values())
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(straight(x), plain(x))
+
+    trainer = make_trainer([driver(budget=0.1, compact=True)], max_steps=stop)
+    trainer.fit(make_module(by_step=True))
+    trainer.save_checkpoint(tmp_path / "stop.ckpt")
+    resumed, callback = make_module(by_step=True), driver(budget=0.1, compact=True)
+    trainer = make_trainer([callback], max_steps=24)
+    trainer.fit(resumed, ckpt_path=tmp_path / "stop.ckpt")
+    assert_identical(parameters_of(resumed), parameters_of(straight))
+    state = trainer.optimizers[0].state
+    for layer in layers_of(resumed).values():
+        assert state[layer.U]["exp_avg"].shape == layer.U.shape
+
+
 def test_fractions_keep_the_meaning_they_had_when_training_began(make_module, make_trainer, tmp_path):
     def make(**options):
         return driver(warmup=0.1, cooldown=0.75, **options)

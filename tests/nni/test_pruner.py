@@ -41,6 +41,21 @@ def test_own_schedule_meets_the_budget_of_each_layer(kit: Any) -> None:
     torch.testing.assert_close(convert(model)(x), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_compaction_changes_no_result(kit: Any) -> None:
+    outputs, sizes = [], []
+    for own in ({}, {"gblr_compact": True}, {"gblr": {"compact": True}}):
+        torch.manual_seed(0)
+        model = kit.MLP()
+        pruner = GBLRPruner(model, [{"op_names": ["fc1"], "sparse_ratio": 0.9, **own}], kit.evaluator(model), 3, 20)
+        pruner.compress(30, None)
+        pruner.unwrap_model()
+        sizes.append(model.fc1.U.shape[0])
+        outputs.append(convert(model)(kit.make_batches(1)[0][0]))
+    assert sizes[0] > sizes[1] == sizes[2]
+    torch.testing.assert_close(outputs[1], outputs[0])
+    torch.testing.assert_close(outputs[2], outputs[0])
+
+
 def test_own_schedule_keeps_its_times(kit: Any, config: list[dict[str, Any]]) -> None:
     model = kit.MLP()
     seen: list[tuple[float | None, float, float, float]] = []

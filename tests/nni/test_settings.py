@@ -136,6 +136,15 @@ def test_entries_must_agree_on_what_they_share(model: nn.Module) -> None:
         read_config(model, entries)
     entries[1]["gblr"] = {}
     assert read_config(model, entries).structure_lr == 0.1
+    for entry, compact in zip(entries, (True, False), strict=True):
+        entry["gblr"] = {"compact": compact}
+    with pytest.raises(ConfigError, match="compact is false here and true in another entry"):
+        read_config(model, entries)
+    entries[1]["gblr"] = {"compact": "yes"}
+    with pytest.raises(ConfigError, match="compact must be true or false, got 'yes'"):
+        read_config(model, entries)
+    entries[1]["gblr"] = {}
+    assert read_config(model, entries).compact
     for entry, ratio in zip(entries, (0.5, 0.6), strict=True):
         entry.update(global_group_id=1, sparse_ratio=ratio)
     with pytest.raises(ConfigError, match="share global_group_id 1"):
