@@ -9,9 +9,13 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import __version__
 from .errors import ConfigError, GBLRError
+
+if TYPE_CHECKING:
+    from .run.settings import RunSettings
 
 __all__ = ["main"]
 
@@ -31,8 +35,11 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the config; repeatable"
     )
     run.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/ and the config's name")
-    shown = commands.add_parser("report", help="show the report of an earlier run")
-    shown.add_argument("path", type=Path, metavar="PATH", help="an output folder, or a report.json")
+    shown = commands.add_parser("report", help="show the report of an earlier run, or count what a config asks for")
+    shown.add_argument("path", type=Path, metavar="PATH", help="an output folder, a report.json, or a config.yaml")
+    shown.add_argument(
+        "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of a config; repeatable"
+    )
     shown.add_argument("--json", action="store_true", help="as JSON instead of a table")
     bench = commands.add_parser("bench", help="time structured against dense layers", add_help=False)
     bench.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -50,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as leaving:
         return int(leaving.code or 0)
     if arguments.command == "report":
+        if arguments.path.suffix in (".yaml", ".yml"):
+            return _guarded(lambda: _count(arguments.path, arguments.set, arguments.json))
         return _guarded(lambda: _report(arguments.path, arguments.json))
     return _guarded(lambda: _run(arguments.config, arguments.set, arguments.output))
 
@@ -101,8 +110,7 @@ def _report(path: Path, as_json: bool) -> None:
     print(json.dumps(values, indent=2) if as_json else summary)
 
 
-def _run(config: Path, overrides: list[str], output: Path | None) -> None:
-    from .run.console import Console, captured_output
+def _settings(config: Path, overrides: list[str]) -> RunSettings:
     from .run.settings import RunSettings
     from .run.yaml_config import load_yaml, parse_overrides, read_settings
 
@@ -111,6 +119,24 @@ def _run(config: Path, overrides: list[str], output: Path | None) -> None:
     settings = read_settings(RunSettings, located)
     if ":" in settings.task and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # the user's own task, as `python -m` would find it
+    return settings
+
+
+def _count(config: Path, overrides: list[str], as_json: bool) -> None:
+    from .run.console import captured_output
+
+    settings = _settings(config, overrides)
+    with captured_output():  # importing the hosts is noisy
+        from .run.counting import count_config
+
+        counted = count_config(settings)
+    print(counted.to_json() if as_json else counted)
+
+
+def _run(config: Path, overrides: list[str], output: Path | None) -> None:
+    from .run.console import Console, captured_output
+
+    settings = _settings(config, overrides)
     output = output or Path("outputs") / config.stem
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output: {str(output)!r} is a file, need a folder")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -39,6 +40,7 @@ class LayerReport:
         kernel: Kernels that the plan of a converted weight chose, if any.
         padding: Stored entries of the planned layout over those of the structure; 1.0 without padding.
         note: Why a layer stayed dense, if it was asked not to.
+        output_embedding: Whether its weight is that of an embedding too: the output layer of a language model.
     """
 
     name: str
@@ -53,6 +55,7 @@ class LayerReport:
     kernel: str = ""
     padding: float = 1.0
     note: str = ""
+    output_embedding: bool = False
 
     @property
     def relative_flops(self) -> float:
@@ -68,15 +71,18 @@ class Report:
 
     Args:
         layers: Every layer with a weight matrix, in the model's order.
-        other_multiply_adds: Matrix products outside these layers (attention scores, tied output embeddings).
+        other_multiply_adds: Matrix products outside these layers (attention, tied output embeddings).
         parameters: All stored parameters of the model.
         dense_parameters: The same with dense weights.
+        attention_multiply_adds: Those of the other products whose two factors are activations: attention's scores, and
+            its sums over the values.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
     other_multiply_adds: int = 0
     parameters: int = 0
     dense_parameters: int = 0
+    attention_multiply_adds: int = 0
 
     @property
     def structured(self) -> list[LayerReport]:
@@ -104,6 +110,20 @@ class Report:
         """Of the whole model."""
         return self.multiply_adds / self.dense_multiply_adds if self.dense_multiply_adds else 1.0
 
+    @property
+    def published_multiply_adds(self) -> int:
+        """As the paper counts: of attention one product (tokens^2 * dim), and no output layer tied to an embedding."""
+        return self.multiply_adds - self._not_published("multiply_adds")
+
+    @property
+    def published_dense_multiply_adds(self) -> int:
+        """The same with dense weights: 1.72e10 for ViT-Base/16 at 224 pixels, 9.66e10 for GPT-2 at 1024 tokens."""
+        return self.dense_multiply_adds - self._not_published("dense_multiply_adds")
+
+    def _not_published(self, which: str) -> int:
+        tied = sum(getattr(layer, which) for layer in self.layers if layer.output_embedding)
+        return int(tied) + (self.attention_multiply_adds + 1) // 2
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         layers = [{**asdict(layer), "relative_flops": layer.relative_flops} for layer in self.layers]
@@ -113,6 +133,9 @@ class Report:
             "multiply_adds": self.multiply_adds,
             "dense_multiply_adds": self.dense_multiply_adds,
             "other_multiply_adds": self.other_multiply_adds,
+            "attention_multiply_adds": self.attention_multiply_adds,
+            "published_multiply_adds": self.published_multiply_adds,
+            "published_dense_multiply_adds": self.published_dense_multiply_adds,
             "parameters": self.parameters,
             "dense_parameters": self.dense_parameters,
             "layers": layers,
@@ -126,25 +149,35 @@ class Report:
             LayerReport(**{**{k: v for k, v in layer.items() if k in known}, "shape": tuple(layer["shape"])})
             for layer in values["layers"]
         ]
-        return cls(layers, values["other_multiply_adds"], values["parameters"], values["dense_parameters"])
+        return cls(
+            layers,
+            values["other_multiply_adds"],
+            values["parameters"],
+            values["dense_parameters"],
+            values.get("attention_multiply_adds", 0),  # reports of earlier runs have none
+        )
 
     def to_json(self) -> str:
         """JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        """A table that fits 80 columns."""
-        rows = [("layer", "shape", "structure", "comp.", "multiply-adds", "rel.")]
+        """A table that fits 80 columns; shares are of the model's multiply-adds."""
+        total = self.multiply_adds
+        rows = [("layer", "shape", "structure", "comp.", "mult-adds", "params", "rel.", "share")]
         for layer in self.layers:
-            shape = "x".join(map(str, layer.shape))
-            rel = f"{layer.relative_flops:.3f}"
+            counts = _short(layer.multiply_adds), _short(layer.parameters)
             components = str(layer.components) if layer.components else "-"
-            rows.append((layer.name, shape, layer.structure, components, f"{layer.multiply_adds:,}", rel))
-        if self.other_multiply_adds:
-            rows.append(("(other products)", "", "", "", f"{self.other_multiply_adds:,}", ""))
-        total = ("total", "", "", "", f"{self.multiply_adds:,}", f"{self.model_relative_flops:.3f}")
-        widths = [max(len(row[i]) for row in [*rows, total]) for i in range(6)]
-        widths[0] = min(widths[0], max(_COLUMNS - sum(widths[1:]) - 5, 8))
+            rel, share = f"{layer.relative_flops:.3f}", _share(layer.multiply_adds, total)
+            rows.append((layer.name, "x".join(map(str, layer.shape)), layer.structure, components, *counts, rel, share))
+        rest = self.other_multiply_adds - self.attention_multiply_adds
+        for name, value in (("(attention)", self.attention_multiply_adds), ("(other products)", rest)):
+            if value:
+                rows.append((name, "", "", "", _short(value), "", "", _share(value, total)))
+        rel = f"{self.model_relative_flops:.3f}"
+        last = ("total", "", "", "", _short(total), _short(self.parameters), rel, _share(total, total))
+        widths = [max(len(row[i]) for row in [*rows, last]) for i in range(8)]
+        widths[0] = min(widths[0], max(_COLUMNS - sum(widths[1:]) - 7, 8))
 
         def line(row: tuple[str, ...]) -> str:
             left = (_shortened(row[0], widths[0]).ljust(widths[0]), row[1].rjust(widths[1]), row[2].ljust(widths[2]))
@@ -152,8 +185,8 @@ class Report:
                 [*left, *(cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True))]
             ).rstrip()
 
-        rule = "-" * (sum(widths) + 5)
-        text = [line(rows[0]), rule, *map(line, rows[1:]), rule, line(total)]
+        rule = "-" * (sum(widths) + 7)
+        text = [line(rows[0]), rule, *map(line, rows[1:]), rule, line(last)]
         notes = [
             f"{_shortened(layer.name, _COLUMNS - len(layer.note) - 2)}: {layer.note}"
             for layer in self.layers
@@ -161,12 +194,36 @@ class Report:
         ]
         if self.structured:
             text.append(f"compressed layers: {self.relative_flops:.2%} of their dense multiply-adds")
+        text.append(f"multiply-adds: {total:,} of {self.dense_multiply_adds:,} dense")
+        published, dense = self.published_multiply_adds, self.published_dense_multiply_adds
+        if dense and dense != self.dense_multiply_adds:
+            text.append(f"as the paper counts: {published:.3g} of {dense:.3g} dense ({published / dense:.2%})")
         text.append(f"parameters: {self.parameters:,} of {self.dense_parameters:,} dense")
         return "\n".join(text + notes)
 
 
+def _short(value: int) -> str:
+    """Three digits of a count: 950, 9.50k, 12.3M, 1.72G, 145T."""
+    if value < 1000:
+        return str(value)
+    digits = f"{value:.2e}"  # rounds up to the next power where it must
+    power = int(digits[-2:]) // 3 * 3
+    return f"{float(digits) / 10**power:.{2 - int(digits[-2:]) % 3}f}{'kMGTPE'[power // 3 - 1]}"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
+
+
 def _shortened(name: str, width: int) -> str:
-    """The end of a name, which tells layers apart."""
+    """A name with its parts cut to their first letters from the left, as far as needed; then its end."""
+    parts = name.split(".")
+    for index in range(len(parts) - 1):
+        if len(".".join(parts)) <= width:
+            break
+        if not parts[index].isdigit():
+            parts[index] = parts[index][:1]
+    name = ".".join(parts)
     return name if len(name) <= width else "…" + name[len(name) - width + 1 :]
 
 
@@ -194,7 +251,7 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     return weight.shape[0], math.prod(weight.shape[1:])
 
 
-def _layer_report(name: str, module: nn.Module, positions: int) -> LayerReport:
+def _layer_report(name: str, module: nn.Module, positions: int, embeddings: set[int]) -> LayerReport:
     m, n = weight_shape(module)
     stored, components, structure, kernel, padding = m * n, 0, "dense", "", 1.0
     weight: Any = None if hasattr(module, "matrix_shape") else getattr(module, "weight", None)
@@ -222,6 +279,7 @@ def _layer_report(name: str, module: nn.Module, positions: int) -> LayerReport:
         kernel=kernel,
         padding=padding,
         note=str(getattr(module, "gblr_note", "")),
+        output_embedding=id(weight) in embeddings,
     )
 
 
@@ -247,6 +305,15 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
 # torch's counter knows attention on GPUs; the CPU's kernel has the same formula.
 _ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
+# Of these products one factor is a weight; all others are of two activations, in batches: attention.
+_WITH_WEIGHT = {
+    torch.ops.aten.mm,
+    torch.ops.aten.addmm,
+    torch.ops.aten.convolution,
+    torch.ops.aten._convolution,
+    torch.ops.aten.convolution_overrideable,
+}
+
 
 @torch.no_grad()
 def report(model: nn.Module, example_input: Any) -> Report:
@@ -266,15 +333,14 @@ def report(model: nn.Module, example_input: Any) -> Report:
     calls = dict.fromkeys(layers, 0)
     names = {id(module): name for name, module in layers.items()}
     counting = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
-    inside, entered = 0, 0
+    inside: Counter[Any] = Counter()
+    entered: list[Counter[Any]] = []
 
     def before(_module: nn.Module, _args: Any) -> None:
-        nonlocal entered
-        entered = counting.get_total_flops()
+        entered.append(_by_operation(counting))
 
     def after(module: nn.Module, _args: Any, output: Any) -> None:
-        nonlocal inside
-        inside += counting.get_total_flops() - entered
+        inside.update(_by_operation(counting) - entered.pop())
         if isinstance(output, Tensor):
             calls[names[id(module)]] += _positions(module, output)
 
@@ -295,10 +361,16 @@ def report(model: nn.Module, example_input: Any) -> Report:
             model(*example_input)
         else:
             model(example_input)
-    other = (counting.get_total_flops() - inside) // 2
-    reports = [_layer_report(name, module, calls[name]) for name, module in layers.items()]
+    outside = _by_operation(counting) - inside
+    attention = sum(flops for operation, flops in outside.items() if operation not in _WITH_WEIGHT) // 2
+    embeddings = {id(module.weight) for module in model.modules() if type(module) is nn.Embedding}
+    reports = [_layer_report(name, module, calls[name], embeddings) for name, module in layers.items()]
     parameters, dense_parameters = _count_parameters(model, list(zip(layers.values(), reports, strict=True)))
-    return Report(reports, other, parameters, dense_parameters)
+    return Report(reports, outside.total() // 2, parameters, dense_parameters, attention)
+
+
+def _by_operation(counting: FlopCounterMode) -> Counter[Any]:
+    return Counter(counting.get_flop_counts().get("Global", {}))
 
 
 def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:

@@ -151,8 +151,8 @@ def test_json_round_trip(tmp_path):
     assert Report.from_dict(values) == counted
     assert values["relative_flops"] == counted.relative_flops
     assert values["layers"][1]["relative_flops"] == counted.layers[1].relative_flops
-    save(model, tmp_path / "model.pt")
-    again = load(tmp_path / "model.pt", lambda: VisionTransformer(dim=16, depth=1))
+    save(model, tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors", lambda: VisionTransformer(dim=16, depth=1))
     assert report(again, torch.rand(2, 1, 8, 8)) == counted
 
 
@@ -165,10 +165,11 @@ def test_the_table_shows_what_matters_in_80_columns():
     counted = Report(layers, 10**9, 10**7, 2 * 10**7)
     lines = str(counted).splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[0].split() == ["layer", "shape", "structure", "comp.", "multiply-adds", "rel."]
+    assert lines[0].split() == ["layer", "shape", "structure", "comp.", "mult-adds", "params", "rel.", "share"]
     assert "…" in lines[2]
     assert "projection" in lines[2]
-    assert lines[2].endswith("0.250")
+    assert lines[2].split()[1:] == ["4096x16384", "gblr", "4096", "1.00T", "1.00M", "0.250", "99.9%"]
+    assert lines[-4].startswith("multiply-adds: 1,001,000,000,004 of 4,001,000,000,004 dense")
     assert any(line.endswith(": too small to gain, kept dense") for line in lines)
     assert "compressed layers: 25.00% of their dense multiply-adds" in lines
     assert "parameters: 10,000,000 of 20,000,000 dense" in lines

@@ -25,7 +25,7 @@ def evaluate(network: nn.Module, batches: Any, metric: str) -> dict[str, float]:
 
     Args:
         network: Maps inputs to logits whose last dimension is the class.
-        batches: An iterable of batches.
+        batches: An iterable of batches; targets of -100 do not count.
         metric: ``"accuracy"`` (percent) or ``"perplexity"``.
 
     Returns:
@@ -41,7 +41,7 @@ def evaluate(network: nn.Module, batches: Any, metric: str) -> dict[str, float]:
         logits: Tensor = network(x)
         loss += float(F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="sum"))
         correct += int((logits.argmax(-1) == target).sum())
-        count += target.numel()
+        count += int((target != -100).sum())  # what cross_entropy ignores
     for module, mode in modes:
         module.training = mode
     if not count:

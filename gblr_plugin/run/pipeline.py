@@ -36,7 +36,7 @@ from .settings import Method, RunSettings, Training
 from .summary import MethodResult, RunReport
 from .training import check_comparable, compress_and_train
 
-__all__ = ["Job", "prepare_run"]
+__all__ = ["Job", "config_list_of", "make_task", "prepare_run"]
 
 DENSE = "dense"
 _LEARNED = ("gblr", "agp", "linear")  # compressors under which a structure changes while it trains
@@ -88,7 +88,7 @@ class Job:
 
     def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
-        self.task = _make_task(settings)
+        self.task = make_task(settings)
         self.results: dict[str, list[dict[str, Any]]] = {}
         self.networks: dict[str, nn.Module] = {}
         self.reports: dict[str, Report] = {}
@@ -197,13 +197,16 @@ class Job:
             )
         if len(plain.held_out) < 1:
             raise ConfigError("data: there is no held-out example to evaluate on")
-        return make(plain.train_set, plain.held_out, training.batch_size, seed)  # type: ignore[no-any-return]
+        return make(  # type: ignore[no-any-return]
+            plain.train_set, plain.held_out, training.batch_size, seed, plain.workers, plain.evaluation
+        )
 
     def _one_seed(self, seed: int) -> None:
         pl.seed_everything(seed)
         training = self.settings.dense
         data = self._data(seed, training)
         dense = self._dense_network()
+        initial = copy.deepcopy(dense) if any(method.start == "initial" for method in self.settings.methods) else dense
         start = time.monotonic()
         if self.settings.weights is None:
             module = self._module(dense, training, len(data.train_dataloader()))
@@ -213,7 +216,8 @@ class Job:
             pl.seed_everything(1000 + seed)
             start = time.monotonic()
             with shown_by(lambda text, name=method.name: self._console.progress(f"seed {seed}  {name}  {text}")):  # type: ignore[misc]
-                network = self._compress(method, copy.deepcopy(dense), seed)
+                begun = initial if method.start == "initial" else dense
+                network = self._compress(method, copy.deepcopy(begun), seed)
             self._record(method.name, network, data, start, seed)
 
     def _compressor(self, method: Method, network: nn.Module, seed: int) -> tuple[Any, ClassifierModule, GBLRCallback]:
@@ -231,7 +235,7 @@ class Job:
             options.setdefault("warmup_step", round(method.warmup * steps))
             options.setdefault("cooldown_begin_step", max(round((1 - method.cooldown) * steps), 1))
         evaluator = LightningEvaluator(self._trainer(training, watching, seed, method.name), data)
-        return create_compressor(method.name, module, self._config_list(method), evaluator, **options), module, monitor
+        return create_compressor(method.name, module, config_list_of(method, self.settings, self.task), evaluator, **options), module, monitor
 
     def _compress(self, method: Method, network: nn.Module, seed: int) -> nn.Module:
         """The network, compressed by a method, fine-tuned and converted."""
@@ -247,18 +251,6 @@ class Job:
             skeleton: nn.Module = self.task.network()
             return skeleton
         return copy.deepcopy(network).to_empty(device="cpu")
-
-    def _config_list(self, method: Method) -> list[dict[str, Any]]:
-        if method.config_list is not None:
-            return copy.deepcopy(method.config_list)
-        if self.settings.config_list is not None:
-            return copy.deepcopy(self.settings.config_list)
-        return [
-            {
-                "op_names_re": [fnmatch.translate(p) for p in self.task.layers],
-                "sparse_ratio": 1 - (self.settings.budget or 1.0),
-            }
-        ]
 
     def _record(self, name: str, network: nn.Module, data: PairsDataModule, start: float, seed: int) -> None:
         """Evaluate the network as it is, and as it comes back from a saved file."""
@@ -347,7 +339,21 @@ def _one_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _make_task(settings: RunSettings) -> Any:
+def config_list_of(method: Method, settings: RunSettings, task: Any) -> list[dict[str, Any]]:
+    """NNI's compression config of a method: its own, the run's, or the task's layers at the run's budget."""
+    given = settings.config_list if method.config_list is None else method.config_list
+    if given is not None:
+        return copy.deepcopy(given)
+    patterns = [fnmatch.translate(pattern) for pattern in task.layers]
+    return [{"op_names_re": patterns, "sparse_ratio": 1 - (settings.budget or 1.0)}]
+
+
+def make_task(settings: RunSettings) -> Any:
+    """The task that the settings name, made with its arguments.
+
+    Raises:
+        ConfigError: If there is none, or an argument is wrong.
+    """
     kind = get_task(settings.task)
     try:
         task = kind(**settings.model)

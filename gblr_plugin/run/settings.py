@@ -49,6 +49,8 @@ class Method:
         name: ``"gblr"``, learned through NNI's GBLRPruner, or another compressor by its name, then fine-tuned.
         config_list: NNI's compression config; default the run's.
         training: Of the compression and fine-tuning phase; default the run's ``finetune``.
+        start: ``"trained"``: from the dense network that the run trained. ``"initial"``: from the task's network as it
+            is before that, randomly initialised (training from scratch) or pretrained.
         warmup: Share of the steps before anything shrinks (gblr).
         cooldown: Share of the steps, at the end, with the structure frozen (gblr).
         options: Further arguments of the compressor.
@@ -60,8 +62,11 @@ class Method:
     warmup: float = 0.05
     cooldown: float = 0.3
     options: dict[str, Any] = field(default_factory=dict)
+    start: str = "trained"
 
     def __post_init__(self) -> None:
+        if self.start not in ("trained", "initial"):
+            raise ConfigError(f"start must be 'trained' or 'initial', got {self.start!r}")
         for name in ("warmup", "cooldown"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be a share of the steps in [0, 1), got {getattr(self, name)}")
@@ -74,7 +79,7 @@ class RunSettings:
     """A whole run.
 
     Args:
-        task: A built-in task (``digits_vit``, ``byte_gpt``) or ``"package.module:Class"``.
+        task: A built-in task by its name in :data:`gblr_plugin.tasks.TASKS`, or ``"package.module:Class"``.
         budget: Relative FLOPs of the compressed layers, in (0, 1], for a run without ``config_list``.
         config_list: NNI's compression config: which layers, and how far. Default: the task's layers at ``budget``.
         model: Arguments of the task: sizes of the network, the data's folder and split.

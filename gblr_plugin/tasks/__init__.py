@@ -12,6 +12,11 @@ __all__ = ["TASKS", "get_task"]
 TASKS = {
     "digits_vit": ("gblr_plugin.tasks.digits", "DigitsTask"),
     "byte_gpt": ("gblr_plugin.tasks.text", "TextTask"),
+    "vit": ("gblr_plugin.tasks.images", "ViTTask"),
+    "mixer": ("gblr_plugin.tasks.images", "MixerTask"),
+    "resnet": ("gblr_plugin.tasks.images", "ResNetTask"),
+    "gpt2": ("gblr_plugin.tasks.language", "GPT2Task"),
+    "bert": ("gblr_plugin.tasks.language", "BertTask"),
 }
 
 

@@ -129,27 +129,45 @@ class ClassifierModule(pl.LightningModule):
 
 
 class PairsDataModule(pl.LightningDataModule):
-    """Data loaders over in-memory training and held-out sets of (input, target).
+    """Data loaders over training and held-out sets of (input, target).
 
     Args:
         train: Training set.
         held_out: Held-out set, for validation and test.
-        batch_size: Of training batches; evaluation uses larger ones.
+        batch_size: Of training batches.
         seed: Of the shuffling.
+        workers: Processes that load; 0 loads in the training process.
+        evaluation: Size of evaluation batches over that of training batches.
     """
 
-    def __init__(self, train: Dataset[Any], held_out: Dataset[Any], batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        train: Dataset[Any],
+        held_out: Dataset[Any],
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        evaluation: int = 4,
+    ) -> None:
         super().__init__()
         self.train_set, self.held_out = train, held_out
         self.batch_size, self.seed = batch_size, seed
+        self.workers, self.evaluation = workers, evaluation
+
+    def _loader(self, examples: Dataset[Any], batch_size: int, **options: Any) -> DataLoader[Any]:
+        pinned = torch.cuda.is_available()  # copied to the GPU while it computes
+        return DataLoader(examples, batch_size, num_workers=self.workers, pin_memory=pinned, **options)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches, the last partial one dropped."""
         generator = torch.Generator().manual_seed(self.seed)
-        return DataLoader(self.train_set, self.batch_size, shuffle=True, drop_last=True, generator=generator)
+        keep = self.workers > 0  # workers live on from epoch to epoch
+        return self._loader(
+            self.train_set, self.batch_size, shuffle=True, drop_last=True, generator=generator, persistent_workers=keep
+        )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Held-out batches in order."""
-        return DataLoader(self.held_out, 4 * self.batch_size)
+        return self._loader(self.held_out, self.evaluation * self.batch_size)
 
     test_dataloader = val_dataloader

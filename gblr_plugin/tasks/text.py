@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
+from ..data.text import Windows
 from ..errors import ConfigError
 from .base import ClassifierModule, PairsDataModule, TrainSettings
 from .transformer import Block, check_dropout, check_sizes
 
-__all__ = ["ByteGPT", "ByteWindows", "TextTask"]
+__all__ = ["ByteGPT", "TextTask"]
 
 
 class ByteGPT(nn.Module):
@@ -55,27 +55,6 @@ class ByteGPT(nn.Module):
             h = block(h)
         logits: Tensor = self.norm(h) @ self.token.weight.T
         return logits
-
-
-class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
-    """Windows of a byte string and the same windows one byte later.
-
-    Args:
-        text: (N,) uint8.
-        context: Length of a window.
-        stride: Distance between window starts.
-    """
-
-    def __init__(self, text: Tensor, context: int, stride: int) -> None:
-        self.text, self.context, self.stride = text, context, stride
-
-    def __len__(self) -> int:
-        return max((self.text.numel() - self.context - 1) // self.stride + 1, 0)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        start = index * self.stride
-        window = self.text[start : start + self.context + 1].long()
-        return window[:-1], window[1:]
 
 
 class TextTask:
@@ -137,8 +116,8 @@ class TextTask:
         held_out = self._read([files[i] for i in order[:cut]], self.test_bytes)
         train = self._read([files[i] for i in order[cut:]], self.train_bytes)
         return PairsDataModule(
-            ByteWindows(train, self.context, self.context // 2),
-            ByteWindows(held_out, self.context, self.context),
+            Windows(train, self.context, self.context // 2),
+            Windows(held_out, self.context, self.context),
             batch_size,
             seed,
         )

@@ -1,0 +1,65 @@
+"""What the network of a config costs, dense and as planned, before any data is read or anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+from ..nni.settings import read_config
+from ..reporting import Report, report
+from .pipeline import config_list_of, make_task
+from .settings import RunSettings
+
+__all__ = ["count_config"]
+
+
+def count_config(settings: RunSettings) -> Report:
+    """Count a config's network on the meta device: no memory for weights, no arithmetic.
+
+    Layers that the config gives a budget are shown as ``planned``, at that budget; layers that share one are shown
+    alike, though the structure will decide who spends it. A fixed lambda has no known cost, and its layers count dense.
+
+    Args:
+        settings: Of the run; its first method's ``config_list``, or its own.
+
+    Raises:
+        ConfigError: If the task, its network or the config list cannot be used.
+    """
+    task = make_task(settings)
+    with torch.device("meta"):
+        network = getattr(task, "architecture", task.network)()
+        example = task.example_input()
+    try:
+        counted = report(network, example)
+    except (RuntimeError, NotImplementedError, IndexError, TypeError, ValueError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(f"model: the network cannot be counted without weights: {first}") from error
+    budgets = _budgets(settings, task, network)
+    layers = [
+        replace(
+            layer,
+            structure="planned",
+            multiply_adds=round(budget * layer.dense_multiply_adds),
+            parameters=round(budget * layer.dense_parameters),
+        )
+        if (budget := budgets.get(layer.name)) is not None
+        else layer
+        for layer in counted.layers
+    ]
+    saved = sum(layer.dense_parameters - layer.parameters for layer in layers if layer.structure == "planned")
+    return replace(counted, layers=layers, parameters=counted.parameters - saved)
+
+
+def _budgets(settings: RunSettings, task: Any, network: torch.nn.Module) -> dict[str, float]:
+    """Budget by layer name."""
+    entries = config_list_of(settings.methods[0], settings, task)
+    module = task.module(network, settings.dense, 1)  # names in config lists are the Lightning module's
+    plan = read_config(module, entries)
+    return {
+        name.removeprefix("network."): layer.goal.budget
+        for name, layer in plan.layers.items()
+        if layer.goal.budget is not None
+    }

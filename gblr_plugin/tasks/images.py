@@ -1,0 +1,219 @@
+"""Image classification with the papers' networks: ViT, MLP-Mixer and ResNet on ImageNet, CIFAR or own folders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.cifar import load_cifar
+from ..data.images import ArrayImages, image_folders
+from ..errors import ConfigError
+from .base import ClassifierModule, PairsDataModule, TrainSettings
+from .hf import HFNetwork, Logits
+from .mixer import Mixer
+from .positions import split_kernel_positions
+from .transformer import check_sizes
+
+__all__ = ["MixerTask", "ResNetTask", "ViTTask"]
+
+_CLASSES = {"imagenet": 1000, "cifar10": 10, "cifar100": 100, "folder": None}
+
+
+class ImageTask:
+    """What the image classifiers share: their data.
+
+    Args:
+        dataset: ``"imagenet"``, ``"cifar10"``, ``"cifar100"``, or ``"folder"`` for own images in train/ and val/.
+        folder: Where it is.
+        image_size: Side of the input, in pixels.
+        classes: Number of classes; needed for an own folder only before it is there.
+        workers: Processes that load.
+    """
+
+    metric = "accuracy"
+    higher_is_better = True
+    layers: list[str] = []
+
+    def __init__(
+        self,
+        dataset: str = "imagenet",
+        folder: str | None = None,
+        image_size: int = 224,
+        classes: int | None = None,
+        workers: int = 0,
+    ) -> None:
+        if dataset not in _CLASSES:
+            raise ConfigError(f"model: dataset must be one of {', '.join(_CLASSES)}, got {dataset!r}")
+        check_sizes(image_size=image_size, **({} if classes is None else {"classes": classes}))
+        if not isinstance(workers, int) or isinstance(workers, bool) or workers < 0:
+            raise ConfigError(f"model: workers must be a whole number of at least 0, got {workers!r}")
+        known = _CLASSES[dataset]
+        if known is not None and classes not in (None, known):
+            raise ConfigError(f"model: {dataset} has {known} classes, got {classes}")
+        self.dataset, self.folder, self.image_size, self.workers = dataset, folder, image_size, workers
+        self._classes = known if known is not None else classes
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; of an own folder those that are there."""
+        if self._classes is None:
+            self._classes = len(image_folders(self.folder, self.image_size, imagenet=False)[0].classes)
+        return self._classes
+
+    def module(self, network: nn.Module, training: TrainSettings, steps: int) -> ClassifierModule:
+        """Cross-entropy training."""
+        return ClassifierModule(network, training, self.metric, steps)
+
+    def data(self, seed: int, batch_size: int) -> PairsDataModule:
+        """The data set's own split; the seed shuffles.
+
+        Raises:
+            ConfigError: If the data is not there.
+        """
+        train: Any
+        held_out: Any
+        if self.dataset in ("cifar10", "cifar100"):
+            parts = load_cifar(self.folder, self.classes)
+            train, held_out = (ArrayImages(*part, self.image_size, part is parts[0]) for part in parts)
+        else:
+            train, held_out = image_folders(self.folder, self.image_size, imagenet=self.dataset == "imagenet")
+            if len(train.classes) != self.classes:
+                raise ConfigError(f"data: {str(train.root)!r} has {len(train.classes)} classes, not {self.classes}")
+        return PairsDataModule(train, held_out, batch_size, seed, workers=self.workers)
+
+    def example_input(self, batch: int = 1) -> Tensor:
+        """Random pixels, normalised."""
+        return torch.randn(batch, 3, self.image_size, self.image_size)
+
+
+class ViTTask(ImageTask):
+    """Vision transformer (``transformers.ViTForImageClassification``); the defaults are ViT-Base/16.
+
+    Args:
+        dataset: See :class:`ImageTask`.
+        folder: See :class:`ImageTask`.
+        image_size: See :class:`ImageTask`.
+        classes: See :class:`ImageTask`.
+        workers: See :class:`ImageTask`.
+        pretrained: Local folder, or name on the hub, of weights to start from.
+        download: Whether the hub may be asked.
+        **config: Arguments of ``ViTConfig``.
+    """
+
+    layers = ["network.model.vit.layers.*", "network.model.vit.encoder.*"]
+
+    def __init__(
+        self,
+        dataset: str = "imagenet",
+        folder: str | None = None,
+        image_size: int = 224,
+        classes: int | None = None,
+        workers: int = 0,
+        pretrained: str | None = None,
+        download: bool = False,
+        **config: Any,
+    ) -> None:
+        super().__init__(dataset, folder, image_size, classes, workers)
+        config = {**config, "image_size": image_size, "num_labels": self.classes}
+        self._hf = HFNetwork("ViTForImageClassification", "ViTConfig", pretrained, download, ("classifier.",), config)
+
+    def network(self) -> nn.Module:
+        """A new vision transformer, or the pretrained one."""
+        return Logits(self._hf())
+
+    def architecture(self) -> nn.Module:
+        """The network with random weights."""
+        return Logits(self._hf.architecture())
+
+
+class ResNetTask(ImageTask):
+    """Residual network (``transformers.ResNetForImageClassification``); the defaults are ResNet-18.
+
+    Args:
+        dataset: See :class:`ImageTask`.
+        folder: See :class:`ImageTask`.
+        image_size: See :class:`ImageTask`.
+        classes: See :class:`ImageTask`.
+        workers: See :class:`ImageTask`.
+        pretrained: Local folder, or name on the hub, of weights to start from.
+        download: Whether the hub may be asked.
+        kernel_positions: Whether the convolutions of the stages are written as one matrix per kernel position, instead
+            of one c_out x (c_in * kh * kw) matrix each as published.
+        **config: Arguments of ``ResNetConfig``.
+    """
+
+    layers = ["network.model.resnet.*"]
+
+    def __init__(
+        self,
+        dataset: str = "imagenet",
+        folder: str | None = None,
+        image_size: int = 224,
+        classes: int | None = None,
+        workers: int = 0,
+        pretrained: str | None = None,
+        download: bool = False,
+        kernel_positions: bool = False,
+        **config: Any,
+    ) -> None:
+        super().__init__(dataset, folder, image_size, classes, workers)
+        if not isinstance(kernel_positions, bool):
+            raise ConfigError(f"model: kernel_positions must be true or false, got {kernel_positions!r}")
+        self.kernel_positions = kernel_positions
+        if pretrained is None:  # He et al. 2016, Table 1
+            config = {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], **config}
+        config["num_labels"] = self.classes
+        self._hf = HFNetwork(
+            "ResNetForImageClassification", "ResNetConfig", pretrained, download, ("classifier.",), config
+        )
+
+    def _finished(self, model: Any) -> nn.Module:
+        if self.kernel_positions:
+            split_kernel_positions(model.resnet.encoder)
+        return Logits(model)
+
+    def network(self) -> nn.Module:
+        """A new residual network, or the pretrained one."""
+        return self._finished(self._hf())
+
+    def architecture(self) -> nn.Module:
+        """The network with random weights."""
+        return self._finished(self._hf.architecture())
+
+
+class MixerTask(ImageTask):
+    """MLP-Mixer (:class:`~gblr_plugin.tasks.mixer.Mixer`); the defaults are Mixer-S/16.
+
+    Args:
+        dataset: See :class:`ImageTask`.
+        folder: See :class:`ImageTask`.
+        image_size: See :class:`ImageTask`.
+        classes: See :class:`ImageTask`.
+        workers: See :class:`ImageTask`.
+        **network: Further arguments of :class:`~gblr_plugin.tasks.mixer.Mixer`.
+    """
+
+    layers = ["network.blocks.*"]
+
+    def __init__(
+        self,
+        dataset: str = "imagenet",
+        folder: str | None = None,
+        image_size: int = 224,
+        classes: int | None = None,
+        workers: int = 0,
+        **network: int,
+    ) -> None:
+        super().__init__(dataset, folder, image_size, classes, workers)
+        self._network = network
+
+    def network(self) -> nn.Module:
+        """A new mixer."""
+        try:
+            return Mixer(classes=self.classes, image_size=self.image_size, **self._network)
+        except TypeError as error:
+            raise ConfigError(f"model: {error}") from error
+
+    architecture = network
