@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels.masks import mask_kernels
+from .kernels.fused import mask_kernels
 from .mask import mask_tables
 
 __all__ = [

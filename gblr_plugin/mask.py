@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .errors import ConfigError
-from .kernels.masks import mask_kernels
+from .kernels.fused import mask_kernels
 
 __all__ = ["gaudi_mask", "integer_locations", "integer_widths", "mask_tables", "masked_factor", "table_mask"]
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .kernels.fused import proximal_kernel
+
 __all__ = ["prox_and_clip_"]
 
 
@@ -16,7 +18,8 @@ def prox_and_clip_(widths: Sequence[Tensor], locations: Sequence[Tensor], thresh
 
     Because of the clip at zero, softshrink is a subtraction. A negative threshold lets the live widths of a layer grow
     (a budget that is not used up); widths at zero then stay where they are. The number of kernel launches does not
-    depend on the number of layers: widths are handled as one flat tensor, locations by ``torch._foreach_*``.
+    depend on the number of layers: on CUDA one kernel takes them all where triton is there, else widths are handled as
+    one flat tensor, locations by ``torch._foreach_*``.
 
     Args:
         widths: Per layer (2, K), floating point, one dtype and device.
@@ -24,6 +27,10 @@ def prox_and_clip_(widths: Sequence[Tensor], locations: Sequence[Tensor], thresh
         thresholds: (L,) threshold of each layer; ``lambda * lr`` for a fixed lambda (paper Algorithm 1).
     """
     if not widths:
+        return
+    kernel = proximal_kernel([*widths, *locations])
+    if kernel is not None:
+        kernel(widths, locations, thresholds)
         return
     sizes = [part.numel() for part in widths]
     flat = torch.cat([part.reshape(-1) for part in widths])

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gblr_plugin.errors import ConfigError
-from gblr_plugin.kernels.masks import mask_kernels
+from gblr_plugin.kernels.fused import mask_kernels
 from gblr_plugin.mask import gaudi_mask, integer_locations, integer_widths, mask_tables, masked_factor, table_mask
 
 SIGMAS = [1.0, 10.0, 100.0, None]
@@ -147,7 +147,7 @@ def torch_alone(monkeypatch):
 
     def run(function):
         with monkeypatch.context() as patch:
-            patch.setattr("gblr_plugin.kernels.masks._module", lambda kind: None)
+            patch.setattr("gblr_plugin.kernels.fused._module", lambda *names: None)
             return function()
 
     return run
@@ -157,7 +157,7 @@ def torch_alone(monkeypatch):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_compiled_masks_agree_with_torch(monkeypatch, torch_alone, dtype, threads):
     numba_masks = pytest.importorskip("gblr_plugin.kernels.numba_masks")
-    monkeypatch.setattr("gblr_plugin.kernels.masks._WORTH", 0)
+    monkeypatch.setattr("gblr_plugin.kernels.fused._WORTH", 0)
     monkeypatch.setattr(numba_masks, "_WORTH_THREADS", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

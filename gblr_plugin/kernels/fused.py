@@ -1,0 +1,56 @@
+"""Which fused kernels serve masks and the proximal step: numba's on the CPU, triton's on CUDA, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["mask_kernels", "proximal_kernel"]
+
+_WORTH = 1 << 15  # elements of all masks from which on a kernel pays on the CPU; importing numba takes a second
+_PLAIN = Tensor, torch.nn.Parameter
+
+
+@lru_cache
+def _module(package: str, name: str) -> Any:
+    """A file of kernels, imported on first use, or ``None`` where the package that it needs is missing."""
+    return None if find_spec(package) is None else import_module(f".{package}_{name}", __package__)
+
+
+def mask_kernels(tables: Tensor, size: int, others: Sequence[Tensor | None]) -> Any:
+    """Fused kernels for masks of ``size`` elements together, or ``None`` for torch operations.
+
+    Args:
+        tables: (2, 3N) from :func:`~gblr_plugin.mask.mask_tables`.
+        size: K * N.
+        others: Factors and upstream gradients. On the CPU they must have the tables' dtype.
+
+    Returns:
+        A module with ``window_differences``, ``edge_sums`` and ``masked_gradients``.
+    """
+    kind = tables.device.type
+    if torch.compiler.is_compiling() or (kind == "cpu" and size < _WORTH) or kind not in ("cpu", "cuda"):
+        return None
+    given = [tables, *(other for other in others if other is not None)]
+    if any(type(part) not in _PLAIN or part.device.type != kind for part in given):
+        return None  # fake and traced tensors have no memory
+    if kind == "cuda":
+        return _module("triton", "masks")
+    return None if any(part.dtype != tables.dtype for part in given) else _module("numba", "masks")
+
+
+def proximal_kernel(parameters: Sequence[Tensor]) -> Any:
+    """Prox-and-clip in one launch for contiguous parameters of one dtype on CUDA, or ``None`` for torch operations."""
+    like = parameters[0]
+    if torch.compiler.is_compiling() or not like.is_cuda:
+        return None
+    if any(type(part) not in _PLAIN or part.dtype != like.dtype or not part.is_contiguous() for part in parameters):
+        return None
+    module = _module("triton", "proximal")
+    return None if module is None else module.prox_and_clip
