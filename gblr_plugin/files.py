@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["write_atomic", "write_text"]
+__all__ = ["replacing", "write_atomic", "write_text"]
 
 
-def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Call ``write`` with a temporary file beside ``path``, flush it to disk, and rename it into place.
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A temporary file beside ``path``, open for writing; flushed to disk and renamed into place when the block ends.
 
-    An earlier file at ``path`` stays intact if anything fails. Creates missing parent folders.
+    An earlier file at ``path`` stays intact if anything fails, and the temporary one is removed. Creates missing parent
+    folders.
 
     Raises:
         OSError: If the folder cannot be written to or the disk is full.
@@ -24,7 +27,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            write(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)
@@ -34,6 +37,16 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
+    """Call ``write`` with the file of :func:`replacing`.
+
+    Raises:
+        OSError: As there.
+    """
+    with replacing(path) as file:
+        write(file)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -90,7 +90,7 @@ except ImportError as error:
 else:
     sys.exit("nni was found")
 """
-    done = run_python(code, str(tmp_path / "model.pt"))
+    done = run_python(code, str(tmp_path / "model.safetensors"))
     assert done.returncode == 0, done.stderr
 
 

@@ -12,7 +12,7 @@ ROOMS = [
     {"errors", "files", "progress", "quiet", "structure"},
     {"kernels", "mask"},
     {"blockwise", "budget", "decomposition", "layers", "learner", "optim", "proximal", "schedule", "swap", "tensor"},
-    {"config", "conversion", "families", "reporting", "selection", "serialization"},
+    {"allocation", "config", "conversion", "exporting", "families", "hf", "reporting", "selection", "serialization"},
     {"lightning", "nni", "plot", "tensorboard"},
     {"bench", "bench_networks", "cli", "data", "run", "tasks"},
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
@@ -26,7 +27,8 @@ class FamilyLayer(nn.Module):
     def _init_factors(self, matrix: FamilyMatrix, bias: Tensor | None) -> None:
         self.geometry = matrix.to("meta")
         for name, value in matrix.factors().items():
-            setattr(self, name, nn.Parameter(value.detach().clone()))
+            own = value.detach().clone(memory_format=torch.contiguous_format)  # as a saved one comes back
+            setattr(self, name, nn.Parameter(own))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
 
     def matrix(self) -> FamilyMatrix:

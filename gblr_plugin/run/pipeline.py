@@ -26,7 +26,7 @@ from ..lightning import GBLRCallback
 from ..nni import LightningEvaluator, create_compressor
 from ..progress import shown_by
 from ..reporting import Report, report
-from ..serialization import load, read_file, save
+from ..serialization import load, read_state, save
 from ..tasks import get_task
 from ..tasks.base import ClassifierModule, PairsDataModule
 from ..tensor import GBLRTensor
@@ -161,8 +161,8 @@ class Job:
 
     def _write(self, output: Path, summary: RunReport) -> None:
         first = self.settings.methods[0].name
-        save(self.networks[DENSE], output / "dense.pt")
-        save(self.networks[first], output / "model.pt")
+        save(self.networks[DENSE], output / "dense.safetensors")
+        save(self.networks[first], output / "model.safetensors")
         _draw(output / "figures", summary, self.networks[first], self.histories[first])
         write_text(output / "report.txt", f"{summary}\n")
         write_text(output / "report.json", summary.to_json())
@@ -258,7 +258,7 @@ class Job:
         figures = evaluate(network, data.test_dataloader(), metric)
         train = evaluate(network, data.train_dataloader(), metric)
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.pt"
+            path = Path(folder) / "model.safetensors"
             save(network, path)
             reloaded = load(path, lambda: self._skeleton(network))
             size = path.stat().st_size
@@ -323,11 +323,8 @@ def _draw(folder: Path, summary: RunReport, network: nn.Module, history: dict[st
 
 
 def _load_weights(network: nn.Module, path: str) -> None:
-    """Load a dense network's weights: a file of :func:`gblr_plugin.save`, or a state dict as torch.save writes it."""
-    content = read_file(path, "weights")
-    state = content.get("state", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(type(value) is torch.Tensor for value in state.values()):
-        raise ConfigError(f"weights: {path!r} holds no state dict of a dense network")
+    """Load a dense network's weights: a file of :func:`gblr_plugin.save`, a state dict of torch.save, or safetensors."""
+    state = read_state(path, "weights")
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

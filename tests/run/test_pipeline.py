@@ -5,7 +5,7 @@ import math
 import sys
 
 import pytest
-import torch
+from safetensors import safe_open
 
 from gblr_plugin import GBLRTensor, load, report
 from gblr_plugin.cli import main
@@ -36,7 +36,8 @@ def test_a_run_leaves_everything_and_can_be_repeated_from_its_dense_network(proj
         assert noise not in shown.out
 
     found = {path.name for path in (project / "out").iterdir()}
-    assert found == {"report.json", "report.txt", "model.pt", "dense.pt", "run.log", "tensorboard", "figures"}
+    files = {"report.json", "report.txt", "model.safetensors", "dense.safetensors", "run.log"}
+    assert found == files | {"tensorboard", "figures"}
     assert {path.name for path in (project / "out/figures").iterdir()} >= {"pareto.png", "structure.png"}
     assert len(list((project / "out/tensorboard").rglob("events.out.tfevents.*"))) == 2
 
@@ -52,13 +53,13 @@ def test_a_run_leaves_everything_and_can_be_repeated_from_its_dense_network(proj
 
     # The saved file is the network that was reported.
     task = get_task("digits_vit")(dim=16, depth=1, heads=2, held_out=0.5)
-    network = load(project / "out/model.pt", task.network)
+    network = load(project / "out/model.safetensors", task.network)
     assert isinstance(network.blocks[0].fc1.weight, GBLRTensor)
     assert evaluate(network, task.data(0, 128).test_dataloader(), "accuracy")["accuracy"] == learned["accuracy"]
     assert report(network, task.example_input()).relative_flops == learned["relative_flops"]
 
     # Again, over the same folder, from the dense network that was saved.
-    assert main(["run", "config.yaml", "--output", "out", "--set", "weights=out/dense.pt"]) == 0
+    assert main(["run", "config.yaml", "--output", "out", "--set", "weights=out/dense.safetensors"]) == 0
     capfd.readouterr()
     again = RunReport.from_dict(json.loads((project / "out/report.json").read_text()))
     assert again["dense"].seeds[0]["accuracy"] == dense["accuracy"]
@@ -109,4 +110,5 @@ def test_a_small_layer_stays_dense_and_the_report_says_so(project, capfd):
     assert main(["run", "config.yaml", *arguments]) == 0
     shown = capfd.readouterr().out
     assert "4: too small to gain, kept dense" in shown
-    assert torch.load(project / "out/model.pt", weights_only=True)["notes"]["4"]
+    with safe_open(project / "out/model.safetensors", "pt") as file:
+        assert "4" in json.loads(file.metadata()["gblr"])["notes"]

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-import torch
+from safetensors.torch import load_file
 
 from gblr_plugin.cli import main
 from gblr_plugin.run.summary import RunReport
@@ -32,7 +32,7 @@ def test_pruned_entries_are_zeros_that_still_count(project, capfd):
         notes = {layer.name: layer.note for layer in method.layers.layers if layer.note}
         assert list(notes) == ["0"]
         assert re.fullmatch(rf"{method.name} left (4[5-9]|5[0-5])% of its entries", notes["0"])
-    saved = torch.load(project / "out/model.pt", weights_only=True)["state"]
+    saved = load_file(project / "out/model.safetensors")
     assert float((saved["0.weight"] == 0).float().mean()) == pytest.approx(0.5, abs=0.05)
     assert not (saved["3.weight"] == 0).any()
 

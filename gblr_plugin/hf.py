@@ -1,0 +1,306 @@
+"""Hugging Face folders of converted models: ``config.json`` names the class, safetensors hold weights and structure.
+
+Importing this module teaches transformers the quantization method ``"gblr"``, so that its own ``from_pretrained`` and
+``save_pretrained`` read and write such folders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .families.layers import FamilyLayer, layer_like
+from .files import write_text
+from .quiet import quiet_import
+from .serialization.container import INDEX, Container, Entry, entries_of, shard_paths, write_container
+from .serialization.families import restore_matrix
+from .serialization.header import Header, read_headers
+from .serialization.model import flatten_model
+from .serialization.weights import part_names, unflatten_weight
+from .swap import replace_modules, structurable, weight_matrix
+
+with quiet_import("gblr_plugin.hf", "transformers 5"):
+    import transformers
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+__all__ = ["empty_network", "from_pretrained", "save_pretrained", "split_shards"]
+
+METHOD = "gblr"
+
+
+def save_pretrained(model: Any, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000) -> None:
+    """Save a converted transformers model as a folder that :func:`from_pretrained` reads.
+
+    Args:
+        model: A ``PreTrainedModel`` whose structured layers are converted (:func:`gblr_plugin.convert`).
+        folder: Made if needed; each file is written whole or not at all, ``config.json`` last.
+        max_shard_bytes: Files are split above this size, and listed in an index.
+
+    Raises:
+        ConfigError: If it is no model of transformers, or cannot be saved (see :func:`gblr_plugin.save`).
+        OSError: If a file cannot be written.
+    """
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise ConfigError(f"save_pretrained: need a model of transformers, got a {type(model).__name__}")
+    folder = Path(folder)
+    tensors, header = flatten_model(model)
+    shards = split_shards(entries_of(tensors), max_shard_bytes)
+    for number, (name, entries) in enumerate(shards.items()):
+        write_container(folder / name, entries, (header if not number else Header()).to_metadata(), tensors.__getitem__)
+    if len(shards) > 1:
+        write_index(folder, shards)
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
+    write_configs(model, folder)
+
+
+def split_shards(entries: Mapping[str, Entry], most: int) -> dict[str, dict[str, Entry]]:
+    """Tensors by file, in their order, each file at most ``most`` bytes (or one tensor)."""
+    groups: list[dict[str, Entry]] = [{}]
+    size = 0
+    for name, entry in entries.items():
+        if groups[-1] and size + entry.nbytes > most:
+            groups.append({})
+            size = 0
+        groups[-1][name] = entry
+        size += entry.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+
+
+def write_index(folder: Path, shards: Mapping[str, Mapping[str, Entry]]) -> None:
+    """The index of a sharded folder."""
+    total = sum(entry.nbytes for entries in shards.values() for entry in entries.values())
+    weight_map = {name: file for file, entries in shards.items() for name in entries}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def write_configs(model: Any, folder: Path) -> None:
+    """``config.json``, with the method, and the generation config where there is one."""
+    if model.can_generate() and model.generation_config is not None:
+        write_text(folder / "generation_config.json", model.generation_config.to_json_string())
+    config = {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    config["quantization_config"] = {"quant_method": METHOD}
+    config["transformers_version"] = transformers.__version__
+    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _class_of(folder: Path, who: str) -> tuple[Any, Any]:
+    """The class and config that a folder names: a model of transformers itself, never code of the folder."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        name = (config.architectures or [None])[0]
+    except Exception as error:  # transformers raises many kinds
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"{who}: {str(folder / 'config.json')!r} cannot be used: {lines[0]}") from error
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ConfigError(f"{who}: {str(folder / 'config.json')!r} names {name!r}, no model of transformers")
+    return kind, config
+
+
+def empty_network(folder: str | os.PathLike[str], who: str) -> Any:
+    """The network that a folder's ``config.json`` names, on the meta device.
+
+    Raises:
+        ConfigError: If it names no model of transformers.
+    """
+    kind, config = _class_of(Path(folder), who)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return kind(config).eval()
+
+
+def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> nn.Module:
+    """Load a folder of :func:`save_pretrained` or ``gblr compress``; no code of the folder is run.
+
+    Args:
+        folder: A local folder.
+        options: Of transformers' ``from_pretrained``, e.g. ``dtype`` or ``device_map``.
+
+    Returns:
+        The model of transformers with frozen structured weights, in evaluation mode.
+
+    Raises:
+        ConfigError: If it is not such a folder, or damaged.
+    """
+    folder = Path(folder)
+    kind, _ = _class_of(folder, "load")
+    paths = shard_paths(folder)
+    containers = [Container(path) for path in paths]
+    read_headers(containers)  # refused here with our own message, and there by transformers' larger machinery
+    for container in containers:
+        for _name, _tensor in container.read_all():
+            pass  # the checksum is compared at the end
+        container.close()
+    try:
+        with quiet_bar():
+            model: nn.Module = kind.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **options)
+    except ConfigError:
+        raise
+    except (RuntimeError, ValueError, KeyError, OSError, TypeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"load: {str(folder)!r} cannot be loaded: {lines[0]}") from error
+    return model.eval()
+
+
+@contextlib.contextmanager
+def quiet_bar() -> Iterator[None]:
+    """Without transformers' progress bar, which is drawn also where nobody watches."""
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+@register_quantization_config(METHOD)
+class GBLRHfConfig(QuantizationConfigMixin):
+    """``{"quant_method": "gblr"}`` of a ``config.json``; the structure itself is in the safetensors files."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers lists its own methods in an enum
+
+
+class _Carrier(nn.Module):
+    """Stands where a structured layer will be, while transformers loads the tensors of its weight one by one."""
+
+    def __init__(self, dense: nn.Module, name: str, entries: Mapping[str, Entry]) -> None:
+        super().__init__()
+        self.dense = [dense]  # in a list: not a submodule
+        self.parts = {}
+        for part, entry in entries.items():
+            own = part.rpartition(".")[2]
+            self.parts[own] = part
+            self.register_parameter(
+                own, nn.Parameter(torch.empty(entry.shape, dtype=entry.dtype, device="meta"), requires_grad=False)
+            )
+        bias: Any = dense.bias
+        self.register_parameter("bias", bias)
+        self.name = name
+
+
+@register_quantizer(METHOD)
+class GBLRHfQuantizer(HfQuantizer):
+    """Puts structured weights together when transformers loads a folder, and takes them apart when it saves one."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._header = Header()
+        self._families: dict[str, FamilyLayer] = {}
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """A dense model is converted first, not while it is loaded.
+
+        Raises:
+            ConfigError: If the folder is of a dense model.
+        """
+        if not self.pre_quantized:
+            raise ConfigError("gblr: load the dense model, then convert it (or use `gblr compress` on its folder)")
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        containers = [Container(path) for path in checkpoint_files or []]
+        self._header = read_headers(containers)
+        entries = {name: entry for container in containers for name, entry in container.entries.items()}
+        for container in containers:
+            container.close()
+        if self._header.torchao:
+            raise ConfigError("load: transformers cannot load weights of torchao and of gblr_plugin from one folder")
+        modules = dict(model.named_modules(remove_duplicate=False))
+        replacements: dict[int, nn.Module] = {}
+        for name in self._header.weights:
+            parent, _, last = name.rpartition(".")
+            module = modules.get(parent)
+            parts = {part: entries[part] for part in part_names(name) if part in entries}
+            if module is None or not structurable(module) or last != "weight" or not parts:
+                raise ConfigError(f"load: {name!r} is no weight of the network that can be structured")
+            replacements[id(module)] = _Carrier(module, name, parts)
+        for name in self._header.linear:
+            module = modules.get(name)
+            if module is not None and structurable(module) and not isinstance(module, nn.Linear):
+                rows, cols = weight_matrix(module).shape
+                bias = module.bias is not None
+                replacements[id(module)] = nn.Linear(cols, rows, bias=bias, device="meta", dtype=module.weight.dtype)  # type: ignore[arg-type]  # a parameter
+        for name, record in self._header.families.items():
+            module = modules.get(name)
+            if module is None or not structurable(module):
+                raise ConfigError(f"load: {name!r} is no layer that can be structured")
+            own = {key.removeprefix(f"{name}."): entry for key, entry in entries.items() if key.startswith(f"{name}.")}
+            factors = {
+                key: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+                for key, entry in own.items()
+                if key != "bias"
+            }
+            rows, cols = weight_matrix(module).shape
+            replacements[id(module)] = layer_like(module, restore_matrix(record, factors, (rows, cols)))
+        replace_modules(model, replacements)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        replacements: dict[int, nn.Module] = {}
+        for module in model.modules():
+            if isinstance(module, _Carrier):
+                replacements[id(module)] = _loaded(module, self._header.record(module.name))
+        replace_modules(model, replacements)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name in self._header.families:
+            family: Any = modules[name]
+            family.freeze()
+        for name, note in self._header.notes.items():
+            if name in modules:
+                modules[name].__dict__.update(note)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What transformers' own ``save_pretrained`` writes."""
+        tensors, header = flatten_model(model)
+        metadata = header.to_metadata()
+        tied = header.tied
+        return {**tensors, **{alias: tensors[name] for alias, name in tied.items() if name in tensors}}, metadata
+
+    def is_serializable(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Biases and dense layers train on; structured weights are frozen."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Yes."""
+        return True
+
+
+def _loaded(carrier: _Carrier, record: Mapping[str, Any]) -> nn.Module:
+    """The plain layer with its structured weight, in the dtype that transformers loads."""
+    dense: Any = carrier.dense[0]
+    m, n = weight_matrix(dense).shape
+    convolution = isinstance(dense, (nn.Conv1d, nn.Conv2d))
+    expected = tuple(dense.weight.shape) if convolution else (m, n)
+    parts = {part: getattr(carrier, own).detach() for own, part in carrier.parts.items()}
+    weight = unflatten_weight(record, parts, carrier.name, expected).to(dense.weight.dtype)
+    new: Any = dense if convolution else nn.Linear(n, m, bias=carrier.bias is not None, device="meta")
+    new.weight = nn.Parameter(weight, requires_grad=False)
+    new.bias = carrier.bias
+    new.train(carrier.training)
+    return new  # type: ignore[no-any-return]  # a module

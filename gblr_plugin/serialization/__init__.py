@@ -1,0 +1,5 @@
+"""Save converted models and load them: safetensors with their structure, never code."""
+
+from .model import load, read_state, save
+
+__all__ = ["load", "read_state", "save"]

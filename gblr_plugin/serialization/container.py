@@ -1,0 +1,200 @@
+"""safetensors files: written one tensor at a time, whole or not at all, and read with everything they claim checked."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..files import replacing
+
+__all__ = ["INDEX", "Container", "Entry", "entries_of", "shard_paths", "write_container"]
+
+INDEX = "model.safetensors.index.json"
+"""Name of the index of a sharded folder, as Hugging Face writes it."""
+
+_CHECKSUM = "gblr_crc32"
+_MAX_INDEX_BYTES = 100_000_000  # as safetensors limits its headers
+_NAMES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+class Entry(NamedTuple):
+    """What a header says about one tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
+    """What headers say about these tensors."""
+    return {name: Entry(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def write_container(
+    path: str | os.PathLike[str],
+    entries: Mapping[str, Entry],
+    metadata: Mapping[str, str],
+    read: Callable[[str], Tensor],
+) -> None:
+    """Write a safetensors file that also holds a checksum of its data, one tensor in memory at a time.
+
+    Args:
+        path: Written whole or not at all.
+        entries: What will be written.
+        metadata: Texts of the header.
+        read: Called once for each name, in the order of the file; returns the tensor, on any device.
+
+    Raises:
+        ConfigError: If a dtype has no place in such files.
+        OSError: If the file cannot be written.
+    """
+    header: dict[str, Any] = {"__metadata__": {**metadata, _CHECKSUM: "0" * 8}}
+    order = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))  # wide first: all lie aligned
+    at = 0
+    for name in order:
+        entry = entries[name]
+        if entry.dtype not in _NAMES:
+            raise ConfigError(f"save: {name!r} has dtype {entry.dtype}, which safetensors files do not hold")
+        end = at + entry.nbytes
+        header[name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    checksum = 0
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in order:
+            tensor = read(name).detach()
+            if (tensor.dtype, tuple(tensor.shape)) != entries[name]:
+                raise ValueError(f"{name!r} is {tensor.dtype} {tuple(tensor.shape)}, announced were {entries[name]}")
+            data = _bytes(tensor)
+            checksum = zlib.crc32(data, checksum)
+            file.write(data)
+        place = text.index(f'"{_CHECKSUM}":"'.encode()) + len(_CHECKSUM) + 4
+        file.seek(8 + place)
+        file.write(f"{checksum:08x}".encode())
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+class Container:
+    """One safetensors file, opened: its header is sound and its data is all there.
+
+    Args:
+        path: The file.
+        who: First word of error messages.
+
+    Attributes:
+        entries: What it holds, by name, in the order of the file.
+        metadata: Texts of its header.
+
+    Raises:
+        ConfigError: If it is missing, unreadable, cut short or no safetensors file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], who: str = "load") -> None:
+        import safetensors
+
+        self.path, self._who = os.fspath(path), who
+        try:
+            # `pread` copies: a mapped file that someone cuts short would crash the process later.
+            self._file = safetensors.safe_open(self.path, framework="pt", backend="pread").__enter__()
+            self.metadata: dict[str, str] = self._file.metadata() or {}
+            names = self._file.offset_keys()
+            parts = {name: self._file.get_slice(name) for name in names}
+            self.entries = {
+                name: Entry(_DTYPES[part.get_dtype()], tuple(part.get_shape())) for name, part in parts.items()
+            }
+        except FileNotFoundError as error:
+            raise ConfigError(f"{who}: no file at {self.path!r}") from error
+        except (PermissionError, IsADirectoryError) as error:
+            raise ConfigError(f"{who}: cannot read {self.path!r}: {error.strerror}") from error
+        except (safetensors.SafetensorError, OSError, KeyError, ValueError, OverflowError) as error:
+            raise ConfigError(f"{who}: {self.path!r} is damaged, or not a file of weights") from error
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def read_all(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor in the order of the file; at the end the checksum is compared, where there is one.
+
+        Raises:
+            ConfigError: If the data was altered.
+        """
+        checksum = 0
+        for name in self.entries:
+            tensor = self.read(name)
+            checksum = zlib.crc32(_bytes(tensor), checksum)
+            yield name, tensor
+        if self.metadata.get(_CHECKSUM, f"{checksum:08x}") != f"{checksum:08x}":
+            raise ConfigError(f"{self._who}: {self.path!r} is damaged: its data does not match its checksum")
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.__exit__(None, None, None)
+
+
+def shard_paths(folder: str | os.PathLike[str], who: str = "load") -> list[Path]:
+    """The safetensors files of a folder in the Hugging Face layout: one file, or those that the index names.
+
+    Raises:
+        ConfigError: If there are none, or the index is damaged or names a file outside the folder.
+    """
+    folder = Path(folder)
+    index = folder / INDEX
+    if not index.exists():
+        single = folder / "model.safetensors"
+        if not single.exists():
+            raise ConfigError(f"{who}: no model.safetensors or {INDEX} in {str(folder)!r}")
+        return [single]
+    try:
+        if index.stat().st_size > _MAX_INDEX_BYTES:
+            raise ValueError("too large")
+        names: Iterable[Any] = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = sorted(set(names))
+        if not files:
+            raise ValueError("empty")
+    except OSError as error:
+        raise ConfigError(f"{who}: cannot read {str(index)!r}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{who}: {str(index)!r} is damaged, or not an index of shards") from error
+    for name in files:
+        if not isinstance(name, str) or not name.endswith(".safetensors") or set(name) & {"/", "\\", "\0", ":"}:
+            raise ConfigError(f"{who}: {str(index)!r} names {name!r}; allowed are .safetensors files of its own folder")
+    return [folder / name for name in files]

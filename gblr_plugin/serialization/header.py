@@ -1,0 +1,125 @@
+"""What a file says of its model besides tensors: a small JSON text in the header of a safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import ConfigError
+from .container import Container
+
+__all__ = ["FORMAT", "NOTES", "VERSION", "Header", "read_headers"]
+
+FORMAT = "gblr-plugin"
+VERSION = 2
+NOTES = ("structure_name", "gblr_note")
+"""Plain attributes of layers that the report shows."""
+_KEY = "gblr"
+
+
+@dataclass
+class Header:
+    """The structure of a model's state.
+
+    Args:
+        weights: Record of each structured weight by name, see :mod:`~gblr_plugin.serialization.weights`; its plan is a
+            number in ``plans``.
+        plans: The different plans.
+        families: Record of each family layer by name, see :mod:`~gblr_plugin.serialization.families`.
+        torchao: What torchao's own safetensors support says of each quantized dense weight.
+        linear: Modules that are an nn.Linear after conversion and hold a dense weight.
+        notes: Attributes of layers that the report shows.
+        tied: Names whose tensor is stored under another name.
+    """
+
+    weights: dict[str, dict[str, Any]] = field(default_factory=dict)
+    plans: list[dict[str, Any]] = field(default_factory=list)
+    families: dict[str, Any] = field(default_factory=dict)
+    torchao: dict[str, str] = field(default_factory=dict)
+    linear: list[str] = field(default_factory=list)
+    notes: dict[str, dict[str, str]] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+
+    def to_metadata(self) -> dict[str, str]:
+        """Texts for the header of a file; ``format`` is what Hugging Face asks for."""
+        said = {key: value for key, value in asdict(self).items() if value}
+        text = json.dumps({"format": FORMAT, "version": VERSION, **said}, separators=(",", ":"))
+        return {"format": "pt", _KEY: text}
+
+    def number_of(self, plan: dict[str, Any]) -> int:
+        """Number of a plan, added if it is new."""
+        if plan not in self.plans:
+            self.plans.append(plan)
+        return self.plans.index(plan)
+
+    def record(self, name: str) -> dict[str, Any]:
+        """A weight's record with its plan in full.
+
+        Raises:
+            ConfigError: If there is no such plan.
+        """
+        record = self.weights[name]
+        number = record.get("plan")
+        if not isinstance(number, int) or not 0 <= number < len(self.plans):
+            raise ConfigError(f"the record of {name!r} is damaged")
+        return {**record, "plan": self.plans[number]}
+
+    def take(self, other: Header) -> None:
+        """Add what another file of the same model says."""
+        for name, record in other.weights.items():
+            self.weights[name] = {**record, "plan": self.number_of(other.record(name)["plan"])}
+        for key in ("families", "torchao", "notes", "tied"):
+            getattr(self, key).update(getattr(other, key))
+        self.linear.extend(other.linear)
+
+
+def read_headers(containers: Iterable[Container], who: str = "load") -> Header:
+    """What the files of one model say together.
+
+    Raises:
+        ConfigError: If one of them is not of this format, of a later version, or damaged.
+    """
+    merged = Header()
+    for container in containers:
+        path = container.path
+        text = container.metadata.get(_KEY)
+        if text is None:
+            raise ConfigError(f"{who}: {path!r} is not a gblr_plugin model file")
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{who}: {path!r} is damaged: its header is no JSON text") from error
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+            raise ConfigError(f"{who}: {path!r} is not a gblr_plugin model file")
+        version = values.pop("version", None)
+        if version != VERSION:
+            raise ConfigError(f"{who}: {path!r} has format version {version}, allowed are 1 and {VERSION}")
+        if not _is_sound(values):
+            raise ConfigError(f"{who}: {path!r} is damaged, or not a gblr_plugin model file")
+        try:
+            merged.take(Header(**values))
+        except ConfigError as error:
+            raise ConfigError(f"{who}: {path!r} is damaged: {error}") from error
+    return merged
+
+
+def _is_sound(values: Mapping[str, Any]) -> bool:
+    like = Header()
+    if any(type(value) is not type(getattr(like, key, None)) for key, value in values.items()):
+        return False
+    header = Header(**values)
+    return (
+        all(isinstance(part, dict) for part in (*header.weights.values(), *header.plans, *header.families.values()))
+        and all(isinstance(part, str) for part in (*header.torchao.values(), *header.linear, *header.tied.values()))
+        and sound_notes(header.notes)
+    )
+
+
+def sound_notes(notes: Mapping[Any, Any]) -> bool:
+    """Whether notes are texts under the names that the report shows, and nothing else."""
+    return all(
+        isinstance(note, dict) and all(key in NOTES and isinstance(note[key], str) for key in note)
+        for note in notes.values()
+    )

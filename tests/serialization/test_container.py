@@ -1,0 +1,273 @@
+"""Altered and malicious files: everything is refused in one line, and nothing is allocated by what they claim."""
+
+import json
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+from gblr_plugin import ConfigError, convert, families, load, prepare, save
+from gblr_plugin.conversion import LayerSettings
+from gblr_plugin.serialization import read_state
+from gblr_plugin.serialization.container import INDEX, Container, entries_of, shard_paths, write_container
+
+
+def make():
+    return nn.Sequential(nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 20, bias=False))
+
+
+@pytest.fixture
+def path(tmp_path):
+    torch.manual_seed(0)
+    model = make()
+    prepare(model, ["0"], settings=LayerSettings("pursuit", budget=0.5))
+    families.replace(model, ["2"], "block_sparse", 0.9)
+    save(families.convert(model.eval()), tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def parts(path):
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    return header, json.loads(header["__metadata__"]["gblr"]), data[8 + size :]
+
+
+def write(path, header, said, data, checksum=False):
+    header["__metadata__"]["gblr"] = json.dumps(said)
+    if not checksum:
+        del header["__metadata__"]["gblr_crc32"]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def refused(path, network=make):
+    with pytest.raises(ConfigError) as caught:
+        load(path, network)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("load: ")
+    assert str(path) in message
+    return message
+
+
+def test_written_files_are_safetensors(tmp_path):
+    tensors = {
+        "a": torch.randn(3, 5).t(),
+        "b": torch.tensor(3, dtype=torch.int64),
+        "c": torch.zeros(0, 4, dtype=torch.bfloat16),
+        "d": torch.tensor([True, False]),
+        "e": torch.arange(7, dtype=torch.uint8),
+    }
+    write_container(tmp_path / "t.safetensors", entries_of(tensors), {"note": "é"}, tensors.__getitem__)
+    again = load_file(tmp_path / "t.safetensors")
+    assert all(torch.equal(again[name], tensors[name]) and again[name].dtype == tensors[name].dtype for name in tensors)
+    container = Container(tmp_path / "t.safetensors")
+    assert container.metadata["note"] == "é"
+    assert {name for name, _ in container.read_all()} == set(tensors)
+    assert read_state(tmp_path / "t.safetensors", "weights").keys() == tensors.keys()
+
+
+def test_a_failing_write_leaves_nothing(tmp_path):
+    def broken(name):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_container(tmp_path / "t.safetensors", entries_of({"a": torch.ones(2)}), {}, broken)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 0.999])
+def test_truncated(path, share):
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    assert "damaged" in refused(path)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_one_flipped_bit_anywhere_is_noticed(path, at, bit):
+    data = bytearray(path.read_bytes())
+    changed = bytearray(data)
+    changed[int(at * len(data))] ^= 1 << bit
+    altered = path.with_name("altered.safetensors")
+    altered.write_bytes(changed)
+    try:
+        loaded = load(altered, make)
+    except ConfigError:
+        refused(altered)
+        return
+    sound = load(path, make)  # a bit of a note, a name of a plan's field, or padding: the numbers are the same
+    assert all(torch.equal(a, b) for a, b in zip(matrices(loaded), matrices(sound), strict=True))
+
+
+def matrices(model):
+    return [model[0].weight.to_dense(), model[0].bias, model[2].weight]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.update(shape=[24, 1 << 30]),
+        lambda record: record.update(shape=[1 << 40, 1 << 40]),
+        lambda record: record.update(shape=["24", 32]),
+        lambda record: record.update(shape=[32, 24]),
+        lambda record: record.update(splits=[1, 2]),
+        lambda record: record.update(splits=[-3, 10**9]),
+        lambda record: record.update(dense=True),
+        lambda record: record.update(transposed="yes"),
+        lambda record: record.update(plan=3),
+        lambda record: record.update(plan=None),
+        lambda record: record.update(code="import os"),
+        lambda record: record.clear(),
+    ],
+)
+def test_records_that_lie(path, change):
+    header, said, data = parts(path)
+    change(said["weights"]["0.weight"])
+    write(path, header, said, data)
+    assert "0.weight" in refused(path)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"block_rows": -1, "block_cols": 16},
+        {"block_rows": "16", "block_cols": 16},
+        {"block_rows": 16, "block_cols": 16, "kernels": [[1, "rm -rf"]]},
+        {"block_rows": 16, "block_cols": 16, "kernels": 5},
+        {"block_rows": 0, "block_cols": 0},
+        {},
+        {"__class__": "os.system"},
+    ],
+)
+def test_plans_that_lie(path, plan):
+    header, said, data = parts(path)
+    said["plans"] = [plan]
+    write(path, header, said, data)
+    assert "0.weight" in refused(path)
+
+
+@pytest.mark.parametrize("row", range(4))
+@pytest.mark.parametrize("value", [0, 33, 255])
+def test_intervals_out_of_range(path, row, value):
+    header, said, data = parts(path)
+    entry = header["0.weight_intervals"]
+    num = entry["shape"][1]
+    at = entry["data_offsets"][0] + row * num
+    data = data[:at] + bytes([value]) + data[at + 1 :]
+    if parts(path)[2][at] == value:
+        pytest.skip("that is its value")
+    in_range = row % 2 == 1 and value == 0  # another matrix: only the checksum can tell
+    write(path, header, said, data, checksum=in_range)
+    assert ("checksum" if in_range else "0.weight") in refused(path)
+
+
+@pytest.mark.parametrize("dtype", ["I32", "F16", "U8"])
+def test_dtypes_that_lie(path, dtype):
+    header, said, data = parts(path)
+    entry = header["0.weight_factors"]
+    size = {"I32": 4, "F16": 2, "U8": 1}[dtype]
+    begin, end = entry["data_offsets"]
+    entry.update(dtype=dtype, shape=[(end - begin) // size])
+    write(path, header, said, data)
+    refused(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.update(rows=[1 << 50, 1 << 50]),
+        lambda record: record.update(rows=[20, 0]),
+        lambda record: record.update(cols=[24, 25]),
+        lambda record: record.update(pattern=[[0], [99]]),
+        lambda record: record.update(pattern=[[0, 0], [0]]),
+        lambda record: record.update(family="os"),
+        lambda record: record.update(family="gblr"),
+        lambda record: record.update(family="monarch"),
+        lambda record: record.update(extra=1),
+        lambda record: record.clear(),
+    ],
+)
+def test_families_that_lie(path, change):
+    header, said, data = parts(path)
+    change(said["families"]["2"])
+    write(path, header, said, data)
+    assert "'2'" in refused(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda said: said.update(version=3),
+        lambda said: said.update(version=None),
+        lambda said: said.update(format="other"),
+        lambda said: said.update(weights=[]),
+        lambda said: said.update(notes={"0": {"forward": "x"}}),
+        lambda said: said.update(tied={"a": "b"}),
+        lambda said: said.update(tied={"0.bias": 3}),
+        lambda said: said.update(unknown={}),
+        lambda said: said["weights"].update({"9.weight": {"shape": [2, 2], "plan": 0}}),
+        lambda said: said.update(torchao={"0.bias": "{}"}),
+    ],
+)
+def test_headers_that_lie(path, change):
+    header, said, data = parts(path)
+    change(said)
+    write(path, header, said, data)
+    refused(path)
+
+
+def test_a_header_that_nests_without_end(path):
+    header, _, data = parts(path)
+    header["__metadata__"]["gblr"] = "[" * 100_000
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    assert "damaged" in refused(path)
+
+
+def test_plain_safetensors_are_not_ours(tmp_path):
+    write_container(tmp_path / "plain.safetensors", entries_of({"a": torch.ones(2)}), {}, lambda _: torch.ones(2))
+    assert "is not a gblr_plugin model file" in refused(tmp_path / "plain.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "model.pt", "c:x.safetensors", 5, None]
+)
+def test_an_index_that_leaves_its_folder(tmp_path, name):
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ConfigError, match=r"allowed are|damaged"):
+        shard_paths(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": 3}', "[" * 100_000])
+def test_an_index_that_is_none(tmp_path, text):
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(ConfigError, match="damaged, or not an index"):
+        shard_paths(tmp_path)
+
+
+def test_converted_models_of_other_kinds_are_no_dense_state(path):
+    with pytest.raises(ConfigError, match="holds no state dict of a dense network"):
+        read_state(path, "weights")
+
+
+def test_names_that_would_collide(tmp_path):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(16, 16)
+            self.a.register_buffer("weight_factors", torch.ones(1))
+
+    model = Odd()
+    prepare(model, settings=LayerSettings("trapezoid", budget=0.5))
+    convert(model)
+    model.a.register_buffer("weight_factors", torch.ones(1))
+    with pytest.raises(ConfigError, match="two tensors of the model would be called"):
+        save(model, tmp_path / "x.safetensors")
