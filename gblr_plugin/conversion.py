@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from .allocation import allocate
 from .decomposition import initialise
 from .decomposition.anchor import anchored
+from .decomposition.calibration import Calibration
+from .decomposition.metric import Metric
+from .decomposition.sequential import fit_layers
 from .errors import ConfigError
 from .layers import GBLRLayer
 from .progress import track
@@ -18,10 +22,12 @@ from .selection import select_layers
 from .structure import StructuredMatrix
 from .swap import can_gain, check_structurable, copy_hooks, replace_modules, structured_like, weight_matrix
 
-__all__ = ["LayerSettings", "check_untied", "convert", "frozen_like", "prepare", "prepare_layers"]
+__all__ = ["LayerSettings", "check_untied", "convert", "frozen_like", "prepare", "prepare_layers", "with_bias"]
 
 TOO_SMALL = "too small to gain, kept dense"
 """Note of a layer that was asked to be structured and stays dense, as the report shows it."""
+
+L = TypeVar("L", bound=nn.Module)
 
 _logger = logging.getLogger(__name__)
 
@@ -62,7 +68,9 @@ def check_untied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
             raise ConfigError(f"layer {name!r}: its weight is tied to that of {other!r}; untie it or leave it out")
 
 
-def prepare_layers(model: nn.Module, settings: Mapping[str, LayerSettings]) -> dict[str, GBLRLayer]:
+def prepare_layers(
+    model: nn.Module, settings: Mapping[str, LayerSettings], *, calibration: Calibration | None = None
+) -> dict[str, GBLRLayer]:
     """Swap named dense layers for trainable structured ones, in place.
 
     Everything is checked and computed before the model is touched. A layer that cannot be cheaper than dense stays
@@ -71,6 +79,8 @@ def prepare_layers(model: nn.Module, settings: Mapping[str, LayerSettings]) -> d
     Args:
         model: Changed in place.
         settings: Settings by module name.
+        calibration: Batches: starts at a budget are then fitted to the layers' outputs, with corrected biases, see
+            :func:`~gblr_plugin.decomposition.sequential.fit_layers`.
 
     Returns:
         The new layers by name, without those that stay dense. A shared module has one entry.
@@ -96,9 +106,18 @@ def prepare_layers(model: nn.Module, settings: Mapping[str, LayerSettings]) -> d
         name, module = next(iter(kept.items()))
         shape = tuple(weight_matrix(module).shape)
         raise ConfigError(f"layer {name!r}: a {shape[0]} x {shape[1]} weight is too small to gain from structure")
+    fitted = {name: module for name, module in chosen.items() if name not in kept and settings[name].budget is not None}
     layers: dict[str, GBLRLayer] = {}
-    for name in track([name for name in chosen if name not in kept], "decomposing"):
+    if calibration is not None and fitted:
+
+        def fit(name: str, target: Tensor, metric: Metric) -> GBLRLayer:
+            return structured_from(name, chosen[name], settings[name], target, metric)
+
+        for name, (layer, bias) in fit_layers(model, fitted, calibration, fit).items():
+            layers[name] = with_bias(layer, bias)
+    for name in track([name for name in chosen if name not in kept and name not in layers], "decomposing"):
         layers[name] = structured_from(name, chosen[name], settings[name])
+    layers = {name: layers[name] for name in chosen if name not in kept}
     for name, module in kept.items():
         module.gblr_note = TOO_SMALL  # type: ignore[assignment]  # a plain attribute
         _logger.warning("layer %r is too small to gain from structure and stays dense", name)
@@ -106,21 +125,38 @@ def prepare_layers(model: nn.Module, settings: Mapping[str, LayerSettings]) -> d
     return layers
 
 
-def structured_from(name: str, module: nn.Module, setting: LayerSettings) -> GBLRLayer:
-    """The trainable layer that starts from a dense one; ``name`` is for messages.
+def with_bias(layer: L, bias: Tensor | None) -> L:
+    """The layer, with the values of its bias replaced unless there are none."""
+    if bias is not None:
+        layer.bias.data.copy_(bias)  # type: ignore[operator]  # a parameter where the dense layer had one
+    return layer
+
+
+def structured_from(
+    name: str, module: nn.Module, setting: LayerSettings, target: Tensor | None = None, metric: Metric | None = None
+) -> GBLRLayer:
+    """The trainable layer that starts from a dense one.
+
+    Args:
+        name: For messages.
+        module: The dense layer.
+        setting: Its start.
+        target: (m, n) matrix to approximate in place of the layer's weight.
+        metric: Norm in which to approximate; default the Frobenius norm.
 
     Raises:
         ConfigError: If the layer or a setting cannot be used.
     """
     try:
         matrix = initialise(
-            weight_matrix(module),
+            weight_matrix(module) if target is None else target,
             setting.initialiser,
             num_components=setting.num_components,
             row_splits=setting.row_splits,
             budget=setting.budget,
             align=setting.align,
             seed=setting.seed,
+            calibration=metric,
         )
         tiles = setting.align if isinstance(setting.align, tuple) else (setting.align, setting.align)
         return structured_like(module, anchored(matrix, tiles), align=setting.align)
@@ -134,6 +170,9 @@ def prepare(
     include: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
     settings: LayerSettings | None = None,
+    *,
+    calibration: Calibration | None = None,
+    allocation: str = "uniform",
 ) -> dict[str, GBLRLayer]:
     """Swap the selected dense layers of a model for trainable structured ones, in place.
 
@@ -142,6 +181,9 @@ def prepare(
         include: Names, glob patterns or type names; ``None`` for every layer that can gain.
         exclude: Taken away again.
         settings: One for all layers; default :class:`LayerSettings`.
+        calibration: Training batches; starts at a budget are then fitted to the layers' outputs.
+        allocation: How the budget of the settings is split over the layers, see
+            :func:`~gblr_plugin.allocation.allocate`; by default all start at the same.
 
     Returns:
         The new layers by name, as a :class:`~gblr_plugin.StructureLearner` takes them.
@@ -150,7 +192,16 @@ def prepare(
         ConfigError: See :func:`prepare_layers` and :func:`~gblr_plugin.selection.select_layers`.
     """
     chosen = select_layers(model, include, exclude)
-    return prepare_layers(model, dict.fromkeys(chosen, settings or LayerSettings()))
+    setting = settings or LayerSettings()
+    each = dict.fromkeys(chosen, setting)
+    if allocation != "uniform":
+        if setting.budget is None:
+            raise ConfigError("allocation: it splits a starting budget: give LayerSettings(budget=...)")
+        gaining = {name: module for name, module in chosen.items() if can_gain(module, setting.row_splits)}
+        splits = dict.fromkeys(gaining, setting.row_splits)
+        shares = allocate(model, gaining, setting.budget, allocation, calibration=calibration, row_splits=splits)
+        each |= {name: replace(setting, budget=share) for name, share in shares.items()}
+    return prepare_layers(model, each, calibration=calibration)
 
 
 def frozen_like(

@@ -18,6 +18,7 @@ __all__ = [
     "check_structurable",
     "copy_hooks",
     "replace_modules",
+    "stored_weight",
     "structurable",
     "structured_like",
     "weight_matrix",
@@ -77,6 +78,12 @@ def weight_matrix(module: nn.Module) -> Tensor:
     stored: Any = module.weight
     weight: Tensor = stored.detach()
     return weight.T if _is_hf_conv1d(module) else weight.flatten(1)
+
+
+def stored_weight(module: nn.Module, matrix: Tensor) -> Tensor:
+    """An (m, n) matrix in the shape, layout and dtype in which the module stores its weight."""
+    weight: Any = module.weight
+    return (matrix.T.contiguous() if _is_hf_conv1d(module) else matrix).reshape(weight.shape).to(weight)
 
 
 def structured_like(module: nn.Module, matrix: StructuredMatrix, *, align: int | tuple[int, int] = 1) -> GBLRLayer:

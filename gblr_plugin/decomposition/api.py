@@ -62,10 +62,12 @@ def _check_tiles(align: int | tuple[int, int]) -> tuple[int, int]:
     return rows, cols
 
 
-def _metric(calibration: Tensor | None, weight: Tensor, damping: float) -> Metric:
+def _metric(calibration: Tensor | Metric | None, weight: Tensor, damping: float) -> Metric:
     n = weight.shape[1]
     if calibration is None:
         return Metric()
+    if isinstance(calibration, Metric):
+        return calibration
     if (
         not isinstance(calibration, Tensor)
         or calibration.dim() != 2
@@ -134,7 +136,7 @@ def decompose(
     budget: float,
     *,
     method: str = "gblr",
-    calibration: Tensor | None = None,
+    calibration: Tensor | Metric | None = None,
     align: int | tuple[int, int] = 1,
     max_components: int | None = None,
     row_splits: int = 1,
@@ -150,7 +152,7 @@ def decompose(
             ``"svd"``, ``"interval"`` (the published initialiser) or ``"random"``.
         calibration: (N, n) input activations or their (n, n) second moment. The error minimised is then that of the
             output ``W x`` over these inputs, otherwise ``||W - W_hat||_F``. A square symmetric tensor is taken for a
-            moment.
+            moment; a :class:`~gblr_plugin.decomposition.metric.Metric` is used as it is.
         align: Intervals begin and end at multiples of this many rows and columns; an int or a pair (rows, cols).
         max_components: Largest number K of components of each split; default ``min(m / row_splits, n)``.
         row_splits: Number of matrices stacked in the rows of the weight (packed q, k, v: 3), each given its share of
@@ -191,6 +193,7 @@ def initialise(
     budget: float | None = None,
     align: int | tuple[int, int] = 1,
     seed: int = 0,
+    calibration: Tensor | Metric | None = None,
 ) -> StructuredMatrix:
     """Starting point of a trainable layer.
 
@@ -203,6 +206,7 @@ def initialise(
         budget: Relative FLOPs in (0, 1], or ``None``.
         align: As in :func:`decompose`.
         seed: Seed of random draws.
+        calibration: As in :func:`decompose`.
 
     Returns:
         A matrix of at most ``num_components`` components a split.
@@ -212,7 +216,14 @@ def initialise(
     """
     if budget is not None:
         return decompose(
-            weight, budget, method=method, align=align, max_components=num_components, row_splits=row_splits, seed=seed
+            weight,
+            budget,
+            method=method,
+            calibration=calibration,
+            align=align,
+            max_components=num_components,
+            row_splits=row_splits,
+            seed=seed,
         )
     if method in METHODS and method not in ("svd", "trapezoid", "random"):
         raise ConfigError(f"initialise: method {method!r} needs a budget; svd, trapezoid and random can do without")
@@ -221,7 +232,7 @@ def initialise(
         weight,
         method,
         budget=None,
-        metric=Metric(),
+        metric=_metric(calibration, weight, DAMPING),
         tiles=_check_tiles(align),
         max_components=num_components,
         row_splits=row_splits,

@@ -1,4 +1,4 @@
-r"""Moments of a layer's inputs, and the target and bias that they imply.
+r"""Training batches as calibration: moments of a layer's inputs, and the target and bias that they imply.
 
 With x0 the inputs of the original network and x1 those that its compressed predecessors really produce, the best
 approximation of the output W x0 + b by W_hat x1 + b' under E||.||^2 has, for any W_hat, the bias
@@ -6,17 +6,137 @@ approximation of the output W x0 + b by W_hat x1 + b' under E||.||^2 has, for an
     b' = b + W E[x0] - W_hat E[x1],
 
 after which W_hat is a fit of W' = W C01 H^-1 in the metric H, where C01 = Cov(x0, x1) and H = Cov(x1), damped alike.
+A layer without a bias gets none: its moments are then not centred.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .metric import DAMPING, Metric
 
-__all__ = ["Moments", "corrected_bias", "corrected_target"]
+__all__ = [
+    "Calibration",
+    "CalibrationSettings",
+    "Moments",
+    "attention_mask",
+    "corrected_bias",
+    "corrected_target",
+    "loss_of",
+]
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How a run calibrates one-shot compression.
+
+    Args:
+        batches: Number of training batches passed through the model.
+        damping: Added to the diagonal of the inputs' second moment, as a fraction of its mean.
+        sequential: Fit each layer to what its compressed predecessors produce, instead of to the original inputs.
+    """
+
+    batches: int = 8
+    damping: float = DAMPING
+    sequential: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.batches, bool) or not isinstance(self.batches, int) or self.batches < 1:
+            raise ConfigError(f"batches must be a whole number of at least 1, got {self.batches!r}")
+        number = isinstance(self.damping, (int, float)) and not isinstance(self.damping, bool)
+        if not number or not 0 < self.damping <= 1:
+            raise ConfigError(f"damping must be a number in (0, 1], got {self.damping!r}")
+        if not isinstance(self.sequential, bool):
+            raise ConfigError(f"sequential must be true or false, got {self.sequential!r}")
+
+    @classmethod
+    def read(cls, value: CalibrationSettings | Mapping[str, Any] | bool | None) -> CalibrationSettings | None:
+        """Settings as a caller may write them: an object, a table of its fields, ``True`` for the defaults.
+
+        Raises:
+            ConfigError: For an unknown key or a value out of range.
+        """
+        if value is None or value is False:
+            return None
+        if value is True:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        known = tuple(cls.__dataclass_fields__)
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"calibration: need a table of {', '.join(known)}, or true, got {value!r}")
+        unknown = [key for key in value if key not in known]
+        if unknown:
+            raise ConfigError(f"calibration: unknown key {unknown[0]!r} (allowed: {', '.join(known)})")
+        try:
+            return cls(**value)
+        except ConfigError as error:
+            raise ConfigError(f"calibration: {error}") from error
+
+
+def attention_mask(batch: Any) -> Tensor | None:
+    """The ``attention_mask`` of a batch that is a table, or of the first table in a tuple or list; else ``None``."""
+    if isinstance(batch, Mapping):
+        return batch.get("attention_mask")
+    if isinstance(batch, (tuple, list)):
+        return next((attention_mask(part) for part in batch if isinstance(part, Mapping)), None)
+    return None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Training batches and how the model takes them.
+
+    Args:
+        batches: Any kind of batches.
+        forward: ``forward(model, batch)`` runs the model. Its result is looked at only where loss sensitivities are
+            asked for: the loss, a table that holds it as ``"loss"``, or a tuple that begins with it.
+        mask: ``mask(batch)`` is non-zero for samples that count, in the shape of the layers' inputs without their
+            features, or ``None``; by default the batch's ``attention_mask``, so that padding is left out.
+        damping: Of the second moments, as a fraction of their mean diagonal.
+        sequential: Fit each layer to what its compressed predecessors produce.
+
+    Raises:
+        ConfigError: If there is no batch.
+    """
+
+    batches: Sequence[Any]
+    forward: Callable[[nn.Module, Any], object]
+    mask: Callable[[Any], Tensor | None] | None = attention_mask
+    damping: float = DAMPING
+    sequential: bool = True
+
+    def __post_init__(self) -> None:
+        if not len(self.batches):
+            raise ConfigError("calibration: there are no batches")
+
+    def valid(self, batch: Any) -> Tensor | None:
+        """The mask of a batch."""
+        return None if self.mask is None else self.mask(batch)
+
+
+def loss_of(result: object) -> Tensor:
+    """The scalar loss in what a training step returned.
+
+    Raises:
+        ConfigError: If there is none that gradients could be taken of.
+    """
+    if isinstance(result, Mapping):
+        result = result.get("loss")
+    if isinstance(result, (tuple, list)) and result:
+        result = result[0]
+    if not isinstance(result, Tensor) or result.numel() != 1 or not result.requires_grad:
+        what = f"a tensor {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+        raise ConfigError(
+            f"calibration: loss sensitivities need a forward or training step that returns the loss, got {what}"
+        )
+    return result
 
 
 class Moments:
@@ -36,8 +156,8 @@ class Moments:
         self._origin: Tensor | None = None
         self._sum0 = torch.zeros(size, dtype=torch.float64, device=device)
         self._sum1 = torch.zeros_like(self._sum0)
-        self._cross = torch.zeros(size, size, dtype=torch.float64, device=device)
-        self._square = torch.zeros_like(self._cross)
+        self._square = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self._cross: Tensor | None = None  # equal to the square until a present input differs
 
     def add(self, original: Tensor, present: Tensor | None = None, mask: Tensor | None = None) -> None:
         """Add samples.
@@ -61,12 +181,18 @@ class Moments:
             return
         if self._origin is None:
             self._origin = x0.mean(0)
-        x0, x1 = x0 - self._origin, x0 - self._origin if present is None else x1 - self._origin
+        same = x1 is x0
+        x0 = x0 - self._origin
+        x1 = x0 if same else x1 - self._origin
         self.count += len(x0)
         self._sum0 += x0.sum(0)
         self._sum1 += x1.sum(0)
-        self._cross += x0.T @ x1
-        self._square += x1.T @ x1
+        square = x1.T @ x1
+        if not same and self._cross is None:
+            self._cross = self._square.clone()
+        if self._cross is not None:
+            self._cross += square if same else x0.T @ x1
+        self._square += square
 
     def _rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if x.shape[-1] != self.size:
@@ -95,7 +221,8 @@ class Moments:
         """(E[x0 x1^T], E[x1 x1^T]), each (n, n) float64; covariances where ``centred``."""
         self._centre()
         mean0, mean1 = self._sum0 / self.count, self._sum1 / self.count
-        cross = self._cross / self.count - torch.outer(mean0, mean1)
+        cross_sum = self._square if self._cross is None else self._cross
+        cross = cross_sum / self.count - torch.outer(mean0, mean1)
         square = self._square / self.count - torch.outer(mean1, mean1)
         if centred:
             return cross, square
@@ -103,22 +230,20 @@ class Moments:
         return cross + torch.outer(full0, full1), square + torch.outer(full1, full1)
 
 
-def corrected_target(weight: Tensor, cross: Tensor, moment: Tensor, damping: float = DAMPING) -> Tensor:
+def corrected_target(weight: Tensor, cross: Tensor, metric: Metric) -> Tensor:
     """The matrix to fit where the inputs have changed: W' = W (E[x0 x1^T] + eps) (E[x1 x1^T] + eps)^-1.
 
     Args:
         weight: (m, n) original weight W.
         cross: (n, n) moment of original with present inputs.
-        moment: (n, n) moment of the present inputs.
-        damping: eps as a fraction of the mean diagonal of ``moment``; draws W' towards W where inputs say nothing.
+        metric: Of the moment of the present inputs; its damping eps draws W' towards W where inputs say nothing.
 
     Returns:
-        (m, n) float64; equal to W where ``cross`` equals ``moment``.
+        (m, n) float64; equal to W where ``cross`` equals the moment.
     """
-    metric = Metric.from_moment(moment, damping)
     assert metric.root is not None
-    level = damping * moment.double().diagonal().mean()
-    image = weight.double() @ (cross.double() + level * torch.eye(len(cross), dtype=torch.float64, device=cross.device))
+    eye = torch.eye(len(cross), dtype=torch.float64, device=cross.device)
+    image = weight.double() @ (cross.double() + metric.level * eye)
     return torch.cholesky_solve(image.T, metric.root).T
 
 

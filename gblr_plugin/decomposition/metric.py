@@ -22,10 +22,12 @@ class Metric:
     Args:
         moment: (n, n) float64 positive definite, or ``None`` for the Frobenius norm.
         root: (n, n) float64 lower Cholesky factor of ``moment``, or ``None``.
+        level: What was added to the diagonal of the moment.
     """
 
     moment: Tensor | None = None
     root: Tensor | None = None
+    level: float = 0.0
 
     @classmethod
     def from_moment(cls, moment: Tensor, damping: float = DAMPING) -> Metric:
@@ -43,11 +45,12 @@ class Metric:
         level = float(moment.diagonal().mean())
         if not level > 0:
             raise ConfigError("calibration: the second moment is zero, there is no output to preserve")
-        moment = moment + damping * level * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
+        level *= damping
+        moment = moment + level * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
         root, info = torch.linalg.cholesky_ex(moment)
         if int(info):
             raise ConfigError("calibration: the second moment is not positive semi-definite")
-        return cls(moment, root)
+        return cls(moment, root, level)
 
     def whiten(self, matrix: Tensor) -> Tensor:
         """``matrix @ L`` for a (..., n) matrix."""

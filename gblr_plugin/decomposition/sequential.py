@@ -5,20 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from ..progress import track
 from ..structure import StructuredMatrix
-from ..swap import check_structurable, weight_matrix
+from ..swap import check_structurable, stored_weight, weight_matrix
 from .api import decompose
-from .calibration import Moments, corrected_bias, corrected_target
-from .metric import DAMPING
+from .calibration import Calibration, Moments, corrected_bias, corrected_target
+from .metric import DAMPING, Metric
 
-__all__ = ["compress_sequentially", "input_rows"]
+__all__ = ["compress_sequentially", "evaluating", "fit_layers", "fitting_mask", "input_rows"]
+
+
+class _Dense(Protocol):
+    """Whatever approximates a weight."""
+
+    def to_dense(self) -> Tensor:
+        """The (m, n) matrix."""
+
+
+M = TypeVar("M", bound=_Dense)
 
 
 def input_rows(module: nn.Module, x: Tensor) -> Tensor:
@@ -52,7 +63,8 @@ class _SeenError(Exception):
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards as it was."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -66,16 +78,13 @@ class _Compressed:
     """Dense stand-ins for the layers done so far, switched on and off without touching the model's parameters."""
 
     def __init__(self) -> None:
-        self.done: list[tuple[nn.Module, Tensor, Tensor]] = []
+        self.done: list[tuple[nn.Module, Tensor, Tensor | None]] = []
 
-    def add(self, module: nn.Module, estimate: Tensor, shift: Tensor) -> None:
+    def add(self, module: nn.Module, estimate: Tensor, shift: Tensor | None) -> None:
         weight: Any = module.weight
-        # Hugging Face's Conv1D stores its weight (in, out); weight_matrix then has other strides than the parameter.
-        turned = weight.dim() == 2 and weight_matrix(module).stride() != weight.stride()
-        stand_in = estimate.T.contiguous() if turned else estimate
-        stand_in = stand_in.reshape(weight.shape).to(weight)
-        shift = shift.to(weight)
-        if isinstance(module, nn.Conv1d | nn.Conv2d):
+        stand_in = stored_weight(module, estimate)
+        shift = None if shift is None else shift.to(weight)
+        if shift is not None and isinstance(module, nn.Conv1d | nn.Conv2d):
             shift = shift.reshape(-1, *[1] * len(module.kernel_size))
         self.done.append((module, stand_in, shift))
 
@@ -87,7 +96,8 @@ class _Compressed:
                 weight: Any = module.weight
                 kept.append((weight, weight.data))
                 weight.data = stand_in
-                handles.append(module.register_forward_hook(lambda _m, _x, y, by=shift: y + by))
+                if shift is not None:
+                    handles.append(module.register_forward_hook(lambda _m, _x, y, by=shift: y + by))
             yield
         finally:
             for handle in handles:
@@ -132,7 +142,7 @@ def _groups(seen: Mapping[str, Sequence[Tensor]]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _fitting_mask(mask: Tensor | None, rows: Tensor) -> Tensor | None:
+def fitting_mask(mask: Tensor | None, rows: Tensor) -> Tensor | None:
     """The mask in the shape of the samples, where it speaks of them (pooled or patch inputs have no padding)."""
     if mask is None or mask.numel() != rows.shape[:-1].numel():
         return None
@@ -140,6 +150,74 @@ def _fitting_mask(mask: Tensor | None, rows: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
+def fit_layers(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    calibration: Calibration,
+    fit: Callable[[str, Tensor, Metric], M],
+) -> dict[str, tuple[M, Tensor | None]]:
+    """Approximate the layers of a model by whatever ``fit`` makes, each in the metric of its output.
+
+    Moments leave padding out; where a layer has a bias they are centred and the bias is corrected. Each layer is fitted
+    against the inputs that its compressed predecessors produce, with the corrected target (see
+    :mod:`gblr_plugin.decomposition.calibration`). Layers that share an input share its moments. Costs two passes, each
+    up to the layer, per distinct input and batch; one pass in all where the calibration is not sequential.
+
+    Args:
+        model: In any training mode; unchanged on return.
+        layers: Modules of the model by name: Linear, Conv1d, Conv2d or Hugging Face ``Conv1D``.
+        calibration: The batches.
+        fit: ``fit(name, target, metric)`` approximates an (m, n) float64 matrix in a metric of its inputs.
+
+    Returns:
+        By name, in order of first execution: the approximation, and the (m,) corrected bias in the weight's dtype,
+        ``None`` for layers without a bias.
+
+    Raises:
+        ConfigError: If a layer cannot be structured, is never run, or cannot be fitted; the message names the layer.
+    """
+    for name, module in layers.items():
+        check_structurable(module, name)
+    results: dict[str, tuple[M, Tensor | None]] = {}
+    compressed = _Compressed()
+    batches, sequential = calibration.batches, calibration.sequential
+    with evaluating(model):
+        seen = _inputs(model, layers, lambda: calibration.forward(model, batches[0]), stop=False)
+        missing = [name for name in layers if name not in seen]
+        if missing:
+            raise ConfigError(f"calibration: layer {missing[0]!r} is never run by the model's forward pass")
+        once = {name for name, inputs in seen.items() if len(inputs) == 1}
+        groups = _groups(seen)
+        seen.clear()
+        stages = [[group] for group in groups] if sequential else [groups]
+        names = iter(track([name for group in groups for name in group], "decomposing"))
+        for stage in stages:
+            moments = _stage_moments(model, layers, stage, calibration, compressed, once)
+            for group in stage:
+                metrics: dict[bool, Metric] = {}
+                for name in group:
+                    next(names)
+                    module, held = layers[name], moments[group[0]]
+                    centred = module.bias is not None
+                    cross, square = held.second(centred=centred)
+                    try:
+                        if centred not in metrics:
+                            metrics[centred] = Metric.from_moment(square, calibration.damping)
+                        weight = weight_matrix(module)
+                        target = corrected_target(weight, cross, metrics[centred]) if sequential else weight.double()
+                        matrix = fit(name, target, metrics[centred])
+                    except ConfigError as error:
+                        raise ConfigError(f"layer {name!r}: {error}") from error
+                    estimate = matrix.to_dense()
+                    bias: Any = module.bias
+                    shift = corrected_bias(None, weight, estimate, *held.mean) if centred else None
+                    results[name] = matrix, None if shift is None else (bias.double() + shift).to(bias.dtype)
+                    if sequential:
+                        compressed.add(module, estimate, shift)
+        next(names, None)  # the progress line is taken away
+    return results
+
+
 def compress_sequentially(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -155,17 +233,11 @@ def compress_sequentially(
     row_splits: Mapping[str, int] | None = None,
     damping: float = DAMPING,
     seed: int = 0,
-    apply: Callable[[str, StructuredMatrix, Tensor], None] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, tuple[StructuredMatrix, Tensor]]:
-    """Calibrated approximations of the layers of a model.
-
-    Moments are centred and leave padding out; the bias is corrected. Each layer is fitted against the inputs that its
-    compressed predecessors produce, with the corrected target (see :mod:`gblr_plugin.decomposition.calibration`).
-    Layers that share an input share its moments. Costs two passes, each up to the layer, per distinct input and batch.
+) -> dict[str, tuple[StructuredMatrix, Tensor | None]]:
+    """Calibrated approximations of the layers of a model, see :func:`fit_layers`.
 
     Args:
-        model: In any training mode; unchanged on return unless ``apply`` changes it.
+        model: In any training mode; unchanged on return.
         layers: Modules of the model by name: Linear, Conv1d, Conv2d or Hugging Face ``Conv1D``.
         batches: Calibration batches; read once and kept.
         forward: ``forward(model, batch)`` runs the model on a batch; its result is not used.
@@ -178,69 +250,37 @@ def compress_sequentially(
         row_splits: Matrices packed in the rows of a layer's weight, by name; 1 where absent.
         damping: As there.
         seed: As there.
-        apply: ``apply(name, matrix, bias)`` is called for every layer once all are done.
-        progress: ``progress(name, index, total)`` is called before each layer is decomposed.
 
     Returns:
-        By name, the approximation and the (m,) corrected bias, both in the dtype of the weight.
+        By name, the approximation and the (m,) corrected bias (``None`` for a layer without one), both in the dtype of
+        the weight.
 
     Raises:
         ConfigError: If there is nothing to calibrate on, a layer cannot be structured or is never run, or a
             decomposition fails; the message names the layer.
     """
-    batches = list(batches)
-    if not batches:
-        raise ConfigError("calibration: there are no batches")
-    for name, module in layers.items():
-        check_structurable(module, name)
-    results: dict[str, tuple[StructuredMatrix, Tensor]] = {}
-    compressed = _Compressed()
-    with _evaluating(model):
-        seen = _inputs(model, layers, lambda: forward(model, batches[0]), stop=False)
-        missing = [name for name in layers if name not in seen]
-        if missing:
-            raise ConfigError(f"calibration: layer {missing[0]!r} is never run by the model's forward pass")
-        once = {name for name, inputs in seen.items() if len(inputs) == 1}
-        groups = _groups(seen)
-        seen.clear()
-        stages = [groups] if not sequential else [[group] for group in groups]
-        for stage in stages:
-            moments = _stage_moments(model, layers, stage, batches, forward, mask, compressed, once)
-            for group in stage:
-                for name in group:
-                    if progress is not None:
-                        progress(name, len(results), len(layers))
-                    try:
-                        matrix, bias, shift = _fit(
-                            layers[name],
-                            moments[group[0]],
-                            budget if isinstance(budget, int | float) else budget[name],
-                            damping,
-                            sequential=sequential,
-                            method=method,
-                            align=align,
-                            max_components=max_components,
-                            row_splits=1 if row_splits is None else row_splits.get(name, 1),
-                            seed=seed,
-                        )
-                    except ConfigError as error:
-                        raise ConfigError(f"layer {name!r}: {error}") from error
-                    results[name] = matrix, bias
-                    if sequential:
-                        compressed.add(layers[name], matrix.to_dense(), shift)
-    if apply is not None:
-        for name, (matrix, bias) in results.items():
-            apply(name, matrix, bias)
-    return results
+
+    def fit(name: str, target: Tensor, metric: Metric) -> StructuredMatrix:
+        return decompose(
+            target,
+            budget if isinstance(budget, int | float) else budget[name],
+            method=method,
+            calibration=metric,
+            align=align,
+            max_components=max_components,
+            row_splits=1 if row_splits is None else row_splits.get(name, 1),
+            seed=seed,
+        ).to(weight_matrix(layers[name]).dtype)
+
+    calibration = Calibration(list(batches), forward, mask, damping, sequential)
+    return fit_layers(model, layers, calibration, fit)
 
 
 def _stage_moments(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     stage: Sequence[Sequence[str]],
-    batches: Sequence[Any],
-    forward: Callable[[nn.Module, Any], object],
-    mask: Callable[[Any], Tensor | None] | None,
+    calibration: Calibration,
     compressed: _Compressed,
     once: set[str],
 ) -> dict[str, Moments]:
@@ -248,30 +288,17 @@ def _stage_moments(
     firsts = {group[0]: layers[group[0]] for group in stage}
     stop = set(firsts) <= once
     moments: dict[str, Moments] = {}
-    for batch in batches:
-        original = _inputs(model, firsts, partial(forward, model, batch), stop=stop)
+    for batch in calibration.batches:
+        run = partial(calibration.forward, model, batch)
+        original = _inputs(model, firsts, run, stop=stop)
         present = original
         if compressed.done:
             with compressed.active():
-                present = _inputs(model, firsts, partial(forward, model, batch), stop=stop)
-        valid = None if mask is None else mask(batch)
+                present = _inputs(model, firsts, run, stop=stop)
+        valid = calibration.valid(batch)
         for name, module in firsts.items():
             for x0, x1 in zip(original[name], present[name], strict=True):
                 rows = input_rows(module, x0)
                 held = moments.setdefault(name, Moments(rows.shape[-1], rows.device))
-                held.add(rows, None if x1 is x0 else input_rows(module, x1), _fitting_mask(valid, rows))
+                held.add(rows, None if x1 is x0 else input_rows(module, x1), fitting_mask(valid, rows))
     return moments
-
-
-def _fit(
-    module: nn.Module, moments: Moments, budget: float, damping: float, *, sequential: bool, **settings: Any
-) -> tuple[StructuredMatrix, Tensor, Tensor]:
-    """Approximation, corrected bias, and what was added to the present bias."""
-    weight = weight_matrix(module)
-    cross, square = moments.second()
-    target = corrected_target(weight, cross, square, damping) if sequential else weight.double()
-    matrix = decompose(target, budget, calibration=square, damping=damping, **settings).to(weight.dtype)
-    present: Tensor | None = None if module.bias is None else module.bias.detach()  # type: ignore[operator]  # a tensor
-    bias = corrected_bias(present, weight, matrix.to_dense(), *moments.mean)
-    shift = bias if present is None else bias - present.double()
-    return matrix, bias.to(weight.dtype), shift

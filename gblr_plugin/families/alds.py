@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..allocation import Curve, least_maximum
 from ..decomposition.metric import Metric
 from ..errors import ConfigError
 from .base import check_count, check_weight, too_small
@@ -68,31 +69,34 @@ class Alds(BlockGrid):
         targets = {
             name: check_weight(f"{cls.name}: layer {name!r}", weight, budget) for name, weight in weights.items()
         }
-        splits = options.get("row_splits", 1)
-        layers = {
-            name: _together([_choices(part, options.get("parts")) for part in target.chunk(splits)])
-            for name, target in targets.items()
-        }
+        splits, parts = options.get("row_splits", 1), options.get("parts")
+        curves = {name: error_curve(target, splits, parts) for name, target in targets.items()}
         allowed = sum(budget * target.numel() for target in targets.values()) + 1e-6
-        levels = torch.cat([choice.error for choices in layers.values() for choice in choices]).unique()
-        costs = {name: _cheapest(choices, float("inf")) for name, choices in layers.items()}
-        if sum(costs.values()) > allowed:
+        least = {name: float(curve.cost[0]) for name, curve in curves.items()}
+        if sum(least.values()) > allowed:
             total = sum(target.numel() for target in targets.values())
             raise ConfigError(
-                f"{cls.name}: a budget of {budget:g} does not pay for rank 1 in each of {len(layers)} layers, which "
-                f"takes {sum(costs.values()) / total:.4g}; raise the budget or leave layers out"
+                f"{cls.name}: a budget of {budget:g} does not pay for rank 1 in each of {len(curves)} layers, which "
+                f"takes {sum(least.values()) / total:.4g}; raise the budget or leave layers out"
             )
-        low, high = 0, len(levels)  # the level of index `high` (infinity at first) is paid for
-        while low < high:
-            middle = (low + high) // 2
-            trial = {name: _cheapest(choices, float(levels[middle])) for name, choices in layers.items()}
-            if sum(trial.values()) <= allowed:
-                costs, high = trial, middle
-            else:
-                low = middle + 1
-        # Less than the next level's steps is left; everyone may use its share of it.
-        spare = allowed / sum(costs.values())
-        return {name: min(1.0, spare * cost / targets[name].numel()) for name, cost in costs.items()}
+        most = {name: float(target.numel()) for name, target in targets.items()}
+        spent = least_maximum(curves, allowed, least, most)
+        return {name: min(1.0, cost / targets[name].numel()) for name, cost in spent.items()}
+
+
+def error_curve(weight: Tensor, row_splits: int = 1, parts: int | None = None) -> Curve:
+    """Bound on the relative spectral error over multiply-adds, with the best number of parts at each.
+
+    Args:
+        weight: (m, n) floating point.
+        row_splits: Matrices stacked in the rows, all with the same parts and rank.
+        parts: Number of parts, or ``None`` for the best.
+
+    Returns:
+        The curve, from rank 1 up to at most the dense cost.
+    """
+    choices = _together([_choices(part, parts) for part in weight.double().chunk(row_splits)])
+    return Curve.envelope(torch.cat([c.cost for c in choices]), torch.cat([c.error for c in choices]))
 
 
 def _choices(weight: Tensor, parts: int | None) -> list[_Choice]:
@@ -121,12 +125,3 @@ def _together(parts: list[list[_Choice]]) -> list[_Choice]:
         _Choice(same[0].parts, same[0].cost * len(same), torch.stack([choice.error for choice in same]).amax(0))
         for same in zip(*parts, strict=True)
     ]
-
-
-def _cheapest(choices: list[_Choice], error: float) -> int:
-    """Least multiply-adds with at most this error bound; where none has, those of the least bound."""
-    met = [int(c.cost[int((c.error > error).sum())]) for c in choices if float(c.error[-1]) <= error]
-    if met:
-        return min(met)
-    best = min(choices, key=lambda c: float(c.error[-1]))
-    return int(best.cost[-1])

@@ -186,7 +186,7 @@ def check_weight(family: str, weight: Tensor, budget: float) -> Tensor:
     return weight
 
 
-def output_metric(family: str, calibration: Tensor | None, weight: Tensor) -> Metric:
+def output_metric(family: str, calibration: Tensor | Metric | None, weight: Tensor) -> Metric:
     """The norm of output errors over calibration inputs; the Frobenius norm without any.
 
     Raises:
@@ -194,6 +194,8 @@ def output_metric(family: str, calibration: Tensor | None, weight: Tensor) -> Me
     """
     if calibration is None:
         return Metric()
+    if isinstance(calibration, Metric):
+        return calibration
     n = weight.shape[1]
     if (
         not isinstance(calibration, Tensor)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..decomposition import decompose
+from ..decomposition.metric import Metric
 from ..structure import StructuredMatrix
 from .base import FamilyMatrix
 
@@ -40,7 +41,7 @@ class Gblr(FamilyMatrix):
         allowed: int,
         *,
         method: str = "gblr",
-        calibration: Tensor | None = None,
+        calibration: Tensor | Metric | None = None,
         align: int | tuple[int, int] = 1,
         max_components: int | None = None,
         row_splits: int = 1,

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..conversion import check_untied, frozen_like
+from ..allocation import allocate
+from ..conversion import check_untied, frozen_like, with_bias
 from ..conversion import convert as convert_gblr
+from ..decomposition.calibration import Calibration
+from ..decomposition.metric import Metric
+from ..decomposition.sequential import fit_layers
 from ..errors import ConfigError
 from ..progress import track
 from ..selection import select_layers
-from ..swap import can_gain, check_structurable, replace_modules, weight_matrix
+from ..swap import can_gain, check_structurable, replace_modules, stored_weight, weight_matrix
 from .layers import FamilyLayer
 from .registry import get
 
@@ -27,6 +32,9 @@ def replace(
     selection: Iterable[str] | Mapping[str, nn.Module] | None,
     family: str,
     budget: float | Mapping[str, float],
+    *,
+    calibration: Calibration | None = None,
+    allocation: str | None = None,
     **options: Any,
 ) -> dict[str, nn.Module]:
     """Swap dense layers for trainable layers of a family, in place; every family alike.
@@ -40,6 +48,9 @@ def replace(
         family: Name of the family, see :func:`~gblr_plugin.families.names`.
         budget: Relative FLOPs, for all layers together (split as the family allocates; most give each the same), or by
             name.
+        calibration: Training batches: the layers are then fitted to their outputs, with corrected biases, see
+            :func:`~gblr_plugin.decomposition.sequential.fit_layers`.
+        allocation: Rule by which one budget is split, see :func:`~gblr_plugin.allocation.allocate`.
         options: The family's own.
 
     Returns:
@@ -64,16 +75,35 @@ def replace(
         if missing:
             raise ConfigError(f"layer {missing[0]!r}: no budget given for it")
         budgets = dict(budget)
+    elif allocation is not None:
+        splits = dict.fromkeys(chosen, options.get("row_splits", 1))
+        budgets = allocate(model, chosen, budget, allocation, calibration=calibration, row_splits=splits)
     else:
         budgets = kind.budgets({name: weight_matrix(module) for name, module in chosen.items()}, budget, **options)
     layers: dict[str, nn.Module] = {}
-    for name in track(list(chosen), "decomposing"):
+    if calibration is not None:
+
+        def fit(name: str, target: Tensor, metric: Metric) -> Any:
+            return kind.trainable(_standing_in(chosen[name], target), budgets[name], calibration=metric, **options)
+
+        fitted = fit_layers(model, chosen, calibration, fit)
+        layers = {name: with_bias(*fitted[name]) for name in chosen}
+    for name in track([name for name in chosen if name not in layers], "decomposing"):
         try:
             layers[name] = kind.trainable(chosen[name], budgets[name], **options)
         except ConfigError as error:
             raise ConfigError(f"layer {name!r}: {error}") from error
     replace_modules(model, {id(chosen[name]): layer for name, layer in layers.items()})
     return layers
+
+
+def _standing_in(module: nn.Module, weight: Tensor) -> nn.Module:
+    """The module with another (m, n) weight; the module itself is left alone."""
+    old: Any = module.weight
+    stand_in = copy.copy(module)
+    parameter = nn.Parameter(stored_weight(module, weight), requires_grad=old.requires_grad)
+    stand_in._parameters = {**module._parameters, "weight": parameter}
+    return stand_in
 
 
 def convert(model: nn.Module, *, plan: Any = None) -> nn.Module:

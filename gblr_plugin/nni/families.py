@@ -9,8 +9,10 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from .. import families
+from ..decomposition.calibration import CalibrationSettings
 from ..errors import ConfigError
 from ..swap import weight_matrix
+from .calibration import allocated_budgets, calibration_data
 from .optimizers import check_recorded, rename_recorded
 from .settings import LayerPlan, read_config
 
@@ -28,6 +30,8 @@ class FamilyCompressor:
         config_list: As for gblr: ``sparse_ratio`` r gives a budget of 1 - r; layers that share a ``global_group_id``
             share a budget, which the family may split among them (ALDS does).
         evaluator: Fine-tunes; without one :meth:`compress` only returns the model.
+        calibration: ``CalibrationSettings``, a table of their fields, or ``True``: the projection is fitted to the
+            layers' outputs over training batches of the evaluator.
         **options: The family's own.
 
     Raises:
@@ -40,9 +44,11 @@ class FamilyCompressor:
         model: nn.Module,
         config_list: Sequence[Mapping[str, Any]],
         evaluator: Evaluator | None = None,
+        calibration: CalibrationSettings | Mapping[str, Any] | bool | None = None,
         **options: Any,
     ) -> None:
         plan = read_config(model, config_list).layers
+        calibrated = CalibrationSettings.read(calibration)
         fixed = next((name for name, layer in plan.items() if layer.goal.budget is None), None)
         if fixed is not None:
             raise ConfigError(f"layer {fixed!r}: {family} has no lambda; give sparse_ratio instead of sparse_threshold")
@@ -50,9 +56,11 @@ class FamilyCompressor:
             if not evaluator._initialization_complete:
                 evaluator._init_optimizer_helpers(model)
             check_recorded(evaluator, plan)
+        data = None if calibrated is None else calibration_data(evaluator, model, calibrated)
         budgets = _budgets(families.get(family), plan, options)
+        budgets |= allocated_budgets(model, plan, {name: layer.goal.budget for name, layer in plan.items()}, data)
         chosen = {name: layer.module for name, layer in plan.items()}
-        modules = families.replace(model, chosen, family, budgets, **options)
+        modules = families.replace(model, chosen, family, budgets, calibration=data, **options)
         if evaluator is not None:
             rename_recorded(evaluator, {f"{name}.weight": _factor_names(name, new) for name, new in modules.items()})
         self.bound_model, self.evaluator = model, evaluator
@@ -79,12 +87,13 @@ def _budgets(kind: Any, plan: Mapping[str, LayerPlan], options: Mapping[str, Any
     """Budget of each layer: its own, or its share of its group's."""
     groups: dict[Any, list[str]] = {}
     for name, layer in plan.items():
-        groups.setdefault(("layer", name) if layer.goal.group is None else layer.goal.group, []).append(name)
+        if layer.allocation is None:
+            groups.setdefault(("layer", name) if layer.goal.group is None else layer.goal.group, []).append(name)
     budgets: dict[str, float] = {}
     for members in groups.values():
         weights: dict[str, Tensor] = {name: weight_matrix(plan[name].module) for name in members}
         budgets.update(kind.budgets(weights, plan[members[0]].goal.budget, **options))
-    return {name: budgets[name] for name in plan}
+    return budgets
 
 
 def _factor_names(name: str, module: nn.Module) -> list[str]:
@@ -95,8 +104,12 @@ def family_factory(family: str) -> Callable[..., FamilyCompressor]:
     """Factory for :func:`~gblr_plugin.nni.create_compressor`."""
 
     def create(
-        model: nn.Module, config_list: Sequence[Mapping[str, Any]], evaluator: Evaluator | None = None, **options: Any
+        model: nn.Module,
+        config_list: Sequence[Mapping[str, Any]],
+        evaluator: Evaluator | None = None,
+        calibration: CalibrationSettings | Mapping[str, Any] | bool | None = None,
+        **options: Any,
     ) -> FamilyCompressor:
-        return FamilyCompressor(family, model, config_list, evaluator, **options)
+        return FamilyCompressor(family, model, config_list, evaluator, calibration, **options)
 
     return create

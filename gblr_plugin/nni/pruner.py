@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from nni.compression.base.compressor import Compressor
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..conversion import prepare_layers
+from ..decomposition.calibration import Calibration, CalibrationSettings
 from ..errors import ConfigError
 from ..layers import GBLRLayer
 from ..learner import StructureLearner
 from ..schedule import Schedule
 from ..swap import replace_modules
+from .calibration import allocated_budgets, calibration_data
 from .optimizers import adopt, check_recorded, is_adopted
 from .settings import Plan, nni_schema, read_config
 from .wrapper import GBLRWrapper
@@ -41,7 +44,7 @@ class GBLRPruner(ScheduledPruner):
     ``sparse_threshold`` a fixed lambda, ``global_group_id`` pools a budget, ``min_sparse_ratio`` and
     ``max_sparse_ratio`` bound layers within their group, ``granularity: [a, b]`` snaps intervals to multiples of a rows
     and b columns. Own keys stand in a nested ``gblr:`` table or with the prefix ``gblr_``: num_components, initialiser,
-    row_splits, seed, start_budget, structure_lr, sigma_start, sigma_end.
+    row_splits, seed, start_budget, allocation, structure_lr, sigma_start, sigma_end, compact.
 
     Alone it follows its own warm-up and cool-down. Inside ``AGPPruner`` or ``LinearPruner`` these drive lambda and
     sigma, and the structure is frozen when they reach their goal; this class gets the evaluator, and the model is
@@ -57,6 +60,8 @@ class GBLRPruner(ScheduledPruner):
         warmup_step: Optimizer steps before anything shrinks.
         cooldown_begin_step: Step from which the structure is frozen as exact boxcars. ``None``: only under AGPPruner or
             LinearPruner.
+        calibration: ``CalibrationSettings``, a table of their fields, or ``True``: starts at a budget are fitted to the
+            layers' outputs over training batches of the evaluator.
         existed_wrappers: Used by :meth:`from_compressor`.
 
     Attributes:
@@ -75,7 +80,9 @@ class GBLRPruner(ScheduledPruner):
         warmup_step: int = 0,
         cooldown_begin_step: int | None = None,
         existed_wrappers: Mapping[str, ModuleWrapper] | None = None,
+        calibration: CalibrationSettings | Mapping[str, Any] | bool | None = None,
     ) -> None:
+        calibrated = CalibrationSettings.read(calibration)
         plan = read_config(model, config_list)
         schedule = _schedule(warmup_step, cooldown_begin_step, plan)
         wrappers = dict(existed_wrappers or {})
@@ -86,7 +93,8 @@ class GBLRPruner(ScheduledPruner):
             if not evaluator._initialization_complete:
                 evaluator._init_optimizer_helpers(model)
             check_recorded(evaluator, plan.layers)
-        self.learner = _prepare(model, plan, schedule)
+        data = None if calibrated is None else calibration_data(evaluator, model, calibrated)
+        self.learner = _prepare(model, plan, schedule, data)
         layers = self.learner.layers
         self.warmup_step, self.cooldown_begin_step = warmup_step, cooldown_begin_step
         self._interval_steps = 1
@@ -112,6 +120,7 @@ class GBLRPruner(ScheduledPruner):
         warmup_step: int = 0,
         cooldown_begin_step: int | None = None,
         evaluator: Evaluator | None = None,
+        calibration: CalibrationSettings | Mapping[str, Any] | bool | None = None,
     ) -> GBLRPruner:
         """Fuse with a compressor that was made first (a distiller, an activation quantizer, a pruner of other layers).
 
@@ -121,6 +130,7 @@ class GBLRPruner(ScheduledPruner):
             warmup_step: See the class.
             cooldown_begin_step: See the class.
             evaluator: Used if the compressor has none.
+            calibration: See the class.
 
         Returns:
             The pruner; its ``compress`` runs both.
@@ -136,6 +146,7 @@ class GBLRPruner(ScheduledPruner):
                 evaluator=evaluator,
                 warmup_step=warmup_step,
                 cooldown_begin_step=cooldown_begin_step,
+                calibration=calibration,
             )
         except ConfigError:
             if was_wrapped and not compressor._is_wrapped:
@@ -316,11 +327,20 @@ def _check_layers(plan: Plan, wrappers: Mapping[str, ModuleWrapper]) -> None:
             raise ConfigError(f"layer {name!r}: its weight does not require gradients; nothing can be learned there")
 
 
-def _prepare(model: nn.Module, plan: Plan, schedule: Schedule | None) -> StructureLearner:
+def _prepare(
+    model: nn.Module, plan: Plan, schedule: Schedule | None, calibration: Calibration | None
+) -> StructureLearner:
     """Swap the dense layers of a plan; on any error the model is as it was."""
     ready = {name: layer.module for name, layer in plan.layers.items() if isinstance(layer.module, GBLRLayer)}
     dense = {name: layer.settings for name, layer in plan.layers.items() if name not in ready}
-    swapped = prepare_layers(model, dense) if dense else {}
+    shares = allocated_budgets(
+        model,
+        {name: plan.layers[name] for name in dense},
+        {name: settings.budget for name, settings in dense.items()},
+        calibration,
+    )
+    dense |= {name: replace(dense[name], budget=share) for name, share in shares.items()}
+    swapped = prepare_layers(model, dense, calibration=calibration) if dense else {}
     layers = {name: {**ready, **swapped}[name] for name in plan.layers if name in ready or name in swapped}
     goals = {name: plan.layers[name].goal for name in layers}
     try:

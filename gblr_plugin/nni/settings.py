@@ -19,6 +19,7 @@ from nni.compression.base.setting import PruningSetting, QuantizationSetting
 from schema import Optional, Schema
 from torch import nn
 
+from ..allocation import RULES
 from ..conversion import LayerSettings
 from ..decomposition import METHODS
 from ..errors import ConfigError
@@ -80,6 +81,10 @@ def _read_initialiser(value: Any) -> str | None:
     return value if isinstance(value, str) and value in METHODS else None
 
 
+def _read_rule(value: Any) -> str | None:
+    return value if isinstance(value, str) and value in RULES else None
+
+
 def _read_group(value: Any) -> int | str | None:
     return value if isinstance(value, (int, str)) and not isinstance(value, bool) else None
 
@@ -112,12 +117,13 @@ _OWN: dict[str, tuple[Callable[[Any], Any], str]] = {
     "row_splits": _integer(1),
     "seed": _integer(0),
     "start_budget": _number(0, 1, low_open=True),
+    "allocation": (_read_rule, "one of " + ", ".join(RULES)),
     "structure_lr": _number(0, math.inf, low_open=True),
     "sigma_start": _number(0, math.inf, low_open=True),
     "sigma_end": _number(0, math.inf, low_open=True),
     "compact": (_read_switch, "true or false"),
 }
-_LAYER_OWN = ("num_components", "initialiser", "row_splits", "seed", "start_budget")
+_LAYER_OWN = ("num_components", "initialiser", "row_splits", "seed", "start_budget", "allocation")
 _SHARED_OWN = ("structure_lr", "sigma_start", "sigma_end", "compact")
 
 _WEIGHT_SETTING: dict[str, Any] = {
@@ -153,12 +159,14 @@ class LayerPlan:
         settings: Its start.
         goal: Where its structure is to end.
         entry: Its entry in NNI's terms: one name, goals as floats, own keys with their prefix.
+        allocation: Rule by which its group's budget is split at the start; ``None``: as the family does.
     """
 
     module: nn.Module
     settings: LayerSettings
     goal: LayerGoal
     entry: dict[str, Any]
+    allocation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -217,10 +225,12 @@ def read_config(model: nn.Module, config_list: Sequence[Mapping[str, Any]]) -> P
                 continue
             if isinstance(module, GBLRLayer):
                 _check_structured(module, name, values, where)
-            plans[first] = LayerPlan(module, settings, goal, {"op_names": [first], **nni_entry})
+            plans[first] = LayerPlan(
+                module, settings, goal, {"op_names": [first], **nni_entry}, values.get("allocation")
+            )
     order = {name: index for index, name in enumerate(first_names.values())}
     ordered = {name: plans[name] for name in sorted(plans, key=order.__getitem__)}
-    _check_groups({name: plan.goal for name, plan in ordered.items()})
+    _check_groups(ordered)
     return Plan(
         ordered,
         shared.get("structure_lr"),
@@ -332,6 +342,8 @@ def _layer_values(values: Mapping[str, Any], where: str) -> tuple[LayerGoal, Lay
             f"{where}: give sparse_ratio (a budget of 1 - sparse_ratio) or sparse_threshold (a fixed lambda), "
             + ("not both" if ratio is not None else "one is missing")
         )
+    if "allocation" in values and ratio is None:
+        raise ConfigError(f"{where}: allocation splits a budget: it needs sparse_ratio")
     least, most = values.get("min_sparse_ratio", None), values.get("max_sparse_ratio", None)
     if least is not None and most is not None and least > most:
         raise ConfigError(f"{where}: min_sparse_ratio {least:g} is above max_sparse_ratio {most:g}")
@@ -382,12 +394,21 @@ def _check_structured(module: GBLRLayer, name: str, values: Mapping[str, Any], w
         )
 
 
-def _check_groups(goals: Mapping[str, LayerGoal]) -> None:
+def _check_groups(plans: Mapping[str, LayerPlan]) -> None:
     asked: dict[Any, tuple[str, LayerGoal]] = {}
-    for name, goal in goals.items():
+    for name, plan in plans.items():
+        goal = plan.goal
         if goal.group is None:
+            if plan.allocation is not None:
+                raise ConfigError(
+                    f"layer {name!r}: allocation splits the budget of a group: give its layers one global_group_id"
+                )
             continue
         first, other = asked.setdefault(goal.group, (name, goal))
+        if plans[first].allocation != plan.allocation:
+            raise ConfigError(
+                f"layers {first!r} and {name!r} share global_group_id {goal.group!r}, but not one allocation"
+            )
         if (other.budget, other.threshold) != (goal.budget, goal.threshold):
             raise ConfigError(
                 f"layers {first!r} and {name!r} share global_group_id {goal.group!r}, but not one sparse_ratio or "

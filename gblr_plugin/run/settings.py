@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..allocation import check_rule
+from ..decomposition.calibration import CalibrationSettings
 from ..errors import ConfigError
 
 __all__ = ["Method", "RunSettings", "Training"]
@@ -53,6 +55,8 @@ class Method:
             is before that, randomly initialised (training from scratch) or pretrained.
         warmup: Share of the steps before anything shrinks (gblr).
         cooldown: Share of the steps, at the end, with the structure frozen (gblr).
+        compact: Whether dead components are dropped at the freeze, for a cheaper cool-down (gblr).
+        calibration: Of the one-shot start; default the run's.
         options: Further arguments of the compressor.
     """
 
@@ -61,8 +65,10 @@ class Method:
     training: Training | None = None
     warmup: float = 0.05
     cooldown: float = 0.3
+    calibration: CalibrationSettings | None = None
     options: dict[str, Any] = field(default_factory=dict)
     start: str = "trained"
+    compact: bool = False
 
     def __post_init__(self) -> None:
         if self.start not in ("trained", "initial"):
@@ -82,6 +88,8 @@ class RunSettings:
         task: A built-in task by its name in :data:`gblr_plugin.tasks.TASKS`, or ``"package.module:Class"``.
         budget: Relative FLOPs of the compressed layers, in (0, 1], for a run without ``config_list``.
         config_list: NNI's compression config: which layers, and how far. Default: the task's layers at ``budget``.
+        allocation: With ``budget``: the layers share it, split by this rule (:func:`gblr_plugin.allocation.allocate`).
+        calibration: Training batches to which one-shot starts are fitted; default none.
         model: Arguments of the task: sizes of the network, the data's folder and split.
         seeds: One repetition each, of split, initialisation and training.
         weights: File with the weights of a trained dense network (``dense.pt`` of an earlier run, or a state dict), in
@@ -96,6 +104,8 @@ class RunSettings:
     task: str
     budget: float | None = None
     config_list: list[dict[str, Any]] | None = None
+    allocation: str | None = None
+    calibration: CalibrationSettings | None = None
     model: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     weights: str | None = None
@@ -110,6 +120,10 @@ class RunSettings:
             raise ConfigError("give either budget or config_list")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise ConfigError(f"budget must be relative FLOPs in (0, 1], got {self.budget}")
+        if self.allocation is not None:
+            check_rule(self.allocation, self.calibration)
+            if self.budget is None:
+                raise ConfigError("allocation goes with budget; with config_list write gblr: {allocation: ...} there")
         for name in ("seeds", "methods", "latency_batch"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must not be empty")

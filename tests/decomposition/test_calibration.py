@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gblr_plugin.decomposition.calibration import Moments, corrected_bias, corrected_target
+from gblr_plugin.decomposition.metric import Metric
 from gblr_plugin.errors import ConfigError
 
 
@@ -68,7 +69,7 @@ def test_target_and_bias_are_the_least_squares_solution() -> None:
     moments = Moments(5)
     moments.add(x0, x1)
     cross, square = moments.second()
-    target = corrected_target(weight, cross, square, damping=1e-12)
+    target = corrected_target(weight, cross, Metric.from_moment(square, 1e-12))
     new_bias = corrected_bias(bias, weight, target, *moments.mean)
     design = torch.cat([x1, torch.ones(4000, 1, dtype=torch.float64)], 1)
     expected = torch.linalg.lstsq(design, x0 @ weight.T + bias).solution
@@ -84,4 +85,4 @@ def test_unchanged_inputs_keep_the_target() -> None:
     moments.add(torch.randn(50, 5))
     cross, square = moments.second()
     weight = torch.randn(4, 5)
-    torch.testing.assert_close(corrected_target(weight, cross, square), weight.double())
+    torch.testing.assert_close(corrected_target(weight, cross, Metric.from_moment(square)), weight.double())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gblr_plugin.decomposition.sequential import compress_sequentially, input_rows
 from gblr_plugin.errors import ConfigError
+from gblr_plugin.progress import shown_by
 from gblr_plugin.structure import StructuredMatrix
 
 
@@ -26,13 +27,14 @@ def network() -> nn.Sequential:
     )
 
 
-def put(model: nn.Module, results: dict[str, tuple[StructuredMatrix, Tensor]]) -> nn.Module:
+def put(model: nn.Module, results: dict[str, tuple[StructuredMatrix, Tensor | None]]) -> nn.Module:
     """A copy with the dense approximations in place."""
     model = copy.deepcopy(model)
     for name, (matrix, bias) in results.items():
         layer = model.get_submodule(name)
         layer.weight = nn.Parameter(matrix.to_dense().reshape(layer.weight.shape))
-        layer.bias = nn.Parameter(bias)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias)
     return model
 
 
@@ -60,24 +62,31 @@ def test_each_correction_helps_and_the_model_is_left_alone(network: nn.Sequentia
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in network.modules())
 
 
-def test_apply_progress_budgets_and_order(network: nn.Sequential) -> None:
+def test_budgets_by_name_order_and_biases(network: nn.Sequential) -> None:
     x = torch.randn(60, 2, 4, 4)
     layers = {name: network.get_submodule(name) for name in ("5", "0", "3")}
-    applied, steps = [], []
-    results = compress_sequentially(
-        network,
-        layers,
-        [x],
-        lambda m, b: m(b),
-        {"0": 0.6, "3": 0.3, "5": 0.5},
-        method="svd",
-        apply=lambda name, matrix, bias: applied.append((name, matrix.shape, bias.shape)),
-        progress=lambda name, index, total: steps.append((name, index, total)),
-    )
+    shown: list[str] = []
+    with shown_by(shown.append):
+        results = compress_sequentially(
+            network, layers, [x], lambda m, b: m(b), {"0": 0.6, "3": 0.3, "5": 0.5}, method="svd"
+        )
     assert list(results) == ["0", "3", "5"]
-    assert applied == [("0", (16, 18), (16,)), ("3", (40, 256), (40,)), ("5", (30, 40), (30,))]
-    assert steps == [("0", 0, 3), ("3", 1, 3), ("5", 2, 3)]
+    shapes = {name: (m.shape, None if b is None else tuple(b.shape)) for name, (m, b) in results.items()}
+    assert shapes == {"0": ((16, 18), (16,)), "3": ((40, 256), None), "5": ((30, 40), (30,))}
+    assert [text.partition(",")[0] for text in shown] == [f"decomposing {i + 1}/3: {n}" for i, n in enumerate("035")]
     assert results["3"][0].relative_flops <= 0.3 < results["5"][0].relative_flops
+
+
+def test_without_a_bias_the_moments_are_not_centred() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 10, bias=False)
+    x = torch.randn(500, 12) + 3.0
+    found, bias = compress_sequentially(layer, {"": layer}, [x], lambda m, b: m(b), 0.4, method="svd")[""]
+    assert bias is None
+    root = torch.linalg.cholesky(x.T.double() @ x.double() / 500)
+    whitened = layer.weight.double() @ root
+    best = torch.linalg.svdvals(whitened)[2:].square().sum().sqrt()  # what rank 2 cannot hold
+    torch.testing.assert_close(((layer.weight - found.to_dense()).double() @ root).norm(), best, rtol=1e-2, atol=0)
 
 
 class Attention(nn.Module):

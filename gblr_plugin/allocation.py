@@ -1,0 +1,340 @@
+r"""Split one budget of multiply-adds over layers by a named rule; apart from the layers, for every family alike.
+
+A rule gives each layer a curve: an error over the multiply-adds spent. The curves are those of low-rank approximations
+priced as trapezoids (r (m + n) - r (r - 1) for rank r), read off one singular value decomposition a layer:
+
+* ``weight``: the share of ``||W||_F^2`` that is lost.
+* ``output``: the share of the output's energy ``E||W x||^2`` that is lost over calibration inputs.
+* ``sensitivity``: the rise of the loss to second order, with the Fisher matrix factored as E[x x^T] times E[g g^T], g
+  being the loss gradient at the layer's output (K-FAC, Martens & Grosse 2015): leaving out component k of the whitened
+  weight costs ``s_k^2 u_k^T E[g g^T] u_k``.
+
+The sum of the errors is then made as small as the budget allows, exactly for the curves' convex hulls: pieces are
+bought in order of error saved per multiply-add. ``alds`` makes the largest relative spectral error as small as possible
+instead (Liebenwein et al. 2021); ``uniform`` gives every layer the same share.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .decomposition.calibration import Calibration, Moments, loss_of
+from .decomposition.metric import Metric
+from .decomposition.sequential import evaluating, fitting_mask, input_rows
+from .decomposition.triplets import singular_triplets
+from .errors import ConfigError
+from .swap import check_structurable, weight_matrix
+
+__all__ = ["FLOOR", "RULES", "Curve", "allocate", "check_rule", "least_maximum", "least_sum"]
+
+RULES = ("uniform", "weight", "output", "sensitivity", "alds")
+"""Names of the rules."""
+
+FLOOR = 0.25
+"""Least share of the group's relative budget that a layer without a bound of its own gets."""
+
+Bounds = Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What spending more on a layer gains.
+
+    Args:
+        cost: (J,) float64 multiply-adds, strictly increasing.
+        error: (J,) float64 error at that cost, not increasing.
+    """
+
+    cost: Tensor
+    error: Tensor
+
+    @classmethod
+    def envelope(cls, cost: Tensor, error: Tensor) -> Curve:
+        """The curve of the best of some choices: dominated ones are left out."""
+        order = torch.argsort(cost, stable=True)
+        cost, error = cost[order].double(), error[order].double().cummin(0).values
+        last = torch.ones(len(cost), dtype=torch.bool, device=cost.device)
+        last[:-1] = cost[1:] > cost[:-1]
+        return cls(cost[last], error[last])
+
+
+def check_rule(rule: str, calibration: object | None) -> None:
+    """Refuse an unknown rule, or one that needs batches where there are none.
+
+    Raises:
+        ConfigError: In one line.
+    """
+    if rule not in RULES:
+        near = difflib.get_close_matches(str(rule), RULES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"allocation: must be one of {', '.join(RULES)}, got {rule!r}{hint}")
+    if rule in ("output", "sensitivity") and calibration is None:
+        raise ConfigError(f"allocation: rule {rule!r} needs calibration batches; give calibration, or choose 'weight'")
+
+
+def allocate(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    budget: float,
+    rule: str = "weight",
+    *,
+    calibration: Calibration | None = None,
+    bounds: Bounds | None = None,
+    row_splits: Mapping[str, int] | None = None,
+) -> dict[str, float]:
+    """Split one budget over the layers of a model.
+
+    Args:
+        model: Only looked at; run on the calibration batches by the rules that need them.
+        layers: Its Linear, Conv1d, Conv2d or Hugging Face ``Conv1D`` modules by name.
+        budget: Relative FLOPs of all layers together, in (0, 1].
+        rule: One of :data:`RULES`.
+        calibration: Batches, for ``output``; for ``sensitivity`` its forward must return the loss.
+        bounds: Least and most relative FLOPs by layer name; by default :data:`FLOOR` times the budget, and 1.
+        row_splits: Matrices packed in the rows of a layer's weight, by name; 1 where absent.
+
+    Returns:
+        Relative FLOPs by layer name; weighted by the layers' sizes they add up to at most the budget.
+
+    Raises:
+        ConfigError: If the rule is unknown or lacks batches, a layer is never run, or bounds exclude the budget.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+        >>> shares = allocate(model, {"0": model[0], "1": model[1]}, 0.25)
+        >>> 64 * 64 * shares["0"] + 64 * 8 * shares["1"] <= 0.25 * (64 * 64 + 64 * 8)
+        True
+    """
+    check_rule(rule, calibration)
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
+        raise ConfigError(f"allocation: budget must be relative FLOPs in (0, 1], got {budget!r}")
+    for name, module in layers.items():
+        check_structurable(module, name)
+    dense = {name: weight_matrix(module).numel() for name, module in layers.items()}
+    given = bounds or {}
+    low = {name: _floor(given.get(name, (0.0, 1.0))[0], budget) * size for name, size in dense.items()}
+    high = {name: min(given.get(name, (0.0, 1.0))[1], 1.0) * size for name, size in dense.items()}
+    low = {name: min(least, high[name]) for name, least in low.items()}
+    allowed = budget * sum(dense.values())
+    if not sum(low.values()) <= allowed * (1 + 1e-9) or not allowed <= sum(high.values()) * (1 + 1e-9):
+        total = sum(dense.values())
+        raise ConfigError(
+            f"allocation: the bounds of the layers allow relative FLOPs from {sum(low.values()) / total:.4g} to "
+            f"{sum(high.values()) / total:.4g}, which excludes the budget {budget:g}"
+        )
+    splits = {name: 1 if row_splits is None else row_splits.get(name, 1) for name in layers}
+    if rule == "uniform":
+        curves = {name: _straight(size) for name, size in dense.items()}
+        spent = least_maximum(curves, allowed, low, high)
+    elif rule == "alds":
+        from .families.alds import error_curve  # stands beside this file, and splits budgets by it
+
+        curves = {name: error_curve(weight_matrix(module), splits[name]) for name, module in layers.items()}
+        spent = least_maximum(curves, allowed, low, high)
+    else:
+        curves = _spectral_curves(model, layers, rule, calibration, splits)
+        spent = least_sum(curves, allowed, low, high)
+    return {name: min(1.0, spent[name] / dense[name]) for name in layers}
+
+
+def _floor(least: float, budget: float) -> float:
+    return least if least > 0 else FLOOR * budget
+
+
+def _straight(size: int) -> Curve:
+    """An error that falls evenly to 0 at the dense cost: its largest is least where all get the same share."""
+    cost = torch.arange(0, 1001, dtype=torch.float64) * (size / 1000)
+    return Curve(cost, 1 - cost / size)
+
+
+# -- splitting ---------------------------------------------------------------------------------------------------------
+
+
+def least_sum(
+    curves: Mapping[str, Curve], allowed: float, low: Mapping[str, float], high: Mapping[str, float]
+) -> dict[str, float]:
+    """Multiply-adds of each layer that minimise the sum of the convex hulls of the curves.
+
+    Args:
+        curves: By layer.
+        allowed: Multiply-adds of all layers together, at least those of ``low``.
+        low: Least multiply-adds of each layer.
+        high: Most multiply-adds of each layer.
+
+    Returns:
+        Multiply-adds by layer, within the bounds, in total at most ``allowed``.
+    """
+    spent = {name: float(low[name]) for name in curves}
+    pieces: list[tuple[float, str, float]] = []
+    for name, curve in curves.items():
+        cost, error = _hull(curve)
+        for begin, end, high_error, low_error in zip(cost[:-1], cost[1:], error[:-1], error[1:], strict=True):
+            width = min(end, high[name]) - max(begin, low[name])
+            if width > 0 and high_error > low_error:
+                pieces.append(((high_error - low_error) / (end - begin), name, width))
+    left = allowed - sum(spent.values())
+    # A layer's own pieces come in order, since slopes of a hull fall.
+    for _, name, width in sorted(pieces, key=lambda piece: -piece[0]):
+        bought = min(width, left)
+        spent[name] += bought
+        left -= bought
+        if left <= 0:
+            break
+    return _spread(spent, max(left, 0.0), high)
+
+
+def least_maximum(
+    curves: Mapping[str, Curve], allowed: float, low: Mapping[str, float], high: Mapping[str, float]
+) -> dict[str, float]:
+    """Multiply-adds of each layer that minimise the largest error over layers; arguments as :func:`least_sum`.
+
+    What is left when the next smaller error cannot be paid for is shared out in proportion.
+    """
+
+    def price(level: float) -> dict[str, float]:
+        chosen = {}
+        for name, curve in curves.items():
+            index = min(int((curve.error > level).sum()), len(curve.cost) - 1)
+            chosen[name] = min(max(float(curve.cost[index]), low[name]), high[name])
+        return chosen
+
+    levels = torch.cat([curve.error.cpu() for curve in curves.values()]).unique()
+    begin, end = 0, len(levels)
+    spent = {name: float(low[name]) for name in curves}
+    while begin < end:
+        middle = (begin + end) // 2
+        trial = price(float(levels[middle]))
+        if sum(trial.values()) <= allowed * (1 + 1e-12):
+            spent, end = trial, middle
+        else:
+            begin = middle + 1
+    return _spread(spent, max(allowed - sum(spent.values()), 0.0), high)
+
+
+def _hull(curve: Curve) -> tuple[list[float], list[float]]:
+    """Lower convex hull of a curve, by cost (Andrew's monotone chain)."""
+    points: list[tuple[float, float]] = []
+    for x, y in zip(curve.cost.tolist(), curve.error.tolist(), strict=True):
+        while len(points) > 1:
+            (x0, y0), (x1, y1) = points[-2:]
+            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
+                break
+            points.pop()
+        points.append((x, y))
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _spread(spent: dict[str, float], left: float, high: Mapping[str, float]) -> dict[str, float]:
+    """Share out what is left in proportion, up to the bounds."""
+    while left > 1e-9 * max(1.0, sum(spent.values())):
+        open_to_more = {name: cost for name, cost in spent.items() if cost < high[name] * (1 - 1e-12)}
+        if not open_to_more:
+            break
+        total = sum(open_to_more.values())
+        share = left
+        for name, cost in open_to_more.items():
+            more = min(share * (cost / total if total > 0 else 1 / len(open_to_more)), high[name] - cost)
+            spent[name] += more
+            left -= more
+    return spent
+
+
+# -- curves ------------------------------------------------------------------------------------------------------------
+
+
+def _spectral_curves(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    rule: str,
+    calibration: Calibration | None,
+    splits: Mapping[str, int],
+) -> dict[str, Curve]:
+    if rule == "weight" or calibration is None:
+        return {name: _curve(weight_matrix(module), Metric(), None, splits[name]) for name, module in layers.items()}
+    inputs, gradients = _second_moments(model, layers, calibration, gradients=rule == "sensitivity")
+    if gradients and not any(float(gradient.diagonal().sum()) > 0 for gradient in gradients.values()):
+        raise ConfigError("allocation: all loss gradients are zero; there is nothing to weigh layers by")
+    metrics = {name: Metric.from_moment(moment, calibration.damping) for name, moment in inputs.items()}
+    return {
+        name: _curve(weight_matrix(module), metrics[name], gradients.get(name), splits[name])
+        for name, module in layers.items()
+    }
+
+
+def _curve(weight: Tensor, metric: Metric, gradient: Tensor | None, row_splits: int) -> Curve:
+    """Error over cost of low rank priced as trapezoids; a share of the whole unless gradients weigh it."""
+    if len(weight) % row_splits:
+        raise ConfigError(f"allocation: row_splits {row_splits} does not divide {len(weight)} rows")
+    lost: list[Tensor] = []
+    rows, n = len(weight) // row_splits, weight.shape[1]
+    for index, part in enumerate(metric.whiten(weight.double()).chunk(row_splits)):
+        left, values, _ = singular_triplets(part)
+        energy = values.square()
+        if gradient is not None:
+            own = slice(index * rows, (index + 1) * rows)
+            energy = energy * ((gradient[own, own] @ left) * left).sum(0)
+        lost.append(energy)
+    gains = torch.stack(lost).sum(0).cpu()
+    total = gains.sum()
+    if gradient is None:
+        gains = gains / total.clamp(min=torch.finfo(torch.float64).tiny)
+    rank = torch.arange(len(gains) + 1, dtype=torch.float64)
+    error = torch.cat([gains.flip(0).cumsum(0).flip(0), gains.new_zeros(1)])
+    return Curve(row_splits * (rank * (rows + n) - rank * (rank - 1)).clamp(max=rows * n), error)
+
+
+def _second_moments(
+    model: nn.Module, layers: Mapping[str, nn.Module], calibration: Calibration, *, gradients: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By layer, the (n, n) covariance of its inputs and the (m, m) second moment of the loss gradient at its output."""
+    moments: dict[str, Moments] = {}
+    squares: dict[str, Tensor] = {}
+    present: Tensor | None = None
+    outputs: list[tuple[str, Tensor]] = []
+
+    def watch(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        rows = input_rows(module, args[0] if args else next(iter(kwargs.values())))
+        if name not in moments:
+            moments[name] = Moments(rows.shape[-1], rows.device)
+        moments[name].add(rows, mask=fitting_mask(present, rows))
+        if not gradients:
+            return output
+        outputs.append((name, output))
+        return output.clone()  # what follows may change it in place
+
+    handles = [module.register_forward_hook(partial(watch, name), with_kwargs=True) for name, module in layers.items()]
+    try:
+        with evaluating(model), torch.set_grad_enabled(gradients):
+            for batch in calibration.batches:
+                present = calibration.valid(batch)
+                outputs.clear()
+                result = calibration.forward(model, batch)
+                if gradients:
+                    slopes = torch.autograd.grad(loss_of(result), [y for _, y in outputs], allow_unused=True)
+                    for (name, y), slope in zip(outputs, slopes, strict=True):
+                        g = _output_rows(layers[name], y if slope is None else slope)
+                        square = g.T @ g if slope is not None else torch.zeros_like(g.T @ g)
+                        squares[name] = squares[name] + square if name in squares else square
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [name for name in layers if name not in moments]
+    if missing:
+        raise ConfigError(f"allocation: layer {missing[0]!r} is never run by the model's forward pass")
+    centred = {name: module.bias is not None for name, module in layers.items()}
+    return {name: moments[name].second(centred=centred[name])[1] for name in layers}, squares
+
+
+def _output_rows(module: nn.Module, y: Tensor) -> Tensor:
+    """(N, m) float64 rows of a layer's output, or of its gradient."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        dims = len(module.kernel_size)
+        y = y.reshape(-1, *y.shape[-1 - dims :]).flatten(2).transpose(1, 2)
+    return y.detach().reshape(-1, y.shape[-1]).double()
