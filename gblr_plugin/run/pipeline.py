@@ -18,7 +18,7 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import nn
 
-from .. import __version__
+from .. import __version__, families
 from ..errors import ConfigError
 from ..families import FamilyLayer, convert
 from ..files import write_atomic, write_text
@@ -39,6 +39,7 @@ from .training import check_comparable, compress_and_train
 __all__ = ["Job", "config_list_of", "make_task", "prepare_run"]
 
 DENSE = "dense"
+_CALIBRATED = ("agp", "gblr_fixed", "linear", *families.names())  # compressors that project dense weights
 _LEARNED = ("gblr", "agp", "linear")  # compressors under which a structure changes while it trains
 
 
@@ -235,7 +236,13 @@ class Job:
             options.setdefault("warmup_step", round(method.warmup * steps))
             options.setdefault("cooldown_begin_step", max(round((1 - method.cooldown) * steps), 1))
         evaluator = LightningEvaluator(self._trainer(training, watching, seed, method.name), data)
-        return create_compressor(method.name, module, config_list_of(method, self.settings, self.task), evaluator, **options), module, monitor
+        calibration = method.calibration or self.settings.calibration
+        if calibration is not None and method.options.get("pruner", method.name) in _CALIBRATED:
+            options.setdefault("calibration", calibration)
+        config_list = config_list_of(method, self.settings, self.task)
+        if method.compact and method.name == "gblr":
+            config_list = [{"gblr_compact": True, **entry} for entry in config_list]
+        return create_compressor(method.name, module, config_list, evaluator, **options), module, monitor
 
     def _compress(self, method: Method, network: nn.Module, seed: int) -> nn.Module:
         """The network, compressed by a method, fine-tuned and converted."""
@@ -342,7 +349,10 @@ def config_list_of(method: Method, settings: RunSettings, task: Any) -> list[dic
     if given is not None:
         return copy.deepcopy(given)
     patterns = [fnmatch.translate(pattern) for pattern in task.layers]
-    return [{"op_names_re": patterns, "sparse_ratio": 1 - (settings.budget or 1.0)}]
+    entry: dict[str, Any] = {"op_names_re": patterns, "sparse_ratio": 1 - (settings.budget or 1.0)}
+    if settings.allocation is not None:
+        entry |= {"global_group_id": "all", "gblr": {"allocation": settings.allocation}}
+    return [entry]
 
 
 def make_task(settings: RunSettings) -> Any:

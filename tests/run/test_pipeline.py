@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from gblr_plugin import GBLRTensor, load, report
 from gblr_plugin.cli import main
+from gblr_plugin.layers import GBLRLayer
 from gblr_plugin.run.measure import evaluate
 from gblr_plugin.run.summary import RunReport
 from gblr_plugin.tasks import get_task
@@ -79,6 +80,21 @@ def test_a_users_own_task_from_the_working_directory(project, capfd):
     summary = RunReport.from_dict(json.loads((project / "outputs/config/report.json").read_text()))
     assert [method.name for method in summary.methods] == ["dense", "gblr"]
     assert math.isfinite(summary["gblr"].seeds[0]["loss"])
+
+
+def test_compact_drops_dead_components_at_the_freeze(project, capfd, monkeypatch):
+    compacted = []
+    compact = GBLRLayer.compact
+
+    def counted(layer, optimizers):
+        compacted.append(layer.structure_frozen)
+        return compact(layer, optimizers)
+
+    monkeypatch.setattr(GBLRLayer, "compact", counted)
+    assert main(["run", "config.yaml", *OWN]) == 0
+    assert not compacted
+    assert main(["run", "config.yaml", *OWN, "--set", "methods.0.compact=true"]) == 0
+    assert compacted == [True]
 
 
 @pytest.mark.parametrize("stop_at", ["1", "6"])
