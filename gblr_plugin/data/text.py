@@ -85,6 +85,8 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """(context,) int64 tokens and (context,) int64 targets."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         start = index * self.stride
         window = self.tokens[start : start + self.context + 1].long()
         return window[:-1], window[1:]

@@ -117,8 +117,8 @@ class HFNetwork:
                 self.config = kind.from_pretrained(pretrained, local_files_only=not download, **arguments)
         except OSError as error:
             self._missing = _not_there("pretrained", str(pretrained), download, error)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"model: {_first_line(error)}") from error
+        except Exception as error:  # a configuration checks its values with errors of its own
+            raise ConfigError(f"model: {' '.join(str(error).split())}") from error
 
     def architecture(self) -> nn.Module:
         """The network with random weights."""
@@ -167,9 +167,12 @@ def load_tokenizer(kind: str, place: str, download: bool) -> Any:
     """
     check_download(place, download)
     try:
-        return _transformers(kind).from_pretrained(place, local_files_only=not download)
+        tokenizer = _transformers(kind).from_pretrained(place, local_files_only=not download)
     except (OSError, ValueError, TypeError) as error:
         raise _not_there("tokenizer", place, download, error) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a place without files
+        raise _not_there("tokenizer", place, download, FileNotFoundError("no tokenizer files"))
+    return tokenizer
 
 
 def _first_line(error: Exception) -> str:
