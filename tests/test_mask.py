@@ -187,6 +187,20 @@ def test_compiled_masks_agree_with_torch(monkeypatch, torch_alone, dtype, thread
     torch.set_num_threads(before)
 
 
+def test_function_transforms_take_torch_operations():
+    pytest.importorskip("numba")
+    width, location, factor = torch.rand(200), torch.rand(200), torch.randn(200, 200)
+    tables = mask_tables(200, 20.0)
+    assert mask_kernels(tables, factor.numel(), (factor,)) is not None
+
+    def loss(width):
+        return masked_factor(factor, width, location, tables).square().sum()
+
+    inputs = width.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(inputs), inputs)
+    torch.testing.assert_close(torch.func.grad(loss)(width), expected, rtol=1e-4, atol=1e-2)
+
+
 def test_compiled_masks_leave_other_tensors_alone():
     tables = mask_tables(8, None)
     assert mask_kernels(tables, 8, ()) is None

@@ -40,6 +40,8 @@ def mask_kernels(tables: Tensor, size: int, others: Sequence[Tensor | None]) -> 
     given = [tables, *(other for other in others if other is not None)]
     if any(type(part) not in _PLAIN or part.device.type != kind for part in given):
         return None  # fake and traced tensors have no memory
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return None  # nor have those of function transforms
     if kind == "cuda":
         return _module("triton", "masks")
     return None if any(part.dtype != tables.dtype for part in given) else _module("numba", "masks")
