@@ -3,9 +3,10 @@
 Every figure is a ratio of medians of interleaved repetitions in one process, so that a busy machine slows both sides.
 For training steps caches are swept before each call, as the other layers of a network would do: a lone dense layer and
 its optimizer state would otherwise stay in the cache from step to step. ``--fused`` takes AdamW(fused=True) on both
-sides.
+sides. Peak memory is what torch's allocator holds at most during a step: parameters, gradients, optimizer state,
+inputs, and everything in between, temporary memory inside operations included.
 
-    python integration/benchmarks/training.py [--quick] [--threads 1] [--cpu-time] [--fused] [--json FILE]
+    python integration/benchmarks/training.py [--shapes 768x768] [--tokens 256 4096] [--threads 1] [--fused]
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gblr_plugin import GBLRLinear, Intervals, LayerGoal, StructuredMatrix, StructureLearner
+from gblr_plugin.blockwise import _Side
 from gblr_plugin.mask import gaudi_mask, mask_tables, masked_factor, table_mask
 from gblr_plugin.optim import param_groups
 
@@ -107,8 +110,15 @@ class Step:
         self.layer(self.x).backward(self.upstream)
 
     def masks(self) -> None:
-        """Masks of both factors and all their gradients alone."""
+        """Masks of both factors and all their gradients alone, on the blocks that the product takes."""
         assert isinstance(self.layer, GBLRLinear)
+        product = self.layer._choose_product(len(self.x), linear=True)
+        if product.rows is not None and product.cols is not None:
+            for factor, axis in ((self.layer.U, product.rows), (self.layer.V, product.cols)):
+                _Side(factor, axis, factor.dtype)
+                side = _Side(factor, axis, factor.dtype)  # made again in the backward pass
+                side.gradients(torch.empty(axis.size), with_edges=True)
+            return
         u, v = self.layer.masked_factors()
         inputs = [p for p in (self.layer.U, self.layer.V, self.layer.widths, self.layer.locations) if p.requires_grad]
         torch.autograd.grad((u, v), inputs, (u.detach(), v.detach()))
@@ -118,8 +128,26 @@ class Step:
         self.products()
         self.optimizer.step()
 
+    def peak(self, after: Callable[[], object] | None = None) -> float:
+        """MiB held at most during a step."""
+        self.step()
+        self.optimizer.zero_grad()
+        self.x.grad = None
+        kept = [self.x, self.upstream, *self.layer.parameters(), *self.layer.buffers()]
+        kept += [part for state in self.optimizer.state.values() for part in state.values() if isinstance(part, Tensor)]
+        with torch.profiler.profile(profile_memory=True) as profile:
+            self.step()
+            if after is not None:
+                after()
+        running = most = sum(part.untyped_storage().nbytes() for part in kept)
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            running += event.nbytes()
+            most = max(most, running)
+        return most / 2**20
 
-def training(m: int, n: int, tokens: int, repetitions: int) -> list[dict[str, object]]:
+
+def training(m: int, n: int, tokens: int, repetitions: int) -> list[dict[str, Any]]:
     """Step time of structured layers over the dense layer's, and where it goes."""
     dense = Step(nn.Linear(n, m), tokens, m, n)
     k = min(m, n)
@@ -147,21 +175,19 @@ def training(m: int, n: int, tokens: int, repetitions: int) -> list[dict[str, ob
         goal = LayerGoal(budget=cost) if cost <= 1 else LayerGoal(threshold=0.0)  # so that the structure stays as it is
         learner = StructureLearner({"layer": case.layer}, {"layer": goal}, None)
         functions[f"{name}: products"] = case.products
-        if case.layer._choose_product(tokens, linear=True).cols is None:
-            functions[f"{name}: masks"] = case.masks
+        functions[f"{name}: masks"] = case.masks
         functions[f"{name}: step"] = case.step
         if not case.layer.structure_frozen:
             learner.begin()
             learner.set_progress(1.0)
             functions[f"{name}: prox"] = lambda learner=learner, case=case: learner.after_step(case.optimizer)
     seconds = interleaved(functions, repetitions, swept=True)
-    rows: list[dict[str, object]] = []
+    dense_peak = dense.peak()
+    rows: list[dict[str, Any]] = []
     for name, case in cases.items():
         assert isinstance(case.layer, GBLRLinear)
         part = {key: 1e3 * seconds.get(f"{name}: {key}", 0.0) for key in ("step", "products", "masks", "prox")}
         product = case.layer._choose_product(tokens, linear=True)
-        if product.cols is not None:
-            part["masks"] = 0.0  # made inside the products, on active blocks only
         rows.append(
             {
                 "shape": f"{m}x{n}",
@@ -177,6 +203,8 @@ def training(m: int, n: int, tokens: int, repetitions: int) -> list[dict[str, ob
                 "products_ms": part["products"] - part["masks"],
                 "optimizer_ms": part["step"] - part["products"],
                 "prox_ms": part["prox"],
+                "peak_mib": case.peak(functions.get(f"{name}: prox")),
+                "dense_peak_mib": dense_peak,
             }
         )
     return rows
@@ -185,7 +213,9 @@ def training(m: int, n: int, tokens: int, repetitions: int) -> list[dict[str, ob
 def main() -> None:
     """Print the tables; write them as JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="768x768 and 256 tokens only")
+    parser.add_argument("--shapes", nargs="*", default=["768x768", "3072x768"], help="of layers, rows x columns")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[256, 4096], help="input vectors of a step")
+    parser.add_argument("--masks", nargs="*", type=int, default=[768, 4096], help="lengths of masks, K = N")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds in place of wall time: for a busy machine")
     parser.add_argument("--fused", action="store_true", help="AdamW(fused=True), dense and structured")
@@ -200,7 +230,7 @@ def main() -> None:
     found: dict[str, object] = {"torch": torch.__version__, "threads": options.threads}
     found["optimizer"] = "AdamW(fused=True)" if options.fused else "AdamW"
     print(f"{'masks':24}{'FFT ms':>9}{'tables ms':>11}{'ratio':>8}{'with factor':>13}")
-    for n in (768,) if options.quick else (768, 4096):
+    for n in options.masks:
         row = masks(n, options.repetitions if n < 1000 else 3)
         found[f"masks {n}"] = row
         print(
@@ -209,19 +239,19 @@ def main() -> None:
         )
     print(
         f"\n{'shape':10}{'tokens':>7}  {'structure':24}{'flops':>6}  {'product':16}{'/dense':>7}"
-        f"{'dense':>8}{'masks':>7}{'prod.':>8}{'opt.':>7}{'prox':>6}  (ms)"
+        f"{'memory':>8}{'dense':>8}{'masks':>7}{'prod.':>8}{'opt.':>7}{'prox':>6}  (ms)"
     )
-    steps: list[dict[str, object]] = []
-    shapes = ((768, 768),) if options.quick else ((768, 768), (3072, 768))
-    for m, n in shapes:
-        for tokens in (256,) if options.quick else (256, 4096):
+    steps: list[dict[str, Any]] = []
+    for m, n in (map(int, shape.split("x")) for shape in options.shapes):
+        for tokens in options.tokens:
             for row in training(
                 m, n, tokens, options.repetitions if tokens < 1000 else max(3, options.repetitions // 3)
             ):
                 steps.append(row)
+                memory = row["peak_mib"] / row["dense_peak_mib"]
                 print(
                     f"{row['shape']:10}{row['tokens']:7d}  {row['structure']:24}{row['relative_flops']:6.2f}  "
-                    f"{row['product']:16}{row['over_dense']:7.2f}{row['dense_ms']:8.1f}{row['masks_ms']:7.2f}"
+                    f"{row['product']:16}{row['over_dense']:7.2f}{memory:8.2f}{row['dense_ms']:8.1f}{row['masks_ms']:7.2f}"
                     f"{row['products_ms']:8.1f}{row['optimizer_ms']:7.2f}{row['prox_ms']:6.2f}"
                 )
     found["steps"] = steps
