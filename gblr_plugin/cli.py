@@ -48,6 +48,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    compress = commands.add_parser("compress", help="compress a folder of safetensors, one layer in memory at a time")
+    compress.add_argument("folder", type=Path, metavar="FOLDER", help="config.json and model.safetensors or its shards")
+    compress.add_argument("--budget", type=float, required=True, help="relative FLOPs of each layer, in (0, 1]")
+    compress.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="a new folder, or one to go on with"
+    )
+    compress.add_argument("--layers", nargs="+", metavar="PATTERN", help="default: every layer that can gain")
+    compress.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN")
+    compress.add_argument("--method", default="gblr", help="as gblr_plugin.decompose takes it; default: gblr, the best")
+    compress.add_argument("--align", type=int, default=1, metavar="T", help="intervals on multiples of T")
+    compress.add_argument(
+        "--row-splits", nargs="+", default=[], metavar="PATTERN=N", help="matrices packed in the rows of these layers"
+    )
+    compress.add_argument("--factor-dtype", choices=["int8"], help="default: that of the weights")
+    compress.add_argument("--seed", type=int, default=0)
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["bench"]:
         # argparse would take the benchmark's own options for ours.
@@ -60,7 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.path.suffix in (".yaml", ".yml"):
             return _guarded(lambda: _count(arguments.path, arguments.set, arguments.json))
         return _guarded(lambda: _report(arguments.path, arguments.json))
-    return _guarded(lambda: _run(arguments.config, arguments.set, arguments.output))
+    if arguments.command == "compress":
+        return _guarded(lambda: _compress(arguments))
+    command = _compare if arguments.command == "compare" else _run
+    return _guarded(lambda: command(arguments.config, arguments.set, arguments.output))
 
 
 def _guarded(command: Callable[[], int | None]) -> int:
@@ -100,6 +118,30 @@ def _report(path: Path, as_json: bool) -> None:
     try:
         text = file.read_text(encoding="utf-8")
         values = json.loads(text)
+def _compress(arguments: argparse.Namespace) -> None:
+    from .sharded import CompressSettings, compress_folder
+
+    splits = {}
+    for text in arguments.row_splits:
+        pattern, _, count = text.rpartition("=")
+        if not pattern or not count.isdigit() or int(count) < 1:
+            raise ConfigError(f"--row-splits: need PATTERN=N with a positive N, got {text!r}")
+        splits[pattern] = int(count)
+    settings = CompressSettings(
+        arguments.budget,
+        None if arguments.layers is None else tuple(arguments.layers),
+        tuple(arguments.exclude),
+        arguments.method,
+        arguments.align,
+        splits or 1,
+        arguments.seed,
+        arguments.factor_dtype,
+    )
+    summary = compress_folder(arguments.folder, arguments.output, settings)
+    if summary is not None:
+        print(f"{summary}; in {arguments.output}")
+
+
         summary = RunReport.from_dict(values)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"report: no file at {str(file)!r}") from error

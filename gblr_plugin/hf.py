@@ -195,6 +195,9 @@ class _Carrier(nn.Module):
         bias: Any = dense.bias
         self.register_parameter("bias", bias)
         self.name = name
+        # Some models initialise the weight of a part themselves; transformers passes over what bears this mark.
+        self.__dict__["weight"] = torch.empty(0)
+        self.__dict__["weight"]._is_hf_initialized = True
 
 
 @register_quantizer(METHOD)

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from .blockwise import MaskedAxis, active_blocks, block_dense, block_linear, mask_reach
 from .errors import ConfigError, GBLRError
 from .mask import integer_locations, integer_widths, mask_tables, masked_factor, table_mask
+from .sharding import attach, whole, write_whole
 from .structure import Intervals, StructuredMatrix, multiply_adds
 
 __all__ = ["CONV_ATTRIBUTES", "GBLRConv1d", "GBLRConv2d", "GBLRLayer", "GBLRLinear"]
@@ -105,6 +106,7 @@ class GBLRLayer(nn.Module):
         self.register_buffer("frozen", torch.tensor(False, device=device))
         self._sigma: float | None = None
         self._structure_frozen = False
+        self._attached = False
         self._axes: tuple[MaskedAxis, MaskedAxis] | None = None
         for name, axis in (("row_tables", rows.length), ("column_tables", cols.length)):
             tables = mask_tables(axis, None, structure_dtype, matrix.u.device)
@@ -124,10 +126,15 @@ class GBLRLayer(nn.Module):
 
     @torch.no_grad()
     def intervals(self) -> tuple[Intervals, Intervals]:
-        """The present integer row and column intervals of all K components, as the masks round them."""
+        """The present integer row and column intervals of all K components, as the masks round them.
+
+        Under FSDP2, here and wherever something is counted, every process must ask.
+        """
         return tuple(  # type: ignore[return-value]  # two entries: rows, columns
             Intervals(integer_widths(width, n, tile), integer_locations(location, n, tile), n)
-            for width, location, n, tile in zip(self.widths, self.locations, self.axis_lengths, self.align, strict=True)
+            for width, location, n, tile in zip(
+                whole(self.widths), whole(self.locations), self.axis_lengths, self.align, strict=True
+            )
         )
 
     @property
@@ -187,30 +194,34 @@ class GBLRLayer(nn.Module):
         return self._structure_frozen
 
     @torch.no_grad()
-    def freeze_structure(self, whole_widths: Tensor | None = None) -> None:
+    def freeze_structure(self, whole_widths: Tensor | None = None, *, attached: bool = False) -> None:
         """Fix the intervals as exact boxcars: what is trained from here on is what is counted, converted and deployed.
 
         Args:
             whole_widths: (2, K) int64 widths to fix; default the present ones.
+            attached: Whether widths and locations go on receiving gradients, of zero: a DistributedDataParallel that
+                was made before waits for them. An optimizer must not see these (weight decay); a
+                :class:`~gblr_plugin.StructureLearner` takes them away before each step.
         """
         rows, cols = self.intervals()
         widths = torch.stack([rows.width, cols.width]) if whole_widths is None else whole_widths
         starts = torch.stack([rows.start, cols.start])
         lengths = torch.tensor(self.axis_lengths, dtype=torch.float64, device=widths.device)[:, None]
-        self.widths.copy_(widths / lengths)
-        self.locations.copy_(starts / lengths)
-        self._mark_frozen(True)
+        write_whole(self.widths, widths / lengths)
+        write_whole(self.locations, starts / lengths)
+        self._mark_frozen(True, attached)
 
     def unfreeze_structure(self) -> None:
         """Let the intervals be learned again, from where they are: a second round of compression."""
         self._mark_frozen(False)
 
-    def _mark_frozen(self, frozen: bool) -> None:
+    def _mark_frozen(self, frozen: bool, attached: bool = False) -> None:
         self._structure_frozen = frozen
+        self._attached = attached
         self._sigma = None if frozen else self._sigma
         self._refresh_buffers()
         for parameter in (self.widths, self.locations):
-            parameter.requires_grad_(not frozen)
+            parameter.requires_grad_(attached or not frozen)
             parameter.grad = None
 
     @torch.no_grad()
@@ -243,18 +254,34 @@ class GBLRLayer(nn.Module):
         """The parameters that hold one entry per component, and along which dimension."""
         return (self.U, 0), (self.V, 0), (self.widths, 1), (self.locations, 1)
 
+    def _structure_parameters(self) -> tuple[Tensor, Tensor]:
+        """Widths and locations as they enter the masks: without gradient once the structure is frozen."""
+        if self.widths.dtype.itemsize < 4:
+            raise GBLRError(
+                f"structured layer: its widths arrive in {self.widths.dtype}, too coarse for intervals; under FSDP2 "
+                "use autocast instead of MixedPrecisionPolicy(param_dtype=...)"
+            )
+        if self._structure_frozen:
+            return self.widths.detach(), self.locations.detach()
+        return self.widths, self.locations
+
+    def _row_factors(self) -> Tensor:
+        """U, through which widths and locations get gradients of zero where they must have one."""
+        return attach(self.U, (self.widths, self.locations)) if self._attached else self.U
+
     def masks(self) -> tuple[Tensor, Tensor]:
         """Row mask (K, m / s) and column mask (K, n), differentiable in widths and locations."""
+        widths, locations = self._structure_parameters()
         return (
-            table_mask(self.widths[0], self.locations[0], self.row_tables, self.align[0]),
-            table_mask(self.widths[1], self.locations[1], self.column_tables, self.align[1]),
+            table_mask(widths[0], locations[0], self.row_tables, self.align[0]),
+            table_mask(widths[1], locations[1], self.column_tables, self.align[1]),
         )
 
     def masked_factors(self) -> tuple[Tensor, Tensor]:
         """Row factors (K, m / s) and column factors (K, n) under their masks."""
-        (row_width, col_width), (row_start, col_start) = self.widths.unbind(), self.locations.unbind()
+        (row_width, col_width), (row_start, col_start) = (part.unbind() for part in self._structure_parameters())
         return (
-            masked_factor(self.U, row_width, row_start, self.row_tables, self.align[0]),
+            masked_factor(self._row_factors(), row_width, row_start, self.row_tables, self.align[0]),
             masked_factor(self.V, col_width, col_start, self.column_tables, self.align[1]),
         )
 
@@ -275,7 +302,7 @@ class GBLRLayer(nn.Module):
         """A copy of the present integer structure and its factors, without dead components."""
         rows, cols = self.intervals()
         sizes = (self.U.shape[0] // self.row_splits,) * self.row_splits
-        return StructuredMatrix.from_factors(self.U.detach(), self.V.detach(), rows, cols, sizes).live()
+        return StructuredMatrix.from_factors(whole(self.U), whole(self.V), rows, cols, sizes).live()
 
     def _choose_product(self, positions: int, linear: bool) -> _Product:
         """The product of masked factors with fewest multiply-adds over ``positions`` inputs.
@@ -444,7 +471,9 @@ class GBLRLinear(GBLRLayer, nn.Linear):
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
-            return block_linear(input, self.U, self.V, self.widths, self.locations, self.bias, rows, cols)
+            return block_linear(
+                input, self._row_factors(), self.V, *self._structure_parameters(), self.bias, rows, cols
+            )
 
 
 class _GBLRConv(GBLRLayer):

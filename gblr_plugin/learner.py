@@ -23,6 +23,7 @@ from .layers import GBLRLayer
 from .optim import StepHook, check_optimized, learning_rates
 from .proximal import prox_and_clip_
 from .schedule import Schedule
+from .sharding import all_finite, own_part, replicated, whole
 
 __all__ = ["LayerGoal", "StructureLearner"]
 
@@ -160,7 +161,7 @@ class StructureLearner:
 
     def attach(self, optimizer: Optimizer) -> None:
         """Run :meth:`after_step` after each real step of the optimizer that holds the structure parameters."""
-        self._hooks.append(StepHook(optimizer, lambda: self.after_step(optimizer)))
+        self._hooks.append(StepHook(optimizer, lambda: self.after_step(optimizer), self._before_step))
 
     def attach_all(self, optimizers: list[Optimizer]) -> None:
         """Attach to those optimizers that hold structure parameters, and begin.
@@ -175,12 +176,29 @@ class StructureLearner:
         for optimizer in optimizers:
             if any(rate is not None for rate in self._rates(optimizer)):
                 self.attach(optimizer)
+        if self.frozen and self._replicated():
+            self._freeze_layers(attached=True)
 
     def detach(self) -> None:
         """Leave all optimizers as they were."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        if self.frozen and self._replicated():
+            self._freeze_layers(attached=False)  # nobody takes the gradients of zero away any more
+
+    def _replicated(self) -> bool:
+        return replicated(layer.widths for layer in self.layers.values())
+
+    def _freeze_layers(self, attached: bool) -> None:
+        for layer in self.layers.values():
+            layer.freeze_structure(attached=attached)
+
+    def _before_step(self) -> None:
+        """A frozen structure is no business of the optimizer, whatever gradients of zero it has."""
+        if self.frozen:
+            for layer in self.layers.values():
+                layer.widths.grad = layer.locations.grad = None
 
     # -- each step ---------------------------------------------------------------------------------------------------
 
@@ -270,14 +288,13 @@ class StructureLearner:
         return self._budget
 
     def _flat_widths(self) -> Tensor:
-        return torch.cat([layer.widths.detach() for layer in self.layers.values()], dim=1)
+        return torch.cat([whole(layer.widths) for layer in self.layers.values()], dim=1)
 
     @torch.no_grad()
     def _shrink(self, rates: list[float | None]) -> None:
         """Prox-and-clip of the layers that were just stepped: those with a learning rate."""
-        widths = [layer.widths for layer in self.layers.values()]
-        device = widths[0].device
         flat = self._flat_widths()
+        device = flat.device
         self._check_finite(flat)
         in_warmup = self.schedule is not None and self.progress <= 0.0
         lambdas = [0.0 if in_warmup else (goal.threshold or 0.0) * self._driven_share() for goal in self.goals.values()]
@@ -292,9 +309,15 @@ class StructureLearner:
                 flat, self._targets(device), growth=growth, upper=self._upper_bounds()
             )
             thresholds = torch.where(self._has_budget(device), by_budget, thresholds)
-        prox_and_clip_(widths, [layer.locations for layer in self.layers.values()], thresholds)
+        self._prox_and_clip(thresholds)
         self._last_lr = growth
         self._last_lambdas = thresholds / growth if growth > 0 else torch.zeros_like(thresholds)
+
+    def _prox_and_clip(self, thresholds: Tensor) -> None:
+        layers = self.layers.values()
+        # Under FSDP2 each process holds a part, and finds the same thresholds from the whole.
+        widths = [own_part(layer.widths) for layer in layers]
+        prox_and_clip_(widths, [own_part(layer.locations) for layer in layers], thresholds)
 
     def _driven_share(self) -> float:
         """A fixed lambda is constant under our own schedule, and ramped by a host that turns the clock."""
@@ -306,14 +329,14 @@ class StructureLearner:
     def _check_finite(self, flat: Tensor) -> None:
         if flat.is_cuda and self.step_count % _CUDA_CHECK_EVERY:
             return  # reading the answer waits for the GPU
-        locations = torch.cat([layer.locations.detach() for layer in self.layers.values()], dim=1)
-        if not bool(torch.isfinite(flat).all() & torch.isfinite(locations).all()):
+        # The whole of the widths first: all processes go on together, or none.
+        if not (bool(torch.isfinite(flat).all()) and all_finite([layer.locations for layer in self.layers.values()])):
             self._raise_non_finite()
 
     def _raise_non_finite(self) -> None:
         for name, layer in self.layers.items():
             for what in ("widths", "locations", "U", "V"):
-                if not bool(torch.isfinite(getattr(layer, what)).all()):
+                if not all_finite([getattr(layer, what)]):
                     raise GBLRError(
                         f"layer {name!r}: {what} became NaN or infinite at step {self.step_count}; lower the learning "
                         "rate or clip gradients"
@@ -333,11 +356,11 @@ class StructureLearner:
         thresholds = budget.thresholds(flat, targets, growth=self._last_lr)
         # A step of an unmet budget only: a fixed lambda shrinks once per optimizer step.
         thresholds = torch.where(self._has_budget(flat.device), thresholds, torch.zeros_like(thresholds))
-        layers = list(self.layers.values())
-        prox_and_clip_([layer.widths for layer in layers], [layer.locations for layer in layers], thresholds)
-        whole = budget.settle(self._flat_widths(), targets)
-        for layer, part in zip(layers, whole.split([layer.U.shape[0] for layer in layers], dim=1), strict=True):
-            layer.freeze_structure(part)
+        layers, attached = list(self.layers.values()), self._replicated() and bool(self._hooks)
+        self._prox_and_clip(thresholds)
+        settled = budget.settle(self._flat_widths(), targets)
+        for layer, part in zip(layers, settled.split([layer.U.shape[0] for layer in layers], dim=1), strict=True):
+            layer.freeze_structure(part, attached=attached)
         self.frozen = True
         self._report_unmet()
         if self.compact and not (torch.distributed.is_available() and torch.distributed.is_initialized()):

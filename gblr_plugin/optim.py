@@ -159,11 +159,15 @@ class StepHook:
     Args:
         optimizer: Its ``step`` is wrapped until :meth:`remove`.
         function: Called without arguments after each real step.
+        before: Called before every step, also one that a scaler skips.
     """
 
-    def __init__(self, optimizer: Optimizer, function: Callable[[], None]) -> None:
+    def __init__(
+        self, optimizer: Optimizer, function: Callable[[], None], before: Callable[[], None] | None = None
+    ) -> None:
         self.optimizer = optimizer
         self._function: Callable[[], None] | None = function
+        self._before = before
         self._previous = optimizer.__dict__.get("step")  # None: the class's own
         original = optimizer.step
 
@@ -172,6 +176,8 @@ class StepHook:
             for group in optimizer.param_groups:
                 if group.get(STRUCTURE_KEY):  # schedulers that cycle momentum (OneCycleLR) write to every group
                     group.update({key: _OWN_OPTIONS[key] for key in ("betas", "momentum") if key in group})
+            if hook._before is not None:
+                hook._before()
             result = original(*args, **kwargs)
             found_inf = getattr(optimizer, "found_inf", None)
             if hook._function is not None and (found_inf is None or not float(found_inf)):
@@ -185,7 +191,7 @@ class StepHook:
 
     def remove(self) -> None:
         """Stop; the optimizer's own ``step`` is restored unless something else has wrapped it meanwhile."""
-        self._function = None
+        self._function = self._before = None
         if self.optimizer.__dict__.get("step") is not self._step:
             return
         if self._previous is None:

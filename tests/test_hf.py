@@ -21,7 +21,8 @@ def gpt2():
     model = transformers.GPT2LMHeadModel(config).eval()
     prepare(model, ["*c_attn", "*c_fc"], settings=HALF)
     prepare(model, ["*attn.c_proj"])  # full widths of a square weight: stored dense, transposed
-    families.replace(model, ["*mlp.c_proj"], "monarch", 0.5)
+    families.replace(model, ["*0.mlp.c_proj"], "monarch", 0.5)
+    prepare(model, ["*1.mlp.c_proj"], settings=HALF)
     return families.convert(model), torch.randint(0, 60, (2, 6))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import GBLRConv1d, GBLRConv2d, GBLRLayer, GBLRLinear
+from ..sharding import whole, write_whole
 from ..structure import StructuredMatrix
 from ..swap import structured_like, weight_matrix
 
@@ -26,7 +27,7 @@ class _LearnedRank(GBLRLayer):
 
     def _gates(self) -> Tensor:
         """(2, K) row and column gates."""
-        raw = 2 * self.widths - 1
+        raw = 2 * self._structure_parameters()[0] - 1
         return raw + (raw.detach().clamp(min=0) - raw.detach())
 
     def masks(self) -> tuple[Tensor, Tensor]:
@@ -38,7 +39,7 @@ class _LearnedRank(GBLRLayer):
     def masked_factors(self) -> tuple[Tensor, Tensor]:
         """Row factors (K, m) and column factors (K, n) times their gates."""
         row_gate, col_gate = self._gates().unbind()
-        return row_gate[:, None].to(self.U.dtype) * self.U, col_gate[:, None].to(self.V.dtype) * self.V
+        return row_gate[:, None].to(self.U.dtype) * self._row_factors(), col_gate[:, None].to(self.V.dtype) * self.V
 
     def _blocks_allowed(self) -> bool:
         """Only once frozen: the gradient of a closed gate comes from the whole axis."""
@@ -48,14 +49,18 @@ class _LearnedRank(GBLRLayer):
     def structure(self) -> StructuredMatrix:
         """A copy of the present low-rank matrix, gates multiplied in, without closed components."""
         rows, cols = self.intervals()
-        u = self.U.detach() * self._gates().prod(0)[:, None].to(self.U.dtype)
-        return StructuredMatrix.from_factors(u, self.V.detach(), rows, cols).live()
+        u = whole(self.U) * self._whole_gates()
+        return StructuredMatrix.from_factors(u, whole(self.V), rows, cols).live()
+
+    def _whole_gates(self) -> Tensor:
+        """(K, 1) products of both gates, in the dtype of the factors."""
+        return (2 * whole(self.widths) - 1).clamp(min=0).prod(0)[:, None].to(self.U.dtype)
 
     @torch.no_grad()
-    def freeze_structure(self, whole_widths: Tensor | None = None) -> None:
+    def freeze_structure(self, whole_widths: Tensor | None = None, *, attached: bool = False) -> None:
         """Multiply the gates into U and fix them as open or closed, as :meth:`GBLRLayer.freeze_structure`."""
-        self.U.mul_(self._gates().prod(0)[:, None].to(self.U.dtype))
-        super().freeze_structure(whole_widths)
+        write_whole(self.U, whole(self.U) * self._whole_gates())
+        super().freeze_structure(whole_widths, attached=attached)
 
 
 class LearnedRankLinear(_LearnedRank, GBLRLinear):

@@ -27,7 +27,7 @@ __all__ = ["GBLRCallback"]
 _logger = logging.getLogger(__name__)
 
 _POOLED = "gblr"  # name of the one group when the budget is pooled
-_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
+_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
 
 class GBLRCallback(Callback):
@@ -85,8 +85,8 @@ class GBLRCallback(Callback):
     callbacks to monitor.
 
     A checkpoint taken before the freeze holds a larger network with smooth masks: let ``ModelCheckpoint`` keep the last
-    one, or compare only what came after. Under DDP, which cannot see parameters freeze, use
-    ``strategy="ddp_find_unused_parameters_true"``; sharded strategies are refused.
+    one, or compare only what came after. DDP needs no option. Under ``ModelParallelStrategy`` (FSDP2) prepare and shard the
+    layers in ``configure_model``; strategies that shard parameters out of sight are refused.
 
     Raises:
         ConfigError: For arguments out of range; in ``setup`` for unknown layers or a sharded strategy; when fitting
@@ -199,7 +199,12 @@ class GBLRCallback(Callback):
             if strategy in _SHARDED:
                 raise ConfigError(f"callback: {strategy} shards parameters, which structure learning cannot follow")
             pl_module.configure_model()  # a model that is built there; Lightning asks that a second call does nothing
-            self._layers = self._existing(pl_module) or self._prepare(pl_module)
+            self._layers = self._existing(pl_module)
+            if not self._layers and strategy == "ModelParallelStrategy":
+                raise ConfigError(
+                    "callback: under ModelParallelStrategy call gblr_plugin.prepare, then fully_shard, in configure_model"
+                )
+            self._layers = self._layers or self._prepare(pl_module)
         if self._checkpoint_hook is None:
             align = self._settings["align"]
             self._checkpoint_hook = pl_module.register_load_state_dict_pre_hook(
@@ -257,11 +262,6 @@ class GBLRCallback(Callback):
                 )
             self._was_frozen = self._frozen()
             return
-        if getattr(trainer.strategy.model, "find_unused_parameters", None) is False:
-            raise ConfigError(
-                "callback: DistributedDataParallel cannot follow a structure that freezes during training; use "
-                "Trainer(strategy='ddp_find_unused_parameters_true')"
-            )
         # Layers may have been replaced since: a checkpoint that fitted another size, or a model built anew.
         present = self._existing(pl_module)
         missing = [name for name in self._layers if name not in present]

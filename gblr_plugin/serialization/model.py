@@ -46,6 +46,9 @@ def load(
 ) -> nn.Module:
     """Load a saved model.
 
+    A plan that was measured on another processor, or with another number of threads, is measured anew; one that was not
+    measured, or is :meth:`~gblr_plugin.kernels.plan.Plan.pinned`, is kept.
+
     Args:
         path: File written by :func:`save` (also by earlier versions), or a folder in the Hugging Face layout with a
             file or shards of that kind (:func:`gblr_plugin.hf.save_pretrained`, ``gblr compress``).
@@ -112,7 +115,9 @@ def read_state(path: str | os.PathLike[str], who: str) -> dict[str, Tensor]:
 
 def _is_torch_file(path: str) -> bool:
     with open(path, "rb") as file:
-        return file.read(2) in (b"PK", b"\x80\x02")
+        start = file.read(9)
+    # The first bytes of a safetensors file are a length and can be any; its header then begins with a brace.
+    return start[8:] != b"{" and start.startswith((b"PK", b"\x80\x02"))
 
 
 # -- saving ----------------------------------------------------------------------------------------------------------
@@ -205,7 +210,7 @@ def _assemble(stored: dict[str, Tensor], header: Header, skeleton: nn.Module, pa
             if name not in shapes:
                 raise ConfigError(f"the network has no weight {name!r}")
             parts = {part: stored.pop(part) for part in part_names(name) if part in stored}
-            state[name] = unflatten_weight(header.record(name), parts, name, shapes[name])
+            state[name] = unflatten_weight(header.record(name), parts, name, shapes[name]).settled()
         for name, said in header.torchao.items():
             state[name] = _unflatten_torchao(name, said, stored)
         state.update(stored)

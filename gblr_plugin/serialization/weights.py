@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..kernels.layout import Layout, pack, unpack
+from ..kernels.layout import Layout, narrowed, pack, unpack
 from ..kernels.plan import Plan
 from ..structure import Intervals, StructuredMatrix
 from ..tensor import GBLRTensor
@@ -164,6 +164,7 @@ def _unflatten(
         if scales.shape != (layout.num_components,):
             raise _UnsoundError
         scales = scales[_order(layout, lists)]
+        layout, lists = narrowed(layout, lists)
     return GBLRTensor(values, lists, layout, plan, shape, scales)
 
 

@@ -368,13 +368,6 @@ def test_a_model_rebuilt_after_the_swap_is_an_error(make_module, make_trainer):
         make_trainer([driver()]).fit(Rebuilt())
 
 
-def test_ddp_that_cannot_follow_the_freeze_is_an_error(make_module, make_trainer):
-    module = make_module()
-    module.find_unused_parameters = False  # as on DistributedDataParallel, which the strategy would hold in its place
-    with pytest.raises(ConfigError, match="ddp_find_unused_parameters_true"):
-        make_trainer([driver()]).fit(module)
-
-
 def test_a_sharded_strategy_is_an_error(make_module, make_trainer):
     class FSDPStrategy(pl.strategies.SingleDeviceStrategy):
         pass

@@ -82,6 +82,21 @@ def test_a_failing_write_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("start", [b"PK", b"\x80\x02"])
+def test_a_length_that_looks_like_another_format(path, start):
+    header, said, data = parts(path)
+    said["notes"] = {"0": {"gblr_note": ""}}
+    write(path, header, said, data)
+    missing = int.from_bytes(start, "little") - int.from_bytes(path.read_bytes()[:8], "little")
+    while missing < 0:
+        missing += 1 << 16
+    said["notes"]["0"]["gblr_note"] = "x" * missing
+    header["__metadata__"]["gblr_crc32"] = ""
+    write(path, header, said, data)
+    assert path.read_bytes().startswith(start)
+    assert load(path, make)[0].gblr_note == "x" * missing
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 0.999])
 def test_truncated(path, share):
     data = path.read_bytes()

@@ -1,0 +1,397 @@
+"""Compress a folder of safetensors layer by layer: models larger than memory, several processes, interrupted at will.
+
+Each layer's result is a small file of its own until the shard that it belongs to is written; whoever starts again finds
+what is done. A layer's result depends on its weight and the settings alone, so that neither an interruption nor the
+number of processes changes the output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from .conversion import check_untied, frozen_like
+from .decomposition import METHODS, decompose
+from .errors import ConfigError
+from .files import write_text
+from .progress import track
+from .selection import select_layers
+from .serialization.container import INDEX, Container, Entry, entries_of, shard_paths, write_container
+from .serialization.header import NOTES, Header, read_headers
+from .serialization.weights import flatten_weight, plan_record
+from .swap import structurable, weight_matrix
+from .tensor import FACTOR_DTYPES, GBLRTensor
+
+__all__ = ["CompressSettings", "CompressSummary", "compress_folder"]
+
+_WORK = ".gblr"  # folder of unfinished work inside the output
+_WHO = "compress"
+
+
+@dataclass(frozen=True)
+class CompressSettings:
+    """How layers are compressed.
+
+    Args:
+        budget: Relative FLOPs of each layer, in (0, 1].
+        include: Names, glob patterns or type names; ``None`` for every layer that can gain and whose weight is its own.
+        exclude: Taken away again.
+        method: As :func:`gblr_plugin.decompose` takes it.
+        align: Tile of rows and columns to which intervals snap.
+        row_splits: Matrices packed in the rows (packed query, key, value: 3), for all layers or by name pattern.
+        seed: Of random draws.
+        factor_dtype: ``None`` keeps that of the weight; ``"int8"`` rounds factors.
+
+    Raises:
+        ConfigError: If a value is out of range.
+    """
+
+    budget: float
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    method: str = "gblr"
+    align: int = 1
+    row_splits: int | Mapping[str, int] = 1
+    seed: int = 0
+    factor_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.budget, (int, float)) and not isinstance(self.budget, bool)
+        if not number or not 0 < self.budget <= 1:
+            raise ConfigError(f"{_WHO}: budget must be relative FLOPs in (0, 1], got {self.budget!r}")
+        if self.method not in METHODS:
+            raise ConfigError(f"{_WHO}: method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.factor_dtype not in FACTOR_DTYPES:
+            raise ConfigError(f"{_WHO}: factor_dtype must be None or 'int8', got {self.factor_dtype!r}")
+
+    def splits_of(self, name: str) -> int:
+        """Row splits of a layer; the first pattern that matches counts."""
+        if not isinstance(self.row_splits, Mapping):
+            return self.row_splits
+        return next((count for pattern, count in self.row_splits.items() if fnmatchcase(name, pattern)), 1)
+
+
+@dataclass(frozen=True)
+class CompressSummary:
+    """What came out.
+
+    Args:
+        layers: Number of layers compressed.
+        relative_flops: Of these layers together.
+        bytes_before: Of the source's weights.
+        bytes_after: Of the output's.
+    """
+
+    layers: int
+    relative_flops: float
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layers} layers at relative FLOPs {self.relative_flops:.4f}; weights "
+            f"{self.bytes_before / 1e6:.1f} MB before, {self.bytes_after / 1e6:.1f} MB after"
+        )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    name: str
+    key: str  # of its weight in the source
+    shard: Path
+    part: Path  # where its result waits
+
+
+def compress_folder(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    settings: CompressSettings,
+    *,
+    model: nn.Module | None = None,
+) -> CompressSummary | None:
+    """Compress the layers of a folder in the Hugging Face layout, one layer in memory at a time.
+
+    Started by ``torchrun`` the processes take layers in turn, then shards. Interrupted, even killed, and started again
+    with the same arguments (on any number of processes) it goes on with what is missing.
+
+    Args:
+        source: Folder with ``model.safetensors`` or shards and their index.
+        output: Folder with shards of the same names, their index, ``config.json`` (written last) and whatever else lies
+            in the source, for :func:`gblr_plugin.load`.
+        settings: What to compress, and how.
+        model: The dense network, best on the meta device; default what the source's ``config.json`` names.
+
+    Returns:
+        What came out; ``None`` on all processes but the first.
+
+    Raises:
+        ConfigError: If source and network do not fit together, nothing is selected, or the output holds something
+            else.
+        OSError: If a file cannot be written.
+    """
+    source, output = Path(source), Path(output)
+    if not source.is_dir():
+        raise ConfigError(f"{_WHO}: no folder at {str(source)!r}")
+    if source.resolve() == output.resolve():
+        raise ConfigError(f"{_WHO}: source and output are the same folder")
+    shards = shard_paths(source, _WHO)
+    network = model
+    if network is None:
+        from .hf import empty_network  # needs transformers
+
+        network = empty_network(source, _WHO)
+    rank, processes = _join()
+    names = _names_of(network, {path: _entries(path) for path in shards}, source)
+    layers = _select(network, settings, names, output / _WORK)
+    if rank == 0:
+        _begin(source, output, settings, shards, layers)
+    _wait(processes)
+    modules = dict(network.named_modules(remove_duplicate=False))
+    for layer in track([layer for layer in layers[rank::processes] if not layer.part.exists()], "decomposing"):
+        _decompose(modules[layer.name], layer, settings)
+    _wait(processes)
+    for shard in track([path for path in shards[rank::processes] if not (output / path.name).exists()], "writing"):
+        _write_shard(shard, output / shard.name, names[shard], [layer for layer in layers if layer.shard == shard])
+    _wait(processes)
+    return _finish(source, output, shards, layers, model is None) if rank == 0 else None
+
+
+# -- several processes -----------------------------------------------------------------------------------------------
+
+
+def _join() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun tells."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _wait(processes: int) -> None:
+    if processes > 1:
+        dist.barrier()
+
+
+# -- what there is ---------------------------------------------------------------------------------------------------
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    container = Container(path, _WHO)
+    container.close()
+    if "gblr" in container.metadata:
+        raise ConfigError(f"{_WHO}: {str(path)!r} is of a compressed model")
+    return container.entries
+
+
+def _names_of(
+    network: nn.Module, files: Mapping[Path, Mapping[str, Entry]], source: Path
+) -> dict[Path, dict[str, str]]:
+    """For each file, the network's name of each of its tensors; tensors that the network lacks are left out.
+
+    A checkpoint of a network's body names its tensors without the body's prefix, and one of a network with a head may
+    be read for its body alone.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict(keep_vars=True).items()}
+    prefix = f"{getattr(network, 'base_model_prefix', '')}."
+    found: dict[Path, dict[str, str]] = {}
+    for path, entries in files.items():
+        found[path] = {}
+        for key, entry in entries.items():
+            name = next((n for n in (key, prefix + key, key.removeprefix(prefix)) if n in shapes), None)
+            if name is None:
+                continue
+            if shapes[name] != entry.shape:
+                raise ConfigError(
+                    f"{_WHO}: {str(path)!r}: {key!r} has shape {entry.shape}, the network's {name!r} has {shapes[name]}"
+                )
+            found[path][key] = name
+    there = {name for names in found.values() for name in names.values()}
+    first: dict[int, str] = {}
+    state = network.state_dict(keep_vars=True)
+    for name in sorted(state, key=lambda n: n not in there):
+        first.setdefault(id(state[name]), name)
+    missing = [name for name, tensor in state.items() if first[id(tensor)] not in there]
+    if missing:
+        raise ConfigError(f"{_WHO}: {str(source)!r} has no tensor {missing[0]!r}, which the network needs")
+    return found
+
+
+def _select(
+    network: nn.Module, settings: CompressSettings, names: Mapping[Path, Mapping[str, str]], work: Path
+) -> list[_Layer]:
+    chosen = select_layers(network, settings.include, settings.exclude)
+    if settings.include is None:
+        chosen = {name: module for name, module in chosen.items() if _is_untied(network, name, module)}
+    check_untied(network, chosen)
+    for pattern in settings.row_splits if isinstance(settings.row_splits, Mapping) else ():
+        if not any(fnmatchcase(name, pattern) for name in chosen):
+            raise ConfigError(f"{_WHO}: row_splits: {pattern!r} matches none of the chosen layers")
+    places = {name: (path, key) for path, inside in names.items() for key, name in inside.items()}
+    layers = []
+    for number, name in enumerate(chosen):
+        path, key = places[f"{name}.weight"]
+        layers.append(_Layer(name, key, path, work / f"{number:06d}.safetensors"))
+    return layers
+
+
+def _is_untied(network: nn.Module, name: str, module: nn.Module) -> bool:
+    try:
+        check_untied(network, {name: module})
+    except ConfigError:
+        return False
+    return True
+
+
+def _begin(
+    source: Path, output: Path, settings: CompressSettings, shards: Iterable[Path], layers: Iterable[_Layer]
+) -> None:
+    """Note what is being done, or see that it is what was begun; remove what a killed process left half written."""
+    task = {
+        "settings": json.loads(json.dumps(asdict(settings))),
+        "layers": [layer.name for layer in layers],
+        "source": {path.name: [path.stat().st_size, _header_checksum(path)] for path in shards},
+    }
+    work, note = output / _WORK, output / _WORK / "task.json"
+    if note.exists():
+        try:
+            same = json.loads(note.read_text(encoding="utf-8")) == task
+        except ValueError:
+            same = False
+        if not same:
+            raise ConfigError(
+                f"{_WHO}: {str(output)!r} holds unfinished work on another source or with other settings; give these "
+                "again, or another output"
+            )
+    elif output.exists() and any(output.iterdir()):
+        raise ConfigError(f"{_WHO}: {str(output)!r} is not empty; give a new folder")
+    for folder in (output, work):
+        for left in folder.glob(".*.*.*") if folder.exists() else ():
+            if left.is_file():
+                left.unlink()
+    write_text(note, json.dumps(task))
+
+
+def _header_checksum(path: Path) -> int:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return zlib.crc32(file.read(min(size, 100_000_000)))
+
+
+# -- the work --------------------------------------------------------------------------------------------------------
+
+
+def _decompose(module: Any, layer: _Layer, settings: CompressSettings) -> None:
+    """One layer's weight, compressed, into a file of its own."""
+    container = Container(layer.shard, _WHO)
+    empty = module.weight
+    try:
+        module.weight = nn.Parameter(container.read(layer.key), requires_grad=False)
+        container.close()
+        if not structurable(module):
+            raise ConfigError("it cannot be structured")
+        matrix = decompose(
+            weight_matrix(module),
+            settings.budget,
+            method=settings.method,
+            align=settings.align,
+            row_splits=settings.splits_of(layer.name),
+            seed=settings.seed,
+        )
+        frozen: Any = frozen_like(module, matrix, factor_dtype=settings.factor_dtype)
+    except ConfigError as error:
+        raise ConfigError(f"layer {layer.name!r}: {error}") from error
+    finally:
+        module.weight = empty
+    header, name, weight = Header(), f"{layer.name}.weight", frozen.weight.data
+    note = {key: value for key, value in vars(frozen).items() if key in NOTES}
+    if note:
+        header.notes[layer.name] = note
+    tensors: dict[str, Tensor]
+    if isinstance(weight, GBLRTensor):
+        tensors, record = flatten_weight(name, weight)
+        header.weights[name] = {**record, "plan": header.number_of(plan_record(weight.plan))}
+    else:
+        tensors = {name: weight}
+        header.linear.extend([layer.name] if isinstance(frozen, nn.Linear) else [])
+    write_container(layer.part, entries_of(tensors), header.to_metadata(), tensors.__getitem__)
+
+
+def _write_shard(source: Path, output: Path, names: Mapping[str, str], layers: Iterable[_Layer]) -> None:
+    """A shard with its layers' results in place of their weights; one tensor in memory at a time."""
+    compressed = {layer.key: layer for layer in layers}
+    dense = Container(source, _WHO)
+    places: dict[str, tuple[Container, str]] = {}
+    parts = []
+    for key, name in names.items():
+        if key not in compressed:
+            places[name] = dense, key
+            continue
+        part = Container(compressed[key].part, _WHO)
+        parts.append(part)
+        places.update({inside: (part, inside) for inside in part.entries})
+    entries = {name: container.entries[key] for name, (container, key) in places.items()}
+
+    def read(name: str) -> Tensor:
+        container, key = places[name]
+        return container.read(key)
+
+    write_container(output, entries, read_headers(parts, _WHO).to_metadata(), read)
+    for container in (dense, *parts):
+        container.close()
+
+
+def _finish(
+    source: Path, output: Path, shards: list[Path], layers: list[_Layer], transformers_model: bool
+) -> CompressSummary:
+    """Index, other files and the config; then the work is no longer needed."""
+    files: dict[str, dict[str, Entry]] = {}
+    stored = dense = 0
+    for path in shards:
+        container = Container(output / path.name, _WHO)
+        container.close()
+        files[path.name] = container.entries
+    before = {path: _entries(path) for path in shards}
+    after = {name: entry for entries in files.values() for name, entry in entries.items()}
+    for layer in layers:
+        size = before[layer.shard][layer.key].shape
+        dense += torch.Size(size).numel()
+        name = f"{layer.name}.weight"
+        stored += torch.Size((after.get(f"{name}_factors") or after[name]).shape).numel()
+    if len(shards) > 1:
+        total = sum(entry.nbytes for entry in after.values())
+        weight_map = {name: file for file, entries in files.items() for name in entries}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(output / INDEX, json.dumps(index, indent=2) + "\n")
+    for other in sorted(source.iterdir()):
+        if (
+            other.is_file()
+            and other.suffix in (".json", ".txt", ".model", ".jinja")
+            and other.name
+            not in (
+                INDEX,
+                "config.json",
+            )
+        ):
+            shutil.copyfile(other, output / other.name)
+    if transformers_model:
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config["quantization_config"] = {"quant_method": "gblr"}
+        write_text(output / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    shutil.rmtree(output / _WORK)
+    return CompressSummary(
+        len(layers),
+        stored / dense,
+        sum(entry.nbytes for entries in before.values() for entry in entries.values()),
+        sum(entry.nbytes for entry in after.values()),
+    )

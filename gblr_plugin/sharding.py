@@ -1,0 +1,92 @@
+"""Parameters that several processes hold together: read and write them whole, and keep them in a backward pass.
+
+Under FSDP2 a parameter is a DTensor of which each process holds some rows. Widths are (2, K), so that a process may
+hold the row widths alone, or nothing: whatever counts must see the whole, which costs one gather of a few kilobytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+__all__ = ["all_finite", "attach", "own_part", "replicated", "whole", "write_whole"]
+
+
+def _mesh_tensor(tensor: Tensor) -> Any:
+    """The tensor as a DTensor, or ``None``."""
+    if not dist.is_available():
+        return None
+    from torch.distributed.tensor import DTensor
+
+    return tensor if isinstance(tensor, DTensor) else None
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a parameter, without gradient; every process of its mesh must ask."""
+    shared = _mesh_tensor(tensor)
+    full: Tensor = tensor.detach() if shared is None else shared.detach().full_tensor()
+    return full
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """The part of a parameter that this process holds, to be changed in place under ``no_grad``."""
+    shared = _mesh_tensor(tensor)
+    part: Tensor = tensor if shared is None else shared.to_local()
+    return part
+
+
+@torch.no_grad()
+def write_whole(parameter: Tensor, value: Tensor) -> None:
+    """Write a parameter's whole value, the same on every process; each keeps its part."""
+    shared = _mesh_tensor(parameter)
+    if shared is None:
+        parameter.copy_(value)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(parameter.dtype)
+    cut = distribute_tensor(value, shared.device_mesh, shared.placements, src_data_rank=None)
+    shared.to_local().copy_(cut.to_local())
+
+
+@torch.no_grad()
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether every entry on every process is finite; one answer for all."""
+    answer = torch.stack([torch.isfinite(own_part(tensor)).all() for tensor in tensors]).all()
+    shared = next((found for found in map(_mesh_tensor, tensors) if found is not None), None)
+    if shared is not None:
+        least = answer.to(torch.int32)
+        for group in shared.device_mesh.get_all_groups():
+            dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
+        return bool(least)
+    return bool(answer)
+
+
+def replicated(tensors: Iterable[Tensor]) -> bool:
+    """Whether several processes train, each with these whole parameters (DistributedDataParallel)."""
+    together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return together and all(_mesh_tensor(tensor) is None for tensor in tensors)
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, *others: Tensor) -> Tensor:
+        ctx.save_for_backward(*others)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients[0], *(torch.zeros_like(other) for other in ctx.saved_tensors)
+
+
+def attach(tensor: nn.Parameter, others: Sequence[Tensor]) -> Tensor:
+    """The tensor, through which ``others`` get gradients of zero.
+
+    DistributedDataParallel waits for a gradient of every parameter that needed one when it was made.
+    """
+    result: Tensor = _Attach.apply(tensor, *others)  # type: ignore[no-untyped-call]  # untyped in torch
+    return result
