@@ -29,6 +29,7 @@ _EXPORTS = {
     "StructuredMatrix": "structure",
     "convert": "conversion",
     "decompose": "decomposition",
+    "export": "exporting",
     "gaudi_mask": "mask",
     "load": "serialization",
     "param_groups": "optim",

@@ -39,6 +39,7 @@ class LayerReport:
         dense_parameters: m * n.
         kernel: Kernels that the plan of a converted weight chose, if any.
         padding: Stored entries of the planned layout over those of the structure; 1.0 without padding.
+        predicted: Cost of a token by the plan's cost model, padding and overheads included, over the dense product's.
         note: Why a layer stayed dense, if it was asked not to.
         output_embedding: Whether its weight is that of an embedding too: the output layer of a language model.
     """
@@ -54,6 +55,7 @@ class LayerReport:
     dense_parameters: int
     kernel: str = ""
     padding: float = 1.0
+    predicted: float = 1.0
     note: str = ""
     output_embedding: bool = False
 
@@ -186,7 +188,7 @@ class Report:
             ).rstrip()
 
         rule = "-" * (sum(widths) + 7)
-        text = [line(rows[0]), rule, *map(line, rows[1:]), rule, line(last)]
+        text = [line(rows[0]), rule, *map(line, rows[1:]), rule, line(last), *self._plans()]
         notes = [
             f"{_shortened(layer.name, _COLUMNS - len(layer.note) - 2)}: {layer.note}"
             for layer in self.layers
@@ -200,6 +202,15 @@ class Report:
             text.append(f"as the paper counts: {published:.3g} of {dense:.3g} dense ({published / dense:.2%})")
         text.append(f"parameters: {self.parameters:,} of {self.dense_parameters:,} dense")
         return "\n".join(text + notes)
+
+    def _plans(self) -> list[str]:
+        """A line per converted layer: what its plan chose and foresees."""
+        lines = []
+        for layer in self.layers:
+            if layer.kernel:
+                facts = f"{layer.kernel}, padding {layer.padding:.3f}, predicted cost {layer.predicted:.3f}"
+                lines.append(f"  {_shortened(layer.name, _COLUMNS - len(facts) - 4)}: {facts}")
+        return ["plans (kernels, entries stored over those needed, cost over dense):", *lines] if lines else []
 
 
 def _short(value: int) -> str:
@@ -253,7 +264,7 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
 
 def _layer_report(name: str, module: nn.Module, positions: int, embeddings: set[int]) -> LayerReport:
     m, n = weight_shape(module)
-    stored, components, structure, kernel, padding = m * n, 0, "dense", "", 1.0
+    stored, components, structure, kernel, padding, predicted = m * n, 0, "dense", "", 1.0, 1.0
     weight: Any = None if hasattr(module, "matrix_shape") else getattr(module, "weight", None)
     if hasattr(module, "matrix_shape"):
         measured: Any = module
@@ -262,7 +273,7 @@ def _layer_report(name: str, module: nn.Module, positions: int, embeddings: set[
     elif hasattr(weight, "to_structured"):
         stored, components, structure = int(weight.stored), int(weight.num_components), "gblr"
         kernel = ", ".join(dict.fromkeys(name for _, name in weight.plan.kernels))
-        padding = float(weight.packing.padding)
+        padding, predicted = float(weight.packing.padding), float(weight.predicted_cost)
     elif hasattr(module, "structure_name"):
         structure = str(module.structure_name)
     dense = m * n
@@ -278,6 +289,7 @@ def _layer_report(name: str, module: nn.Module, positions: int, embeddings: set[
         dense_parameters=dense,
         kernel=kernel,
         padding=padding,
+        predicted=predicted,
         note=str(getattr(module, "gblr_note", "")),
         output_embedding=id(weight) in embeddings,
     )

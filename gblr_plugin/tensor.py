@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from .errors import ConfigError, GBLRError
 from .kernels import product
-from .kernels.layout import Block, Layout, pack, quantize, to_dense, unpack
-from .kernels.measure import measured_plan
-from .kernels.plan import BUCKETS, Plan, fixed_plan
+from .kernels.layout import Block, Layout, narrowed, pack, quantize, to_dense, unpack
+from .kernels.measure import is_stale, measured_plan
+from .kernels.plan import BUCKETS, Plan, fixed_plan, predicted_cost
+from .kernels.quick import Launcher, launcher
 from .quiet import quiet_import
 from .structure import StructuredMatrix
 
@@ -60,6 +61,8 @@ class GBLRTensor(TorchAOBaseTensor):
     plan: Plan
     outer_shape: tuple[int, ...]
     scales: Tensor | None
+    _launcher: Launcher | None = None
+    _launches: tuple[Layout, Plan] | None = None  # what the launcher was made for
 
     def __new__(
         cls,
@@ -95,6 +98,19 @@ class GBLRTensor(TorchAOBaseTensor):
         self.plan = plan
         self.outer_shape = tuple(outer_shape)
         self.scales = scales
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and files carry: all but the launcher, which every process makes for itself."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("_launcher", "_launches")}
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """As the base's, but plain inference by ``F.linear`` goes straight to the compiled kernel."""
+        if func is F.linear and not kwargs and not torch.compiler.is_compiling():
+            result = _quick_linear(*args)
+            if result is not None:
+                return result
+        return super().__torch_function__(func, types, args, kwargs)
 
     def __repr__(self) -> str:
         return (
@@ -146,12 +162,12 @@ class GBLRTensor(TorchAOBaseTensor):
                 f"GBLR tensor: factors must share one floating-point dtype, got {matrix.u.dtype} and {matrix.v.dtype}"
             )
         matrix = StructuredMatrix(matrix.u.detach(), matrix.v.detach(), matrix.rows, matrix.cols, matrix.split_sizes)
-        unit = prod(shape[2:])
+        unit, int8 = prod(shape[2:]), factor_dtype == "int8"
         if plan is None or plan == "fixed":
-            plan = fixed_plan(matrix, unit)
+            plan = fixed_plan(matrix, unit, int8)
         elif plan == "auto":
             # The time of a convolution depends on the size of its input: its plan follows from the cost model.
-            plan = measured_plan(matrix) if len(shape) == 2 else fixed_plan(matrix, unit)
+            plan = measured_plan(matrix, int8=int8) if len(shape) == 2 else fixed_plan(matrix, unit, int8)
         if not isinstance(plan, Plan):
             raise ConfigError(f"GBLR tensor: plan must be 'fixed', 'auto' or a Plan, got {plan!r}")
         if plan.block_cols % unit:
@@ -171,7 +187,8 @@ class GBLRTensor(TorchAOBaseTensor):
         if self.scales is not None:
             return self
         factors, scales = quantize(self.packing, self.factors, self.lists)
-        return GBLRTensor(factors, self.lists, self.packing, self.plan, self.outer_shape, scales)
+        packing, lists = narrowed(self.packing, self.lists)
+        return GBLRTensor(factors, lists, packing, self.plan, self.outer_shape, scales)
 
     def replan(self, plan: Plan | str = "auto") -> GBLRTensor:
         """The same weight under another plan, for example measured anew on the device it now lies on."""
@@ -179,6 +196,19 @@ class GBLRTensor(TorchAOBaseTensor):
             self.to_structured(), shape=self.outer_shape, plan=plan, factor_dtype=self.factor_dtype
         )
         return result
+
+    def settled(self) -> GBLRTensor:
+        """The weight with a plan for where it is: itself, or measured anew if its plan was measured elsewhere.
+
+        Elsewhere is another device, processor, dtype or number of threads. Plans that were not measured, or are
+        :meth:`~gblr_plugin.kernels.plan.Plan.pinned`, stay as they are. Files are loaded, and weights move between
+        kinds of devices, by way of this.
+        """
+        splits = self.packing.transposed and len(self.packing.split_sizes) > 1  # these cannot be taken apart
+        real = type(self.factors) is Tensor and not self.factors.is_meta
+        if not real or splits or self.packing.dense or not is_stale(self.plan, self.device, self.dtype):
+            return self
+        return self.replan("auto")
 
     def to_structured(self) -> StructuredMatrix:
         """The components stored, in their order; dense storage comes back as one component per row.
@@ -218,6 +248,11 @@ class GBLRTensor(TorchAOBaseTensor):
         """:attr:`stored` over m * n."""
         m, n = self.packing.shape
         return self.packing.stored / (m * n)
+
+    @property
+    def predicted_cost(self) -> float:
+        """Cost of one token by the cost model, padding and overheads included, over that of the dense matrix."""
+        return predicted_cost(self.packing, self.plan.kernels[-1][1], self.dtype.itemsize)
 
     @property
     def num_components(self) -> int:
@@ -279,6 +314,17 @@ def _linear(x: Tensor, weight: GBLRTensor, bias: Tensor | None) -> Tensor:
     with _no_autocast(x):
         y = product.linear(rows, factors, weight.lists, weight.packing, bias, kernel, scales)
     return y.view(*x.shape[:-1], m)
+
+
+def _quick_linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor | None:
+    """The product without the dispatcher, where nothing but the result is wanted; None where it may not be had so."""
+    if type(weight) is not GBLRTensor:
+        return None
+    packing, plan, made_for = weight.packing, weight.plan, weight._launches
+    if made_for is None or made_for[0] is not packing or made_for[1] is not plan:
+        weight._launcher, weight._launches = launcher(packing, plan, weight.factors, weight.scales), (packing, plan)
+    call = weight._launcher
+    return None if call is None else call(x, weight.factors, weight.lists, weight.scales, bias)
 
 
 @implements(aten.linear.default)
@@ -353,6 +399,8 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
         self.outer_shape,
         self.scales.to(dtype=dtype, **options) if int8 else None,
     )
+    if moved.device.type != self.device.type and not torch.compiler.is_compiling():
+        moved = moved.settled()
     return return_and_correct_aliasing(func, args, kwargs, moved)  # type: ignore[no-any-return]  # untyped in torch
 
 

@@ -11,29 +11,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .layout import Block, Layout, block_values
+from .layout import Block, Layout, all_lists, block_list, block_values
 
 __all__ = ["CHUNK", "convolution", "linear", "linear_inference"]
 
 CHUNK = 256  # tokens per pass: z^T of a few thousand components then stays in the caches
 
 
-def _list(index: Tensor, block: Block) -> Tensor:
-    return index.narrow(0, block.list_at, block.size)
-
-
-def _accumulate(z: Tensor, part: Tensor, index: Tensor, block: Block, dim: int) -> None:
+def _accumulate(z: Tensor, part: Tensor, lists: Tensor, block: Block, dim: int) -> None:
     part = part.to(z.dtype)
     if block.first >= 0:
         z.narrow(dim, block.first, block.size).add_(part)
     else:
-        z.index_add_(dim, _list(index, block), part)
+        z.index_add_(dim, block_list(lists, block), part)
 
 
-def _select(z: Tensor, index: Tensor, block: Block, dim: int) -> Tensor:
+def _select(z: Tensor, lists: Tensor, block: Block, dim: int) -> Tensor:
     if block.first >= 0:
         return z.narrow(dim, block.first, block.size)
-    return z.index_select(dim, _list(index, block))
+    return z.index_select(dim, block_list(lists, block))
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -52,16 +48,16 @@ def linear(
     x: Tensor, values: Tensor, index: Tensor, layout: Layout, bias: Tensor | None, scales: Tensor | None = None
 ) -> Tensor:
     """``x @ W.T + bias`` for x (tokens, n); returns (tokens, m). Differentiable in x and bias; static shapes."""
-    x_t = x.t()
+    x_t, lists = x.t(), all_lists(layout, index)
     # Without components the empty z is cut from x, to keep the result in its graph.
     num = layout.num_components
     z = x.new_zeros(num, x.shape[0], dtype=_sum_dtype(x.dtype)) if num else x_t[:0]
     for block in layout.col_blocks:
         if block.size:
             part = block_values(values, block).to(x.dtype) @ x_t.narrow(0, block.start, block.stop - block.start)
-            _accumulate(z, part, index, block, 0)
+            _accumulate(z, part, lists, block, 0)
     z = _scaled(z, scales, x.dtype, 0)
-    y = torch.cat([_select(z, index, b, 0).t() @ block_values(values, b).to(x.dtype) for b in layout.row_blocks], dim=1)
+    y = torch.cat([_select(z, lists, b, 0).t() @ block_values(values, b).to(x.dtype) for b in layout.row_blocks], dim=1)
     return y if bias is None else y + bias
 
 
@@ -69,7 +65,7 @@ def linear_inference(
     x: Tensor, values: Tensor, index: Tensor, layout: Layout, bias: Tensor | None, scales: Tensor | None = None
 ) -> Tensor:
     """As :func:`linear` without gradients: chunks of tokens, results written in place."""
-    tokens, m = x.shape[0], layout.shape[0]
+    tokens, m, lists = x.shape[0], layout.shape[0], all_lists(layout, index)
     y = x.new_empty(tokens, m)
     for at in range(0, tokens, CHUNK):
         x_chunk, y_chunk = x[at : at + CHUNK], y[at : at + CHUNK]
@@ -82,10 +78,10 @@ def linear_inference(
             if block.first >= 0 and z.dtype == x.dtype:
                 z[block.first : block.first + block.size].addmm_(factor, x_part)
             else:
-                _accumulate(z, factor @ x_part, index, block, 0)
+                _accumulate(z, factor @ x_part, lists, block, 0)
         z = _scaled(z, scales, x.dtype, 0)
         for block in layout.row_blocks:
-            z_t, factor = _select(z, index, block, 0).t(), block_values(values, block).to(x.dtype)
+            z_t, factor = _select(z, lists, block, 0).t(), block_values(values, block).to(x.dtype)
             target = y_chunk[:, block.start : block.stop]
             if bias is None:
                 torch.mm(z_t, factor, out=target)
@@ -111,7 +107,7 @@ def convolution(
     Stage 1 convolves the channels of each column block with its components; stage 2 is a 1x1 convolution. Column blocks
     hold whole channels (see :func:`~gblr_plugin.kernels.plan.fixed_plan`).
     """
-    taps = 1
+    taps, lists = 1, all_lists(layout, index)
     for size in kernel:
         taps *= size
     convolve = F.conv1d if len(kernel) == 1 else F.conv2d
@@ -131,10 +127,10 @@ def convolution(
         if z is None:
             shape = (part.shape[0], layout.num_components, *part.shape[2:])
             z = part.new_zeros(shape, dtype=_sum_dtype(x.dtype))
-        _accumulate(z, part, index, block, 1)
+        _accumulate(z, part, lists, block, 1)
     assert z is not None  # every component meets a column block
     out_size = z.shape[2:]
     flat = _scaled(z, scales, x.dtype, 1).flatten(2)
-    rows = [block_values(values, b).to(x.dtype).t() @ _select(flat, index, b, 1) for b in layout.row_blocks]
+    rows = [block_values(values, b).to(x.dtype).t() @ _select(flat, lists, b, 1) for b in layout.row_blocks]
     y: Tensor = torch.cat(rows, dim=1).unflatten(2, out_size)
     return y if bias is None else y + bias.view(-1, *(1 for _ in out_size))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .layout import Block, Layout
+from .layout import Block, Layout, is_narrow
 
 __all__ = ["available", "linear"]
 
@@ -137,8 +137,10 @@ def _side(table_at: int, blocks: tuple[Block, ...], groups_at: int) -> tuple[int
     return table_at, len(blocks), groups_at, blocks[0].stop - blocks[0].start
 
 
-def fits(layout: Layout, device: torch.device, dtype: torch.dtype) -> bool:
+def fits(layout: Layout, device: torch.device, dtype: torch.dtype, int8: bool = False) -> bool:
     """Do the blocks of a layout suit the kernel: at most 128 wide on CUDA, on even borders for bfloat16 on the CPU."""
+    if layout.narrow != (int8 and is_narrow(layout.num_components)):
+        return False  # the lists of a kernel for int8 factors are as narrow as can be, those of others are int32
     rows, cols = layout.row_blocks[0], layout.col_blocks[0]
     widths = rows.stop - rows.start, cols.stop - cols.start
     if device.type == "cuda":

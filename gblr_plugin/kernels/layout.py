@@ -20,9 +20,13 @@ from ..structure import Intervals, StructuredMatrix
 __all__ = [
     "Block",
     "Layout",
+    "all_lists",
+    "block_list",
     "block_values",
     "count_blocks",
     "edges",
+    "is_narrow",
+    "narrowed",
     "pack",
     "padded_entries",
     "quantize",
@@ -66,6 +70,8 @@ class Layout:
         row_groups_at: The same for row blocks.
         dense: The values are the (m, n) matrix itself, row-major (or (n, m) if ``transposed``).
         transposed: The matrix is the transpose of the one that was packed.
+        narrow: The component lists are int16, two to a word of the index buffer, and there are no groups: beside int8
+            factors, whose lists would else weigh as much as they. Kernels for CUDA do not take them.
     """
 
     shape: tuple[int, int]
@@ -81,6 +87,7 @@ class Layout:
     row_groups_at: int = 0
     dense: bool = False
     transposed: bool = False
+    narrow: bool = False
 
     @property
     def entries(self) -> int:
@@ -268,10 +275,47 @@ def block_values(values: Tensor, block: Block) -> Tensor:
     return values.narrow(0, block.data_at, block.size * width).view(block.size, width)
 
 
+def all_lists(layout: Layout, index: Tensor) -> Tensor:
+    """The index buffer as :func:`block_list` reads it."""
+    return index.view(torch.int16) if layout.narrow else index
+
+
+def block_list(lists: Tensor, block: Block) -> Tensor:
+    """(count,) int32 components of a block, from :func:`all_lists`."""
+    own = lists.narrow(0, block.list_at, block.size)
+    return own.int() if own.dtype == torch.int16 else own
+
+
+def is_narrow(num_components: int) -> bool:
+    """Do the lists of this many components become int16 beside int8 factors."""
+    return num_components <= 1 << 15
+
+
+def narrowed(layout: Layout, index: Tensor) -> tuple[Layout, Tensor]:
+    """Layout and index buffer with int16 lists and without groups, unless the components are too many for that."""
+    if layout.dense or layout.narrow or not is_narrow(layout.num_components):
+        return layout, index
+    lists = index[: layout.intervals_at].to(torch.int16)
+    lists = torch.cat([lists, lists.new_zeros(len(lists) % 2)]).view(torch.int32)
+    shift = len(lists) - layout.intervals_at
+    rest = index[layout.intervals_at : min(layout.col_groups_at, layout.row_groups_at)]
+    moved = replace(
+        layout,
+        intervals_at=layout.intervals_at + shift,
+        col_table_at=layout.col_table_at + shift,
+        row_table_at=layout.row_table_at + shift,
+        col_groups_at=0,
+        row_groups_at=0,
+        narrow=True,
+    )
+    return moved, torch.cat([lists, rest])
+
+
 def quantize(layout: Layout, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """int8 values and a scale per component: symmetric, each of u_k and v_k by its own largest entry.
 
-    Only the product of the two scales of a component matters to the matrix, so that one number is kept.
+    Only the product of the two scales of a component matters to the matrix, so that one number is kept. Kernels take
+    them with the lists of :func:`narrowed`.
 
     Args:
         layout: Where everything lies; dense storage has a scale per stored row.
@@ -287,30 +331,30 @@ def quantize(layout: Layout, values: Tensor, index: Tensor) -> tuple[Tensor, Ten
         scale = rows.abs().amax(1) / _INT8
         whole = (rows / torch.where(scale > 0, scale, 1.0)[:, None]).round().to(torch.int8)
         return whole.view(-1), scale.to(values.dtype)
-    result = torch.zeros_like(values, dtype=torch.int8)
+    lists, result = all_lists(layout, index), torch.zeros_like(values, dtype=torch.int8)
     product = values.new_ones(layout.num_components, dtype=torch.float32)
     for blocks in (layout.col_blocks, layout.row_blocks):
         largest = torch.zeros_like(product)
         for block in blocks:
             if block.size:
-                own = index.narrow(0, block.list_at, block.size)
+                own = block_list(lists, block)
                 rows = block_values(values, block).float().abs().amax(1)
                 largest[own] = largest[own].maximum(rows)
         scale = largest / _INT8
         for block in blocks:
-            own = scale.index_select(0, index.narrow(0, block.list_at, block.size))[:, None]
+            own = scale.index_select(0, block_list(lists, block))[:, None]
             entries = block_values(values, block).float() / torch.where(own > 0, own, 1.0)
             block_values(result, block).copy_(entries.round())
         product *= scale
     return result, product.to(values.dtype)
 
 
-def _unpack_axis(blocks: tuple[Block, ...], num: int, length: int, values: Tensor, index: Tensor) -> Tensor:
+def _unpack_axis(blocks: tuple[Block, ...], num: int, length: int, values: Tensor, lists: Tensor) -> Tensor:
     """(K, length) factor; a stacked axis folds onto its splits, each component living in one of them."""
     factor = values.new_zeros(num, length)
     for block in blocks:
         at = block.start % length
-        rows = index.narrow(0, block.list_at, block.size).long()
+        rows = block_list(lists, block).long()
         factor[rows, at : at + block.stop - block.start] = block_values(values, block)
     return factor
 
@@ -342,8 +386,9 @@ def unpack(layout: Layout, values: Tensor, index: Tensor, scales: Tensor | None 
     if layout.transposed:
         ends = ends[[2, 3, 0, 1]]
     ends = ends[:, order]
-    u = _unpack_axis(layout.row_blocks, num, part, values, index)
-    v = _unpack_axis(layout.col_blocks, num, n, values, index)
+    lists = all_lists(layout, index)
+    u = _unpack_axis(layout.row_blocks, num, part, values, lists)
+    v = _unpack_axis(layout.col_blocks, num, n, values, lists)
     if scales is not None:
         root = scales.sqrt()[:, None]
         u, v = u.to(scales.dtype) * root, v.to(scales.dtype) * root
@@ -364,12 +409,12 @@ def to_dense(layout: Layout, values: Tensor, index: Tensor, scales: Tensor | Non
         if scales is not None:
             stored = stored.to(scales.dtype) * scales[:, None]
         return stored.t() if layout.transposed else stored
-    factor = _unpack_axis(layout.col_blocks, layout.num_components, n, values, index)
+    lists = all_lists(layout, index)
+    factor = _unpack_axis(layout.col_blocks, layout.num_components, n, values, lists)
     if scales is not None:
         factor = factor.to(scales.dtype) * scales[:, None]
     parts = [
-        block_values(values, block).to(factor.dtype).t()
-        @ factor.index_select(0, index.narrow(0, block.list_at, block.size))
+        block_values(values, block).to(factor.dtype).t() @ factor.index_select(0, block_list(lists, block))
         for block in layout.row_blocks
     ]
     return torch.cat(parts)

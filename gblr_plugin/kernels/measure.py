@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,7 +20,7 @@ from . import compiled, product
 from .layout import Layout, pack
 from .plan import Plan, candidates, dense_plan
 
-__all__ = ["interleaved_medians", "measured_plan"]
+__all__ = ["circumstances", "interleaved_medians", "is_stale", "measured_plan"]
 
 KEEP = 3  # candidates of each kernel that are timed
 SECONDS = 0.02  # at most about this long per candidate and bucket
@@ -58,6 +61,30 @@ def interleaved_medians(
     return [statistics.median(taken) for taken in times]
 
 
+def circumstances(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
+    """What a measurement holds for: fields of a plan."""
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = str(dtype).removeprefix("torch.")
+    return {"device": device.type, "dtype": name, "threads": torch.get_num_threads(), "machine": machine}
+
+
+@cache
+def _processor() -> str:
+    """Name of the processor and the vector instructions that torch uses there."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def is_stale(plan: Plan, device: torch.device, dtype: torch.dtype) -> bool:
+    """Was a plan measured, and elsewhere: on another device, processor, dtype or number of threads."""
+    return plan.measured and any(getattr(plan, name) != value for name, value in circumstances(device, dtype).items())
+
+
 def _key(matrix: StructuredMatrix) -> tuple[object, ...]:
     ends = (matrix.rows.width, matrix.rows.start, matrix.cols.width, matrix.cols.start)
     structure = tuple(end.cpu().numpy().tobytes() for end in ends)
@@ -65,39 +92,40 @@ def _key(matrix: StructuredMatrix) -> tuple[object, ...]:
     return (*structure, matrix.shape, matrix.split_sizes, matrix.u.dtype, str(device), torch.get_num_threads())
 
 
-def _storages(matrix: StructuredMatrix) -> list[Plan]:
+def _storages(matrix: StructuredMatrix, int8: bool) -> list[Plan]:
     """Storages to time; a storage serves every kernel."""
     plans: dict[tuple[int, int], Plan] = {}
     kernels = ["compiled"] if compiled.available(matrix.u.device, matrix.u.dtype) else []
     for kernel in [*kernels, "blocks"]:
-        for plan in candidates(matrix, kernel=kernel)[: KEEP if kernel == "compiled" or not kernels else 1]:
+        for plan in candidates(matrix, kernel=kernel, int8=int8)[: KEEP if kernel == "compiled" or not kernels else 1]:
             plans.setdefault((plan.block_rows, plan.block_cols), plan)
     return list(plans.values())
 
 
 @torch.no_grad()
-def measured_plan(matrix: StructuredMatrix, buckets: tuple[int, ...] = (1, 16, 256)) -> Plan:
+def measured_plan(matrix: StructuredMatrix, buckets: tuple[int, ...] = (1, 16, 256), int8: bool = False) -> Plan:
     """Time the candidates on the device and in the dtype of the factors; dense storage is one of them.
 
     Args:
         matrix: The weight.
         buckets: Token counts to time; a kernel is chosen for each.
+        int8: The factors will be int8: that decides which storages are lean enough; they are timed as they are.
 
     Returns:
         The plan whose times over dense have the least geometric mean over the buckets, dense storage if none beats
         dense by that measure. Equal structures on one device reuse the measurement.
     """
-    key = (*_key(matrix), buckets)
+    key = (*_key(matrix), buckets, int8)
     if key not in _CACHE:
-        _CACHE[key] = _measure(matrix, buckets)
+        _CACHE[key] = _measure(matrix, buckets, int8)
     return _CACHE[key]
 
 
-def _measure(matrix: StructuredMatrix, buckets: tuple[int, ...]) -> Plan:
+def _measure(matrix: StructuredMatrix, buckets: tuple[int, ...], int8: bool) -> Plan:
     device, dtype = matrix.u.device, matrix.u.dtype
-    facts = {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+    facts = circumstances(device, dtype)
     dense = matrix.to_dense()
-    packed = [(plan, *pack(matrix, plan.block_rows, plan.block_cols)) for plan in _storages(matrix)]
+    packed = [(plan, *pack(matrix, plan.block_rows, plan.block_cols)) for plan in _storages(matrix, int8)]
     names = ["compiled", "blocks"] if compiled.available(device, dtype) else ["blocks"]
     ratios: list[list[tuple[float, str]]] = [[] for _ in packed]  # best (time over dense, kernel) per bucket
     for tokens in buckets:

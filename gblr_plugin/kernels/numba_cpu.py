@@ -18,10 +18,11 @@ from numba import njit
 from torch import Tensor
 
 from .compile_cache import compiled
-from .simd import LANES, dot_tile, expand_tile, load_float32, load_int32, reduce_tile, widen_tile
+from .layout import is_narrow
+from .simd import LANES, dot_tile, expand_tile, gather_tile, load_float32, load_int32, reduce_tile, widen_tile
 from .threads import run_parts
 
-__all__ = ["product"]
+__all__ = ["kernel_for", "product", "run_product"]
 
 WORTH_THREADS = 1 << 22  # multiply-adds (0.1 ms) below which handing work to another thread does not pay
 _TABLE = 20  # bytes of a block's row in the table
@@ -29,10 +30,6 @@ CHUNK = 64  # tokens per pass: z and the packed x then stay in the second-level 
 _WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f", False))
 _TILES = 2 if _WIDE else 1  # token tiles per register tile
 _TALL = 8 if _WIDE else 4  # components (stage 1) or tokens (stage 2) per register tile
-
-_reduce = {(r, t): reduce_tile(r, t) for r in (1, 2, 4, _TALL) for t in (1, _TILES)}
-_reduce_tall, _reduce_4, _reduce_2, _reduce_1 = (_reduce[r, _TILES] for r in (_TALL, 4, 2, 1))
-_reduce_tall_one, _reduce_4_one, _reduce_2_one, _reduce_1_one = (_reduce[r, 1] for r in (_TALL, 4, 2, 1))
 
 
 @njit(nogil=True)
@@ -63,14 +60,20 @@ class _Functions(NamedTuple):
 
 
 @cache
-def _functions(int8: bool) -> _Functions:
+def _functions(int8: bool, narrow: bool) -> _Functions:
     """Functions for factors in float32, or in int8 with a scale per component that z is multiplied by."""
     variant, item = ("int8", 1) if int8 else ("float32", 4)
+    variant, word = (f"{variant}_narrow", 2) if narrow else (variant, 4)
+    reduce = {(r, t): reduce_tile(r, t, narrow) for r in (1, 2, 4, _TALL) for t in (1, _TILES)}
+    reduce_tall, reduce_4, reduce_2, reduce_1 = (reduce[r, _TILES] for r in (_TALL, 4, 2, 1))
+    reduce_tall_one, reduce_4_one, reduce_2_one, reduce_1_one = (reduce[r, 1] for r in (_TALL, 4, 2, 1))
     expand_tall, expand_4, expand_2, expand_1 = (
-        expand_tile(t, 2 if _WIDE else 1, False, int8) for t in (_TALL, 4, 2, 1)
+        expand_tile(t, 2 if _WIDE else 1, False, int8, narrow) for t in (_TALL, 4, 2, 1)
     )
-    tail_tall, tail_4, tail_2, tail_1 = (expand_tile(t, 1, True, int8) for t in (_TALL, 4, 2, 1))
-    dot_4, dot_1 = dot_tile(4, int8), dot_tile(1, int8)
+    tail_tall, tail_4, tail_2, tail_1 = (expand_tile(t, 1, True, int8, narrow) for t in (_TALL, 4, 2, 1))
+    dot_8, dot_4, dot_1 = (dot_tile(r, int8, narrow) for r in (8, 4, 1))
+    gather_4, gather_2 = (gather_tile(v, False, int8, narrow) for v in (4, 2))
+    gather_tail = gather_tile(1, True, int8, narrow)
     widen = widen_tile()
 
     @compiled(variant)
@@ -79,14 +82,14 @@ def _functions(int8: bool) -> _Functions:
         for b in range(blocks):
             row = table + b * _TABLE
             start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
-            entries, v = lists + load_int32(row + 12) * 4, factors + load_int32(row + 16) * item
+            entries, v = lists + load_int32(row + 12) * word, factors + load_int32(row + 16) * item
             panel = x + start * LANES * 4
             scratch = np.empty(_TALL * width if int8 else 0, np.float32)
             i = 0
             while i < count:
                 left = count - i
                 size = _TALL if left >= _TALL else 4 if left >= 4 else 2 if left >= 2 else 1
-                v_i, list_i = v + i * width * item, entries + i * 4
+                v_i, list_i = v + i * width * item, entries + i * word
                 if int8:  # widened once for all tokens
                     widen(v_i, size * width, scratch.ctypes.data)
                     v_i = scratch.ctypes.data
@@ -95,23 +98,23 @@ def _functions(int8: bool) -> _Functions:
                     x_i, z_i = panel + tile * x_tile * 4, z + tile * z_tile * 4
                     if tiles - tile >= _TILES:
                         if size == _TALL:
-                            _reduce_tall(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                            reduce_tall(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
                         elif size == 4:
-                            _reduce_4(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                            reduce_4(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
                         elif size == 2:
-                            _reduce_2(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                            reduce_2(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
                         else:
-                            _reduce_1(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                            reduce_1(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
                         tile += _TILES
                     else:
                         if size == _TALL:
-                            _reduce_tall_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                            reduce_tall_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
                         elif size == 4:
-                            _reduce_4_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                            reduce_4_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
                         elif size == 2:
-                            _reduce_2_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                            reduce_2_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
                         else:
-                            _reduce_1_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
+                            reduce_1_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
                         tile += 1
                 i += size
 
@@ -120,22 +123,49 @@ def _functions(int8: bool) -> _Functions:
         for b in range(blocks):
             row = table + b * _TABLE
             start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
-            entries, v = lists + load_int32(row + 12) * 4, factors + load_int32(row + 16) * item
+            entries, v = lists + load_int32(row + 12) * word, factors + load_int32(row + 16) * item
             i = 0
+            while i + 8 <= count:
+                dot_8(v + i * width * item, width, width, x + start * 4, z, entries + i * word)
+                i += 8
             while i + 4 <= count:
-                dot_4(v + i * width * item, width, width, x + start * 4, z, entries + i * 4)
+                dot_4(v + i * width * item, width, width, x + start * 4, z, entries + i * word)
                 i += 4
             while i < count:
-                dot_1(v + i * width * item, width, width, x + start * 4, z, entries + i * 4)
+                dot_1(v + i * width * item, width, width, x + start * 4, z, entries + i * word)
                 i += 1
+
+    @compiled(variant)
+    def stage_two_single(factors, lists, table, blocks, z, y, bias):
+        for b in range(blocks):
+            row = table + b * _TABLE
+            start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
+            entries, u = lists + load_int32(row + 12) * word, factors + load_int32(row + 16) * item
+            j = 0
+            while j < width:
+                left = width - j
+                u_j, y_j = u + j * item, y + (start + j) * 4
+                bias_j = bias + (start + j) * 4 if bias != 0 else 0
+                if left >= 4 * LANES:
+                    gather_4(z, entries, count, u_j, width, y_j, bias_j, LANES)
+                    j += 4 * LANES
+                elif left >= 2 * LANES:
+                    gather_2(z, entries, count, u_j, width, y_j, bias_j, LANES)
+                    j += 2 * LANES
+                else:
+                    gather_tail(z, entries, count, u_j, width, y_j, bias_j, min(left, LANES))
+                    j += LANES
 
     @compiled(variant, keep=True)
     def stage_two(factors, lists, table, blocks, z, z_stride, z_tile, tokens, y, y_stride, bias):
+        if tokens == 1:
+            stage_two_single(factors, lists, table, blocks, z, y, bias)
+            return
         step = 2 * LANES if _WIDE else LANES
         for b in range(blocks):
             row = table + b * _TABLE
             start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
-            entries, u = lists + load_int32(row + 12) * 4, factors + load_int32(row + 16) * item
+            entries, u = lists + load_int32(row + 12) * word, factors + load_int32(row + 16) * item
             j = 0
             while j < width:
                 whole = width - j >= step
@@ -182,7 +212,7 @@ def _functions(int8: bool) -> _Functions:
             if scales != 0:
                 for k in range(num):
                     z[k] *= load_float32(scales + k * 4)
-            stage_two(factors, lists, row_table, rows, z.ctypes.data, 1, 0, 1, y, y_stride, bias)
+            stage_two_single(factors, lists, row_table, rows, z.ctypes.data, y, bias)
             return
         tiles = (min(tokens, CHUNK) + LANES - 1) // LANES
         packed = np.empty(tiles * n * LANES, np.float32)
@@ -215,53 +245,62 @@ def _functions(int8: bool) -> _Functions:
     return _Functions(whole, first_part, stage_two)
 
 
-def _by_tokens(run: Callable[..., None], x: Tensor, y: Tensor, rest: tuple[int, ...], bias: int, threads: int) -> None:
+class Tokens(NamedTuple):
+    """Where an input lies: address, strides in elements, number of tokens, their length, bytes of an element."""
+
+    at: int
+    row: int
+    column: int
+    number: int
+    length: int
+    itemsize: int
+
+
+class Output(NamedTuple):
+    """Where the output goes: address, its row stride in elements, address of the bias or 0."""
+
+    at: int
+    row: int
+    bias: int
+
+
+def _by_tokens(run: Callable[..., None], tokens: Tokens, rest: tuple[int, ...], out: Output, threads: int) -> None:
     """Every thread takes some of the tokens."""
-    tokens = x.shape[0]
-    share = -(-tokens // (threads * LANES)) * LANES
-    x_step, y_step = x.stride(0) * x.itemsize, y.stride(0) * y.itemsize
+    share = -(-tokens.number // (threads * LANES)) * LANES
 
     def part(at: int) -> None:
-        run(
-            x.data_ptr() + at * x_step,
-            *x.stride(),
-            min(share, tokens - at),
-            x.shape[1],
-            *rest,
-            bias,
-            y.data_ptr() + at * y_step,
-            y.stride(0),
-        )
+        x, y = tokens.at + at * tokens.row * tokens.itemsize, out.at + at * out.row * tokens.itemsize
+        count = min(share, tokens.number - at)
+        run(x, tokens.row, tokens.column, count, tokens.length, *rest, out.bias, y, out.row)
 
-    run_parts(part, range(0, tokens, share))
+    run_parts(part, range(0, tokens.number, share))
 
 
-def _by_blocks(x: Tensor, y: Tensor, rest: tuple[int, ...], scales: Tensor | None, bias: int, threads: int) -> None:
+def _by_blocks(tokens: Tokens, rest: tuple[int, ...], scales: Tensor | None, out: Output, threads: int) -> None:
     """Every thread takes some of the blocks, for few tokens: two rounds, the sums of the first are added up between."""
     factors, lists, cols_at, cols, rows_at, rows, num, _ = rest
-    run = _functions(scales is not None)
-    tokens, n = x.shape
-    lanes = 1 if tokens == 1 else -(-tokens // LANES) * LANES
-    sums = torch.zeros(threads, num * lanes + 1)
+    run = _functions(*_variant(scales, num))
+    lanes = 1 if tokens.number == 1 else -(-tokens.number // LANES) * LANES
+    sums = torch.zeros(threads, num * lanes + 1, device="cpu")
 
     def first(thread: int) -> None:
         at, to = cols * thread // threads, cols * (thread + 1) // threads
         table = lists + cols_at * 4 + at * _TABLE
         z = sums[thread].data_ptr()
-        run.first_part(x.data_ptr(), *x.stride(), tokens, n, factors, lists, table, to - at, num, z)
+        x = (tokens.at, tokens.row, tokens.column, tokens.number, tokens.length)
+        run.first_part(*x, factors, lists, table, to - at, num, z)
 
     run_parts(first, range(threads))
     z = sums.sum(0)
     if scales is not None:
         z[:-1].view(-(-lanes // LANES), num, min(lanes, LANES)).mul_(scales[:, None])
-    z_stride, z_tile = (1, 0) if tokens == 1 else (LANES, num * LANES)
+    z_stride, z_tile = (1, 0) if tokens.number == 1 else (LANES, num * LANES)
 
     def second(thread: int) -> None:
         at, to = rows * thread // threads, rows * (thread + 1) // threads
         table = lists + rows_at * 4 + at * _TABLE
-        run.stage_two(
-            factors, lists, table, to - at, z.data_ptr(), z_stride, z_tile, tokens, y.data_ptr(), y.stride(0), bias
-        )
+        z_at = (z.data_ptr(), z_stride, z_tile)
+        run.stage_two(factors, lists, table, to - at, *z_at, tokens.number, out.at, out.row, out.bias)
 
     run_parts(second, range(threads))
 
@@ -272,6 +311,16 @@ def _bfloat16_product() -> Callable[..., None]:
     from .numba_bfloat16 import product_part
 
     return cast("Callable[..., None]", product_part)
+
+
+def _variant(scales: Tensor | None, components: int) -> tuple[bool, bool]:
+    """Are factors int8, and their lists int16."""
+    return scales is not None, scales is not None and is_narrow(components)
+
+
+def kernel_for(dtype: torch.dtype, scales: Tensor | None, components: int) -> Callable[..., None]:
+    """The whole product on one thread, from addresses, for x of this dtype and factors with or without scales."""
+    return _bfloat16_product() if dtype == torch.bfloat16 else _functions(*_variant(scales, components)).whole
 
 
 def product(
@@ -301,16 +350,50 @@ def product(
     x = x if x.stride(1) == 1 or (x.shape[0] > 1 and not half) else x.contiguous()
     y = x.new_empty(x.shape[0], out_features)
     bias = None if bias is None else bias.contiguous()
+    places = (cols_at, cols, rows_at, rows, components)
     bias_at = 0 if bias is None else bias.data_ptr()
-    rest: tuple[int, ...] = (factors.data_ptr(), lists.data_ptr(), cols_at, cols, rows_at, rows, components)
+    run_product(x, x.stride(0), x.stride(1), x.shape[0], x.shape[1], factors, lists, places, scales, bias_at, y)
+    return y
+
+
+def run_product(
+    x: Tensor,
+    x_row: int,
+    x_column: int,
+    tokens: int,
+    n: int,
+    factors: Tensor,
+    lists: Tensor,
+    places: tuple[int, ...],
+    scales: Tensor | None,
+    bias: int,
+    y: Tensor,
+) -> None:
+    """``y = x @ W.T + bias`` without a question asked.
+
+    Args:
+        x: ``tokens`` rows of ``n``, with strides ``x_row`` and ``x_column`` in elements; bfloat16 has ``x_column`` 1.
+        x_row: Stride of the rows.
+        x_column: Stride of the columns.
+        tokens: Number of rows.
+        n: Number of columns.
+        factors: Flat factors.
+        lists: int32 lists.
+        places: cols_at, cols, rows_at, rows and components, as in the operator of ``compiled``.
+        scales: As in :func:`product`.
+        bias: Address of (m,) contiguous numbers, or 0.
+        y: Contiguous (tokens, m), written.
+    """
+    half, run = x.dtype == torch.bfloat16, kernel_for(x.dtype, scales, places[-1])
+    rest: tuple[int, ...] = (factors.data_ptr(), lists.data_ptr(), *places)
     if not half:
         rest += (0 if scales is None else scales.data_ptr(),)
-    threads = torch.get_num_threads()
-    run = _bfloat16_product() if half else _functions(scales is not None).whole
-    if threads == 1 or x.shape[0] * factors.numel() < WORTH_THREADS:
-        run(x.data_ptr(), *x.stride(), *x.shape, *rest, bias_at, y.data_ptr(), out_features)
-    elif half or x.shape[0] >= threads * LANES:
-        _by_tokens(run, x, y, rest, bias_at, threads)
+    threads, m = torch.get_num_threads(), y.shape[-1]
+    if threads == 1 or tokens * factors.numel() < WORTH_THREADS:
+        run(x.data_ptr(), x_row, x_column, tokens, n, *rest, bias, y.data_ptr(), m)
+        return
+    source, out = Tokens(x.data_ptr(), x_row, x_column, tokens, n, x.itemsize), Output(y.data_ptr(), m, bias)
+    if half or tokens >= threads * LANES:
+        _by_tokens(run, source, rest, out, threads)
     else:
-        _by_blocks(x, y, rest, scales, bias_at, threads)
-    return y
+        _by_blocks(source, rest, scales, out, threads)

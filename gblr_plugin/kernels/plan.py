@@ -7,15 +7,15 @@ A plan comes from the cost model alone (same structure, same plan; nothing is ti
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from ..errors import ConfigError
 from ..structure import Intervals, StructuredMatrix
 from .compiled import WIDEST, available
-from .layout import GROUP, count_blocks, padded_entries, touched_blocks
+from .layout import GROUP, Layout, count_blocks, is_narrow, padded_entries, touched_blocks
 from .product import KERNELS
 
-__all__ = ["BUCKETS", "Plan", "candidates", "dense_plan", "fixed_plan"]
+__all__ = ["BUCKETS", "Plan", "candidates", "dense_plan", "fixed_plan", "predicted_cost"]
 
 BLOCKS = (16, 32, 64, 128, 256, 512)
 BUCKETS = (1, 4, 16, 64, 256, 1024)  # tokens; a kernel is chosen for each
@@ -38,6 +38,7 @@ class Plan:
         device: Device type the kernels were measured on; ``""`` if not measured.
         dtype: Dtype they were measured in, as ``"float32"``; ``""`` if not measured.
         threads: CPU threads at the measurement; 0 if not measured.
+        machine: Name of the processor or the GPU at the measurement; ``""`` if not measured.
         speedups: (tokens, time of the dense product over ours) as measured; empty if not measured.
 
     Raises:
@@ -52,6 +53,7 @@ class Plan:
     device: str = ""
     dtype: str = ""
     threads: int = 0
+    machine: str = ""
     speedups: tuple[tuple[int, float], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -69,6 +71,10 @@ class Plan:
     def measured(self) -> bool:
         """Whether the kernels were chosen by timing."""
         return bool(self.device)
+
+    def pinned(self) -> Plan:
+        """The same choice as if it had not been measured: nothing measures it again, wherever it goes."""
+        return replace(self, device="", dtype="", threads=0, machine="", speedups=())
 
     def kernel(self, tokens: int) -> str:
         """Name of the kernel for this many tokens."""
@@ -111,12 +117,33 @@ class _Axis:
 
     block: int
     entries: int  # stored, padding included
-    lists: int  # int32 words at most: component lists, table of blocks, groups
+    touched: int  # entries of the component lists
+    groups: int  # int32 words at most of the groups
     blocks: int
 
-    def cost(self, kernel: str, itemsize: int) -> float:
-        # Narrow dtypes multiply faster, but z moves at the same speed.
-        return self.entries * (1 + MOVE[kernel] * 4 / itemsize / self.block) + CALL[kernel] * self.blocks
+
+def _cost(entries: int, block: int, blocks: int, kernel: str, itemsize: int) -> float:
+    """Multiply-adds that one axis costs a token, overheads included."""
+    # Narrow dtypes multiply faster, but z moves at the same speed.
+    return entries * (1 + MOVE[kernel] * 4 / itemsize / block) + CALL[kernel] * blocks
+
+
+def predicted_cost(layout: Layout, kernel: str, itemsize: int) -> float:
+    """Predicted cost of one token with a stored weight over the dense product's; 1.0 for dense storage.
+
+    Args:
+        layout: The storage.
+        kernel: ``"compiled"`` or ``"blocks"``.
+        itemsize: Bytes of an input's element.
+    """
+    m, n = layout.shape
+    if layout.dense:
+        return 1.0
+    cost = 0.0
+    for axis in (layout.row_blocks, layout.col_blocks):
+        entries = sum(block.size * (block.stop - block.start) for block in axis)
+        cost += _cost(entries, axis[0].stop - axis[0].start, len(axis), kernel, itemsize)
+    return cost / (m * n)
 
 
 def _axis(intervals: Intervals, splits: int, unit: int) -> list[_Axis]:
@@ -129,16 +156,22 @@ def _axis(intervals: Intervals, splits: int, unit: int) -> list[_Axis]:
         blocks = splits * count_blocks(intervals.length, size)
         touched = touched_blocks(intervals, size)
         groups = -(-intervals.num_components // GROUP)
-        words = touched + 5 * blocks + 2 * groups + 5 * min(touched, groups * blocks)
-        result.append(_Axis(size, padded_entries(intervals, size), words, blocks))
+        words = 2 * groups + 5 * min(touched, groups * blocks)
+        result.append(_Axis(size, padded_entries(intervals, size), touched, words, blocks))
     return result
 
 
-def _memory(matrix: StructuredMatrix, rows: _Axis, cols: _Axis) -> float:
+def _memory(matrix: StructuredMatrix, rows: _Axis, cols: _Axis, int8: bool) -> float:
     """Bytes stored over those of the bare factors."""
-    item = matrix.u.element_size()
-    words = rows.lists + cols.lists + 5 * matrix.rows.num_components
-    return (item * (rows.entries + cols.entries) + 4 * words) / (item * max(matrix.stored, 1))
+    num, touched = matrix.rows.num_components, rows.touched + cols.touched
+    words = 5 * (rows.blocks + cols.blocks + num)
+    if int8:  # with a scale per component, narrow lists and no groups
+        item = 1
+        index = (2 if is_narrow(num) else 4) * touched + 4 * words + matrix.u.element_size() * num
+    else:
+        item = matrix.u.element_size()
+        index = 4 * (touched + words + rows.groups + cols.groups)
+    return (item * (rows.entries + cols.entries) + index) / (item * max(matrix.stored, 1))
 
 
 def _all_full(matrix: StructuredMatrix) -> bool:
@@ -155,7 +188,7 @@ def _whole_plan(matrix: StructuredMatrix) -> Plan:
     return Plan(m // matrix.row_splits, n, ((BUCKETS[-1], "blocks"),), predicted=cost / (m * n))
 
 
-def candidates(matrix: StructuredMatrix, unit: int = 1, kernel: str | None = None) -> list[Plan]:
+def candidates(matrix: StructuredMatrix, unit: int = 1, kernel: str | None = None, int8: bool = False) -> list[Plan]:
     """Block plans within the memory limit, cheapest first by the cost model; the leanest one if none is within it.
 
     Args:
@@ -163,6 +196,7 @@ def candidates(matrix: StructuredMatrix, unit: int = 1, kernel: str | None = Non
         unit: Column blocks are multiples of this (``prod(kernel)`` of a convolution, so that they hold whole channels).
         kernel: ``"compiled"`` or ``"blocks"``; ``None`` for the compiled one where device, dtype and installed
             packages have it.
+        int8: The factors will be int8, which counts for the memory.
     """
     matrix = matrix.live()
     (m, n), item = matrix.shape, matrix.u.element_size()
@@ -173,14 +207,14 @@ def candidates(matrix: StructuredMatrix, unit: int = 1, kernel: str | None = Non
         return [_whole_plan(matrix)]
     rows, cols = _axis(matrix.rows, matrix.row_splits, 1), _axis(matrix.cols, 1, unit)
     pairs = [(r, c) for r in rows for c in cols]
-    lean = [pair for pair in pairs if _memory(matrix, *pair) <= MEMORY]
-    lean = lean or [min(pairs, key=lambda pair: _memory(matrix, *pair))]
+    lean = [(r, c) for r, c in pairs if _memory(matrix, r, c, int8) <= MEMORY]
+    lean = lean or [min(pairs, key=lambda pair: _memory(matrix, pair[0], pair[1], int8))]
     plans = [
         Plan(
             r.block,
             c.block,
             ((BUCKETS[-1], kernel),),
-            predicted=(r.cost(kernel, item) + c.cost(kernel, item)) / (m * n),
+            predicted=sum(_cost(a.entries, a.block, a.blocks, kernel, item) for a in (r, c)) / (m * n),
             padding=(r.entries + c.entries) / max(matrix.stored, 1),
         )
         for r, c in lean
@@ -188,18 +222,19 @@ def candidates(matrix: StructuredMatrix, unit: int = 1, kernel: str | None = Non
     return sorted(plans, key=lambda plan: plan.predicted)
 
 
-def fixed_plan(matrix: StructuredMatrix, unit: int = 1) -> Plan:
+def fixed_plan(matrix: StructuredMatrix, unit: int = 1, int8: bool = False) -> Plan:
     """The plan that the cost model prefers; no timing: same structure, dtype and installed packages, same plan.
 
     Args:
         matrix: The weight.
         unit: As in :func:`candidates`.
+        int8: As there.
 
     Returns:
         Dense storage where the factors cost no less than the dense matrix, else blocks.
     """
     m, n = matrix.shape
-    return dense_plan() if matrix.stored >= m * n else candidates(matrix, unit)[0]
+    return dense_plan() if matrix.stored >= m * n else candidates(matrix, unit, int8=int8)[0]
 
 
 def dense_plan() -> Plan:

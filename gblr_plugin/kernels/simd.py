@@ -2,7 +2,7 @@
 
 All tiles take raw addresses (int64) and element strides, and work in float32 on vectors of 16 lanes. A tile keeps its
 sums in registers over the whole inner loop; the sizes fit 32 registers of 512 bits, or 16 of 256. Factors are float32,
-or int8 where a tile says so: widened as they are read, scaled by the caller.
+or int8 where a tile says so: widened as they are read, scaled by the caller. Lists are int32, or int16 if ``narrow``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ __all__ = [
     "Emitter",
     "dot_tile",
     "expand_tile",
+    "gather_tile",
     "load_float32",
     "load_int32",
     "reduce_tile",
@@ -28,7 +29,8 @@ __all__ = [
 ]
 
 LANES = 16
-_F32, _I8, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+AHEAD = 2048  # bytes by which one token's factors, read once and in order, are asked for early
+_F32, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
 _BYTES = ir.VectorType(_I8, LANES)
 _VECTOR = ir.VectorType(_F32, LANES)
 _MASK = ir.VectorType(ir.IntType(1), LANES)
@@ -54,6 +56,11 @@ class Emitter:
         value = self.b.load(self.b.inttoptr(address, kind.as_pointer()))
         value.align = align
         return value
+
+    def entry(self, entries: Any, at: Any, narrow: bool) -> Any:
+        """A component of a list of int32, or of int16, as int64."""
+        kind, size = (_I16, 2) if narrow else (_I32, 4)
+        return self.b.zext(self.load(self.at(entries, at, size), kind, size), _I64)
 
     def store(self, value: Any, address: Any) -> None:
         """Write a value to an address."""
@@ -107,15 +114,54 @@ class Emitter:
         kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
         return self.b.call(self.declare("llvm.fma.v16f32", kind), [a, b, c])
 
-    def total(self, vector: Any) -> Any:
-        """Sum of the lanes, in halves."""
-        half = LANES // 2
+    def totals(self, vectors: list[Any]) -> list[Any]:
+        """Sum of the lanes of each vector; their number is a power of two, at most 16.
+
+        Vectors are added up in pairs, each keeping half of the lanes, so that few shuffles serve them all.
+        """
+        count, half = len(vectors), LANES // 2
+        places = [0] * count  # lane in which the sum of a vector ends
+        step = 1
         while half:
-            order = [*range(half, 2 * half)] + [0] * (LANES - half)
-            moved = self.b.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_I32, LANES), order))
-            vector = self.b.fadd(vector, moved)
-            half //= 2
-        return self.b.extract_element(vector, ir.Constant(_I32, 0))
+            low = [lane if not lane & half else LANES + lane - half for lane in range(LANES)]
+            high = [lane + half if not lane & half else LANES + lane for lane in range(LANES)]
+            merged = []
+            for at in range(0, len(vectors), 2):
+                first, second = vectors[at], vectors[min(at + 1, len(vectors) - 1)]
+                parts = [
+                    self.b.shuffle_vector(first, second, ir.Constant(ir.VectorType(_I32, LANES), order))
+                    for order in (low, high)
+                ]
+                merged.append(self.b.fadd(*parts))
+            if len(vectors) > 1:
+                places = [place + half * (row // step % 2) for row, place in enumerate(places)]
+                step *= 2
+            vectors, half = merged, half // 2
+        return [self.b.extract_element(vectors[0], ir.Constant(_I32, place)) for place in places]
+
+    def with_bias(self, sums: list[Any], bias: Any, read: Callable[[int], Any]) -> list[Any]:
+        """Sums plus ``read(j)`` where the address of the bias is not 0."""
+        start = self.b.block
+        some, ready = self.b.append_basic_block("bias"), self.b.append_basic_block("ready")
+        self.b.cbranch(self.b.icmp_signed("!=", bias, self.i(0)), some, ready)
+        self.b.position_at_end(some)
+        added = [self.b.fadd(value, read(j)) for j, value in enumerate(sums)]
+        self.b.branch(ready)
+        self.b.position_at_end(ready)
+        result = []
+        for before, after in zip(sums, added, strict=True):
+            phi = self.b.phi(before.type)
+            phi.add_incoming(before, start)
+            phi.add_incoming(after, some)
+            result.append(phi)
+        return result
+
+    def prefetch(self, address: Any) -> None:
+        """Ask for the cache line at an address, which need not exist."""
+        byte = _I8.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        hints = [ir.Constant(_I32, value) for value in (0, 3, 1)]  # to read, into the first level, data
+        self.b.call(self.declare("llvm.prefetch.p0i8", kind), [self.b.inttoptr(address, byte), *hints])
 
     def first_lanes(self, count: Any) -> Any:
         """Mask of the lanes below ``count``."""
@@ -187,7 +233,7 @@ def load_float32(typing_context: Any, address: Any) -> Any:
     return types.float32(types.int64), codegen
 
 
-def reduce_tile(components: int, tiles: int) -> Any:
+def reduce_tile(components: int, tiles: int, narrow: bool = False) -> Any:
     """Stage 1: ``z[list[i], :] += sum_c V[i, c] x[c, :]`` for some components and 16 * tiles tokens.
 
     Arguments: address of V[first, 0], its row stride; columns; address of x packed (columns, 16), its tile stride;
@@ -199,7 +245,7 @@ def reduce_tile(components: int, tiles: int) -> Any:
         v, v_stride, columns, x, x_tile, z, z_tile, entries = a
         targets = []
         for r in range(components):
-            row = e.b.zext(e.load(e.at(entries, e.i(r)), _I32), _I64)
+            row = e.entry(entries, e.i(r), narrow)
             base = e.at(z, e.b.mul(row, e.i(LANES)))
             targets += [e.at(base, e.b.mul(z_tile, e.i(t))) for t in range(tiles)]
         rows = [e.at(v, e.b.mul(v_stride, e.i(r))) for r in range(components)]
@@ -220,7 +266,7 @@ def reduce_tile(components: int, tiles: int) -> Any:
     return tile(8, emit)
 
 
-def expand_tile(tokens: int, vectors: int, masked: bool, int8: bool = False) -> Any:
+def expand_tile(tokens: int, vectors: int, masked: bool, int8: bool = False, narrow: bool = False) -> Any:
     """Stage 2: ``y[t, :] = bias + sum_k z[list[k], t] U[k, :]`` for some tokens and 16 * vectors rows.
 
     Arguments: address of z[0, first token], its row stride; address of the int32 list, its length; address of
@@ -233,22 +279,10 @@ def expand_tile(tokens: int, vectors: int, masked: bool, int8: bool = False) -> 
         z, z_stride, entries, count, u, u_stride, y, y_stride, bias, lanes = a
         mask = e.first_lanes(lanes) if masked else None
         read, size = (e.bytes, 1) if int8 else (e.vector, 4)
-        start = e.b.block
-        with_bias, ready = e.b.append_basic_block("bias"), e.b.append_basic_block("ready")
-        e.b.cbranch(e.b.icmp_signed("!=", bias, e.i(0)), with_bias, ready)
-        e.b.position_at_end(with_bias)
-        loaded = [e.vector(e.at(bias, e.i(j * LANES)), mask) for j in range(vectors)]
-        e.b.branch(ready)
-        e.b.position_at_end(ready)
-        initial = []
-        for value in loaded:
-            phi = e.b.phi(_VECTOR)
-            phi.add_incoming(_ZERO, start)
-            phi.add_incoming(value, with_bias)
-            initial.append(phi)
+        initial = e.with_bias([_ZERO] * vectors, bias, lambda j: e.vector(e.at(bias, e.i(j * LANES)), mask))
 
         def body(k: Any, sums: list[Any]) -> list[Any]:
-            row = e.b.zext(e.load(e.at(entries, k), _I32), _I64)
+            row = e.entry(entries, k, narrow)
             inputs = e.at(z, e.b.mul(row, z_stride))
             places = [e.b.add(e.b.mul(k, u_stride), e.i(j * LANES)) for j in range(vectors)]
             factors = [read(e.at(u, place, size), mask) for place in places]
@@ -267,8 +301,8 @@ def expand_tile(tokens: int, vectors: int, masked: bool, int8: bool = False) -> 
     return tile(10, emit)
 
 
-def dot_tile(components: int, int8: bool = False) -> Any:
-    """Stage 1 for one token: ``z[list[i]] += V[i, :] x`` for some components.
+def dot_tile(components: int, int8: bool = False, narrow: bool = False) -> Any:
+    """Stage 1 for one token: ``z[list[i]] += V[i, :] x`` for some components, a power of two.
 
     Arguments: address of V[first, 0], its row stride; columns; addresses of x, of z and of the int32 list entries.
     """
@@ -281,7 +315,10 @@ def dot_tile(components: int, int8: bool = False) -> Any:
 
         def step(at: Any, sums: list[Any], mask: Any) -> list[Any]:
             inputs = e.vector(e.at(x, at), mask)
-            return [e.fma(read(e.at(rows[r], at, size), mask), inputs, sums[r]) for r in range(components)]
+            places = [e.at(row, at, size) for row in rows]
+            for place in places:
+                e.prefetch(e.b.add(place, e.i(AHEAD)))
+            return [e.fma(read(place, mask), inputs, total) for place, total in zip(places, sums, strict=True)]
 
         whole = e.b.sdiv(columns, e.i(LANES))
         sums = e.loop(whole, [_ZERO] * components, lambda c, sums: step(e.b.mul(c, e.i(LANES)), sums, None))
@@ -290,11 +327,56 @@ def dot_tile(components: int, int8: bool = False) -> Any:
         mask = e.first_lanes(rest)
         some = e.b.select(e.b.icmp_signed(">", rest, e.i(0)), e.i(1), e.i(0))
         sums = e.loop(some, sums, lambda _, sums: step(done, sums, mask))
-        for r in range(components):
-            target = e.at(z, e.b.zext(e.load(e.at(entries, e.i(r)), _I32), _I64))
-            e.store(e.b.fadd(e.load(target, _F32), e.total(sums[r])), target)
+        for r, total in enumerate(e.totals(sums)):
+            target = e.at(z, e.entry(entries, e.i(r), narrow))
+            e.store(e.b.fadd(e.load(target, _F32), total), target)
 
     return tile(6, emit)
+
+
+def gather_tile(vectors: int, masked: bool, int8: bool = False, narrow: bool = False) -> Any:
+    """Stage 2 for one token: ``y = bias + sum_k z[list[k]] U[k, :]`` for 16 * vectors rows.
+
+    Several k at once have sums of their own: a sum waits for its last addition, the memory for nobody.
+
+    Arguments: address of z; address of the int32 list, its length; address of U[0, first row], its row stride; address
+    of y[first row]; address of bias[first row] or 0; lanes used (of the single vector, if masked).
+    """
+    together = 8 // vectors
+
+    def emit(builder: ir.IRBuilder, a: Any) -> None:
+        e = Emitter(builder)
+        z, entries, count, u, u_stride, y, bias, lanes = a
+        mask = e.first_lanes(lanes) if masked else None
+        read, size = (e.bytes, 1) if int8 else (e.vector, 4)
+
+        def add(k: Any, sums: list[Any]) -> list[Any]:
+            row = e.entry(entries, k, narrow)
+            scalar = e.broadcast(e.load(e.at(z, row), _F32))
+            places = [e.at(u, e.b.add(e.b.mul(k, u_stride), e.i(j * LANES)), size) for j in range(vectors)]
+            for place in places:
+                e.prefetch(e.b.add(place, e.i(AHEAD)))
+            return [e.fma(scalar, read(place, mask), total) for place, total in zip(places, sums, strict=True)]
+
+        def several(step: Any, sums: list[Any]) -> list[Any]:
+            first = e.b.mul(step, e.i(together))
+            result = []
+            for j in range(together):
+                result += add(e.b.add(first, e.i(j)), sums[j * vectors : (j + 1) * vectors])
+            return result
+
+        steps = e.b.sdiv(count, e.i(together))
+        sums = e.loop(steps, [_ZERO] * (together * vectors), several)
+        done = e.b.mul(steps, e.i(together))
+        sums[:vectors] = e.loop(e.b.sub(count, done), sums[:vectors], lambda k, own: add(e.b.add(done, k), own))
+        while len(sums) > vectors:
+            half = len(sums) // 2
+            sums = [e.b.fadd(one, other) for one, other in zip(sums[:half], sums[half:], strict=True)]
+        result = e.with_bias(sums, bias, lambda j: e.vector(e.at(bias, e.i(j * LANES)), mask))
+        for j, total in enumerate(result):
+            e.store_vector(total, e.at(y, e.i(j * LANES)), mask)
+
+    return tile(8, emit)
 
 
 def widen_tile() -> Any:

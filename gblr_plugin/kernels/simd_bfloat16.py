@@ -96,7 +96,7 @@ def reduce_tile(components: int, tiles: int) -> Any:
         v, v_stride, pairs, x, x_tile, z, z_tile, entries = a
         targets = []
         for r in range(components):
-            row = e.b.zext(e.load(e.at(entries, e.i(r)), _I32), _I64)
+            row = e.entry(entries, e.i(r), False)
             base = e.at(z, e.b.mul(row, e.i(LANES)))
             targets += [e.at(base, e.b.mul(z_tile, e.i(t))) for t in range(tiles)]
         rows = [e.at(v, e.b.mul(v_stride, e.i(r)), 2) for r in range(components)]
@@ -128,7 +128,7 @@ def pair_tile() -> Any:
         z, entries, count, out = a
 
         def row(at: Any) -> Any:
-            return e.vector(e.at(z, e.b.mul(e.b.zext(e.load(e.at(entries, at), _I32), _I64), e.i(LANES))))
+            return e.vector(e.at(z, e.b.mul(e.entry(entries, at, False), e.i(LANES))))
 
         def put(p: Any, first: Any, second: Any) -> None:
             kind = ir.FunctionType(_PAIRS, [_SUMS, _SUMS])
@@ -165,19 +165,8 @@ def expand_tile(tokens: int, vectors: int, masked: bool) -> Any:
         e = _PairEmitter(builder)
         z, count, u, u_stride, y, y_stride, bias, lanes = a
         mask = e.first_lanes(lanes) if masked else None
-        start = e.b.block
-        with_bias, ready = e.b.append_basic_block("bias"), e.b.append_basic_block("ready")
-        e.b.cbranch(e.b.icmp_signed("!=", bias, e.i(0)), with_bias, ready)
-        e.b.position_at_end(with_bias)
-        loaded = [e.widen(e.halves(e.at(bias, e.i(j * LANES), 2), mask)) for j in range(vectors)]
-        e.b.branch(ready)
-        e.b.position_at_end(ready)
-        initial = []
-        for value in loaded:
-            phi = e.b.phi(_SUMS)
-            phi.add_incoming(_ZERO, start)
-            phi.add_incoming(value, with_bias)
-            initial.append(phi)
+        halves = [e.at(bias, e.i(j * LANES), 2) for j in range(vectors)]
+        initial = e.with_bias([_ZERO] * vectors, bias, lambda j: e.widen(e.halves(halves[j], mask)))
 
         def step(p: Any, sums: list[Any], second: bool) -> list[Any]:
             first_row = e.at(u, e.b.mul(e.b.mul(p, e.i(2)), u_stride), 2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gblr_plugin.errors import ConfigError
-from gblr_plugin.kernels.layout import pack, padded_entries, quantize, to_dense, unpack
+from gblr_plugin.kernels.layout import all_lists, block_list, narrowed, pack, padded_entries, quantize, to_dense, unpack
 from gblr_plugin.structure import Intervals, StructuredMatrix
 
 
@@ -88,6 +88,36 @@ def test_int8_factors_are_the_nearest(blocks: tuple[int, int], splits: int) -> N
     torch.testing.assert_close(to_dense(layout, whole, index, scales), back.to_dense(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(to_dense(layout.t(), whole, index, scales), back.to_dense().t(), rtol=1e-5, atol=1e-5)
     assert torch.equal(pack(back, *blocks)[1].sign(), whole.sign().float())
+
+
+@pytest.mark.parametrize("blocks", [(16, 8), (7, 11)])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_narrow_lists_are_the_same_in_half_the_words(blocks: tuple[int, int], splits: int) -> None:
+    layout, values, index = pack(matrix(splits=splits), *blocks)
+    small, words = narrowed(layout, index)
+    assert small.narrow
+    assert narrowed(small, words)[1] is words
+    assert words.numel() < index.numel()
+    for block in (*layout.row_blocks, *layout.col_blocks):
+        mine, true = block_list(all_lists(small, words), block), block_list(all_lists(layout, index), block)
+        assert mine.dtype == torch.int32
+        assert torch.equal(mine, true)
+    for place in ("col_table_at", "row_table_at"):
+        blocks_of = layout.col_blocks if place[0] == "c" else layout.row_blocks
+        tables = [part[getattr(of, place) :][: 5 * len(blocks_of)] for of, part in ((layout, index), (small, words))]
+        assert torch.equal(*tables)
+    assert torch.equal(unpack(small, values, words).u, unpack(layout, values, index).u)
+    torch.testing.assert_close(to_dense(small.t(), values, words), to_dense(layout, values, index).t())
+
+
+def test_too_many_components_keep_wide_lists() -> None:
+    num = (1 << 15) + 1
+    ones, start = torch.ones(num, dtype=torch.int64), torch.zeros(num, dtype=torch.int64)
+    many = StructuredMatrix.from_factors(
+        torch.ones(num, 2), torch.ones(num, 2), Intervals(ones, start, 2), Intervals(ones, start, 2)
+    )
+    layout, _, index = pack(many, 2, 2)
+    assert narrowed(layout, index)[1] is index
 
 
 def test_int8_of_zero_factors_is_zero() -> None:

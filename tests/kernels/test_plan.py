@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.kernels import product
-from gblr_plugin.kernels.layout import pack
-from gblr_plugin.kernels.measure import interleaved_medians, measured_plan
-from gblr_plugin.kernels.plan import MEMORY, Plan, candidates, fixed_plan
+from gblr_plugin.kernels.layout import narrowed, pack, quantize
+from gblr_plugin.kernels.measure import circumstances, interleaved_medians, is_stale, measured_plan
+from gblr_plugin.kernels.plan import MEMORY, Plan, candidates, fixed_plan, predicted_cost
 from gblr_plugin.structure import Intervals, StructuredMatrix
 
 
@@ -48,6 +49,16 @@ def test_candidates_keep_the_memory_limit_and_foretell_the_storage(align: int, k
         layout, values, index = pack(original, plan.block_rows, plan.block_cols)
         assert values.nbytes + index.nbytes <= MEMORY * original.stored * 4
         assert layout.padding == pytest.approx(plan.padding)
+
+
+@pytest.mark.parametrize("align", [16, 32])
+def test_int8_factors_keep_the_limit_too(align: int) -> None:
+    original = matrix(1024, 1024, 160, align)
+    plan = candidates(original, int8=True)[0]
+    layout, values, index = pack(original, plan.block_rows, plan.block_cols)
+    whole, scales = quantize(layout, values, index)
+    layout, index = narrowed(layout, index)
+    assert whole.nbytes + index.nbytes + scales.nbytes <= MEMORY * original.stored
 
 
 def test_too_narrow_for_the_limit_takes_the_leanest() -> None:
@@ -114,8 +125,33 @@ def test_measured_plans_are_kept_per_structure() -> None:
     first = measured_plan(matrix(), buckets=(1, 4))
     assert first.measured
     assert (first.device, first.dtype, first.threads) == ("cpu", "float32", torch.get_num_threads())
+    assert first.machine
     assert measured_plan(matrix(), buckets=(1, 4)) is first
     assert first.block_rows == 0 or [limit for limit, _ in first.kernels] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    "change", [{"device": "cuda"}, {"dtype": "bfloat16"}, {"threads": 64}, {"machine": "another"}, {}]
+)
+def test_plans_measured_elsewhere_are_stale(change: dict[str, object]) -> None:
+    cpu = torch.device("cpu")
+    plan = replace(Plan(16, 16, speedups=((1, 2.0),)), **circumstances(cpu, torch.float32))
+    assert not is_stale(plan, cpu, torch.float32)
+    elsewhere = replace(plan, **change)
+    assert is_stale(elsewhere, cpu, torch.float32) == bool(change)
+    pinned = elsewhere.pinned()
+    assert pinned == Plan(16, 16)
+    assert pinned.speedups == ()
+    assert not is_stale(pinned, cpu, torch.float32)
+
+
+@pytest.mark.parametrize("kernel", ["compiled", "blocks"])
+def test_the_storage_costs_what_the_plan_predicted(kernel: str) -> None:
+    original = matrix()
+    for plan in candidates(original, kernel=kernel):
+        layout, _, _ = pack(original, plan.block_rows, plan.block_cols)
+        assert predicted_cost(layout, kernel, 4) == pytest.approx(plan.predicted)
+    assert predicted_cost(pack(original, 0, 0)[0], "dense", 4) == 1.0
 
 
 def test_interleaved_medians_call_in_turns() -> None:

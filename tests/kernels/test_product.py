@@ -10,7 +10,7 @@ from torch.func import jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from gblr_plugin.kernels import compiled, product
-from gblr_plugin.kernels.layout import pack, quantize, to_dense
+from gblr_plugin.kernels.layout import narrowed, pack, quantize, to_dense
 from gblr_plugin.structure import Intervals, StructuredMatrix
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
@@ -91,6 +91,8 @@ def test_int8_factors_multiply_as_the_matrix_they_stand_for(
 ) -> None:
     layout, factors, lists = pack(matrix(k, m, n, splits), *blocks)
     whole, scales = quantize(layout, factors, lists)
+    layout, lists = narrowed(layout, lists)
+    assert layout.narrow
     dense, bias = to_dense(layout, whole, lists, scales.double()), torch.randn(m, requires_grad=True)
     for tokens in (0, 1, 3, 16, 37, 130):
         for x in (torch.randn(tokens, n, requires_grad=True), torch.randn(n, tokens).t()):
@@ -103,6 +105,18 @@ def test_int8_factors_multiply_as_the_matrix_they_stand_for(
         mine = torch.autograd.grad(product.linear(x, whole, lists, layout, bias, kernel, scales).square().sum(), x)
         true = torch.autograd.grad((x.double() @ dense.t() + bias).square().sum(), x)
         torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-4 * float(true[0].abs().max()) if tokens else 0.0)
+
+
+@needs_numba
+def test_wide_lists_of_int8_factors_take_torch_operations() -> None:
+    layout, factors, lists = pack(matrix(20, 48, 64), 16, 16)
+    whole, scales = quantize(layout, factors, lists)
+    cpu = torch.device("cpu")
+    assert not compiled.fits(layout, cpu, torch.float32, int8=True)
+    assert compiled.fits(narrowed(layout, lists)[0], cpu, torch.float32, int8=True)
+    x = torch.randn(3, 64)
+    y = product.linear(x, whole, lists, layout, None, "compiled", scales)
+    torch.testing.assert_close(y, x @ to_dense(layout, whole, lists, scales).t(), rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_on_odd_borders_takes_torch_operations() -> None:
@@ -124,7 +138,8 @@ def test_threads_share_the_work(threads: int, monkeypatch: pytest.MonkeyPatch) -
     original = matrix(31, 57, 33, 3)
     layout, factors, lists = pack(original, 16, 16)
     whole, scales = quantize(layout, factors, lists)
-    rounded = to_dense(layout, whole, lists, scales)
+    narrow, narrow_lists = narrowed(layout, lists)
+    rounded = to_dense(narrow, whole, narrow_lists, scales)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -132,7 +147,7 @@ def test_threads_share_the_work(threads: int, monkeypatch: pytest.MonkeyPatch) -
             x, bias = torch.randn(tokens, 33), torch.randn(57)
             y = product.linear(x, factors, lists, layout, bias, "compiled")
             torch.testing.assert_close(y, x @ original.to_dense().t() + bias, rtol=1e-4, atol=1e-4)
-            y = product.linear(x, whole, lists, layout, bias, "compiled", scales)
+            y = product.linear(x, whole, narrow_lists, narrow, bias, "compiled", scales)
             torch.testing.assert_close(y, x @ rounded.t() + bias, rtol=1e-4, atol=1e-4)
     finally:
         torch.set_num_threads(before)
