@@ -19,15 +19,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .decomposition.calibration import Calibration, Moments, loss_of
+from .decomposition.calibration import Calibration
 from .decomposition.metric import Metric
-from .decomposition.sequential import evaluating, fitting_mask, input_rows
+from .decomposition.sequential import layer_moments
 from .decomposition.triplets import singular_triplets
 from .errors import ConfigError
 from .swap import check_structurable, weight_matrix
@@ -37,7 +35,7 @@ __all__ = ["FLOOR", "RULES", "Curve", "allocate", "check_rule", "least_maximum",
 RULES = ("uniform", "weight", "output", "sensitivity", "alds")
 """Names of the rules."""
 
-FLOOR = 0.25
+FLOOR = 0.1
 """Least share of the group's relative budget that a layer without a bound of its own gets."""
 
 Bounds = Mapping[str, tuple[float, float]]
@@ -97,7 +95,8 @@ def allocate(
         budget: Relative FLOPs of all layers together, in (0, 1].
         rule: One of :data:`RULES`.
         calibration: Batches, for ``output``; for ``sensitivity`` its forward must return the loss.
-        bounds: Least and most relative FLOPs by layer name; by default :data:`FLOOR` times the budget, and 1.
+        bounds: Least and most relative FLOPs by layer name. By default the least is :data:`FLOOR` times the budget, and
+            rank 1 where the budget pays for that; the most is 1.
         row_splits: Matrices packed in the rows of a layer's weight, by name; 1 where absent.
 
     Returns:
@@ -119,7 +118,12 @@ def allocate(
         check_structurable(module, name)
     dense = {name: weight_matrix(module).numel() for name, module in layers.items()}
     given = bounds or {}
-    low = {name: _floor(given.get(name, (0.0, 1.0))[0], budget) * size for name, size in dense.items()}
+    splits = {name: 1 if row_splits is None else row_splits.get(name, 1) for name in layers}
+    low = {name: given.get(name, (0.0, 1.0))[0] * size for name, size in dense.items()}
+    for name, module in layers.items():
+        if low[name] <= 0:
+            rows, cols = weight_matrix(module).shape
+            low[name] = max(FLOOR * budget * dense[name], float(min(rows + splits[name] * cols, budget * dense[name])))
     high = {name: min(given.get(name, (0.0, 1.0))[1], 1.0) * size for name, size in dense.items()}
     low = {name: min(least, high[name]) for name, least in low.items()}
     allowed = budget * sum(dense.values())
@@ -129,7 +133,6 @@ def allocate(
             f"allocation: the bounds of the layers allow relative FLOPs from {sum(low.values()) / total:.4g} to "
             f"{sum(high.values()) / total:.4g}, which excludes the budget {budget:g}"
         )
-    splits = {name: 1 if row_splits is None else row_splits.get(name, 1) for name in layers}
     if rule == "uniform":
         curves = {name: _straight(size) for name, size in dense.items()}
         spent = least_maximum(curves, allowed, low, high)
@@ -142,10 +145,6 @@ def allocate(
         curves = _spectral_curves(model, layers, rule, calibration, splits)
         spent = least_sum(curves, allowed, low, high)
     return {name: min(1.0, spent[name] / dense[name]) for name in layers}
-
-
-def _floor(least: float, budget: float) -> float:
-    return least if least > 0 else FLOOR * budget
 
 
 def _straight(size: int) -> Curve:
@@ -258,7 +257,7 @@ def _spectral_curves(
 ) -> dict[str, Curve]:
     if rule == "weight" or calibration is None:
         return {name: _curve(weight_matrix(module), Metric(), None, splits[name]) for name, module in layers.items()}
-    inputs, gradients = _second_moments(model, layers, calibration, gradients=rule == "sensitivity")
+    inputs, gradients = layer_moments(model, layers, calibration, gradients=rule == "sensitivity")
     if gradients and not any(float(gradient.diagonal().sum()) > 0 for gradient in gradients.values()):
         raise ConfigError("allocation: all loss gradients are zero; there is nothing to weigh layers by")
     metrics = {name: Metric.from_moment(moment, calibration.damping) for name, moment in inputs.items()}
@@ -288,53 +287,3 @@ def _curve(weight: Tensor, metric: Metric, gradient: Tensor | None, row_splits: 
     rank = torch.arange(len(gains) + 1, dtype=torch.float64)
     error = torch.cat([gains.flip(0).cumsum(0).flip(0), gains.new_zeros(1)])
     return Curve(row_splits * (rank * (rows + n) - rank * (rank - 1)).clamp(max=rows * n), error)
-
-
-def _second_moments(
-    model: nn.Module, layers: Mapping[str, nn.Module], calibration: Calibration, *, gradients: bool
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """By layer, the (n, n) covariance of its inputs and the (m, m) second moment of the loss gradient at its output."""
-    moments: dict[str, Moments] = {}
-    squares: dict[str, Tensor] = {}
-    present: Tensor | None = None
-    outputs: list[tuple[str, Tensor]] = []
-
-    def watch(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        rows = input_rows(module, args[0] if args else next(iter(kwargs.values())))
-        if name not in moments:
-            moments[name] = Moments(rows.shape[-1], rows.device)
-        moments[name].add(rows, mask=fitting_mask(present, rows))
-        if not gradients:
-            return output
-        outputs.append((name, output))
-        return output.clone()  # what follows may change it in place
-
-    handles = [module.register_forward_hook(partial(watch, name), with_kwargs=True) for name, module in layers.items()]
-    try:
-        with evaluating(model), torch.set_grad_enabled(gradients):
-            for batch in calibration.batches:
-                present = calibration.valid(batch)
-                outputs.clear()
-                result = calibration.forward(model, batch)
-                if gradients:
-                    slopes = torch.autograd.grad(loss_of(result), [y for _, y in outputs], allow_unused=True)
-                    for (name, y), slope in zip(outputs, slopes, strict=True):
-                        g = _output_rows(layers[name], y if slope is None else slope)
-                        square = g.T @ g if slope is not None else torch.zeros_like(g.T @ g)
-                        squares[name] = squares[name] + square if name in squares else square
-    finally:
-        for handle in handles:
-            handle.remove()
-    missing = [name for name in layers if name not in moments]
-    if missing:
-        raise ConfigError(f"allocation: layer {missing[0]!r} is never run by the model's forward pass")
-    centred = {name: module.bias is not None for name, module in layers.items()}
-    return {name: moments[name].second(centred=centred[name])[1] for name in layers}, squares
-
-
-def _output_rows(module: nn.Module, y: Tensor) -> Tensor:
-    """(N, m) float64 rows of a layer's output, or of its gradient."""
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
-        dims = len(module.kernel_size)
-        y = y.reshape(-1, *y.shape[-1 - dims :]).flatten(2).transpose(1, 2)
-    return y.detach().reshape(-1, y.shape[-1]).double()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,12 +25,17 @@ __all__ = ["METHODS", "decompose", "initialise"]
 
 def _best(problem: Problem) -> StructuredMatrix:
     """Interval pursuit, or trapezoids where they are better in the metric of the problem."""
-    return min((trapezoid(problem), pursuit(problem)), key=problem.error)
+    return min((trapezoid(problem), _pursuit(problem)), key=problem.error)
+
+
+def _pursuit(problem: Problem) -> StructuredMatrix:
+    """Local blocks are chosen by their gains over inputs alone."""
+    return pursuit(replace(problem, metric=problem.metric.of_inputs()))
 
 
 METHODS: dict[str, Callable[[Problem], StructuredMatrix]] = {
     "gblr": _best,
-    "pursuit": pursuit,
+    "pursuit": _pursuit,
     "svd": svd,
     "trapezoid": trapezoid,
     "interval": interval,
@@ -117,7 +123,9 @@ def _solve(
     whole = method in ("gblr", "pursuit", "trapezoid") and budget == 1 and limit >= min(m, n)
     solve = exact if whole else METHODS[method]
     solved = [
-        solve(Problem(part, allowed, rows, cols, limit, metric, seed + index)).live()
+        solve(
+            Problem(part, allowed, rows, cols, limit, metric.for_rows(index * m, (index + 1) * m), seed + index)
+        ).live()
         for index, part in enumerate(parts)
     ]
     dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32

@@ -40,11 +40,13 @@ class CalibrationSettings:
         batches: Number of training batches passed through the model.
         damping: Added to the diagonal of the inputs' second moment, as a fraction of its mean.
         sequential: Fit each layer to what its compressed predecessors produce, instead of to the original inputs.
+        loss: Weigh output errors by what they do to the loss: one more pass, with gradients.
     """
 
     batches: int = 8
     damping: float = DAMPING
     sequential: bool = True
+    loss: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.batches, bool) or not isinstance(self.batches, int) or self.batches < 1:
@@ -52,8 +54,9 @@ class CalibrationSettings:
         number = isinstance(self.damping, (int, float)) and not isinstance(self.damping, bool)
         if not number or not 0 < self.damping <= 1:
             raise ConfigError(f"damping must be a number in (0, 1], got {self.damping!r}")
-        if not isinstance(self.sequential, bool):
-            raise ConfigError(f"sequential must be true or false, got {self.sequential!r}")
+        for name in ("sequential", "loss"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
 
     @classmethod
     def read(cls, value: CalibrationSettings | Mapping[str, Any] | bool | None) -> CalibrationSettings | None:
@@ -96,11 +99,16 @@ class Calibration:
     Args:
         batches: Any kind of batches.
         forward: ``forward(model, batch)`` runs the model. Its result is looked at only where loss sensitivities are
-            asked for: the loss, a table that holds it as ``"loss"``, or a tuple that begins with it.
+            asked for: the loss, a table that holds it as ``"loss"``, or a tuple that begins with it. Losses of
+            ``torch.nn.functional`` then get targets drawn from the model's own predictions, see
+            :class:`~gblr_plugin.decomposition.fisher.SampledTargets`.
         mask: ``mask(batch)`` is non-zero for samples that count, in the shape of the layers' inputs without their
             features, or ``None``; by default the batch's ``attention_mask``, so that padding is left out.
         damping: Of the second moments, as a fraction of their mean diagonal.
         sequential: Fit each layer to what its compressed predecessors produce.
+        loss: Weigh output errors by what they do to the loss, with the Fisher matrix factored as E[x x^T] times
+            E[g g^T], g being the loss gradient at the layer's output (K-FAC, Martens & Grosse 2015). Low-rank closed
+            forms use it (``low_rank``, and GBLR's trapezoids).
 
     Raises:
         ConfigError: If there is no batch.
@@ -111,6 +119,7 @@ class Calibration:
     mask: Callable[[Any], Tensor | None] | None = attention_mask
     damping: float = DAMPING
     sequential: bool = True
+    loss: bool = False
 
     def __post_init__(self) -> None:
         if not len(self.batches):

@@ -1,8 +1,13 @@
-"""The error that a decomposition minimises: ||(W - W_hat) L||_F, L L^T being the second moment of the inputs or I."""
+"""The error that a decomposition minimises: ||R^T (W - W_hat) L||_F.
+
+``L L^T`` is the second moment of the inputs and ``R R^T`` that of the loss gradients at the outputs; either may be I.
+With both, the squared error is the second-order rise of the loss under the factored Fisher matrix (K-FAC).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,17 +22,20 @@ DAMPING = 1e-3
 
 @dataclass(frozen=True)
 class Metric:
-    """Norm of an (m, n) error matrix E: ``||E L||_F``, where ``L L^T`` is a damped second moment.
+    """Norm of an (m, n) error matrix E: ``||R^T E L||_F``, with damped second moments ``R R^T`` and ``L L^T``.
 
     Args:
         moment: (n, n) float64 positive definite, or ``None`` for the Frobenius norm.
         root: (n, n) float64 lower Cholesky factor of ``moment``, or ``None``.
         level: What was added to the diagonal of the moment.
+        gradient: (m, m) float64 positive definite second moment of output gradients, or ``None``. Only closed forms of
+            low rank use it; what cannot, works with :meth:`of_inputs`.
     """
 
     moment: Tensor | None = None
     root: Tensor | None = None
     level: float = 0.0
+    gradient: Tensor | None = None
 
     @classmethod
     def from_moment(cls, moment: Tensor, damping: float = DAMPING) -> Metric:
@@ -52,6 +60,42 @@ class Metric:
             raise ConfigError("calibration: the second moment is not positive semi-definite")
         return cls(moment, root, level)
 
+    def weighted(self, gradient: Tensor, damping: float = DAMPING) -> Metric:
+        """The same metric of inputs, with outputs weighed by the (m, m) second moment of their loss gradients.
+
+        A moment that is zero says nothing about the outputs, and none is used.
+        """
+        gradient = gradient.double()
+        level = damping * float(gradient.diagonal().mean())
+        if not level > 0:
+            return self
+        eye = torch.eye(len(gradient), dtype=torch.float64, device=gradient.device)
+        return replace(self, gradient=(gradient + gradient.T) / 2 + level * eye)
+
+    def for_rows(self, begin: int, end: int) -> Metric:
+        """The metric of these rows of a weight alone."""
+        return self if self.gradient is None else replace(self, gradient=self.gradient[begin:end, begin:end])
+
+    def of_inputs(self) -> Metric:
+        """The metric without its weights of outputs."""
+        return replace(self, gradient=None)
+
+    @cached_property
+    def row_root(self) -> Tensor | None:
+        """(m, m) lower Cholesky factor R of ``gradient``."""
+        return None if self.gradient is None else torch.linalg.cholesky(self.gradient)
+
+    def whiten_rows(self, matrix: Tensor) -> Tensor:
+        """``R^T @ matrix`` for an (m, ...) matrix."""
+        return matrix if self.row_root is None else self.row_root.T @ matrix
+
+    def unwhiten_rows(self, matrix: Tensor) -> Tensor:
+        """``R^-T @ matrix`` for an (m, ...) matrix."""
+        if self.row_root is None:
+            return matrix
+        solved: Tensor = torch.linalg.solve_triangular(self.row_root.T, matrix, upper=True)
+        return solved
+
     def whiten(self, matrix: Tensor) -> Tensor:
         """``matrix @ L`` for a (..., n) matrix."""
         return matrix if self.root is None else matrix @ self.root
@@ -64,11 +108,11 @@ class Metric:
         return solved
 
     def norm(self, matrix: Tensor) -> float:
-        """``||matrix L||_F``."""
-        return float(torch.linalg.norm(self.whiten(matrix.double())))
+        """``||R^T matrix L||_F``."""
+        return float(torch.linalg.norm(self.whiten_rows(self.whiten(matrix.double()))))
 
     def relative_error(self, target: Tensor, estimate: Tensor) -> float:
-        """``||(target - estimate) L|| / ||target L||``; 0 for a zero target met exactly."""
+        """``||R^T (target - estimate) L|| / ||R^T target L||``; 0 for a zero target met exactly."""
         scale = self.norm(target)
         error = self.norm(target.double() - estimate.double())
         return error / scale if scale > 0 else error

@@ -77,8 +77,8 @@ class Problem:
 
     @cached_property
     def triplets(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Thin SVD of the whitened weight: (m, r), (r,), (r, n)."""
-        return singular_triplets(self.metric.whiten(self.weight))
+        """Thin SVD of the weight, whitened on both sides: (m, r), (r,), (r, n)."""
+        return singular_triplets(self.metric.whiten_rows(self.metric.whiten(self.weight)))
 
     def trapezoid_cost(self) -> Tensor:
         """(r_max + 1,) int64 multiply-adds of trapezoids of rank 0 .. r_max (MATH: r (m + n) - r (r - 1) unaligned)."""

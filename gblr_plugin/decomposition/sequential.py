@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -16,10 +16,11 @@ from ..progress import track
 from ..structure import StructuredMatrix
 from ..swap import check_structurable, stored_weight, weight_matrix
 from .api import decompose
-from .calibration import Calibration, Moments, corrected_bias, corrected_target
+from .calibration import Calibration, Moments, corrected_bias, corrected_target, loss_of
+from .fisher import SampledTargets
 from .metric import DAMPING, Metric
 
-__all__ = ["compress_sequentially", "evaluating", "fit_layers", "fitting_mask", "input_rows"]
+__all__ = ["compress_sequentially", "evaluating", "fit_layers", "fitting_mask", "input_rows", "layer_moments"]
 
 
 class _Dense(Protocol):
@@ -181,6 +182,7 @@ def fit_layers(
     results: dict[str, tuple[M, Tensor | None]] = {}
     compressed = _Compressed()
     batches, sequential = calibration.batches, calibration.sequential
+    slopes = layer_moments(model, layers, calibration, gradients=True)[1] if calibration.loss else {}
     with evaluating(model):
         seen = _inputs(model, layers, lambda: calibration.forward(model, batches[0]), stop=False)
         missing = [name for name in layers if name not in seen]
@@ -202,10 +204,15 @@ def fit_layers(
                     cross, square = held.second(centred=centred)
                     try:
                         if centred not in metrics:
-                            metrics[centred] = Metric.from_moment(square, calibration.damping)
-                        weight = weight_matrix(module)
-                        target = corrected_target(weight, cross, metrics[centred]) if sequential else weight.double()
-                        matrix = fit(name, target, metrics[centred])
+                            # Inputs that never change (all predecessors cut off) say nothing: the weight itself counts.
+                            known = float(square.diagonal().sum()) > 0
+                            metrics[centred] = Metric.from_moment(square, calibration.damping) if known else Metric()
+                        weight, metric = weight_matrix(module), metrics[centred]
+                        corrected = sequential and metric.root is not None
+                        target = corrected_target(weight, cross, metric) if corrected else weight.double()
+                        if name in slopes:
+                            metric = metric.weighted(slopes[name], calibration.damping)
+                        matrix = fit(name, target, metric)
                     except ConfigError as error:
                         raise ConfigError(f"layer {name!r}: {error}") from error
                     estimate = matrix.to_dense()
@@ -302,3 +309,70 @@ def _stage_moments(
                 held = moments.setdefault(name, Moments(rows.shape[-1], rows.device))
                 held.add(rows, None if x1 is x0 else input_rows(module, x1), fitting_mask(valid, rows))
     return moments
+
+
+def layer_moments(
+    model: nn.Module, layers: Mapping[str, nn.Module], calibration: Calibration, *, gradients: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Second moments at the inputs and outputs of layers, over the original model.
+
+    Args:
+        model: In any training mode; unchanged on return.
+        layers: Its modules by name.
+        calibration: The batches; for ``gradients`` its forward must return the loss.
+        gradients: Whether to take gradients.
+
+    Returns:
+        By layer the (n, n) moment of its inputs, centred where it has a bias, and the (m, m) sum over samples of the
+        outer products of the loss gradient at its output, up to a factor common to all layers; the latter is empty
+        without ``gradients``.
+
+    Raises:
+        ConfigError: If a layer is never run, or there is no loss.
+    """
+    moments: dict[str, Moments] = {}
+    squares: dict[str, Tensor] = {}
+    present: Tensor | None = None
+    outputs: list[tuple[str, Tensor]] = []
+
+    def watch(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        rows = input_rows(module, args[0] if args else next(iter(kwargs.values())))
+        if name not in moments:
+            moments[name] = Moments(rows.shape[-1], rows.device)
+        moments[name].add(rows, mask=fitting_mask(present, rows))
+        if not gradients:
+            return output
+        outputs.append((name, output))
+        return output.clone()  # what follows may change it in place
+
+    handles = [module.register_forward_hook(partial(watch, name), with_kwargs=True) for name, module in layers.items()]
+    try:
+        drawing = SampledTargets() if gradients else nullcontext()
+        with evaluating(model), torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=[]), drawing:
+            torch.manual_seed(0)
+            for batch in calibration.batches:
+                present = calibration.valid(batch)
+                outputs.clear()
+                result = calibration.forward(model, batch)
+                if gradients:
+                    slopes = torch.autograd.grad(loss_of(result), [y for _, y in outputs], allow_unused=True)
+                    for (name, y), slope in zip(outputs, slopes, strict=True):
+                        g = _output_rows(layers[name], y if slope is None else slope)
+                        square = g.T @ g if slope is not None else torch.zeros_like(g.T @ g)
+                        squares[name] = squares[name] + square if name in squares else square
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [name for name in layers if name not in moments]
+    if missing:
+        raise ConfigError(f"calibration: layer {missing[0]!r} is never run by the model's forward pass")
+    centred = {name: module.bias is not None for name, module in layers.items()}
+    return {name: moments[name].second(centred=centred[name])[1] for name in layers}, squares
+
+
+def _output_rows(module: nn.Module, y: Tensor) -> Tensor:
+    """(N, m) float64 rows of a layer's output, or of its gradient."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        dims = len(module.kernel_size)
+        y = y.reshape(-1, *y.shape[-1 - dims :]).flatten(2).transpose(1, 2)
+    return y.detach().reshape(-1, y.shape[-1]).double()

@@ -11,10 +11,10 @@ __all__ = ["low_rank_factors", "svd"]
 
 
 def low_rank_factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
-    """Best rank-r factors in the metric of the problem: A (m, r) with orthogonal columns, and C (r, n)."""
+    """Best rank-r factors in the metric of the problem: A (m, r), orthogonal columns once whitened, C (r, n)."""
     left, values, right = (problem.triplets[0][:, :rank], problem.triplets[1][:rank], problem.triplets[2][:rank])
     scale = values.clamp(min=0).sqrt()
-    return left * scale, problem.metric.unwhiten(right * scale[:, None])
+    return problem.metric.unwhiten_rows(left * scale), problem.metric.unwhiten(right * scale[:, None])
 
 
 def svd(problem: Problem) -> StructuredMatrix:

@@ -45,7 +45,8 @@ class LowRank(FamilyMatrix):
         rank = min(allowed // (m + n), m, n)
         if rank < 1:
             raise too_small(cls.name, weight.shape, allowed, m + n, "rank 1")
-        return cls(*truncated_svd(weight, rank, metric))
+        left, right = truncated_svd(metric.whiten_rows(weight), rank, metric)
+        return cls(metric.unwhiten_rows(left), right)
 
     @property
     def shape(self) -> tuple[int, int]:

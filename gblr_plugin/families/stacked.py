@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..decomposition.metric import Metric
 from ..errors import ConfigError
 from ..structure import Intervals, StructuredMatrix
 from .base import FamilyMatrix
@@ -100,4 +101,10 @@ def stack(
         raise ConfigError(
             f"{family.name}: row_splits must be a positive divisor of the {len(weight)} rows, got {row_splits!r}"
         )
-    return Stacked(tuple(family.from_dense(part, budget, **options) for part in weight.chunk(row_splits)))
+    metric, rows = options.get("calibration"), len(weight) // row_splits
+    parts = []
+    for index, part in enumerate(weight.chunk(row_splits)):
+        if isinstance(metric, Metric):
+            options = {**options, "calibration": metric.for_rows(index * rows, (index + 1) * rows)}
+        parts.append(family.from_dense(part, budget, **options))
+    return Stacked(tuple(parts))

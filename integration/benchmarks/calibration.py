@@ -22,7 +22,7 @@ import re
 import sysconfig
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -211,9 +211,7 @@ def compress(case: Case, part: str, budgets: Mapping[str, float]) -> Found:
             )
             for name, module in case.layers.items()
         }
-    calibration = case.calibration
-    if part == "bias":
-        calibration = Calibration(calibration.batches, calibration.forward, sequential=False)
+    calibration = replace(case.calibration, sequential=part != "bias", loss=part in ("loss", "pursuit"))
     return fit_layers(case.model, case.layers, calibration, lambda n, w, h: fit(n, w, h).to(torch.float32))
 
 
@@ -263,7 +261,7 @@ def measure(case: Case, label: str, part: str, budgets: Mapping[str, float], epo
     print(f"{label:34} {spent / dense:6.4f} {error:7.4f} {once:9.4f} {tuned:9.4f} {seconds:7.1f}", flush=True)
 
 
-PARTS = ("svd", "whitened svd", "trapezoid", "padding out", "bias", "sequential", "pursuit")
+PARTS = ("svd", "whitened svd", "trapezoid", "padding out", "bias", "sequential", "loss", "pursuit")
 
 
 def main() -> None:
@@ -274,7 +272,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="at the same budget for every layer")
     parser.add_argument("--rules", nargs="*", choices=RULES, default=RULES, help="of allocation")
-    parser.add_argument("--with-part", choices=PARTS, default="sequential", help="how allocated budgets are spent")
+    parser.add_argument("--with-part", choices=PARTS, default="loss", help="how allocated budgets are spent")
     parser.add_argument("--epochs", type=int, default=0, help="of fine-tuning")
     parser.add_argument("--batches", type=int, default=10, help="of calibration")
     parser.add_argument("--cache", type=Path, help="folder of dense networks, trained once")

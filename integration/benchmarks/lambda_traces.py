@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import gblr_plugin as gblr
 
 BUDGETS = (0.05, 0.15, 0.3, 0.5, 0.7, 0.9)
-OPTIMIZERS = {"AdamW": (torch.optim.AdamW, (3e-4, 1e-3, 3e-3)), "SGD": (torch.optim.SGD, (0.01, 0.03, 0.1))}
+OPTIMIZERS = {"AdamW": (torch.optim.AdamW, (3e-4, 1e-3, 3e-3)), "SGD": (torch.optim.SGD, (3e-3, 1e-2, 3e-2))}
 SHADES = ("#c2410c", "#d97706", "#65a30d", "#0d9488", "#2563eb", "#6d28d9")
 
 Trace = dict[str, list[float]]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gblr_plugin.decomposition import decompose
 from gblr_plugin.decomposition.sequential import compress_sequentially, input_rows
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.progress import shown_by
@@ -149,3 +150,13 @@ def test_errors_name_the_layer(network: nn.Sequential) -> None:
     with pytest.raises(ConfigError, match="layer '1'"):
         compress_sequentially(network, {"1": network[1]}, [x], lambda m, b: m(b), 0.5)
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in network.modules())
+
+
+def test_inputs_that_never_change_leave_the_weight_to_be_fitted(network: nn.Sequential) -> None:
+    with torch.no_grad():
+        network[3].weight.zero_()
+    layers = {"5": network[5]}
+    found, bias = compress_sequentially(network, layers, [torch.randn(20, 2, 4, 4)], lambda m, b: m(b), 0.5)["5"]
+    torch.testing.assert_close(found.to_dense(), decompose(network[5].weight.detach(), 0.5).to_dense())
+    constant = nn.functional.gelu(torch.zeros(40))
+    torch.testing.assert_close(found.to_dense() @ constant + bias, network[5](constant))
