@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,7 +139,38 @@ def _readme() -> dict[str, Any]:
     }
 
 
-GIVEN = {"README": _readme, "nni": _nni, "lightning": _lightning}
+def _models() -> dict[str, Any]:
+    names = _lightning()
+    tokens = torch.randint(100, (32, 16), generator=torch.Generator().manual_seed(0))
+    return {
+        "MyLightningModule": lambda: names["Module"]("network"),
+        "my_data": names["data"],
+        "MyNetwork": MyNetwork,
+        "my_batches": batches(),
+        "my_tokens": [{"input_ids": row, "labels": row} for row in tokens],
+    }
+
+
+def _data() -> dict[str, Any]:
+    """The folders that the page reads, in the present one."""
+    from PIL import Image
+    from tokenizers import ByteLevelBPETokenizer
+
+    for part in ("train", "val"):
+        for name in ("cats", "dogs"):
+            folder = Path("my-images") / part / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (60, 40), (200, 90, 0)).save(folder / "1.jpg")
+        (Path("my-text") / part).mkdir(parents=True)
+        (Path("my-text") / part / "1.txt").write_text("All happy families are alike.\n" * 20, encoding="utf-8")
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train(["my-text/train/1.txt"], vocab_size=270, min_frequency=1)
+    Path("my-tokenizer").mkdir()
+    tokenizer.save_model("my-tokenizer")
+    return {}
+
+
+GIVEN = {"README": _readme, "nni": _nni, "lightning": _lightning, "models": _models, "data": _data}
 
 
 @pytest.fixture

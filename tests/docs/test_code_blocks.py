@@ -111,8 +111,9 @@ def test_command(place, words):
         bench._parser().parse_args(arguments[1:])
     elif program == "gblr":
         parsed = cli._parser().parse_args(arguments)
-        if parsed.command == "run":
-            located = load_yaml(ROOT / parsed.config)
+        config = parsed.config if parsed.command == "run" else getattr(parsed, "path", Path())
+        if config.suffix == ".yaml":
+            located = load_yaml(ROOT / config)
             parse_overrides(located, parsed.set)
             read_settings(RunSettings, located)
     elif program == "python":

@@ -66,3 +66,14 @@ def test_latency_takes_turns():
 def test_mean_and_spread():
     assert mean_and_spread([1.0, 2.0, 6.0]) == (3.0, 2.5)
     assert mean_and_spread([4.0]) == (4.0, 0.0)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "perplexity"])
+def test_ignored_targets_count_nowhere(metric):
+    torch.manual_seed(0)
+    network, x = nn.Linear(4, 3), torch.randn(6, 5, 4)
+    target = torch.randint(3, (6, 5))
+    some = target.clone()
+    some[:, 2:] = -100
+    found = evaluate(network, [(x, some)], metric)
+    assert found == pytest.approx(evaluate(network, [(x[:, :2], target[:, :2])], metric), rel=1e-5)

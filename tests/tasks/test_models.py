@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from gblr_plugin import ConfigError, report
 from gblr_plugin.cli import main
+from gblr_plugin.nni import create_compressor
 from gblr_plugin.run.console import Console
 from gblr_plugin.run.counting import count_config
 from gblr_plugin.run.pipeline import make_task, prepare_run
@@ -38,7 +40,7 @@ TINY = {
     "mixer_small": {"folder": "cifar", "image_size": 32, "hidden_size": 16, "num_hidden_layers": 1}
     | {"tokens_mlp_size": 8, "channels_mlp_size": 24},
     "resnet18": RESNET,
-    "resnet18_positions": RESNET,
+    "resnet18_positions": {**RESNET, "depths": [1], "hidden_sizes": [8]},
     "gpt2_small": {**GPT2, "pretrained": "gpt2", "n_positions": 32},
     "gpt2_medium": {**GPT2, "pretrained": "gpt2", "n_positions": 32},
     "gpt2_small_scratch": {**GPT2, "tokenizer": "gpt2-tokens"},
@@ -60,10 +62,10 @@ def tiny(name, methods=1):
     overrides = [f"model.{key}={json.dumps(value)}" for key, value in model.items()]
     overrides += [f"{phase}.{key}" for phase in ("dense", "finetune") for key in ("epochs=1", "batch_size=4")]
     entries = load_yaml(CONFIGS / f"{name}.yaml").data["config_list"]
-    overrides += [  # 1000 steps per matrix would be most of the test
+    overrides += [  # a search per matrix would be most of the test
         f"config_list.{index}.gblr.initialiser=svd"
         for index, entry in enumerate(entries)
-        if entry.get("gblr", {}).get("initialiser") == "interval"
+        if "initialiser" in entry.get("gblr", {})
     ]
     return settings_of(name, overrides, methods)
 
@@ -76,7 +78,7 @@ def here(place, monkeypatch):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs_from_end_to_end(name, here, tmp_path, monkeypatch):
-    monkeypatch.setattr("gblr_plugin.run.pipeline._draw", lambda *_: None)  # figures would be most of the time
+    monkeypatch.setitem(sys.modules, "gblr_plugin.plot", None)  # figures would be most of the time
     monkeypatch.setattr("gblr_plugin.lightning.callback.log_pictures", lambda *_, **__: None)
     settings = tiny(name)
     settings.threads = 1
@@ -94,6 +96,27 @@ def test_a_recipe_runs_from_end_to_end(name, here, tmp_path, monkeypatch):
         assert {name.split(".h.0.")[1] for name in compressed} == {"attn.c_attn", "mlp.c_fc", "mlp.c_proj"}
     if name == "resnet18_positions":
         assert "model.resnet.encoder.stages.0.layers.0.layer.0.convolution.positions.8" in planned(settings)
+
+
+def test_a_method_starts_from_the_trained_network_or_from_the_initial_one(here, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gblr_plugin.plot", None)
+    begun = {}  # by method, of the last compressor made: the first one is of the check
+
+    def spy(name, module, *arguments, **options):
+        begun[name] = {key: value.clone() for key, value in module.network.state_dict().items()}
+        return create_compressor(name, module, *arguments, **options)
+
+    monkeypatch.setattr("gblr_plugin.run.pipeline.create_compressor", spy)
+    settings = tiny("vit_base_finetune", methods=2)
+    assert [method.start for method in settings.methods] == ["initial", "initial"]
+    settings.methods[1].start = "trained"
+    prepare_run(settings).run(tmp_path, Console(io.StringIO()))
+    pretrained = make_task(settings).network().state_dict()
+    body = [name for name in pretrained if "classifier" not in name]
+    trained = [name for name in body if "mlp" in name]
+    assert trained
+    assert all(torch.equal(begun["gblr"][name], pretrained[name]) for name in body)
+    assert not any(torch.equal(begun["low_rank"][name], pretrained[name]) for name in trained)
 
 
 def planned(settings):
@@ -323,3 +346,14 @@ def test_training_settings_are_those_of_the_protocol():
         5,
         0.0909,
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"), [("vit_base", "transformers", "hf"), ("mixer_small", "PIL", "images")]
+)
+def test_a_missing_package_is_one_line_that_says_what_to_install(name, package, extra, here, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    settings = tiny(name)
+    settings.model.update(dataset="folder", folder="images")
+    with pytest.raises(ConfigError, match=rf"pip install 'gblr-plugin\[{extra}\]'$"):
+        make_task(settings).data(0, 4)
