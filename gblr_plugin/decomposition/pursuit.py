@@ -19,6 +19,7 @@ from ..structure import Intervals, StructuredMatrix
 from .joint import conjugate_gradient, supported_solve
 from .problem import Grid, Problem
 from .search import find_blocks
+from .shortest import shortest
 from .spans import Spans, best_spans, cell_sums
 from .trapezoid import gauge_trapezoids
 
@@ -39,9 +40,10 @@ class Effort:
         rank_share: Rank of the low-rank part over the rank of the trapezoid that the budget buys; ``None``: 0.65, or
             0.9 in a metric, where the spectrum decays and little is left for local blocks.
         rounds: Times that blocks are added.
-        sweeps: Fits with a new choice of intervals after each.
+        sweeps: Fits with a new choice of intervals after each, a round.
         polish: Last fits on fixed intervals.
         renew: Share of the components that each round gives up for better ones.
+        crowd: Components of the first round over those of the result; those worth least leave round by round.
         price: First price of a multiply-add over the mean square of the residual.
         overlap: Largest overlap of blocks added together, relative to the smaller.
         refine: Alternations on each candidate block before it is compared with the others.
@@ -51,14 +53,15 @@ class Effort:
     """
 
     rank_share: float | None = None
-    rounds: int = 6
-    sweeps: int = 2
+    rounds: int = 8
+    sweeps: int = 4
     polish: int = 4
-    renew: float = 0.1
+    renew: float = 0.05
+    crowd: float = 1.3
     price: float = 2.0
     overlap: float = 0.5
     refine: int = 2
-    momentum: float = 0.5
+    momentum: float = 0.8
     tile_scale: float = 0.8
 
 
@@ -67,7 +70,7 @@ class _State:
     """Local blocks u (K, m), v (K, n) and the orthonormal bases of the low-rank part.
 
     ``left`` (m, r) spans its columns; ``right`` (r, n) spans its rows in whitened coordinates. ``last_v`` is v one
-    sweep ago.
+    sweep ago, ``worth`` (K,) what the error would grow by without each block, less its price, at the last choice.
     """
 
     u: Tensor
@@ -77,13 +80,15 @@ class _State:
     left: Tensor
     right: Tensor
     last_v: Tensor
+    worth: Tensor
 
     def cost(self) -> int:
         return int((self.rows.widths() + self.cols.widths()).sum())
 
     def select(self, index: Tensor) -> _State:
         rows, cols = self.rows.select(index), self.cols.select(index)
-        return replace(self, u=self.u[index], v=self.v[index], last_v=self.last_v[index], rows=rows, cols=cols)
+        u, v, last_v, worth = (part[index] for part in (self.u, self.v, self.last_v, self.worth))
+        return replace(self, u=u, v=v, last_v=last_v, worth=worth, rows=rows, cols=cols)
 
 
 def _norms(rows: Tensor) -> Tensor:
@@ -130,20 +135,24 @@ class _Pursuit:
         return replace(state, left=_orthonormal(rest @ right), right=right.T)
 
     def _choose(self, gains: Tensor, grid: Grid, other: Tensor, exact: bool) -> tuple[Spans, Tensor]:
-        """Intervals at the present price, or at the price at which all together cost no more than is allowed."""
+        """Intervals at the present price, or at the price at which all together cost no more than is allowed.
+
+        Returns:
+            The intervals, and the (K,) worth of each component, which stays where that is positive.
+        """
         sums = cell_sums(gains, grid)
 
         def at(price: float) -> tuple[Spans, Tensor, int]:
             spans, net = best_spans(sums, grid, price)
-            live = net > price * other
-            return spans, live, int(((spans.widths() + other) * live).sum())
+            worth = net - price * other
+            return spans, worth, int(((spans.widths() + other) * (worth > 0)).sum())
 
-        spans, live, cost = at(self.price)
+        spans, worth, cost = at(self.price)
         if exact:
             low = high = self.price
             while cost > self.allowed:
                 low, high = high, high * 1.3
-                spans, live, cost = at(high)
+                spans, worth, cost = at(high)
             if low == high:
                 low /= 1.3
             for _ in range(10):
@@ -153,18 +162,18 @@ class _Pursuit:
                     low = middle
                 else:
                     high = middle
-                    spans, live, cost = trial
+                    spans, worth, cost = trial
             self.price = high
-        return spans, live
+        return spans, worth
 
     def fit_rows(self, state: _State, mode: str) -> _State:
         """Row factors of the blocks and columns of the low-rank part, jointly, given the column factors."""
         size = _norms(self.whiten(state.v))
         state = replace(state, v=state.v / size, u=state.u * size)
-        spans, live, u, left = self._fit(
+        spans, worth, u, left = self._fit(
             self.seen, state.right, self.whiten(state.v), state.rows, state.cols.widths(), mode
         )
-        state = state.select(live)
+        state = replace(state, worth=worth).select(worth > 0)
         return replace(state, u=u, rows=spans, left=left)
 
     def fit_cols(self, state: _State, mode: str) -> _State:
@@ -173,8 +182,8 @@ class _Pursuit:
         state = replace(state, u=state.u / size, v=state.v * size)
         if self.weighted:
             return self._fit_weighted_cols(state, mode)
-        spans, live, v, right = self._fit(self.seen.T, state.left.T, state.u, state.cols, state.rows.widths(), mode)
-        state = state.select(live)
+        spans, worth, v, right = self._fit(self.seen.T, state.left.T, state.u, state.cols, state.rows.widths(), mode)
+        state = replace(state, worth=worth).select(worth > 0)
         return replace(state, v=v, cols=spans, right=right.T)
 
     def _fit(
@@ -191,21 +200,23 @@ class _Pursuit:
             mode: ``"grow"``, ``"exact"`` or ``"fixed"``.
 
         Returns:
-            New intervals, (K,) bool of the components that stay, their factors, and an orthonormal basis (N, r).
+            New intervals and (K,) worth, positive for the components that stay; the intervals and the factors are
+            those of these only. An orthonormal basis (N, r).
         """
         shared = other @ basis.T
         gram = other @ other.T - shared @ shared.T
         right = other @ target.T - shared @ (basis @ target.T)
-        live = torch.ones(len(other), dtype=torch.bool, device=other.device)
+        worth = other.new_ones(len(other))
         if mode != "fixed":
             support = spans.support()
             fitted, inside = supported_solve(gram, right, support, want_gains=True)
             assert inside is not None
             outside = (right - gram @ fitted).square() / gram.diagonal().clamp(min=1e-12)[:, None]
-            spans, live = self._choose(torch.where(support, inside, outside), spans.grid, other_cost, mode == "exact")
+            spans, worth = self._choose(torch.where(support, inside, outside), spans.grid, other_cost, mode == "exact")
+            live = worth > 0
             spans, gram, right = spans.select(live), gram[live][:, live], right[live]
         factors, _ = supported_solve(gram, right, spans.support())
-        return spans, live, factors, _orthonormal(target @ basis.T - factors.T @ shared[live])
+        return spans, worth, factors, _orthonormal(target @ basis.T - factors.T @ shared[worth > 0])
 
     def _fit_weighted_cols(self, state: _State, mode: str) -> _State:
         """As `_fit` for columns that couple through the second moment: conjugate gradients on the normal equations."""
@@ -227,10 +238,11 @@ class _Pursuit:
                 _, gains = supported_solve(self.moment, self.moment @ v[narrow].T, support[narrow].T, want_gains=True)
                 assert gains is not None
                 inside[narrow] = gains.T * level[narrow]
-            spans, live = self._choose(
+            spans, worth = self._choose(
                 torch.where(support, inside, outside), state.cols.grid, state.rows.widths(), mode == "exact"
             )
-            state = replace(state.select(live), cols=spans.select(live))
+            live = worth > 0
+            state = replace(replace(state, worth=worth).select(live), cols=spans.select(live))
             gram, right, v = gram[live][:, live], right[live], v[live]
             support = state.cols.support()
             v = conjugate_gradient(gram, self.moment, right, support, v * support, CG_STEPS)
@@ -250,15 +262,16 @@ class _Pursuit:
             for scale in (1, 2)
         ]
 
-    def add(self, state: _State, seed: int) -> _State:
-        """Give up the blocks worth least, then add those that pay most for what is left."""
-        if len(state.u):
-            worth = (_norms(state.u) * _norms(self.whiten(state.v)))[:, 0].square()
-            worth = worth - self.price * (state.rows.widths() + state.cols.widths())
-            leaving = int(self.effort.renew * self.count) - (self.count - len(worth))
-            if leaving > 0:
-                state = state.select(torch.argsort(worth, stable=True)[leaving:].sort().values)
-        room = self.count - len(state.u)
+    def kept(self, state: _State, count: int) -> _State:
+        """At most ``count`` blocks, those worth most."""
+        if len(state.u) <= count:
+            return state
+        return state.select(torch.argsort(state.worth, descending=True, stable=True)[:count].sort().values)
+
+    def add(self, state: _State, count: int, seed: int) -> _State:
+        """Give up the blocks worth least, then add those that pay most for what is left, up to ``count`` in all."""
+        state = self.kept(state, count - int(self.effort.renew * count))
+        room = count - len(state.u)
         if room <= 0:
             return state
         grids = self.problem.rows, self.problem.cols
@@ -286,6 +299,7 @@ class _Pursuit:
             u=torch.cat([state.u, found.u]),
             v=torch.cat([state.v, v]),
             last_v=torch.cat([state.last_v, v]),
+            worth=torch.cat([state.worth, v.new_zeros(len(v))]),
             rows=state.rows.join(found.rows),
             cols=state.cols.join(found.cols),
         )
@@ -296,7 +310,7 @@ class _Pursuit:
         device = self.target.device
         none = Spans.none(self.problem.rows, device), Spans.none(self.problem.cols, device)
         empty = self.target.new_zeros(0, n)
-        state = _State(self.target.new_zeros(0, m), empty, *none, left, right, empty)
+        state = _State(self.target.new_zeros(0, m), empty, *none, left, right, empty, empty[:, 0])
         self.price = self.effort.price * float((self.seen - left @ (left.T @ self.seen)).square().mean())
         return state
 
@@ -314,10 +328,13 @@ class _Pursuit:
 
     def run(self, state: _State) -> _State:
         """All rounds: add and grow, meet the budget, polish."""
-        for index in range(self.effort.rounds):
-            state = self.add(state, self.problem.seed + index)
+        rounds = self.effort.rounds
+        for index in range(rounds):
+            crowd = 1 + (self.effort.crowd - 1) * max(0.0, 1 - index / max(1, rounds - 3))
+            state = self.add(state, int(self.count * crowd), self.problem.seed + index)
             for _ in range(self.effort.sweeps):
                 state = self.sweep(state, "grow")
+        state = self.kept(state, self.count)
         for mode in ["exact"] * 2 + ["fixed"] * self.effort.polish:
             state = self.sweep(state, mode)
         return state
@@ -326,7 +343,7 @@ class _Pursuit:
 def _finished(problem: Problem, state: _State, rank: int, gauged: bool) -> StructuredMatrix | None:
     """Blocks and gauged low-rank part in one matrix, fitted once more in float64; ``None`` where the gauge fails."""
     exact = _Pursuit(problem, rank, 0, Effort(), torch.float64)
-    names = ("u", "v", "left", "right", "last_v")
+    names = ("u", "v", "left", "right", "last_v", "worth")
     state = replace(state, **{name: getattr(state, name).double() for name in names})
     state = replace(state, left=_orthonormal(state.left), right=_orthonormal(state.right.T).T)
     state = exact.fit_cols(exact.fit_rows(state, "fixed"), "fixed")
@@ -367,8 +384,14 @@ def pursuit(problem: Problem, effort: Effort | None = None) -> StructuredMatrix:
         problem: The matrix, its budget, grids, metric and seed.
         effort: How much is tried; default by size.
     """
+    whole = shortest(problem)
+    if whole is not None:
+        return whole
     if effort is None:
-        effort = Effort() if problem.weight.numel() < LARGE else Effort(rounds=4, polish=2)
+        if problem.metric.root is not None:  # little is left for blocks, and each sweep takes longer
+            effort = Effort(rounds=6, sweeps=2, renew=0.1, crowd=1.0, momentum=0.5)
+        else:
+            effort = Effort() if problem.weight.numel() < LARGE else Effort(rounds=3, sweeps=2, polish=2)
     share = effort.rank_share
     if share is None:
         share = 0.65 if problem.metric.root is None else 0.9

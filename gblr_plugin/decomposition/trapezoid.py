@@ -3,22 +3,29 @@ r"""Low rank at a lower price: the factors of any rank-r product can be gauged i
 A product A C of rank r is unchanged by A R, R^-1 C: r^2 free numbers. They suffice to make A lower trapezoidal
 (component k on rows k .. m) and C upper trapezoidal (component k on columns k .. n). Both are plain intervals, so the
 cost falls from r (m + n) to r (m + n) - r (r - 1). An orthogonal LQ settles the first side; the second is an LU
-without row exchanges, whose growth is held down by the choice of the column at which the zeros begin.
+without row exchanges, whose growth is held down by the choice of the row and the column at which the zeros begin.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
 
 from ..structure import Intervals, StructuredMatrix
-from .problem import Problem
+from .problem import Grid, Problem
 from .svd import low_rank_factors
 
 __all__ = ["gauge_trapezoids", "lu_no_pivot", "trapezoid"]
 
 MAX_GROWTH = 1e6
 """Largest accepted growth of the factors: past it float32 copies of them would lose the product."""
+
+
+ROW_OFFSETS = 4
+COL_OFFSETS = 8
+"""Rows and columns at which the triangles may begin; of all pairs the one of least growth is kept."""
 
 
 def lu_no_pivot(matrix: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
@@ -49,6 +56,12 @@ def lu_no_pivot(matrix: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
     return lower, upper
 
 
+def _offsets(grid: Grid, count: int) -> range:
+    """Indices at which the zeros of an axis may begin; a wrapped start is on the grid only where tiles divide it."""
+    step = max(grid.tile, grid.length // count // grid.tile * grid.tile)
+    return range(0, grid.length, step) if grid.cyclic else range(1)
+
+
 def _shift(interval: Intervals, offset: int) -> Intervals:
     return Intervals(interval.width, (interval.start + offset) % interval.length, interval.length)
 
@@ -65,31 +78,29 @@ def gauge_trapezoids(left: Tensor, right: Tensor, problem: Problem) -> Structure
         A matrix equal to ``left @ right`` up to rounding, its components balanced in norm; ``None`` where no offset
         keeps the growth below ``MAX_GROWTH`` (leading minors that vanish, e.g. of block-diagonal matrices).
     """
-    rank, n = right.shape
+    rank = len(right)
     rows, cols = problem.rows.trailing(rank, left.device), problem.cols.trailing(rank, left.device)
-    # LQ of the leading block of `left`, as the QR of its transpose: left @ basis is lower trapezoidal.
-    basis, _ = torch.linalg.qr(left[:rank].T)
-    left, right = left @ basis, basis.T @ right
-    step = max(problem.cols.tile, n // 8 // problem.cols.tile * problem.cols.tile)
-    # Where the zeros begin is free. A wrapped start is on the grid only where the tile divides the axis.
-    offsets = range(0, n, step) if problem.cols.cyclic else range(1)
+    scale = float(torch.linalg.norm(left) * torch.linalg.norm(right)) or 1.0
     best: tuple[float, StructuredMatrix] | None = None
-    for offset in offsets:
-        turned = torch.roll(right, -offset, 1)
+    for down, across in itertools.product(_offsets(problem.rows, ROW_OFFSETS), _offsets(problem.cols, COL_OFFSETS)):
+        # LQ of the leading block of `left`, as the QR of its transpose: left @ basis is lower trapezoidal.
+        lowered = torch.roll(left, -down, 0)
+        basis, _ = torch.linalg.qr(lowered[:rank].T)
+        lowered, turned = lowered @ basis, torch.roll(basis.T @ right, -across, 1)
         lower, upper = lu_no_pivot(turned[:, :rank])
         if not bool(torch.isfinite(lower).all() and torch.isfinite(upper).all()):
             continue
-        new_left = left @ lower
+        new_left = lowered @ lower
         new_right = torch.linalg.solve_triangular(lower, turned, upper=False, unitriangular=True)
         norm_left, norm_right = torch.linalg.norm(new_left, dim=0), torch.linalg.norm(new_right, dim=1)
         product = norm_left * norm_right
-        scale = float(torch.linalg.norm(left) * torch.linalg.norm(right)) or 1.0
         growth = float(product.max()) / scale
         if not growth <= MAX_GROWTH or (best is not None and growth >= best[0]):
             continue
         balance = torch.where(product > 0, (norm_right / norm_left).sqrt(), torch.ones_like(product))
-        u, v = (new_left * balance).T, torch.roll(new_right / balance[:, None], offset, 1)
-        best = growth, StructuredMatrix.from_factors(u.contiguous(), v.contiguous(), rows, _shift(cols, offset))
+        u = torch.roll((new_left * balance).T, down, 1)
+        v = torch.roll(new_right / balance[:, None], across, 1)
+        best = growth, StructuredMatrix.from_factors(u, v, _shift(rows, down), _shift(cols, across))
     return None if best is None else best[1]
 
 

@@ -1,0 +1,106 @@
+"""Matrices made of blocks on intervals are found again at their true cost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gblr_plugin.decomposition import decompose
+from gblr_plugin.decomposition.metric import Metric
+from gblr_plugin.decomposition.problem import Grid, Problem
+from gblr_plugin.decomposition.shortest import shortest, shortest_vectors
+from gblr_plugin.structure import Intervals, StructuredMatrix
+
+
+def planted(size: int, count: int, seed: int, tile: int = 1) -> StructuredMatrix:
+    """Blocks of random place, 3% to 40% of an axis long, with Gaussian factors."""
+    g = torch.Generator().manual_seed(seed)
+
+    def intervals() -> Intervals:
+        cells = size // tile
+        width = (cells * (0.03 + 0.37 * torch.rand(count, generator=g))).long().clamp(min=1)
+        return Intervals(width * tile, torch.randint(cells, (count,), generator=g) * tile, size)
+
+    u, v = (torch.randn(count, size, dtype=torch.float64, generator=g) for _ in range(2))
+    return StructuredMatrix.from_factors(u, v, intervals(), intervals())
+
+
+def problem(weight: torch.Tensor, allowed: int, tile: int = 1, metric: Metric | None = None) -> Problem:
+    m, n = weight.shape
+    return Problem(weight, allowed, Grid(m, tile), Grid(n, tile), min(m, n), metric or Metric(), 0)
+
+
+def test_intervals_are_the_shortest() -> None:
+    length, dim = 9, 3
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(length, dim, dtype=torch.float64, generator=g)
+    rows[2:5] = rows[2:5, :1] * torch.randn(dim, dtype=torch.float64, generator=g)  # dependent neighbours
+    rows[7] = 0
+    width, start, coefficients = (part[0] for part in shortest_vectors(rows[None], 1e-9))
+    for end in range(length):
+        # Shortest interval that ends here: the fewest indices without which the rows span no multiple of this one.
+        lengths = []
+        for wide in range(1, length + 1):
+            outside = torch.stack([rows[(end + 1 + i) % length] for i in range(length - wide)] or [0 * rows[0]])
+            both = torch.cat([outside, rows[end : end + 1]])
+            if torch.linalg.matrix_rank(both) > torch.linalg.matrix_rank(outside):
+                lengths.append(wide)
+        assert int(width[end]) == (lengths[0] if lengths else 0)
+        if lengths:
+            vector = rows @ coefficients[end]
+            inside = (torch.arange(length) - start[end]) % length < width[end]
+            assert float(vector[~inside].abs().sum()) < 1e-9
+            assert float(vector[end].abs()) > 1e-6
+
+
+@pytest.mark.parametrize(("size", "count"), [(64, 8), (96, 12), (128, 16)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_planted_blocks_are_found_at_their_true_cost(size: int, count: int, seed: int) -> None:
+    blocks = planted(size, count, seed)
+    cost = int(blocks.component_multiply_adds.sum())
+    found = decompose(blocks.to_dense(), cost / size**2)
+    assert found.stored <= cost
+    assert found.num_components <= count
+    torch.testing.assert_close(found.to_dense(), blocks.to_dense(), atol=1e-7, rtol=1e-6)
+
+
+def test_blocks_on_a_grid_stay_on_it() -> None:
+    blocks = planted(64, 6, 0, tile=4)
+    task = problem(blocks.to_dense(), int(blocks.component_multiply_adds.sum()), tile=4)
+    found = shortest(task)
+    assert found is not None
+    for part in (found.rows, found.cols):
+        assert bool((part.width % 4 == 0).all())
+        assert bool((part.start % 4 == 0).all())
+    assert task.error(found) < 1e-7
+
+
+def test_low_rank_without_structure_costs_what_trapezoids_cost() -> None:
+    g = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.randn(40, 5, dtype=torch.float64, generator=g),
+        torch.randn(5, 30, dtype=torch.float64, generator=g),
+    )
+    task = problem(left @ right, 40 * 30)
+    found = shortest(task)
+    assert found is not None
+    assert int(found.component_multiply_adds.sum()) == int(task.trapezoid_cost()[5])
+    assert task.error(found) < 1e-7
+
+
+def test_exact_in_a_metric_too() -> None:
+    blocks = planted(48, 5, 3)
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(200, 48, dtype=torch.float64, generator=g)
+    cost = int(blocks.component_multiply_adds.sum())
+    found = shortest(problem(blocks.to_dense(), cost, metric=Metric.from_moment(x.T @ x / 200)))
+    assert found is not None
+    torch.testing.assert_close(found.to_dense(), blocks.to_dense(), atol=1e-7, rtol=1e-6)
+
+
+def test_none_where_rank_or_cost_is_too_high() -> None:
+    blocks = planted(48, 5, 0)
+    cost = int(blocks.component_multiply_adds.sum())
+    assert shortest(problem(blocks.to_dense(), cost // 2)) is None
+    assert shortest(problem(torch.randn(12, 12, dtype=torch.float64), 144)) is None
+    assert shortest(problem(torch.zeros(12, 12, dtype=torch.float64), 144)) is None
