@@ -136,14 +136,16 @@ def allocated_budgets(
     plan: Mapping[str, LayerPlan],
     budgets: Mapping[str, float | None],
     calibration: Calibration | None,
+    default: str | None = "sensitivity",
 ) -> dict[str, float]:
-    """Budgets of the layers whose group's entries name a rule of allocation.
+    """Budgets of the layers of groups, split by the rule that their entries name.
 
     Args:
         model: Where the layers are.
         plan: What the config list says, by layer.
         budgets: Relative FLOPs of each layer before; one for all layers of a group.
         calibration: Batches, where there are any.
+        default: Rule of groups that name none, where there are batches; ``None`` leaves them as they are.
 
     Returns:
         By name, for the layers of those groups that can gain at all.
@@ -153,16 +155,19 @@ def allocated_budgets(
     """
     groups: dict[Any, dict[str, LayerPlan]] = {}
     for name, layer in plan.items():
-        if layer.allocation is not None and can_gain(layer.module, layer.settings.row_splits):
+        asked = layer.allocation is not None or (calibration is not None and default is not None)
+        if layer.goal.group is not None and asked and can_gain(layer.module, layer.settings.row_splits):
             groups.setdefault(layer.goal.group, {})[name] = layer
     found: dict[str, float] = {}
     for group, layers in groups.items():
         first, one = next(iter(layers.items()))
-        rule, budget = one.allocation, budgets[first]
+        rule, budget = one.allocation or default, budgets[first]
         assert rule is not None
         check_rule(rule, calibration)
         other = next((name for name in layers if budgets[name] != budget), None)
         if budget is None or other is not None:
+            if one.allocation is None:
+                continue
             raise ConfigError(
                 f"layer {other or first!r}: allocation splits one starting budget of global_group_id {group!r}: use an "
                 "initialiser that starts at a budget (gblr, trapezoid, ...) and the same start_budget in every entry"

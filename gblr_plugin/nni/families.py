@@ -57,8 +57,11 @@ class FamilyCompressor:
                 evaluator._init_optimizer_helpers(model)
             check_recorded(evaluator, plan)
         data = None if calibrated is None else calibration_data(evaluator, model, calibrated)
-        budgets = _budgets(families.get(family), plan, options)
-        budgets |= allocated_budgets(model, plan, {name: layer.goal.budget for name, layer in plan.items()}, data)
+        kind = families.get(family)
+        budgets = _budgets(kind, plan, options)
+        uniform = kind.budgets.__func__ is families.FamilyMatrix.budgets.__func__  # type: ignore[attr-defined]  # methods
+        goals = {name: layer.goal.budget for name, layer in plan.items()}
+        budgets |= allocated_budgets(model, plan, goals, data, "sensitivity" if uniform else None)
         chosen = {name: layer.module for name, layer in plan.items()}
         modules = families.replace(model, chosen, family, budgets, calibration=data, **options)
         if evaluator is not None:

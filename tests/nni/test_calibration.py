@@ -153,3 +153,17 @@ def test_settings_and_errors(kit: Any) -> None:
     two = [{**ask[0], "op_names": ["fc1"]}, {**ask[0], "op_names": ["fc2"], "gblr": {"allocation": "weight"}}]
     refused("but not one allocation", two)
     assert read_config(model, ask).layers["fc1"].allocation == "output"
+
+
+def test_groups_are_split_by_sensitivity_where_there_are_batches(kit: Any) -> None:
+    def flops(family: str, gblr: dict[str, Any], calibration: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = kit.MLP(48)
+        entry = {"op_names": ["fc1", "fc2"], "sparse_ratio": 0.6, "global_group_id": 1, "gblr": gblr}
+        create_compressor(family, model, [entry], kit.evaluator(model), calibration=calibration)
+        return [model.fc1.relative_flops, model.fc2.relative_flops]
+
+    weighed = flops("low_rank", {"allocation": "sensitivity"}, True)
+    assert flops("low_rank", {}, True) == weighed
+    assert flops("low_rank", {}, False) == flops("low_rank", {"allocation": "uniform"}, True) != weighed
+    assert flops("alds", {}, True) == flops("alds", {}, False)  # its own allocation is part of it
