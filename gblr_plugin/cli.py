@@ -9,15 +9,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 from . import __version__
 from .errors import ConfigError, GBLRError
 
-if TYPE_CHECKING:
-    from .run.settings import RunSettings
-
 __all__ = ["main"]
+
+S = TypeVar("S")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,19 +34,20 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the config; repeatable"
     )
     run.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/ and the config's name")
+    compare = commands.add_parser(
+        "compare", help="many methods at equal multiply-adds over several budgets; goes on where it stopped"
+    )
+    compare.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    compare.add_argument(
+        "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the config; repeatable"
+    )
+    compare.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/ and the config's name")
     shown = commands.add_parser("report", help="show the report of an earlier run, or count what a config asks for")
     shown.add_argument("path", type=Path, metavar="PATH", help="an output folder, a report.json, or a config.yaml")
     shown.add_argument(
         "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of a config; repeatable"
     )
     shown.add_argument("--json", action="store_true", help="as JSON instead of a table")
-    bench = commands.add_parser("bench", help="time structured against dense layers", add_help=False)
-    bench.add_argument("arguments", nargs=argparse.REMAINDER)
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
     compress = commands.add_parser("compress", help="compress a folder of safetensors, one layer in memory at a time")
     compress.add_argument("folder", type=Path, metavar="FOLDER", help="config.json and model.safetensors or its shards")
     compress.add_argument("--budget", type=float, required=True, help="relative FLOPs of each layer, in (0, 1]")
@@ -63,6 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     compress.add_argument("--factor-dtype", choices=["int8"], help="default: that of the weights")
     compress.add_argument("--seed", type=int, default=0)
+    bench = commands.add_parser("bench", help="time structured against dense layers", add_help=False)
+    bench.add_argument("arguments", nargs=argparse.REMAINDER)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["bench"]:
         # argparse would take the benchmark's own options for ours.
@@ -111,13 +118,6 @@ def _bench(arguments: Sequence[str]) -> int:
     return int(bench(arguments) or 0)
 
 
-def _report(path: Path, as_json: bool) -> None:
-    from .run.summary import RunReport
-
-    file = path / "report.json" if path.is_dir() else path
-    try:
-        text = file.read_text(encoding="utf-8")
-        values = json.loads(text)
 def _compress(arguments: argparse.Namespace) -> None:
     from .sharded import CompressSettings, compress_folder
 
@@ -142,6 +142,13 @@ def _compress(arguments: argparse.Namespace) -> None:
         print(f"{summary}; in {arguments.output}")
 
 
+def _report(path: Path, as_json: bool) -> None:
+    from .run.summary import RunReport
+
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text)
         summary = RunReport.from_dict(values)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"report: no file at {str(file)!r}") from error
@@ -152,22 +159,23 @@ def _compress(arguments: argparse.Namespace) -> None:
     print(json.dumps(values, indent=2) if as_json else summary)
 
 
-def _settings(config: Path, overrides: list[str]) -> RunSettings:
-    from .run.settings import RunSettings
+def _settings(config: Path, overrides: list[str], kind: type[S]) -> S:
     from .run.yaml_config import load_yaml, parse_overrides, read_settings
 
     located = load_yaml(config)
     parse_overrides(located, overrides)
-    settings = read_settings(RunSettings, located)
-    if ":" in settings.task and os.getcwd() not in sys.path:
+    settings = read_settings(kind, located)
+    task: str = settings.task  # type: ignore[attr-defined]  # every command's settings name one
+    if ":" in task and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # the user's own task, as `python -m` would find it
     return settings
 
 
 def _count(config: Path, overrides: list[str], as_json: bool) -> None:
     from .run.console import captured_output
+    from .run.settings import RunSettings
 
-    settings = _settings(config, overrides)
+    settings = _settings(config, overrides, RunSettings)
     with captured_output():  # importing the hosts is noisy
         from .run.counting import count_config
 
@@ -176,16 +184,50 @@ def _count(config: Path, overrides: list[str], as_json: bool) -> None:
 
 
 def _run(config: Path, overrides: list[str], output: Path | None) -> None:
+    from .run.settings import RunSettings
+
+    settings = _settings(config, overrides, RunSettings)
+
+    def prepare() -> Any:
+        from .run.pipeline import prepare_run
+
+        return prepare_run(settings)
+
+    output = output or Path("outputs") / config.stem
+    _carry_out(
+        prepare, output, f"everything is in {output}; see it with: tensorboard --logdir {output / 'tensorboard'}"
+    )
+
+
+def _compare(config: Path, overrides: list[str], output: Path | None) -> None:
+    from .run.comparison_settings import ComparisonSettings
+
+    settings = _settings(config, overrides, ComparisonSettings)
+
+    def prepare() -> Any:
+        from .run.comparison import Comparison
+
+        return Comparison(settings)
+
+    output = output or Path("outputs") / config.stem
+    _carry_out(prepare, output, f"everything is in {output}")
+
+
+def _carry_out(prepare: Callable[[], Any], output: Path, last: str) -> None:
+    """Prepare a job and run it into a folder; the terminal shows our lines alone.
+
+    Args:
+        prepare: Makes an object with ``run(output, console)``; all that can be refused is refused there, before
+            anything is written.
+        output: The folder.
+        last: The line after the result.
+    """
     from .run.console import Console, captured_output
 
-    settings = _settings(config, overrides)
-    output = output or Path("outputs") / config.stem
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output: {str(output)!r} is a file, need a folder")
     with captured_output() as captured:  # importing the hosts is noisy, and so are they
-        from .run.pipeline import prepare_run
-
-        job = prepare_run(settings)  # all that can be refused is refused before anything is written
+        job = prepare()
         log = output / "run.log"
         try:
             output.mkdir(parents=True, exist_ok=True)
@@ -194,7 +236,7 @@ def _run(config: Path, overrides: list[str], output: Path | None) -> None:
             raise ConfigError(f"--output: cannot write to {str(output)!r}: {error.strerror}") from error
         console = Console(captured.terminal)
         try:
-            summary = job.run(output, console)
+            result = job.run(output, console)
         except ConfigError:
             raise
         except Exception as error:
@@ -202,8 +244,8 @@ def _run(config: Path, overrides: list[str], output: Path | None) -> None:
             lines = str(error).strip().splitlines()
             first = f": {lines[0]}" if lines else ""
             raise GBLRError(f"the run failed: {type(error).__name__}{first} (details in {log})") from error
-        console.line(f"\n{summary}\n")
-        console.line(f"everything is in {output}; see it with: tensorboard --logdir {output / 'tensorboard'}")
+        console.line(f"\n{result}\n")
+        console.line(last)
 
 
 if __name__ == "__main__":

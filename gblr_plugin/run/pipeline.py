@@ -36,7 +36,7 @@ from .settings import Method, RunSettings, Training
 from .summary import MethodResult, RunReport
 from .training import check_comparable, compress_and_train
 
-__all__ = ["Job", "config_list_of", "make_task", "prepare_run"]
+__all__ = ["DENSE", "Job", "config_list_of", "environment", "make_task", "prepare_run"]
 
 DENSE = "dense"
 _CALIBRATED = ("agp", "gblr_fixed", "linear", *families.names())  # compressors that project dense weights
@@ -145,7 +145,7 @@ class Job:
             metric=self.task.metric,
             higher_is_better=self.task.higher_is_better,
             methods=[MethodResult(name, self.results[name], latency[name], self.reports[name]) for name in names],
-            environment=_environment(),
+            environment=environment(),
             settings=asdict(self.settings),
         )
         self._write(output, summary)
@@ -202,6 +202,45 @@ class Job:
             plain.train_set, plain.held_out, training.batch_size, seed, plain.workers, plain.evaluation
         )
 
+    def show_on(self, console: Console, events: Path) -> None:
+        """Where progress and TensorBoard events go.
+
+        Args:
+            console: For progress.
+            events: A folder, made when it is needed.
+        """
+        self._console, self._events = console, events
+
+    def data(self, seed: int) -> PairsDataModule:
+        """The data of a seed in the batches of the fine-tuning phase."""
+        return self._data(seed, self.settings.finetune)
+
+    def train_dense(
+        self,
+        seed: int,
+        network: nn.Module | None = None,
+        training: Training | None = None,
+        random_seed: int | None = None,
+    ) -> nn.Module:
+        """A trained dense network in evaluation mode.
+
+        Args:
+            seed: Of the split.
+            network: Trained further; default a new one.
+            training: How; default the settings' ``dense``.
+            random_seed: Of initialisation, shuffling and dropout; default ``seed``.
+        """
+        pl.seed_everything(seed if random_seed is None else random_seed)
+        training = training or self.settings.dense
+        data = self._data(seed, training)
+        network = self._dense_network() if network is None else network.train()
+        self._fit_dense(network, training, data, seed)
+        return network.eval()
+
+    def _fit_dense(self, network: nn.Module, training: Training, data: PairsDataModule, seed: int) -> None:
+        module = self._module(network, training, len(data.train_dataloader()))
+        self._trainer(training, [], seed, DENSE).get().fit(module, data)
+
     def _one_seed(self, seed: int) -> None:
         pl.seed_everything(seed)
         training = self.settings.dense
@@ -210,18 +249,19 @@ class Job:
         initial = copy.deepcopy(dense) if any(method.start == "initial" for method in self.settings.methods) else dense
         start = time.monotonic()
         if self.settings.weights is None:
-            module = self._module(dense, training, len(data.train_dataloader()))
-            self._trainer(training, [], seed, DENSE).get().fit(module, data)
+            self._fit_dense(dense, training, data, seed)
         self._record(DENSE, dense.eval(), data, start, seed)
         for method in self.settings.methods:
             pl.seed_everything(1000 + seed)
             start = time.monotonic()
             with shown_by(lambda text, name=method.name: self._console.progress(f"seed {seed}  {name}  {text}")):  # type: ignore[misc]
                 begun = initial if method.start == "initial" else dense
-                network = self._compress(method, copy.deepcopy(begun), seed)
+                network = self.compress(method, copy.deepcopy(begun), seed)
             self._record(method.name, network, data, start, seed)
 
-    def _compressor(self, method: Method, network: nn.Module, seed: int) -> tuple[Any, ClassifierModule, GBLRCallback]:
+    def _compressor(
+        self, method: Method, network: nn.Module, seed: int, calibrated: bool = True
+    ) -> tuple[Any, ClassifierModule, GBLRCallback]:
         """A method's compressor, bound to an evaluator, the module it works on, and what watches its structure."""
         training = method.training or self.settings.finetune
         data = self._data(seed, training)
@@ -232,23 +272,34 @@ class Job:
         learned = method.name in _LEARNED and method.options.get("pruner", "gblr") == "gblr"
         watching = [monitor] if learned else []
         options = dict(method.options)
-        if method.name == "gblr":
+        if method.name in ("gblr", "movement"):
             options.setdefault("warmup_step", round(method.warmup * steps))
             options.setdefault("cooldown_begin_step", max(round((1 - method.cooldown) * steps), 1))
         evaluator = LightningEvaluator(self._trainer(training, watching, seed, method.name), data)
         calibration = method.calibration or self.settings.calibration
-        if calibration is not None and method.options.get("pruner", method.name) in _CALIBRATED:
+        if calibrated and calibration is not None and method.options.get("pruner", method.name) in _CALIBRATED:
             options.setdefault("calibration", calibration)
         config_list = config_list_of(method, self.settings, self.task)
         if method.compact and method.name == "gblr":
             config_list = [{"gblr_compact": True, **entry} for entry in config_list]
         return create_compressor(method.name, module, config_list, evaluator, **options), module, monitor
 
-    def _compress(self, method: Method, network: nn.Module, seed: int) -> nn.Module:
-        """The network, compressed by a method, fine-tuned and converted."""
-        compressor, module, monitor = self._compressor(method, network.train(), seed)
+    def compress(
+        self, method: Method, network: nn.Module, seed: int, *, calibrated: bool = True, train: bool = True
+    ) -> nn.Module:
+        """The network, compressed by a method, fine-tuned and converted.
+
+        Args:
+            method: How.
+            network: Trained dense network; used up.
+            seed: Of the split.
+            calibrated: Whether a one-shot start is fitted to the calibration batches, if the settings have some.
+            train: Whether it is fine-tuned; for methods that are one-shot starts.
+        """
+        compressor, module, monitor = self._compressor(method, network.train(), seed, calibrated)
         training = method.training or self.settings.finetune
-        compress_and_train(method.name, compressor, training.epochs)
+        if train:
+            compress_and_train(method.name, compressor, training.epochs)
         self.histories.setdefault(method.name, monitor.history)
         return convert(module.network).eval()
 
@@ -292,7 +343,8 @@ class Job:
         )
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Versions, threads and processor, for a report."""
     import platform
 
     return {
@@ -330,7 +382,7 @@ def _draw(folder: Path, summary: RunReport, network: nn.Module, history: dict[st
 
 
 def _load_weights(network: nn.Module, path: str) -> None:
-    """Load a dense network's weights: a file of :func:`gblr_plugin.save`, a state dict of torch.save, or safetensors."""
+    """Load a dense network's weights: a file of :func:`gblr_plugin.save`, a torch.save state dict, or safetensors."""
     state = read_state(path, "weights")
     try:
         network.load_state_dict(state)

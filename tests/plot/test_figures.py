@@ -205,7 +205,7 @@ def test_pareto_takes_report_objects_and_checks_them():
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.collections", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "gblr_plugin.plot")
     with pytest.raises(ImportError, match=r"pip install 'gblr-plugin\[plot\]'"):
         importlib.import_module("gblr_plugin.plot")

@@ -1,0 +1,15 @@
+"""Figures for notebooks and papers: a learned structure, its way there, and accuracy against cost. Needs matplotlib."""
+
+from __future__ import annotations
+
+try:
+    import matplotlib  # noqa: F401  # for the message
+except ImportError as error:
+    raise ImportError("gblr_plugin.plot needs matplotlib: pip install 'gblr-plugin[plot]'") from error
+
+from .comparison import comparison
+from .curves import curves
+from .pareto import pareto
+from .structure import structure
+
+__all__ = ["comparison", "curves", "pareto", "structure"]

@@ -1,0 +1,111 @@
+"""Quality over cost, of a comparison: training and held-out figures side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from ..errors import ConfigError
+from .style import ACCENT, HAIR, INK, MUTED, SERIES, STEPS, house_axes, house_title, label_ends
+
+__all__ = ["comparison"]
+
+_OTHERS = (*SERIES[1:5], "#c2a83e", "#4fa3c7", "#a0522d", "#6b8e23", "#d16ba5", "#5b6770")
+
+
+def comparison(report: Any, *, phase: str = "fine_tuned", loss: bool = False, title: str | None = None) -> Figure:
+    """Quality over relative FLOPs, a line per method, on training data (left) and on held-out data (right).
+
+    A point is a mean over seeds, the band around a line their range. Dashed lines are pruners of NNI, whose masks leave
+    a dense product: they are drawn at the share of the weights that is left. The dense network is the grey line.
+
+    Args:
+        report: A :class:`~gblr_plugin.run.comparison_report.ComparisonReport`.
+        phase: ``"one_shot"``, ``"calibrated"`` or ``"fine_tuned"``.
+        loss: Draw the mean cross-entropy in place of the metric.
+        title: Above the figure.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ConfigError: If the report has no row of that phase.
+    """
+    names = [name for name in report.methods if report.select(name, phase)]
+    if not names:
+        raise ConfigError(f"comparison: the report has no row of phase {phase!r}")
+    figure = Figure(figsize=(9.2, 4.2), facecolor="white", layout="constrained")
+    sides = {"training data": ("train", "train_loss"), "held-out data": ("held_out", "held_out_loss")}
+    first: Any = None
+    for place, (side, keys) in enumerate(sides.items()):
+        axes = first = house_axes(figure, 1, 2, place + 1, sharey=first)
+        key = keys[int(loss)]
+        axes.grid(axis="y", color=HAIR, linewidth=0.5, alpha=0.7)
+        axes.set_axisbelow(True)
+        _dense(axes, [getattr(row, key) for row in report.select("dense", "fine_tuned")])
+        labels = [_line(axes, report, name, phase, key, _colour(names, name)) for name in names]
+        _limits(axes, report, phase, keys[int(loss)])
+        figure.draw_without_rendering()
+        if place == 1:
+            label_ends(axes, labels)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
+        axes.set_xlabel("relative FLOPs of the compressed layers", fontsize=8, color=MUTED)
+        better = "higher" if report.higher_is_better and not loss else "lower"
+        house_title(axes, f"{'loss' if loss else report.metric}, {side}", f"{better} is better" if place else "")
+    if title:
+        figure.suptitle(title, x=0.02, ha="left", fontsize=11, color=INK)
+    return figure
+
+
+def _colour(names: list[str], name: str) -> str:
+    others = [other for other in names if other != "gblr"]
+    return ACCENT if name == "gblr" else _OTHERS[others.index(name) % len(_OTHERS)]
+
+
+def _dense(axes: Any, values: list[float]) -> None:
+    if not values:
+        return
+    level = sum(values) / len(values)
+    axes.axhline(level, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(f"dense {level:.4g}", (0, level), (5, 3), fontsize=8, color=MUTED, **where)
+
+
+def _line(axes: Any, report: Any, name: str, phase: str, key: str, color: str) -> tuple[str, tuple[float, float], str]:
+    points = []
+    for budget in report.budgets:
+        rows = report.select(name, phase, budget)
+        if rows:
+            values = [getattr(row, key) for row in rows]
+            cost = sum(row.relative_flops for row in rows) / len(rows)
+            points.append((cost, sum(values) / len(values), min(values), max(values)))
+    cost, mean, low, high = (list(part) for part in zip(*sorted(points), strict=True))
+    masked = not report.select(name, "one_shot")
+    ours = name.startswith("gblr")
+    style: dict[str, Any] = {"linestyle": (0, (2, 1.5))} if masked else {}
+    axes.fill_between(cost, low, high, color=color, alpha=0.13 if ours else 0.06, linewidth=0)
+    order = 4 if ours else 3
+    axes.plot(cost, mean, color=color, lw=2.2 if ours else 1.2, marker="o", ms=4, mec="white", zorder=order, **style)
+    return name.replace("_", "-"), (cost[-1], mean[-1]), color
+
+
+def _limits(axes: Any, report: Any, phase: str, key: str) -> None:
+    """Room for the names on the right; failures do not squeeze the others into one line."""
+    costs = [row.relative_flops for row in report.rows if row.method != "dense"]
+    axes.set_xlim(0, min(1.25, max(costs) * 1.45))
+    means = []
+    for name in report.methods:
+        for budget in report.budgets:
+            rows = report.select(name, phase, budget)
+            if rows:
+                means.append(sum(getattr(row, key) for row in rows) / len(rows))
+    means += [getattr(row, key) for row in report.select("dense", "fine_tuned")]
+    means.sort()
+    low, high = means[len(means) // 10], means[-1 - len(means) // 10]
+    air = 0.35 * (high - low) or 1.0
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(max(bottom, low - air), min(top, high + air))

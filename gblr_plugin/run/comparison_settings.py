@@ -1,0 +1,77 @@
+"""The settings of `gblr compare`; one dataclass field is one key of the YAML file."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..decomposition.calibration import CalibrationSettings
+from ..errors import ConfigError
+from .settings import Method, RunSettings, Training
+
+__all__ = ["ComparisonSettings"]
+
+
+@dataclass
+class ComparisonSettings:
+    """A whole comparison.
+
+    Args:
+        task: As for ``gblr run``.
+        budgets: Relative FLOPs of the compressed layers, each in (0, 1].
+        config_list: Which layers, and gblr's own keys; without ``sparse_ratio``, which follows from the budgets.
+            Default: the task's layers.
+        calibration: Training batches to which the calibrated starts are fitted; methods are fine-tuned from there.
+            Without it there is no calibrated phase.
+        model: Arguments of the task.
+        seeds: One repetition each, of split, initialisation and training.
+        dense: Training of the dense network.
+        finetune: Training after (gblr: during) compression; the dense network gets it once more too.
+        methods: What to compare.
+        threads: CPU threads; default torch's.
+    """
+
+    task: str
+    budgets: list[float]
+    config_list: list[dict[str, Any]] | None = None
+    calibration: CalibrationSettings | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    dense: Training = field(default_factory=Training)
+    finetune: Training = field(default_factory=Training)
+    methods: list[Method] = field(default_factory=lambda: [Method("gblr"), Method("low_rank")])
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.budgets or len(set(self.budgets)) < len(self.budgets):
+            raise ConfigError("budgets must be different relative FLOPs, at least one")
+        for entry in self.config_list or []:
+            if "sparse_ratio" in entry or "sparse_threshold" in entry:
+                raise ConfigError("config_list: budgets say how far to go; leave sparse_ratio and sparse_threshold out")
+        for budget in self.budgets:
+            self.at(budget)
+
+    def at(self, budget: float) -> RunSettings:
+        """The settings of a run at one budget.
+
+        Raises:
+            ConfigError: If a value is out of range.
+        """
+        if not 0 < budget <= 1:
+            raise ConfigError(f"budgets must be relative FLOPs in (0, 1], got {budget}")
+        entries = None
+        if self.config_list is not None:
+            entries = [{**copy.deepcopy(entry), "sparse_ratio": 1.0 - budget} for entry in self.config_list]
+        return RunSettings(
+            self.task,
+            budget=budget if entries is None else None,
+            config_list=entries,
+            calibration=self.calibration,
+            model=self.model,
+            seeds=self.seeds,
+            dense=self.dense,
+            finetune=self.finetune,
+            methods=self.methods,
+            threads=self.threads,
+        )
