@@ -85,7 +85,7 @@ class RunSettings:
     """A whole run.
 
     Args:
-        task: A built-in task by its name in :data:`gblr_plugin.tasks.TASKS`, or ``"package.module:Class"``.
+        task: A built-in task by its name (see docs/models.md), or ``"package.module:Class"``.
         budget: Relative FLOPs of the compressed layers, in (0, 1], for a run without ``config_list``.
         config_list: NNI's compression config: which layers, and how far. Default: the task's layers at ``budget``.
         allocation: With ``budget``: the layers share it, split by this rule (:func:`gblr_plugin.allocation.allocate`).

@@ -92,11 +92,11 @@ class ViTTask(ImageTask):
     """Vision transformer (``transformers.ViTForImageClassification``); the defaults are ViT-Base/16.
 
     Args:
-        dataset: See :class:`ImageTask`.
-        folder: See :class:`ImageTask`.
-        image_size: See :class:`ImageTask`.
-        classes: See :class:`ImageTask`.
-        workers: See :class:`ImageTask`.
+        dataset: ``"imagenet"``, ``"cifar10"``, ``"cifar100"``, or ``"folder"`` for own images in train/ and val/.
+        folder: Where it is.
+        image_size: Side of the input, in pixels.
+        classes: Number of classes; needed for an own folder only before it is there.
+        workers: Processes that load.
         pretrained: Local folder, or name on the hub, of weights to start from.
         download: Whether the hub may be asked.
         **config: Arguments of ``ViTConfig``.
@@ -132,11 +132,11 @@ class ResNetTask(ImageTask):
     """Residual network (``transformers.ResNetForImageClassification``); the defaults are ResNet-18.
 
     Args:
-        dataset: See :class:`ImageTask`.
-        folder: See :class:`ImageTask`.
-        image_size: See :class:`ImageTask`.
-        classes: See :class:`ImageTask`.
-        workers: See :class:`ImageTask`.
+        dataset: ``"imagenet"``, ``"cifar10"``, ``"cifar100"``, or ``"folder"`` for own images in train/ and val/.
+        folder: Where it is.
+        image_size: Side of the input, in pixels.
+        classes: Number of classes; needed for an own folder only before it is there.
+        workers: Processes that load.
         pretrained: Local folder, or name on the hub, of weights to start from.
         download: Whether the hub may be asked.
         kernel_positions: Whether the convolutions of the stages are written as one matrix per kernel position, instead
@@ -187,11 +187,11 @@ class MixerTask(ImageTask):
     """MLP-Mixer (:class:`~gblr_plugin.tasks.mixer.Mixer`); the defaults are Mixer-S/16.
 
     Args:
-        dataset: See :class:`ImageTask`.
-        folder: See :class:`ImageTask`.
-        image_size: See :class:`ImageTask`.
-        classes: See :class:`ImageTask`.
-        workers: See :class:`ImageTask`.
+        dataset: ``"imagenet"``, ``"cifar10"``, ``"cifar100"``, or ``"folder"`` for own images in train/ and val/.
+        folder: Where it is.
+        image_size: Side of the input, in pixels.
+        classes: Number of classes; needed for an own folder only before it is there.
+        workers: Processes that load.
         **network: Further arguments of :class:`~gblr_plugin.tasks.mixer.Mixer`.
     """
 
