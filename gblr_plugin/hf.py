@@ -176,7 +176,7 @@ class GBLRHfConfig(QuantizationConfigMixin):
     """``{"quant_method": "gblr"}`` of a ``config.json``; the structure itself is in the safetensors files."""
 
     def __init__(self, **kwargs: Any) -> None:
-        self.quant_method = METHOD  # type: ignore[assignment]  # transformers lists its own methods in an enum
+        self.quant_method = METHOD
 
 
 class _Carrier(nn.Module):
@@ -242,7 +242,7 @@ class GBLRHfQuantizer(HfQuantizer):
             if module is not None and structurable(module) and not isinstance(module, nn.Linear):
                 rows, cols = weight_matrix(module).shape
                 bias = module.bias is not None
-                replacements[id(module)] = nn.Linear(cols, rows, bias=bias, device="meta", dtype=module.weight.dtype)  # type: ignore[arg-type]  # a parameter
+                replacements[id(module)] = nn.Linear(cols, rows, bias=bias, device="meta", dtype=module.weight.dtype)
         for name, record in self._header.families.items():
             module = modules.get(name)
             if module is None or not structurable(module):

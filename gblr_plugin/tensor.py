@@ -424,6 +424,14 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
     return _transposed(func, args, kwargs)
 
 
+@implements([aten.split.Tensor, aten.view.default])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> NoReturn:
+    raise GBLRError(
+        "GBLR tensor: it is neither cut nor flattened; for DistributedDataParallel and fully_shard see "
+        "keep_frozen_local and frozen_weights of gblr_plugin.distributed"
+    )
+
+
 @implements(aten.mm.default)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     x, weight = args

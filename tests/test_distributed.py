@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import gblr_plugin as gblr
 from gblr_plugin import ConfigError
@@ -161,3 +164,13 @@ def test_widths_too_coarse_for_intervals():
     layer.widths = nn.Parameter(layer.widths.detach().bfloat16())
     with pytest.raises(gblr.GBLRError, match="too coarse for intervals"):
         layer(torch.randn(2, 16, dtype=torch.float64))
+
+
+def test_hosts_that_would_cut_a_frozen_weight_are_told_what_to_do():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for wrap in (DistributedDataParallel, fully_shard):
+            with pytest.raises(gblr.GBLRError, match="keep_frozen_local"):
+                wrap(worker.converted())
+    finally:
+        dist.destroy_process_group()

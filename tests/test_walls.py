@@ -32,6 +32,7 @@ ROOMS = [
         "exporting",
         "families",
         "hf",
+        "onnx",
         "reporting",
         "selection",
         "serialization",

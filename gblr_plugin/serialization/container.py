@@ -108,7 +108,8 @@ def write_container(
 
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    data: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    return memoryview(data)
 
 
 class Container:
@@ -132,7 +133,8 @@ class Container:
         self.path, self._who = os.fspath(path), who
         try:
             # `pread` copies: a mapped file that someone cuts short would crash the process later.
-            self._file = safetensors.safe_open(self.path, framework="pt", backend="pread").__enter__()
+            opened: Any = safetensors.safe_open(self.path, framework="pt", backend="pread")
+            self._file = opened.__enter__()
             self.metadata: dict[str, str] = self._file.metadata() or {}
             names = self._file.offset_keys()
             parts = {name: self._file.get_slice(name) for name in names}

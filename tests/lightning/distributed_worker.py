@@ -1,0 +1,84 @@
+"""What each of two processes does in tests/lightning/test_distributed.py: one Trainer with DDP, one with FSDP2."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import gblr_plugin as gblr
+from gblr_plugin.lightning import GBLRCallback
+from gblr_plugin.sharding import whole
+
+
+class Plain(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(16, 25), nn.Tanh(), nn.Linear(25, 12)).double()
+
+    def training_step(self, batch, index):
+        return (self.net(batch[0]) - batch[1]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=3e-2)
+
+
+class Sharded(Plain):
+    def configure_model(self):
+        if not isinstance(self.net[0], gblr.GBLRLayer):
+            gblr.prepare(self)
+            mesh = self.device_mesh["data_parallel"]
+            for layer in (self.net[0], self.net[2]):
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+
+
+def fit(module, strategy, folder):
+    generator = torch.Generator().manual_seed(0)
+    data = torch.utils.data.TensorDataset(
+        *(torch.randn(64, n, generator=generator, dtype=torch.float64) for n in (16, 12))
+    )
+    callback = GBLRCallback(budget=0.4, warmup=2, cooldown=8, picture_every_n_epochs=0)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        max_epochs=3,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=8))
+    assert callback.learner.frozen
+    return {
+        "relative_flops": callback.learner.relative_flops,
+        "steps": callback.learner.step_count,
+        "parameters": {name: whole(parameter) for name, parameter in module.named_parameters()},
+    }
+
+
+def main(folder: str, rank: int) -> None:
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ.update(TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # as torchrun sets them
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    results = {
+        "ddp": fit(Plain(), DDPStrategy(process_group_backend="gloo"), folder),
+        "fsdp2": fit(Sharded(), ModelParallelStrategy(2, 1, process_group_backend="gloo"), folder),
+    }
+    torch.save(results, f"{folder}/results{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
