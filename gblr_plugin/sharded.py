@@ -72,6 +72,10 @@ class CompressSettings:
             raise ConfigError(f"{_WHO}: budget must be relative FLOPs in (0, 1], got {self.budget!r}")
         if self.method not in METHODS:
             raise ConfigError(f"{_WHO}: method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        counts = self.row_splits.values() if isinstance(self.row_splits, Mapping) else (self.row_splits,)
+        for name, value in (("align", self.align), *(("row_splits", count) for count in counts)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{_WHO}: {name} must be a positive integer, got {value!r}")
         if self.factor_dtype not in FACTOR_DTYPES:
             raise ConfigError(f"{_WHO}: factor_dtype must be None or 'int8', got {self.factor_dtype!r}")
 
@@ -158,7 +162,9 @@ def compress_folder(
         _begin(source, output, settings, shards, layers)
     _wait(processes)
     modules = dict(network.named_modules(remove_duplicate=False))
-    for layer in track([layer for layer in layers[rank::processes] if not layer.part.exists()], "decomposing"):
+    mine = layers[rank::processes]  # by number, not by what is missing, which the others change meanwhile
+    todo = [layer for layer in mine if not layer.part.exists() and not (output / layer.shard.name).exists()]
+    for layer in track(todo, "decomposing"):
         _decompose(modules[layer.name], layer, settings)
     _wait(processes)
     for shard in track([path for path in shards[rank::processes] if not (output / path.name).exists()], "writing"):
@@ -239,7 +245,10 @@ def _select(
             raise ConfigError(f"{_WHO}: row_splits: {pattern!r} matches none of the chosen layers")
     places = {name: (path, key) for path, inside in names.items() for key, name in inside.items()}
     layers = []
-    for number, name in enumerate(chosen):
+    for number, (name, module) in enumerate(chosen.items()):
+        rows, splits = weight_matrix(module).shape[0], settings.splits_of(name)
+        if rows % splits:
+            raise ConfigError(f"layer {name!r}: row_splits {splits} does not divide its {rows} rows")
         path, key = places[f"{name}.weight"]
         layers.append(_Layer(name, key, path, work / f"{number:06d}.safetensors"))
     return layers
@@ -273,7 +282,7 @@ def _begin(
                 f"{_WHO}: {str(output)!r} holds unfinished work on another source or with other settings; give these "
                 "again, or another output"
             )
-    elif output.exists() and any(output.iterdir()):
+    elif output.exists() and any(path.name != _WORK for path in output.iterdir()):
         raise ConfigError(f"{_WHO}: {str(output)!r} is not empty; give a new folder")
     for folder in (output, work):
         for left in folder.glob(".*.*.*") if folder.exists() else ():
@@ -388,7 +397,9 @@ def _finish(
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = {"quant_method": "gblr"}
         write_text(output / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    shutil.rmtree(output / _WORK)
+    for layer in layers:
+        layer.part.unlink(missing_ok=True)
+    shutil.rmtree(output / _WORK)  # with the note of what was being done, which came first and goes last
     return CompressSummary(
         len(layers),
         stored / dense,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import gblr_plugin
-from gblr_plugin import ConfigError, GBLRTensor, load
+from gblr_plugin import ConfigError, GBLRTensor, load, sharded
 from gblr_plugin.cli import main
 from gblr_plugin.serialization.container import INDEX, entries_of, write_container
 from gblr_plugin.sharded import CompressSettings, compress_folder
@@ -132,6 +132,18 @@ def test_killed_and_started_again_it_gives_the_same_bytes(source, finished, tmp_
     assert files(output) == files(finished)
 
 
+def test_killed_while_it_tidies_up(source, finished, tmp_path, monkeypatch):
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharded.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compress_folder(source, tmp_path / "out", FAST)
+    compress_folder(source, tmp_path / "out", FAST)
+    assert files(tmp_path / "out") == files(finished)
+
+
 def test_two_processes_give_the_same_bytes(source, finished, tmp_path):
     import socket
 
@@ -209,7 +221,15 @@ def test_what_is_refused(source, tmp_path):
     with pytest.raises(ConfigError, match=r"has no tensor 'transformer\.h\.3"):
         compress_folder(source, tmp_path / "out", FAST, model=deeper)
     assert not (tmp_path / "out").exists()
-    for bad in ({"budget": 0}, {"budget": 0.5, "method": "x"}, {"budget": 0.5, "factor_dtype": "int4"}):
+    with pytest.raises(ConfigError, match="row_splits 5 does not divide"):
+        compress_folder(source, tmp_path / "out", CompressSettings(0.5, row_splits=5))
+    for bad in (
+        {"budget": 0},
+        {"budget": 0.5, "method": "x"},
+        {"budget": 0.5, "factor_dtype": "int4"},
+        {"budget": 0.5, "align": 0},
+        {"budget": 0.5, "row_splits": {"*": "3"}},
+    ):
         with pytest.raises(ConfigError, match=r"^compress: "):
             CompressSettings(**bad)
 
