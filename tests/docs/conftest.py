@@ -170,7 +170,18 @@ def _data() -> dict[str, Any]:
     return {}
 
 
-GIVEN = {"README": _readme, "nni": _nni, "lightning": _lightning, "models": _models, "data": _data}
+def _calibration() -> dict[str, Any]:
+    return {**_nni(), "MyNetwork": MyNetwork}
+
+
+GIVEN = {
+    "README": _readme,
+    "calibration": _calibration,
+    "nni": _nni,
+    "lightning": _lightning,
+    "models": _models,
+    "data": _data,
+}
 
 
 @pytest.fixture
