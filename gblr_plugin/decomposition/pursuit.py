@@ -65,6 +65,10 @@ class Effort:
     tile_scale: float = 0.8
 
 
+BRISK = Effort(rounds=6, sweeps=2, renew=0.1, crowd=1.0, momentum=0.5)
+"""Fewer sweeps, more renewal."""
+
+
 @dataclass(frozen=True)
 class _State:
     """Local blocks u (K, m), v (K, n) and the orthonormal bases of the low-rank part.
@@ -375,6 +379,16 @@ def _joined(first: StructuredMatrix, second: StructuredMatrix) -> StructuredMatr
     )
 
 
+def _efforts(problem: Problem) -> list[Effort]:
+    """What is tried by default, by metric, size and tiles."""
+    if problem.metric.root is not None:  # little is left for blocks, and each sweep takes longer
+        return [BRISK]
+    if problem.weight.numel() >= LARGE:
+        return [Effort(rounds=3, sweeps=2, polish=2)]
+    # On tiles more sweeps may end with fewer, larger blocks, which is better for some matrices and worse for others.
+    return [Effort(), BRISK] if max(problem.rows.tile, problem.cols.tile) > 1 else [Effort()]
+
+
 def pursuit(problem: Problem, effort: Effort | None = None) -> StructuredMatrix:
     """Low rank plus interval pursuit within the budget; deterministic for a seed.
 
@@ -387,19 +401,15 @@ def pursuit(problem: Problem, effort: Effort | None = None) -> StructuredMatrix:
     whole = shortest(problem)
     if whole is not None:
         return whole
-    if effort is None:
-        if problem.metric.root is not None:  # little is left for blocks, and each sweep takes longer
-            effort = Effort(rounds=6, sweeps=2, renew=0.1, crowd=1.0, momentum=0.5)
-        else:
-            effort = Effort() if problem.weight.numel() < LARGE else Effort(rounds=3, sweeps=2, polish=2)
-    share = effort.rank_share
+    efforts = _efforts(problem) if effort is None else [effort]
+    share = efforts[0].rank_share
     if share is None:
         share = 0.65 if problem.metric.root is None else 0.9
-    found = [_with_share(problem, effort, share)]
+    found = [_with_share(problem, each, share) for each in efforts]
     values = problem.triplets[1]
-    if effort.rank_share is None and bool(values[-1] <= 1e-6 * values[0]):
+    if efforts[0].rank_share is None and bool(values[-1] <= 1e-6 * values[0]):
         # A singular matrix may be made of blocks alone.
-        found.append(_with_share(problem, effort, 0.0))
+        found.append(_with_share(problem, efforts[0], 0.0))
     return min(found, key=problem.error)
 
 
