@@ -114,15 +114,14 @@ def start(source, output, slow=0.0, **environment):
     )
 
 
-@pytest.mark.parametrize("moment", [0.3, 1.2])
-def test_killed_and_started_again_it_gives_the_same_bytes(source, finished, tmp_path, moment):
+def test_killed_and_started_again_it_gives_the_same_bytes(source, finished, tmp_path):
     output = tmp_path / "out"
     process = start(source, output, slow=0.03)
     assert process.stdout.readline() == "begun\n"
     while not (output / ".gblr" / "task.json").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    time.sleep(moment)
+    time.sleep(0.5)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (output / "config.json").exists()
@@ -200,7 +199,7 @@ def test_memory_follows_the_largest_layer_not_the_model(tmp_path):
     assert done.returncode == 0, done.stderr
     peak = float(done.stdout.split()[-1])
     assert total > 70e6
-    assert peak < 0.75 * total / 1e6
+    assert peak < 0.5 * total / 1e6  # measured: 0.21
 
 
 def test_what_is_refused(source, tmp_path):
