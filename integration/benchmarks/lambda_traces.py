@@ -115,7 +115,7 @@ def main() -> None:
     panels[1, 0].set_ylabel("relative FLOPs", fontsize=8)
     panels[1, -1].legend(title="budget", fontsize=7, title_fontsize=7, frameon=False, loc="upper right")
     if options.png is not None:
-        figure.savefig(options.png, dpi=110, metadata={"Software": None})
+        figure.savefig(options.png, dpi=90, metadata={"Software": None})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def test_calibrated_starts_and_shared_budgets(project: Path, capfd: pytest.Captu
         assert after["loss"] < before["loss"]  # nothing was learned: both are one-shot
         assert after["relative_flops"] <= 0.4
     settings = json.loads((project / "fitted/report.json").read_text())["settings"]
-    assert settings["calibration"] == {"batches": 4, "damping": 0.01, "sequential": True}
+    assert settings["calibration"] == {"batches": 4, "damping": 0.01, "sequential": True, "loss": True}
 
 
 @pytest.mark.parametrize(
