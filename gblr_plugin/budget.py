@@ -52,6 +52,7 @@ class WidthBudget:
         lower: Least multiply-adds of each layer within its group (``max_sparse_ratio``); default 0.
         upper: Most multiply-adds of each layer within its group (``min_sparse_ratio``); default none.
         device: Where the widths live.
+        pinned: (C,) bool, components whose widths are counted but never change; default none.
 
     Raises:
         ConfigError: If a lower bound exceeds an upper bound.
@@ -64,7 +65,9 @@ class WidthBudget:
         lower: Sequence[float] | None = None,
         upper: Sequence[float] | None = None,
         device: torch.device | str | None = None,
+        pinned: Tensor | None = None,
     ) -> None:
+        self._pinned = pinned
         self.num_layers = len(specs)
         self.num_groups = max(groups, default=-1) + 1
         self.device = torch.device("cpu" if device is None else device)
@@ -108,6 +111,8 @@ class WidthBudget:
     def _shrunk_cost(self, widths: Tensor, threshold: Tensor, growing: bool) -> Tensor:
         """(W, L) cost after shrinking by thresholds (W, L); a negative threshold grows live widths only."""
         step = threshold.to(widths.dtype)[:, None, self._layer]
+        if self._pinned is not None:
+            step = torch.where(self._pinned, 0, step)
         if growing:
             step = torch.where((step < 0) & (widths <= 0), 0, step)
         return self._layer_cost((widths - step).clamp_(0, 1))
@@ -220,6 +225,8 @@ class WidthBudget:
         score = torch.where(empty, widths, torch.inf).amin(0)
         column = torch.arange(whole.shape[1], device=whole.device)
         usable = empty.any(0) & (score > 0)
+        if self._pinned is not None:
+            usable = usable & ~self._pinned
         chosen = self._affordable(score, first.sum(0), column, usable, self._slack(whole, targets))
         whole[:, chosen] = first[:, chosen]
         return chosen.numel() > 0
@@ -228,6 +235,8 @@ class WidthBudget:
         """Raise live widths by one tile each, in place, as far as the slack goes; whether any was."""
         step = torch.minimum(self._tile, self._length - whole)
         usable = (whole > 0).all(0) & (step > 0)
+        if self._pinned is not None:
+            usable = usable & ~self._pinned
         lost = widths - whole / self._length
         column = torch.arange(whole.shape[1], device=whole.device).repeat(2)
         chosen = self._affordable(lost.flatten(), step.flatten(), column, usable.flatten(), self._slack(whole, targets))

@@ -159,7 +159,9 @@ def structured_from(
             calibration=metric,
         )
         tiles = setting.align if isinstance(setting.align, tuple) else (setting.align, setting.align)
-        return structured_like(module, anchored(matrix, tiles), align=setting.align)
+        layer = structured_like(module, anchored(matrix, tiles), align=setting.align)
+        layer.free_gauge()
+        return layer
     except ConfigError as error:
         message = str(error)
         raise ConfigError(message if message.startswith("layer ") else f"layer {name!r}: {message}") from error

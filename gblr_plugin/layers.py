@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from .blockwise import MaskedAxis, active_blocks, block_dense, block_linear, mask_reach
 from .errors import ConfigError, GBLRError
+from .gauge import gauged, ungauged
 from .mask import integer_locations, integer_widths, mask_tables, masked_factor, table_mask
 from .sharding import attach, whole, write_whole
 from .structure import Intervals, StructuredMatrix, multiply_adds
@@ -66,6 +67,8 @@ class GBLRLayer(nn.Module):
         locations: (2, K) parameter in [0, 1), likewise.
         align: Tile of rows and columns to which intervals snap; (1, 1) is the published method.
         row_splits: Number s of matrices stacked along the rows.
+        ungauged: (K,) bool buffer, the components of a low-rank part that trains in a free gauge, see
+            :meth:`free_gauge`.
     """
 
     U: nn.Parameter
@@ -76,6 +79,7 @@ class GBLRLayer(nn.Module):
     column_tables: Tensor
     smoothness: Tensor
     frozen: Tensor
+    ungauged: Tensor
     align: tuple[int, int]
     row_splits: int
 
@@ -104,6 +108,8 @@ class GBLRLayer(nn.Module):
         device = matrix.u.device
         self.register_buffer("smoothness", torch.tensor(math.inf, dtype=torch.float64, device=device))
         self.register_buffer("frozen", torch.tensor(False, device=device))
+        self.register_buffer("ungauged", torch.zeros(len(sizes) * most, dtype=torch.bool, device=device))
+        self._gauge_is_free = False
         self._sigma: float | None = None
         self._structure_frozen = False
         self._attached = False
@@ -128,13 +134,19 @@ class GBLRLayer(nn.Module):
     def intervals(self) -> tuple[Intervals, Intervals]:
         """The present integer row and column intervals of all K components, as the masks round them.
 
-        Under FSDP2, here and wherever something is counted, every process must ask.
+        A low-rank part in a free gauge has the intervals of the trapezoids that it is counted as. Under FSDP2, here and
+        wherever something is counted, every process must ask.
         """
+        return self._rounded(whole(self.widths), whole(self.locations))
+
+    def _mask_intervals(self) -> tuple[Intervals, Intervals]:
+        with torch.no_grad():
+            return self._rounded(*self._structure_parameters())
+
+    def _rounded(self, widths: Tensor, locations: Tensor) -> tuple[Intervals, Intervals]:
         return tuple(  # type: ignore[return-value]  # two entries: rows, columns
             Intervals(integer_widths(width, n, tile), integer_locations(location, n, tile), n)
-            for width, location, n, tile in zip(
-                whole(self.widths), whole(self.locations), self.axis_lengths, self.align, strict=True
-            )
+            for width, location, n, tile in zip(widths, locations, self.axis_lengths, self.align, strict=True)
         )
 
     @property
@@ -224,6 +236,55 @@ class GBLRLayer(nn.Module):
             parameter.requires_grad_(attached or not frozen)
             parameter.grad = None
 
+    # -- the gauge of a low-rank part --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def free_gauge(self) -> int:
+        """Let trapezoids train as the low-rank product that they are.
+
+        Trapezoids (component k on the rows from k and the columns from k) are one gauge of a product of rank r: any
+        two whole factors of that rank give the same matrices, and :meth:`structure` gauges them back. Whole factors of
+        balanced norm train better, having no pivots: where trapezoids lead the components of a split, their factors
+        are replaced by these, and their masks by whole axes. Widths, locations and all counts stay those of the
+        trapezoids; they do not change until :meth:`fix_gauge`.
+
+        Returns:
+            Number of components in a free gauge.
+        """
+        rows, cols = self.intervals()
+        sizes = (self.U.shape[0] // self.row_splits,) * self.row_splits
+        if not self._gauge_is_free:
+            u, v, free = ungauged(whole(self.U), whole(self.V), rows, cols, sizes, self.align)
+            write_whole(self.U, u)
+            write_whole(self.V, v)
+            self.ungauged.copy_(free)
+            self._gauge_is_free = bool(free.any())
+            self._axes = None
+        return int(self.ungauged.sum())
+
+    @torch.no_grad()
+    def fix_gauge(self) -> None:
+        """Turn a low-rank part in a free gauge into trapezoids whose intervals can be learned; the matrix stays."""
+        if not self._gauge_is_free:
+            return
+        rows, cols = self.intervals()
+        sizes = (self.U.shape[0] // self.row_splits,) * self.row_splits
+        u, v, rows, cols = gauged(whole(self.U), whole(self.V), rows, cols, self.ungauged, sizes, self.align)
+        write_whole(self.U, u)
+        write_whole(self.V, v)
+        write_whole(self.widths, torch.stack([rows.width / rows.length, cols.width / cols.length]))
+        write_whole(self.locations, torch.stack([rows.start / rows.length, cols.start / cols.length]))
+        self.ungauged.fill_(False)
+        self._gauge_is_free = False
+        self._axes = None
+
+    @property
+    def pinned(self) -> Tensor | None:
+        """(K,) bool, components whose intervals are not learned because their gauge is free; ``None``: there are none."""
+        return self.ungauged if self._gauge_is_free else None
+
+    # -- dropping components -----------------------------------------------------------------------------------------
+
     @torch.no_grad()
     def compact(self, optimizers: Iterable[Optimizer] = ()) -> int:
         """Drop components with an empty side for good, from the parameters and from the optimizers' state.
@@ -247,6 +308,7 @@ class GBLRLayer(nn.Module):
         if dropped:
             for parameter, dim in self._component_parameters():
                 _keep_components(parameter, dim, keep, optimizers)
+            self.ungauged = self.ungauged[keep]
             self._axes = None
         return dropped
 
@@ -255,15 +317,20 @@ class GBLRLayer(nn.Module):
         return (self.U, 0), (self.V, 0), (self.widths, 1), (self.locations, 1)
 
     def _structure_parameters(self) -> tuple[Tensor, Tensor]:
-        """Widths and locations as they enter the masks: without gradient once the structure is frozen."""
+        """Widths and locations as they enter the masks.
+
+        Without gradient once the structure is frozen; the whole axes where the gauge is free.
+        """
         if self.widths.dtype.itemsize < 4:
             raise GBLRError(
                 f"structured layer: its widths arrive in {self.widths.dtype}, too coarse for intervals; under FSDP2 "
                 "use autocast instead of MixedPrecisionPolicy(param_dtype=...)"
             )
-        if self._structure_frozen:
-            return self.widths.detach(), self.locations.detach()
-        return self.widths, self.locations
+        widths: Tensor = self.widths.detach() if self._structure_frozen else self.widths
+        locations: Tensor = self.locations.detach() if self._structure_frozen else self.locations
+        if self._gauge_is_free:
+            return torch.where(self.ungauged, 1.0, widths), torch.where(self.ungauged, 0.0, locations)
+        return widths, locations
 
     def _row_factors(self) -> Tensor:
         """U, through which widths and locations get gradients of zero where they must have one."""
@@ -299,10 +366,16 @@ class GBLRLayer(nn.Module):
 
     @torch.no_grad()
     def structure(self) -> StructuredMatrix:
-        """A copy of the present integer structure and its factors, without dead components."""
+        """A copy of the present integer structure and its factors, without dead components.
+
+        A low-rank part in a free gauge is given as the trapezoids that it is counted as.
+        """
         rows, cols = self.intervals()
         sizes = (self.U.shape[0] // self.row_splits,) * self.row_splits
-        return StructuredMatrix.from_factors(whole(self.U), whole(self.V), rows, cols, sizes).live()
+        u, v = whole(self.U), whole(self.V)
+        if self._gauge_is_free:
+            u, v, rows, cols = gauged(u, v, rows, cols, self.ungauged, sizes, self.align)
+        return StructuredMatrix.from_factors(u, v, rows, cols, sizes).live()
 
     def _choose_product(self, positions: int, linear: bool) -> _Product:
         """The product of masked factors with fewest multiply-adds over ``positions`` inputs.
@@ -332,7 +405,7 @@ class GBLRLayer(nn.Module):
         """Rows and columns by blocks for the present structure, remembered until it changes."""
         if self._axes is not None and self._structure_frozen:
             return self._axes
-        rows, cols = self.intervals()
+        rows, cols = self._mask_intervals()
         # Compared by value: optimizers that write to `.data` leave no other trace. A change of sigma has cleared them.
         if self._axes is None or not all(
             torch.equal(old.width, new.width) and torch.equal(old.start, new.start)
@@ -377,8 +450,12 @@ class GBLRLayer(nn.Module):
                 continue
             if saved.shape[dim] % self.row_splits == 0 and saved.shape[1 - dim] == parameter.shape[1 - dim]:
                 _replace_storage(parameter, parameter.new_empty(saved.shape))
+        saved = state_dict.setdefault(prefix + "ungauged", torch.zeros(self.U.shape[0], dtype=torch.bool))
+        if saved.shape != self.ungauged.shape and saved.shape == self.U.shape[:1]:
+            self.ungauged = self.ungauged.new_empty(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not self.smoothness.is_meta:
+            self._gauge_is_free = bool(self.ungauged.any())
             value = float(self.smoothness)
             self._sigma = None if math.isinf(value) else value
             if bool(self.frozen) != self._structure_frozen:

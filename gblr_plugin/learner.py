@@ -157,6 +157,9 @@ class StructureLearner:
         """Set the starting smoothness and record the starting costs; a no-op once begun (also after a resume)."""
         if self._start_costs is None:
             self._start_costs = [float(layer.stored) for layer in self.layers.values()]
+            for layer, sharp in zip(self.layers.values(), self._sharp(), strict=True):
+                if not sharp:
+                    layer.fix_gauge()  # all of it may have to shrink
             self._set_sigma()
 
     def attach(self, optimizer: Optimizer) -> None:
@@ -284,8 +287,15 @@ class StructureLearner:
             ]
             lower = [goal.min_flops * spec.dense for goal, spec in zip(self.goals.values(), specs, strict=True)]
             upper = [goal.max_flops * spec.dense for goal, spec in zip(self.goals.values(), specs, strict=True)]
-            self._budget = WidthBudget(specs, self._group_ids, lower, upper, device)
+            self._budget = WidthBudget(specs, self._group_ids, lower, upper, device, self._pinned(device))
         return self._budget
+
+    def _pinned(self, device: torch.device) -> Tensor | None:
+        """(C,) bool, components that are not learned; ``None``: all are."""
+        layers = list(self.layers.values())
+        if all(layer.pinned is None for layer in layers):
+            return None
+        return torch.cat([layer.ungauged for layer in layers]).to(device)
 
     def _flat_widths(self) -> Tensor:
         return torch.cat([whole(layer.widths) for layer in self.layers.values()], dim=1)
@@ -317,7 +327,11 @@ class StructureLearner:
         layers = self.layers.values()
         # Under FSDP2 each process holds a part, and finds the same thresholds from the whole.
         widths = [own_part(layer.widths) for layer in layers]
+        held = [None if layer.pinned is None else part.clone() for layer, part in zip(layers, widths, strict=True)]
         prox_and_clip_(widths, [own_part(layer.locations) for layer in layers], thresholds)
+        for layer, part, before in zip(layers, widths, held, strict=True):
+            if before is not None:
+                part.copy_(torch.where(layer.ungauged, before, part))
 
     def _driven_share(self) -> float:
         """A fixed lambda is constant under our own schedule, and ramped by a host that turns the clock."""

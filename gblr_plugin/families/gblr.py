@@ -96,7 +96,9 @@ class Gblr(FamilyMatrix):
         """A :class:`gblr_plugin.GBLRLayer`."""
         from ..swap import structured_like
 
-        return structured_like(dense, self.structured, align=self.align)
+        layer = structured_like(dense, self.structured, align=self.align)
+        layer.free_gauge()
+        return layer
 
     @classmethod
     def trainable(cls, dense: nn.Module, budget: float, *, learn_structure: bool = False, **options: Any) -> nn.Module:

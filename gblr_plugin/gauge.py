@@ -1,0 +1,141 @@
+"""Two forms of a low-rank part: trapezoids, as which it is counted and deployed, and whole factors, as which it trains.
+
+A product A C of rank r is unchanged by A R, R^-1 C. These r^2 free numbers can make A lower and C upper trapezoidal
+(component k on the rows and on the columns from k), which costs r (r - 1) multiply-adds less; see
+:mod:`gblr_plugin.decomposition.trapezoid`. Trained as trapezoids, the factors keep the pivots of that elimination; as
+whole factors of balanced norm they are as well conditioned as an SVD.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .structure import Intervals
+
+__all__ = ["gauged", "ungauged"]
+
+_logger = logging.getLogger(__name__)
+
+
+def _leading_trapezoids(rows: Intervals, cols: Intervals, tiles: tuple[int, int]) -> int:
+    """How many of the first components are trapezoids: intervals that lose one tile more at their start each."""
+    from .decomposition.problem import Grid  # decompositions import the layers' neighbours
+
+    most = min(rows.num_components, rows.length, cols.length)
+    row = Grid(rows.length, tiles[0]).trailing(most, rows.width.device)
+    col = Grid(cols.length, tiles[1]).trailing(most, rows.width.device)
+    same = (rows.width[:most] == row.width) & (cols.width[:most] == col.width) & (row.width > 0) & (col.width > 0)
+    # A full interval starts anywhere; the others begin where the trapezoids do, turned by one offset of the columns.
+    same &= (rows.start[:most] == row.start) | (row.width == rows.length)
+    partial = col.width < cols.length
+    turn = (cols.start[:most] - col.start) % cols.length
+    if bool(partial.any()):
+        same &= ~partial | (turn == turn[int(partial.int().argmax())])
+    rank = int(same.int().cummin(0).values.sum())
+    return rank if rank > 1 else 0
+
+
+@torch.no_grad()
+def ungauged(
+    u: Tensor, v: Tensor, rows: Intervals, cols: Intervals, sizes: Sequence[int], tiles: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Replace leading trapezoids of each split by whole factors of balanced norm with the same product.
+
+    Args:
+        u: (K, m / s) row factors.
+        v: (K, n) column factors.
+        rows: Row intervals.
+        cols: Column intervals.
+        sizes: Components of each split.
+        tiles: Rows and columns to multiples of which intervals snap.
+
+    Returns:
+        u, v, and (K,) bool of the components replaced.
+    """
+    u, v = u.detach().clone(), v.detach().clone()
+    free = torch.zeros(u.shape[0], dtype=torch.bool, device=u.device)
+    first = 0
+    for size in sizes:
+        index = torch.arange(first, first + size, device=u.device)
+        rank = _leading_trapezoids(rows.select(index), cols.select(index), tiles)
+        first += size
+        if rank < 2:
+            continue
+        part = index[:rank]
+        left = u[part].double() * rows.select(part).support()
+        right = v[part].double() * cols.select(part).support()
+        # SVD of the product by way of its two thin factors.
+        q_left, r_left = torch.linalg.qr(left.T)
+        q_right, r_right = torch.linalg.qr(right.T)
+        a, s, b = torch.linalg.svd(r_left @ r_right.T)
+        u[part] = ((q_left @ a) * s.sqrt()).T.to(u.dtype)
+        v[part] = ((q_right @ b.T) * s.sqrt()).T.to(v.dtype)
+        free[part] = True
+    return u, v, free
+
+
+@torch.no_grad()
+def gauged(
+    u: Tensor,
+    v: Tensor,
+    rows: Intervals,
+    cols: Intervals,
+    free: Tensor,
+    sizes: Sequence[int],
+    tiles: tuple[int, int],
+) -> tuple[Tensor, Tensor, Intervals, Intervals]:
+    """Inverse of :func:`ungauged`: the whole factors of each split as trapezoids.
+
+    Where no order of elimination is stable, the largest part of the product that whole factors buy for the same cost
+    takes its place, with a warning.
+
+    Args:
+        u: (K, m / s) row factors.
+        v: (K, n) column factors.
+        rows: Row intervals, those of trapezoids for the components in ``free``.
+        cols: Column intervals, likewise.
+        free: (K,) bool.
+        sizes: Components of each split.
+        tiles: As for :func:`ungauged`.
+
+    Returns:
+        u, v, row and column intervals; trapezoids may begin at other columns than before, at the same cost.
+    """
+    from .decomposition.metric import Metric
+    from .decomposition.problem import Grid, Problem
+    from .decomposition.trapezoid import gauge_trapezoids
+
+    u, v = u.detach().clone(), v.detach().clone()
+    widths = [rows.width.clone(), cols.width.clone()]
+    starts = [rows.start.clone(), cols.start.clone()]
+    first = 0
+    for size in sizes:
+        part = torch.arange(first, first + size, device=u.device)
+        part = part[free[part]]
+        first += size
+        if not len(part):
+            continue
+        left, right = u[part].double().T, v[part].double()
+        grids = Grid(rows.length, tiles[0]), Grid(cols.length, tiles[1])
+        problem = Problem(right.new_empty(rows.length, cols.length), 0, *grids, len(part), Metric(), 0)
+        found = gauge_trapezoids(left, right, problem)
+        if found is not None:
+            u[part], v[part] = found.u.to(u.dtype), found.v.to(v.dtype)
+            for side, intervals in enumerate((found.rows, found.cols)):
+                widths[side][part], starts[side][part] = intervals.width, intervals.start
+            continue
+        cost = int((rows.width[part] + cols.width[part]).sum())
+        kept = cost // (rows.length + cols.length)
+        _logger.warning("no stable trapezoids for a low-rank part of rank %d: kept rank %d", len(part), kept)
+        a, s, b = torch.linalg.svd(left @ right, full_matrices=False)
+        s = torch.where(torch.arange(len(s), device=s.device) < kept, s, 0)[: len(part)].sqrt()
+        u[part] = (a[:, : len(part)] * s).T.to(u.dtype)
+        v[part] = (b[: len(part)] * s[:, None]).to(v.dtype)
+        for side, length in enumerate((rows.length, cols.length)):
+            whole = torch.arange(len(part), device=u.device) < kept
+            widths[side][part], starts[side][part] = torch.where(whole, length, 0), torch.zeros_like(part)
+    return u, v, Intervals(widths[0], starts[0], rows.length), Intervals(widths[1], starts[1], cols.length)
