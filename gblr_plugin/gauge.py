@@ -26,15 +26,15 @@ def _leading_trapezoids(rows: Intervals, cols: Intervals, tiles: tuple[int, int]
     from .decomposition.problem import Grid  # decompositions import the layers' neighbours
 
     most = min(rows.num_components, rows.length, cols.length)
-    row = Grid(rows.length, tiles[0]).trailing(most, rows.width.device)
-    col = Grid(cols.length, tiles[1]).trailing(most, rows.width.device)
-    same = (rows.width[:most] == row.width) & (cols.width[:most] == col.width) & (row.width > 0) & (col.width > 0)
-    # A full interval starts anywhere; the others begin where the trapezoids do, turned by one offset of the columns.
-    same &= (rows.start[:most] == row.start) | (row.width == rows.length)
-    partial = col.width < cols.length
-    turn = (cols.start[:most] - col.start) % cols.length
-    if bool(partial.any()):
-        same &= ~partial | (turn == turn[int(partial.int().argmax())])
+    same = torch.ones(most, dtype=torch.bool, device=rows.width.device)
+    for part, tile in zip((rows, cols), tiles, strict=True):
+        straight = Grid(part.length, tile).trailing(most, rows.width.device)
+        same &= (part.width[:most] == straight.width) & (straight.width > 0)
+        # A full interval starts anywhere; the others begin where the trapezoids do, turned by one offset.
+        partial = straight.width < part.length
+        turn = (part.start[:most] - straight.start) % part.length
+        if bool(partial.any()):
+            same &= ~partial | (turn == turn[int(partial.int().argmax())])
     rank = int(same.int().cummin(0).values.sum())
     return rank if rank > 1 else 0
 

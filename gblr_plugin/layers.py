@@ -280,7 +280,7 @@ class GBLRLayer(nn.Module):
 
     @property
     def pinned(self) -> Tensor | None:
-        """(K,) bool, components whose intervals are not learned because their gauge is free; ``None``: there are none."""
+        """(K,) bool, components whose intervals are not learned since their gauge is free; ``None``: there are none."""
         return self.ungauged if self._gauge_is_free else None
 
     # -- dropping components -----------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ def test_whole_factors_and_trapezoids_are_one_matrix_at_one_price(splits, tile, 
     back = gauged(u, v, matrix.rows, matrix.cols, free, *args)
     rows, cols = back[2:]
     assert int((rows.width + cols.width).sum()) == matrix.stored
-    assert bool((rows.start % tile == 0).all()) and bool((cols.start % tile == 0).all())
+    assert bool((rows.start % tile == 0).all())
+    assert bool((cols.start % tile == 0).all())
     torch.testing.assert_close(layer.structure().to_dense(), matrix.to_dense(), rtol=1e-8, atol=1e-8)
 
 
@@ -136,7 +137,8 @@ def test_within_the_budget_the_low_rank_part_stays_and_the_blocks_learn():
         layers, {name: LayerGoal(budget=0.4, group="all") for name in layers}, Schedule(0, 10, 100.0, 100.0)
     )
     x = train(model, learner)
-    assert learner.frozen and 0.39 < learner.relative_flops <= 0.4
+    assert learner.frozen
+    assert 0.39 < learner.relative_flops <= 0.4
     moved = False
     for name, layer in layers.items():
         assert torch.equal(layer.widths[:, layer.pinned], before[name][:, layer.pinned])
@@ -154,4 +156,5 @@ def test_a_smaller_budget_shrinks_the_low_rank_part_too():
     )
     train(model, learner)
     assert all(layer.pinned is None for layer in layers.values())
-    assert learner.frozen and learner.relative_flops <= 0.2
+    assert learner.frozen
+    assert learner.relative_flops <= 0.2

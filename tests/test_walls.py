@@ -15,6 +15,7 @@ ROOMS = [
         "blockwise",
         "budget",
         "decomposition",
+        "gauge",
         "layers",
         "learner",
         "optim",

@@ -102,7 +102,8 @@ def test_no_dense_weight_and_no_mask_is_held(kit: Any) -> None:
     size = sum(tensor.numel() * tensor.element_size() for _, tensor in held)
     dense = 96 * 96 * 4
     # Factors, bias, structure and the mask tables of two axes: nothing of the dense weight's size.
-    assert size <= factors + 96 * 4 + layer.widths.numel() * 2 * 4 + layer.row_tables.numel() * 2 * 4 + len(layer.U) + 16
+    tables = layer.row_tables.numel() * 2 * 4
+    assert size <= factors + 96 * 4 + layer.widths.numel() * 2 * 4 + tables + len(layer.U) + 16
     assert size < dense / 2
     assert not any(tensor.numel() >= 96 * 96 for _, tensor in held)
     assert not any(isinstance(value, torch.Tensor) for value in vars(layer._nni_wrapper).values())
