@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import ConfigError
+from .families.layers import FamilyLinear
 from .kernels.layout import block_values, pack
 from .kernels.plan import candidates
 from .structure import StructuredMatrix
@@ -27,8 +28,9 @@ _LARGE = 1_500_000_000  # bytes of weights from which they lie in a file of thei
 class _Blocks(nn.Module):
     """A linear layer by blocks of rows and columns: products, and one gather or scatter where lists need it."""
 
-    def __init__(self, matrix: StructuredMatrix, bias: Tensor | None) -> None:
+    def __init__(self, matrix: StructuredMatrix, bias: Tensor | None, order: Tensor | None = None) -> None:
         super().__init__()
+        self.register_buffer("order", order)  # of the outputs; None for that of the matrix
         plan = candidates(matrix, kernel="blocks")[0]
         layout, values, index = pack(matrix, plan.block_rows, plan.block_cols)
         self.components = layout.num_components
@@ -56,6 +58,8 @@ class _Blocks(nn.Module):
             -1,
         )
         bias: Any = self.bias
+        order: Any = self.order
+        y = y if order is None else y.index_select(-1, order)
         return y if bias is None else y + bias
 
 
@@ -91,6 +95,9 @@ class _Convolutions(nn.Module):
 
 def _plain(module: Any) -> nn.Module:
     """A module of plain tensors and products in place of a converted one; int8 factors become floating point."""
+    if isinstance(module, FamilyLinear):  # a fixed order of rows, which ONNX cannot compute
+        family: Any = module.frozen_matrix()
+        return _Blocks(family.to_structured(), module.bias, torch.argsort(family.row_order))
     weight = module.weight.data
     if not weight.packing.dense:
         matrix = weight.to_structured()
@@ -130,7 +137,8 @@ def export_onnx(
     replaced = {
         id(module): _plain(module)
         for module in plain.modules()
-        if isinstance(getattr(module, "weight", None), nn.Parameter) and isinstance(module.weight.data, GBLRTensor)
+        if isinstance(module._parameters.get("weight"), GBLRTensor)
+        or (isinstance(module, FamilyLinear) and module.geometry.row_order is not None)
     }
     plain = replaced.get(id(plain), plain)
     replace_modules(plain, replaced)
