@@ -38,6 +38,9 @@ RULES = ("uniform", "weight", "output", "sensitivity", "alds")
 FLOOR = 0.1
 """Least share of the group's relative budget that a layer without a bound of its own gets."""
 
+SMALLEST = 1.25
+"""Least multiply-adds of such a layer over those of rank 1: what the smallest member of every family costs."""
+
 Bounds = Mapping[str, tuple[float, float]]
 
 
@@ -123,7 +126,8 @@ def allocate(
     for name, module in layers.items():
         if low[name] <= 0:
             rows, cols = weight_matrix(module).shape
-            low[name] = max(FLOOR * budget * dense[name], float(min(rows + splits[name] * cols, budget * dense[name])))
+            smallest = SMALLEST * (rows + splits[name] * cols)
+            low[name] = max(FLOOR * budget * dense[name], min(smallest, budget * dense[name]))
     high = {name: min(given.get(name, (0.0, 1.0))[1], 1.0) * size for name, size in dense.items()}
     low = {name: min(least, high[name]) for name, least in low.items()}
     allowed = budget * sum(dense.values())
