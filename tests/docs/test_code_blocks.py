@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from gblr_plugin import bench, cli
+from gblr_plugin.run.comparison_settings import ComparisonSettings
 from gblr_plugin.run.settings import RunSettings
 from gblr_plugin.run.yaml_config import load_yaml, parse_overrides, read_settings
 
@@ -111,11 +112,11 @@ def test_command(place, words):
         bench._parser().parse_args(arguments[1:])
     elif program == "gblr":
         parsed = cli._parser().parse_args(arguments)
-        config = parsed.config if parsed.command == "run" else getattr(parsed, "path", Path())
+        config = getattr(parsed, "config", getattr(parsed, "path", Path()))
         if config.suffix == ".yaml":
             located = load_yaml(ROOT / config)
             parse_overrides(located, parsed.set)
-            read_settings(RunSettings, located)
+            read_settings(ComparisonSettings if parsed.command == "compare" else RunSettings, located)
     elif program == "python":
         script = (ROOT / arguments[0]).read_text(encoding="utf-8")
         assert [word for word in arguments if word.startswith("--") and f'"{word}"' not in script] == []
