@@ -1,0 +1,200 @@
+"""A process that has torch loaded and forks children to be killed: a kill costs milliseconds, not an import.
+
+Reads one JSON request a line from standard input, ``{"job", "folder", "kill_after"}``; forks a child that does the job
+in the folder; kills it with SIGKILL after so many seconds, unless that is null; answers with one line,
+``{"killed", "code", "seconds"}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import gblr_plugin as gblr
+from gblr_plugin.files import write_atomic
+
+STEPS, EVERY = 36, 3
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 24), nn.Dropout(0.2), nn.Tanh(), nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def examples() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(48, 16, generator=generator), torch.randint(4, (48,), generator=generator)
+
+
+class Order:
+    """Endless batches in an order drawn anew each epoch; its state is where it stands."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(7)
+        self.left: list[int] = []
+
+    def next(self) -> list[int]:
+        if not self.left:
+            self.left = torch.randperm(48, generator=self.generator).tolist()
+        batch, self.left = self.left[:8], self.left[8:]
+        return batch
+
+    def state_dict(self) -> dict:
+        return {"generator": self.generator.get_state(), "left": self.left}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.generator.set_state(state["generator"])
+        self.left = list(state["left"])
+
+
+def finish(folder: Path, model: nn.Module, **more: object) -> None:
+    write_atomic(folder / "done.pt", lambda file: torch.save({"model": model.state_dict(), **more}, file))
+
+
+def plain(folder: Path) -> None:
+    """A loop of one's own: everything that moves is in one file, written whole or not at all."""
+    model, order = network(), Order()
+    layers = gblr.prepare(model)
+    optimizer = torch.optim.AdamW(gblr.param_groups(model, lr=1e-2))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    goals = {name: gblr.LayerGoal(budget=0.3, group=0) for name in layers}
+    learner = gblr.StructureLearner(layers, goals, gblr.Schedule(4, 24), compact=True)
+    learner.attach_all([optimizer])
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "learner": learner, "order": order}
+    step, file = 0, folder / "last.pt"
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["random"])
+        step = state["step"]
+    x, y = examples()
+    while step < STEPS:
+        batch = order.next()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+        optimizer.step()
+        scheduler.step()
+        step += 1
+        if step % EVERY == 0:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"step": step, "random": torch.get_rng_state()}
+            write_atomic(file, lambda out, state=state: torch.save(state, out))
+    finish(folder, model, learner=learner.state_dict(), optimizer=optimizer.state_dict())
+
+
+def lightning(folder: Path) -> None:
+    """A Trainer with the callback and its own ModelCheckpoint; the module keeps order and random state."""
+    import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import ModelCheckpoint
+    from torch.utils.data import DataLoader, TensorDataset
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.order, self.random = network(), Order(), None
+
+        def training_step(self, batch: object, index: int) -> torch.Tensor:
+            if self.random is not None:  # Lightning draws random numbers itself where it resumes
+                torch.set_rng_state(self.random)
+                self.random = None
+            rows = self.order.next()
+            x, y = examples()
+            return nn.functional.cross_entropy(self.net(x[rows]), y[rows])
+
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(TensorDataset(torch.zeros(STEPS)), batch_size=1)
+
+        def configure_optimizers(self) -> object:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+        def on_save_checkpoint(self, checkpoint: dict) -> None:
+            checkpoint["order"], checkpoint["random"] = self.order.state_dict(), torch.get_rng_state()
+
+        def on_load_checkpoint(self, checkpoint: dict) -> None:
+            self.order.load_state_dict(checkpoint["order"])
+            self.random = checkpoint["random"]
+
+    module = Module()
+    callback = gblr.lightning.GBLRCallback(budget=0.3, warmup=4, cooldown=24, compact=True)
+    saver = ModelCheckpoint(dirpath=folder / "steps", filename="{step:04d}", every_n_train_steps=EVERY, save_top_k=-1)
+    torch.manual_seed(3)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=STEPS,
+        callbacks=[callback, saver],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    saved = sorted((folder / "steps").glob("*.ckpt"))
+    trainer.fit(module, ckpt_path=saved[-1] if saved else None, weights_only=True)
+    finish(folder, module, learner=callback.learner.state_dict(), optimizer=trainer.optimizers[0].state_dict())
+
+
+def compress(folder: Path) -> None:
+    from gblr_plugin.sharded import CompressSettings, compress_folder
+
+    compress_folder(folder.parent / "dense", folder / "out", CompressSettings(0.5, method="trapezoid"))
+    (folder / "done.pt").touch()
+
+
+def compare(folder: Path) -> None:
+    from gblr_plugin.cli import main
+
+    os.chdir(folder.parent)
+    if main(["compare", "compare.yaml", "--output", str(folder / "out")]) != 0:
+        raise RuntimeError("compare failed")
+    (folder / "done.pt").touch()
+
+
+JOBS = {job.__name__: job for job in (plain, lightning, compress, compare)}
+
+
+def child(job: str, folder: Path) -> None:
+    os.dup2(os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    try:
+        JOBS[job](folder)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def serve() -> None:
+    torch.set_num_threads(1)  # so that a fork has all the threads there are
+    for line in sys.stdin:
+        request = json.loads(line)
+        sys.stdout.flush()
+        begun = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            child(request["job"], Path(request["folder"]))
+        if request["kill_after"] is not None:
+            time.sleep(request["kill_after"])
+            os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
+        answer = {
+            "killed": os.WIFSIGNALED(status),
+            "code": os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
+            "seconds": time.monotonic() - begun,
+        }
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        __import__(name)
+    print("ready", flush=True)
+    serve()

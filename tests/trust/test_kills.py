@@ -1,0 +1,118 @@
+"""Runs killed with SIGKILL at random moments, and started again, end as if they had not been killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gblr_plugin
+
+KILLS = 20
+
+
+class Server:
+    """The process of crashing.py."""
+
+    def __init__(self, *modules: str) -> None:
+        package = str(Path(gblr_plugin.__file__).parents[1])
+        path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("crashing.py")), *modules],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )
+        while self.process.stdout.readline() not in ("ready\n", ""):
+            pass
+        assert self.process.poll() is None
+
+    def run(self, job: str, folder: Path, kill_after: float | None = None) -> dict[str, Any]:
+        folder.mkdir(exist_ok=True)
+        request = {"job": job, "folder": str(folder), "kill_after": kill_after}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return answer
+
+    def finish(self, job: str, folder: Path) -> float:
+        answer = self.run(job, folder)
+        assert answer["code"] == 0, (folder / "log").read_text()
+        return float(answer["seconds"])
+
+
+@pytest.fixture(scope="module")
+def server():
+    made = Server("gblr_plugin.lightning", "transformers", "gblr_plugin.sharded", "gblr_plugin.hf")
+    yield made
+    made.process.stdin.close()
+    made.process.wait(timeout=30)
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for index, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{where}.{index}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def killed_folders(server: Server, job: str, tmp_path: Path, seconds: float, count: int) -> list[Path]:
+    """Folders of runs that were killed, at moments spread at random over the duration of a whole run."""
+    draw = random.Random(f"moments of {job}")
+    folders: list[Path] = []
+    for number in range(count):
+        folder, moment = tmp_path / f"killed{number}", draw.uniform(0, 0.95) * seconds
+        while not server.run(job, folder, moment)["killed"]:  # it was faster this time
+            folder, moment = folder.with_name(f"{folder.name}x"), 0.7 * moment
+        folders.append(folder)
+    return folders
+
+
+@pytest.mark.parametrize("job", ["plain", "lightning"])
+def test_training_ends_at_the_same_bits(server: Server, tmp_path: Path, job: str) -> None:
+    seconds = server.finish(job, tmp_path / "whole")
+    seconds = server.finish(job, tmp_path / "again")  # warm
+    whole = torch.load(tmp_path / "whole" / "done.pt", weights_only=True)
+    assert whole["learner"]["frozen"]
+    begun = 0
+    for folder in killed_folders(server, job, tmp_path, seconds, KILLS):
+        assert not (folder / "done.pt").exists()
+        begun += (folder / "last.pt").exists() or any(folder.glob("steps/*.ckpt"))
+        server.finish(job, folder)
+        assert_same(torch.load(folder / "done.pt", weights_only=True), whole)
+    assert begun >= KILLS // 3  # most had a checkpoint to go on from; the others began anew
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_decomposition_of_a_folder_ends_at_the_same_bytes(server: Server, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 60, "n_positions": 16}
+    network = transformers.GPT2LMHeadModel(transformers.GPT2Config(bos_token_id=0, eos_token_id=0, **sizes))
+    network.save_pretrained(tmp_path / "dense", max_shard_size="30KB")
+    server.finish("compress", tmp_path / "whole")
+    seconds = server.finish("compress", tmp_path / "again")
+    whole = contents(tmp_path / "whole" / "out")
+    for folder in killed_folders(server, "compress", tmp_path, seconds, KILLS):
+        server.finish("compress", folder)
+        assert contents(folder / "out") == whole
