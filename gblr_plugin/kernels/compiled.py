@@ -139,7 +139,7 @@ def _side(table_at: int, blocks: tuple[Block, ...], groups_at: int) -> tuple[int
 
 def fits(layout: Layout, device: torch.device, dtype: torch.dtype, int8: bool = False) -> bool:
     """Do the blocks of a layout suit the kernel: at most 128 wide on CUDA, on even borders for bfloat16 on the CPU."""
-    if layout.narrow != (int8 and is_narrow(layout.num_components)):
+    if layout.narrow != (int8 and is_narrow(layout.num_components, *layout.shape)):
         return False  # the lists of a kernel for int8 factors are as narrow as can be, those of others are int32
     rows, cols = layout.row_blocks[0], layout.col_blocks[0]
     widths = rows.stop - rows.start, cols.stop - cols.start

@@ -25,6 +25,7 @@ __all__ = [
     "block_values",
     "count_blocks",
     "edges",
+    "interval_facts",
     "is_narrow",
     "narrowed",
     "pack",
@@ -62,16 +63,16 @@ class Layout:
         stored: Factor entries inside the intervals, without padding.
         row_blocks: Blocks of U; empty if ``dense``.
         col_blocks: Blocks of V; empty if ``dense``.
-        intervals_at: First entry in the index buffer of the (5, K) row widths and starts, column widths and starts, and
-            original numbers of the components.
+        intervals_at: First word of the index buffer of the (5, K) row widths and starts, column widths and starts, and
+            original numbers of the components; :func:`interval_facts` reads them.
         col_table_at: First entry in the index buffer of (start, width, count, list_at, data_at) per column block.
         row_table_at: The same for row blocks.
         col_groups_at: First entry of the groups of components and the column blocks that they meet, see ``_groups``.
         row_groups_at: The same for row blocks.
         dense: The values are the (m, n) matrix itself, row-major (or (n, m) if ``transposed``).
         transposed: The matrix is the transpose of the one that was packed.
-        narrow: The component lists are int16, two to a word of the index buffer, and there are no groups: beside int8
-            factors, whose lists would else weigh as much as they. Kernels for CUDA do not take them.
+        narrow: Lists and intervals are 16 bits wide, two to a word of the index buffer, and there are no groups: beside
+            int8 factors, whose lists would else weigh as much as they. Kernels for CUDA do not take them.
     """
 
     shape: tuple[int, int]
@@ -286,29 +287,42 @@ def block_list(lists: Tensor, block: Block) -> Tensor:
     return own.int() if own.dtype == torch.int16 else own
 
 
-def is_narrow(num_components: int) -> bool:
-    """Do the lists of this many components become int16 beside int8 factors."""
-    return num_components <= 1 << 15
+def interval_facts(layout: Layout, index: Tensor) -> Tensor:
+    """Row widths, row starts, column widths, column starts and original numbers of the components, (5, K) int64."""
+    num = layout.num_components
+    if not layout.narrow:
+        return index.narrow(0, layout.intervals_at, 5 * num).long().view(5, num)
+    # Widths go beyond what int16 can say; they are the lower 16 bits.
+    return (index.view(torch.int16).narrow(0, 2 * layout.intervals_at, 5 * num).long() & 0xFFFF).view(5, num)
+
+
+def is_narrow(num_components: int, *lengths: int) -> bool:
+    """Are lists and intervals of this many components, on axes of these lengths, 16 bits wide beside int8 factors."""
+    return num_components <= 1 << 15 and max(lengths) < 1 << 16
 
 
 def narrowed(layout: Layout, index: Tensor) -> tuple[Layout, Tensor]:
-    """Layout and index buffer with int16 lists and without groups, unless the components are too many for that."""
-    if layout.dense or layout.narrow or not is_narrow(layout.num_components):
+    """Layout and index buffer with 16-bit lists and intervals and without groups, where :func:`is_narrow`."""
+    if layout.dense or layout.narrow or not is_narrow(layout.num_components, *layout.shape):
         return layout, index
-    lists = index[: layout.intervals_at].to(torch.int16)
-    lists = torch.cat([lists, lists.new_zeros(len(lists) % 2)]).view(torch.int32)
-    shift = len(lists) - layout.intervals_at
-    rest = index[layout.intervals_at : min(layout.col_groups_at, layout.row_groups_at)]
+
+    def halved(words: Tensor) -> Tensor:
+        low = words.to(torch.int16)  # keeps the lower bits
+        return torch.cat([low, low.new_zeros(len(low) % 2)]).view(torch.int32)
+
+    ends = layout.intervals_at + 5 * layout.num_components
+    lists, facts = halved(index[: layout.intervals_at]), halved(index[layout.intervals_at : ends])
+    shift = len(lists) + len(facts) - ends
     moved = replace(
         layout,
-        intervals_at=layout.intervals_at + shift,
+        intervals_at=len(lists),
         col_table_at=layout.col_table_at + shift,
         row_table_at=layout.row_table_at + shift,
         col_groups_at=0,
         row_groups_at=0,
         narrow=True,
     )
-    return moved, torch.cat([lists, rest])
+    return moved, torch.cat([lists, facts, index[ends : min(layout.col_groups_at, layout.row_groups_at)]])
 
 
 def quantize(layout: Layout, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -381,7 +395,7 @@ def unpack(layout: Layout, values: Tensor, index: Tensor, scales: Tensor | None 
             "GBLR tensor: the transpose of a matrix with row splits has no structured form, use to_dense()"
         )
     num, part = layout.num_components, m // splits
-    ends = index.narrow(0, layout.intervals_at, 5 * num).long().view(5, num)
+    ends = interval_facts(layout, index)
     order = torch.argsort(ends[4])
     if layout.transposed:
         ends = ends[[2, 3, 0, 1]]

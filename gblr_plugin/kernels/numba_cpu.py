@@ -279,7 +279,7 @@ def _by_tokens(run: Callable[..., None], tokens: Tokens, rest: tuple[int, ...], 
 def _by_blocks(tokens: Tokens, rest: tuple[int, ...], scales: Tensor | None, out: Output, threads: int) -> None:
     """Every thread takes some of the blocks, for few tokens: two rounds, the sums of the first are added up between."""
     factors, lists, cols_at, cols, rows_at, rows, num, _ = rest
-    run = _functions(*_variant(scales, num))
+    run = _functions(*_variant(scales, num, out.row, tokens.length))
     lanes = 1 if tokens.number == 1 else -(-tokens.number // LANES) * LANES
     sums = torch.zeros(threads, num * lanes + 1, device="cpu")
 
@@ -313,14 +313,14 @@ def _bfloat16_product() -> Callable[..., None]:
     return cast("Callable[..., None]", product_part)
 
 
-def _variant(scales: Tensor | None, components: int) -> tuple[bool, bool]:
+def _variant(scales: Tensor | None, *sizes: int) -> tuple[bool, bool]:
     """Are factors int8, and their lists int16."""
-    return scales is not None, scales is not None and is_narrow(components)
+    return scales is not None, scales is not None and is_narrow(*sizes)
 
 
-def kernel_for(dtype: torch.dtype, scales: Tensor | None, components: int) -> Callable[..., None]:
+def kernel_for(dtype: torch.dtype, scales: Tensor | None, components: int, m: int, n: int) -> Callable[..., None]:
     """The whole product on one thread, from addresses, for x of this dtype and factors with or without scales."""
-    return _bfloat16_product() if dtype == torch.bfloat16 else _functions(*_variant(scales, components)).whole
+    return _bfloat16_product() if dtype == torch.bfloat16 else _functions(*_variant(scales, components, m, n)).whole
 
 
 def product(
@@ -384,11 +384,12 @@ def run_product(
         bias: Address of (m,) contiguous numbers, or 0.
         y: Contiguous (tokens, m), written.
     """
-    half, run = x.dtype == torch.bfloat16, kernel_for(x.dtype, scales, places[-1])
+    half, m = x.dtype == torch.bfloat16, y.shape[-1]
+    run = kernel_for(x.dtype, scales, places[-1], m, n)
     rest: tuple[int, ...] = (factors.data_ptr(), lists.data_ptr(), *places)
     if not half:
         rest += (0 if scales is None else scales.data_ptr(),)
-    threads, m = torch.get_num_threads(), y.shape[-1]
+    threads = torch.get_num_threads()
     if threads == 1 or tokens * factors.numel() < WORTH_THREADS:
         run(x.data_ptr(), x_row, x_column, tokens, n, *rest, bias, y.data_ptr(), m)
         return

@@ -163,14 +163,15 @@ def _axis(intervals: Intervals, splits: int, unit: int) -> list[_Axis]:
 
 def _memory(matrix: StructuredMatrix, rows: _Axis, cols: _Axis, int8: bool) -> float:
     """Bytes stored over those of the bare factors."""
-    num, touched = matrix.rows.num_components, rows.touched + cols.touched
-    words = 5 * (rows.blocks + cols.blocks + num)
-    if int8:  # with a scale per component, narrow lists and no groups
-        item = 1
-        index = (2 if is_narrow(num) else 4) * touched + 4 * words + matrix.u.element_size() * num
+    num, table = matrix.rows.num_components, 5 * (rows.blocks + cols.blocks)
+    entries = rows.touched + cols.touched + 5 * num
+    if int8:  # with a scale per component; narrow lists come without groups
+        item, narrow = 1, is_narrow(num, *matrix.shape)
+        groups = 0 if narrow else rows.groups + cols.groups
+        index = (2 if narrow else 4) * entries + 4 * (table + groups) + matrix.u.element_size() * num
     else:
         item = matrix.u.element_size()
-        index = 4 * (touched + words + rows.groups + cols.groups)
+        index = 4 * (entries + table + rows.groups + cols.groups)
     return (item * (rows.entries + cols.entries) + index) / (item * max(matrix.stored, 1))
 
 

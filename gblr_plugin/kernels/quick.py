@@ -63,7 +63,7 @@ def launcher(layout: Layout, plan: Plan, factors: Tensor, scales: Tensor | None)
     )
     always, kernel_of = len(tokens_of_compiled) == len(plan.kernels), plan.kernel
     run, half, alone = (
-        kernel_for(dtype, scales, layout.num_components),
+        kernel_for(dtype, scales, layout.num_components, m, n),
         dtype == torch.bfloat16,
         WORTH_THREADS // max(layout.entries, 1),
     )

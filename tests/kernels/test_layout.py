@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from gblr_plugin.errors import ConfigError
-from gblr_plugin.kernels.layout import all_lists, block_list, narrowed, pack, padded_entries, quantize, to_dense, unpack
+from gblr_plugin.kernels.layout import (
+    all_lists,
+    block_list,
+    interval_facts,
+    narrowed,
+    pack,
+    padded_entries,
+    quantize,
+    to_dense,
+    unpack,
+)
 from gblr_plugin.structure import Intervals, StructuredMatrix
 
 
@@ -60,8 +70,8 @@ def test_padded_entries_foretell_the_storage() -> None:
 def test_lists_are_the_components_that_meet_the_block() -> None:
     original = matrix().live()
     layout, _, index = pack(original, 16, 16)
-    facts = index[layout.intervals_at :][: 5 * layout.num_components].view(5, -1)
-    support = original.cols.support()[facts[4].long()]
+    facts = interval_facts(layout, index)
+    support = original.cols.support()[facts[4]]
     for block in layout.col_blocks:
         expected = support[:, block.start : block.stop].any(1).nonzero()[:, 0]
         assert torch.equal(index[block.list_at : block.list_at + block.size].long(), expected)
@@ -106,18 +116,26 @@ def test_narrow_lists_are_the_same_in_half_the_words(blocks: tuple[int, int], sp
         blocks_of = layout.col_blocks if place[0] == "c" else layout.row_blocks
         tables = [part[getattr(of, place) :][: 5 * len(blocks_of)] for of, part in ((layout, index), (small, words))]
         assert torch.equal(*tables)
+    assert torch.equal(interval_facts(small, words), interval_facts(layout, index))
     assert torch.equal(unpack(small, values, words).u, unpack(layout, values, index).u)
     torch.testing.assert_close(to_dense(small.t(), values, words), to_dense(layout, values, index).t())
 
 
-def test_too_many_components_keep_wide_lists() -> None:
-    num = (1 << 15) + 1
-    ones, start = torch.ones(num, dtype=torch.int64), torch.zeros(num, dtype=torch.int64)
-    many = StructuredMatrix.from_factors(
-        torch.ones(num, 2), torch.ones(num, 2), Intervals(ones, start, 2), Intervals(ones, start, 2)
-    )
-    layout, _, index = pack(many, 2, 2)
+def full(num: int, m: int, n: int) -> StructuredMatrix:
+    return StructuredMatrix.from_factors(torch.ones(num, m), torch.ones(num, n))
+
+
+@pytest.mark.parametrize(("num", "m", "n"), [((1 << 15) + 1, 2, 2), (1, 1 << 16, 2)])
+def test_what_16_bits_cannot_say_stays_wide(num: int, m: int, n: int) -> None:
+    layout, _, index = pack(full(num, m, n), m, n)
     assert narrowed(layout, index)[1] is index
+
+
+def test_16_bits_say_the_widths_of_long_axes() -> None:
+    layout, values, index = pack(full(3, (1 << 16) - 1, 40000), 1 << 14, 1 << 14)
+    small, words = narrowed(layout, index)
+    assert small.narrow
+    assert torch.equal(interval_facts(small, words), interval_facts(layout, index))
 
 
 def test_int8_of_zero_factors_is_zero() -> None:

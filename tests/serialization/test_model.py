@@ -9,6 +9,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 import gblr_plugin.serialization.container
 from gblr_plugin import ConfigError, GBLRTensor, convert, decompose, families, load, prepare, report, save
 from gblr_plugin.conversion import LayerSettings
+from gblr_plugin.kernels.layout import interval_facts
 from gblr_plugin.kernels.plan import Plan, dense_plan
 
 HALF = LayerSettings("trapezoid", budget=0.5)
@@ -136,6 +137,28 @@ def test_weights_come_back_bit_by_bit(tmp_path, plan, dtype):
     assert (again.scales is None) == (weight.scales is None)
     assert weight.scales is None or torch.equal(again.scales, weight.scales)
     assert (again.packing, again.plan) == (weight.packing, weight.plan)
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("part", ["factors", "lists", "order", "scales"])
+def test_damaged_buffers_are_named_not_saved(tmp_path, part, dtype):
+    layer = nn.Linear(40, 30)
+    weight = GBLRTensor.from_structured(decompose(layer.weight.detach(), 0.5), factor_dtype=dtype)
+    if part == "scales":
+        if dtype is None:
+            pytest.skip("no scales")
+        weight.scales = weight.scales[:1]
+    elif part == "factors":
+        weight.factors = weight.factors[:-1]
+    elif part == "lists":
+        weight.lists[0] = (1 << 20) + 77
+    else:
+        words = interval_facts(weight.packing, weight.lists).numel() // (2 if dtype else 1)
+        weight.lists[weight.packing.intervals_at + words - 1] = 5
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(ConfigError, match="'weight' are damaged"):
+        save(layer, tmp_path / "model.safetensors")
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_network_of_its_own_must_be_given(path):
