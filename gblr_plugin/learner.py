@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -20,15 +21,19 @@ from torch.optim import Optimizer
 from .budget import AxisSpec, WidthBudget
 from .errors import ConfigError, GBLRError
 from .layers import GBLRLayer
+from .non_finite import find_cause, gradients_finite, save_diagnostic
 from .optim import StepHook, check_optimized, learning_rates
 from .proximal import prox_and_clip_
 from .schedule import Schedule
 from .sharding import all_finite, own_part, replicated, whole
 
-__all__ = ["LayerGoal", "StructureLearner"]
+__all__ = ["NON_FINITE", "LayerGoal", "StructureLearner"]
+
+NON_FINITE = ("stop", "skip")
 
 _logger = logging.getLogger(__name__)
 _CUDA_CHECK_EVERY = 32
+_MOST_SKIPPED = 100  # in a row: then training stands still
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,16 @@ class StructureLearner:
             optimizers, which makes the cool-down cheaper. Parameters change shape then: leave it off where something
             else holds tensors of their shape (moving averages of the weights). Never done while several processes
             train.
+        non_finite: What to do where gradients are NaN or infinite, before the optimizer has spread them: ``"stop"``
+            with an error that names the layer, or ``"skip"`` that optimizer step (at most 100 in a row). Widths,
+            locations and factors that are not finite always stop. On CUDA, where looking waits for the device,
+            ``"stop"`` looks at every 32nd step, ``"skip"`` at each.
+        diagnostics: Folder for a JSON file of every layer's values and gradients when training stops so; ``None``: the
+            system's folder of temporary files. The error names the file.
+
+    Attributes:
+        skipped_steps: Optimizer steps that were not taken.
+        last_loss: A detached loss for the diagnostic, which hosts may set.
 
     Raises:
         ConfigError: If names differ, the goals of a group contradict each other, or its bounds exclude its budget.
@@ -99,13 +114,22 @@ class StructureLearner:
         sigmas: tuple[float, float] = (1.0, 100.0),
         *,
         compact: bool = False,
+        non_finite: str = "stop",
+        diagnostics: str | os.PathLike[str] | None = None,
     ) -> None:
+        if non_finite not in NON_FINITE:
+            raise ConfigError(f"structure learner: non_finite must be 'stop' or 'skip', got {non_finite!r}")
         if set(layers) != set(goals):
             raise ConfigError(f"structure learner: layers and goals differ in {sorted(set(layers) ^ set(goals))}")
         self.layers = dict(layers)
         self.goals = {name: goals[name] for name in layers}
         self.schedule = schedule
         self.compact = compact
+        self.non_finite = non_finite
+        self.diagnostics = diagnostics
+        self.skipped_steps = 0
+        self.last_loss: Tensor | None = None
+        self._skipped_in_a_row = 0
         self.sigmas = sigmas
         self.step_count = 0
         self.progress = 0.0
@@ -164,7 +188,11 @@ class StructureLearner:
 
     def attach(self, optimizer: Optimizer) -> None:
         """Run :meth:`after_step` after each real step of the optimizer that holds the structure parameters."""
-        self._hooks.append(StepHook(optimizer, lambda: self.after_step(optimizer), self._before_step))
+        self._hooks.append(
+            StepHook(
+                optimizer, lambda: self.after_step(optimizer), self._before_step, lambda: self._is_usable(optimizer)
+            )
+        )
 
     def attach_all(self, optimizers: list[Optimizer]) -> None:
         """Attach to those optimizers that hold structure parameters, and begin.
@@ -348,13 +376,37 @@ class StructureLearner:
             self._raise_non_finite()
 
     def _raise_non_finite(self) -> None:
-        for name, layer in self.layers.items():
-            for what in ("widths", "locations", "U", "V"):
-                if not all_finite([getattr(layer, what)]):
-                    raise GBLRError(
-                        f"layer {name!r}: {what} became NaN or infinite at step {self.step_count}; lower the learning "
-                        "rate or clip gradients"
-                    )
+        if (cause := find_cause(self.layers, gradients=False)) is not None:
+            raise self._diverged(*cause)
+
+    def _diverged(self, name: str, what: str) -> GBLRError:
+        """The error to raise; what is known is saved first."""
+        loss = None if self.last_loss is None else float(self.last_loss)
+        facts = {"step": self.step_count, "layer": name, "what": what, "loss": None if loss is None else str(loss)}
+        facts |= {"progress": self.progress, "sigma": self.sigma, "skipped_steps": self.skipped_steps}
+        saved = save_diagnostic(self.layers, facts, self.diagnostics)
+        return GBLRError(
+            f"layer {name!r}: {what} became NaN or infinite at step {self.step_count}; lower the learning rate or clip "
+            f"gradients (details in {saved or 'no file: none could be written'})"
+        )
+
+    @torch.no_grad()
+    def _is_usable(self, optimizer: Optimizer) -> bool:
+        """Whether the gradients may be used; raises where the training is to stop."""
+        on_cuda = any(layer.widths.is_cuda for layer in self.layers.values())
+        if self.non_finite == "stop" and on_cuda and self.step_count % _CUDA_CHECK_EVERY:
+            return True
+        if gradients_finite(optimizer):
+            self._skipped_in_a_row = 0
+            return True
+        if self.non_finite == "stop" or self._skipped_in_a_row >= _MOST_SKIPPED:
+            raise self._diverged(*(find_cause(self.layers) or ("another", "the gradient of a parameter")))
+        self._raise_non_finite()
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row == 1:
+            _logger.warning("step %d: gradients are NaN or infinite; the step is skipped", self.step_count)
+        return False
 
     @torch.no_grad()
     def freeze(self) -> None:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .errors import ConfigError
 from .layers import GBLRLayer
+from .non_finite import drop_gradients
 
 __all__ = ["STRUCTURE_KEY", "StepHook", "param_groups", "split_structure_group", "structure_parameters"]
 
@@ -160,14 +161,20 @@ class StepHook:
         optimizer: Its ``step`` is wrapped until :meth:`remove`.
         function: Called without arguments after each real step.
         before: Called before every step, also one that a scaler skips.
+        usable: Asked once the gradients are there (with a closure: after it); where it says no, the step is not taken.
     """
 
     def __init__(
-        self, optimizer: Optimizer, function: Callable[[], None], before: Callable[[], None] | None = None
+        self,
+        optimizer: Optimizer,
+        function: Callable[[], None],
+        before: Callable[[], None] | None = None,
+        usable: Callable[[], bool] | None = None,
     ) -> None:
         self.optimizer = optimizer
         self._function: Callable[[], None] | None = function
         self._before = before
+        self._usable = usable
         self._previous = optimizer.__dict__.get("step")  # None: the class's own
         original = optimizer.step
 
@@ -178,9 +185,28 @@ class StepHook:
                     group.update({key: _OWN_OPTIONS[key] for key in ("betas", "momentum") if key in group})
             if hook._before is not None:
                 hook._before()
+            closure: Any = args[0] if args else kwargs.get("closure")
+            taken = True
+
+            def judged() -> Any:
+                """The closure; without gradients the step after it changes nothing."""
+                nonlocal taken
+                loss = closure()
+                taken = hook._usable is None or hook._usable()
+                if not taken:
+                    drop_gradients(optimizer)
+                return loss
+
+            if closure is None:
+                if hook._usable is not None and not hook._usable():
+                    return None
+            elif args:
+                args = (judged, *args[1:])
+            else:
+                kwargs["closure"] = judged
             result = original(*args, **kwargs)
             found_inf = getattr(optimizer, "found_inf", None)
-            if hook._function is not None and (found_inf is None or not float(found_inf)):
+            if taken and hook._function is not None and (found_inf is None or not float(found_inf)):
                 hook._function()
             return result
 
@@ -191,7 +217,7 @@ class StepHook:
 
     def remove(self) -> None:
         """Stop; the optimizer's own ``step`` is restored unless something else has wrapped it meanwhile."""
-        self._function = self._before = None
+        self._function = self._before = self._usable = None
         if self.optimizer.__dict__.get("step") is not self._step:
             return
         if self._previous is None:

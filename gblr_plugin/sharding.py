@@ -56,7 +56,14 @@ def write_whole(parameter: Tensor, value: Tensor) -> None:
 @torch.no_grad()
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether every entry on every process is finite; one answer for all."""
-    answer = torch.stack([torch.isfinite(own_part(tensor)).all() for tensor in tensors]).all()
+    parts = [own_part(tensor) for tensor in tensors]
+    parts = [part.coalesce().values() if part.is_sparse else part for part in parts]
+    if not parts:
+        return True
+    # A sum is finite only if all entries are, and several times cheaper; a sum that overflowed is looked at closely.
+    answer = torch.isfinite(torch.stack([part.sum(dtype=torch.float32).to(parts[0].device) for part in parts])).all()
+    if not bool(answer):
+        answer = torch.stack([torch.isfinite(part).all().to(parts[0].device) for part in parts]).all()
     shared = next((found for found in map(_mesh_tensor, tensors) if found is not None), None)
     if shared is not None:
         least = answer.to(torch.int32)

@@ -18,6 +18,7 @@ ROOMS = [
         "gauge",
         "layers",
         "learner",
+        "non_finite",
         "optim",
         "proximal",
         "schedule",

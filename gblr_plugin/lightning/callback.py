@@ -13,7 +13,7 @@ from torch import nn
 from ..conversion import LayerSettings, prepare_layers
 from ..errors import ConfigError
 from ..layers import GBLRLayer
-from ..learner import LayerGoal, StructureLearner
+from ..learner import NON_FINITE, LayerGoal, StructureLearner
 from ..optim import split_structure_group
 from ..schedule import Schedule
 from ..selection import select_layers
@@ -72,6 +72,9 @@ class GBLRCallback(Callback):
             averages of the weights). Not done while several processes train.
         freeze_at_end: Whether training that ends before the cool-down began (early stopping) freezes the structure
             within the budget all the same. By default it stays trainable, for a later fit to go on from.
+        non_finite: ``"stop"`` with an error that names the layer where gradients are NaN or infinite, or ``"skip"``
+            that optimizer step; see :class:`~gblr_plugin.StructureLearner`. Details are saved in the Trainer's
+            ``default_root_dir``.
 
     Attributes:
         learner: The :class:`~gblr_plugin.StructureLearner` at work, or watched; ``None`` before fitting.
@@ -85,8 +88,8 @@ class GBLRCallback(Callback):
     callbacks to monitor.
 
     A checkpoint taken before the freeze holds a larger network with smooth masks: let ``ModelCheckpoint`` keep the last
-    one, or compare only what came after. DDP needs no option. Under ``ModelParallelStrategy`` (FSDP2) prepare and shard the
-    layers in ``configure_model``; strategies that shard parameters out of sight are refused.
+    one, or compare only what came after. DDP needs no option. Under ``ModelParallelStrategy`` (FSDP2) prepare and shard
+    the layers in ``configure_model``; strategies that shard parameters out of sight are refused.
 
     Raises:
         ConfigError: For arguments out of range; in ``setup`` for unknown layers or a sharded strategy; when fitting
@@ -122,6 +125,7 @@ class GBLRCallback(Callback):
         picture_size: int = 512,
         compact: bool = False,
         freeze_at_end: bool = False,
+        non_finite: str = "stop",
     ) -> None:
         self.monitor_only = budget is None and threshold is None
         if not self.monitor_only:
@@ -165,6 +169,9 @@ class GBLRCallback(Callback):
         self._picture_size = picture_size
         self._compact = compact
         self._freeze_at_end = freeze_at_end
+        if non_finite not in NON_FINITE:
+            raise ConfigError(f"callback: non_finite must be 'stop' or 'skip', got {non_finite!r}")
+        self._non_finite = non_finite
 
         self.learner: StructureLearner | None = None
         self.history: dict[str, list[tuple[int, float]]] = {}
@@ -202,7 +209,8 @@ class GBLRCallback(Callback):
             self._layers = self._existing(pl_module)
             if not self._layers and strategy == "ModelParallelStrategy":
                 raise ConfigError(
-                    "callback: under ModelParallelStrategy call gblr_plugin.prepare, then fully_shard, in configure_model"
+                    "callback: under ModelParallelStrategy call gblr_plugin.prepare, then fully_shard, in "
+                    "configure_model"
                 )
             self._layers = self._layers or self._prepare(pl_module)
         if self._checkpoint_hook is None:
@@ -298,7 +306,14 @@ class GBLRCallback(Callback):
         if isinstance(self._warmup, float) and isinstance(self._cooldown, float):
             cooldown = max(cooldown, warmup + 1)  # fractions of a very short training may round to one step
         goals, schedule = dict.fromkeys(self._layers, goal), Schedule(warmup, cooldown)
-        learner = StructureLearner(self._layers, goals, schedule, compact=self._compact)
+        learner = StructureLearner(
+            self._layers,
+            goals,
+            schedule,
+            compact=self._compact,
+            non_finite=self._non_finite,
+            diagnostics=trainer.default_root_dir,
+        )
         if restored is not None and restored["learner"] is not None:
             learner.load_state_dict(restored["learner"])
         return learner
@@ -315,6 +330,11 @@ class GBLRCallback(Callback):
         self._shown = False
         self._log(trainer)
         self._draw(trainer)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """Keep the loss for the diagnostic of a training that diverges."""
+        if self.learner is not None and not self.monitor_only:
+            self.learner.last_loss = loss.detach()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log every n optimizer steps, at the first one, and when the structure freezes."""

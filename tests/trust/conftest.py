@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gblr_plugin as gblr
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Run:
+    """A small network under a learner and AdamW, on fixed data."""
+
+    def __init__(self, cooldown: int = 12, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 4))
+        self.layers = gblr.prepare(self.model)
+        self.optimizer = torch.optim.AdamW(gblr.param_groups(self.model, lr=1e-2))
+        goals = {name: gblr.LayerGoal(budget=0.4, group=0) for name in self.layers}
+        self.learner = gblr.StructureLearner(self.layers, goals, gblr.Schedule(2, cooldown), **options)
+        self.learner.attach_all([self.optimizer])
+        self.x, self.y = torch.randn(64, 16), torch.randint(4, (64,))
+        self.step = 0
+
+    def loss(self, model: Any = None, rows: Any = None) -> torch.Tensor:
+        start = 8 * self.step % 64
+        rows = slice(start, start + 8) if rows is None else rows
+        return nn.functional.cross_entropy((model or self.model)(self.x[rows]), self.y[rows])
+
+    def train(self, steps: int = 16, poisoned: tuple[int, ...] = (), closure: bool = False) -> None:
+        """Optimizer steps; the loss of the poisoned ones is multiplied by NaN."""
+
+        def backward() -> torch.Tensor:
+            self.optimizer.zero_grad()
+            loss = self.loss() * (float("nan") if self.step in poisoned else 1.0)
+            self.learner.last_loss = loss.detach()
+            loss.backward()
+            return loss
+
+        for _ in range(steps):
+            if closure:
+                self.optimizer.step(backward)
+            else:
+                backward()
+                self.optimizer.step()
+            self.step += 1
+
+
+@pytest.fixture
+def make_run() -> type[Run]:
+    return Run
+
+
+def states(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+@pytest.fixture
+def state_of() -> Any:
+    return states
