@@ -26,8 +26,12 @@ from .trapezoid import gauge_trapezoids
 __all__ = ["Effort", "pursuit"]
 
 CG_STEPS = 12
+CHEAPER = 16
+"""Cuts of the price, by a third each, that are tried where blocks cost less than the budget allows."""
 LARGE = 1 << 22
 """Entries from which fewer rounds are made: each takes many seconds, and the last ones gain least."""
+MODEST = 1 << 18
+"""Entries up to which several shares of the low-rank part are tried in a metric."""
 WIDE = 512
 """Columns from which the gains in a metric use a lower bound instead of an inverse of the moment on the interval."""
 
@@ -37,8 +41,9 @@ class Effort:
     """How much is tried.
 
     Args:
-        rank_share: Rank of the low-rank part over the rank of the trapezoid that the budget buys; ``None``: 0.65, or
-            0.9 in a metric, where the spectrum decays and little is left for local blocks.
+        rank_share: Rank of the low-rank part over the rank of the trapezoid that the budget buys; ``None``: 0.65. In a
+            metric, where the spectrum decays and little is left for local blocks, the best of 0.8, 0.9 and 1, where
+            blocks use what whole ranks leave of the budget; 0.9 for large matrices.
         rounds: Times that blocks are added.
         sweeps: Fits with a new choice of intervals after each, a round.
         polish: Last fits on fixed intervals.
@@ -157,8 +162,13 @@ class _Pursuit:
             while cost > self.allowed:
                 low, high = high, high * 1.3
                 spans, worth, cost = at(high)
-            if low == high:
-                low /= 1.3
+            for _ in range(CHEAPER if low == high else 0):  # what is left of the budget buys wider intervals
+                low /= 1.5
+                trial = at(low)
+                if trial[2] > self.allowed:
+                    break
+                high = low
+                spans, worth, cost = trial
             for _ in range(10):
                 middle = math.sqrt(low * high)
                 trial = at(middle)
@@ -402,10 +412,12 @@ def pursuit(problem: Problem, effort: Effort | None = None) -> StructuredMatrix:
     if whole is not None:
         return whole
     efforts = _efforts(problem) if effort is None else [effort]
-    share = efforts[0].rank_share
-    if share is None:
-        share = 0.65 if problem.metric.root is None else 0.9
-    found = [_with_share(problem, each, share) for each in efforts]
+    shares = [efforts[0].rank_share or 0.0]
+    if efforts[0].rank_share is None and problem.metric.root is None:
+        shares = [0.65]
+    elif efforts[0].rank_share is None:
+        shares = [0.8, 0.9, 1.0] if problem.weight.numel() < MODEST else [0.9]
+    found = [_with_share(problem, each, share) for each in efforts for share in shares]
     values = problem.triplets[1]
     if efforts[0].rank_share is None and bool(values[-1] <= 1e-6 * values[0]):
         # A singular matrix may be made of blocks alone.
