@@ -19,10 +19,13 @@ from .blockwise import MaskedAxis, active_blocks, block_dense, block_linear, mas
 from .errors import ConfigError, GBLRError
 from .gauge import gauged, ungauged
 from .mask import integer_locations, integer_widths, mask_tables, masked_factor, table_mask
+from .quiet import check_version
 from .sharding import attach, whole, write_whole
 from .structure import Intervals, StructuredMatrix, multiply_adds
 
 __all__ = ["CONV_ATTRIBUTES", "GBLRConv1d", "GBLRConv2d", "GBLRLayer", "GBLRLinear"]
+
+check_version("gblr_plugin", "torch>=2.13,<2.14")
 
 CONV_ATTRIBUTES = (
     "in_channels",

@@ -5,10 +5,14 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from ..quiet import check_version
+
 if TYPE_CHECKING:
     from pytorch_lightning import Callback
 else:
     # `lightning.pytorch` is the same code under another name, with classes of its own: be a Callback of both.
+    for _name in ("pytorch-lightning", "lightning"):
+        check_version("gblr_plugin.lightning", f"{_name}>=2.6,<2.7")
     _bases = []
     if find_spec("pytorch_lightning") is not None:
         import pytorch_lightning

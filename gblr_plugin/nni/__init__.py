@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..quiet import quiet_import
 
-with quiet_import("gblr_plugin.nni", needs="nni (pip install 'nni>=3.0')"):
+with quiet_import("gblr_plugin.nni", needs="nni (pip install 'nni>=3.0')", tested="nni>=3.0,<4"):
     from .compressors import compressor_names, create_compressor, register_compressor
     from .evaluators import LightningEvaluator
     from .pruner import GBLRPruner

@@ -12,7 +12,7 @@ from gblr_plugin.lightning import base
 
 
 def run_base():
-    spec = importlib.util.spec_from_file_location("fresh_base", base.__file__)
+    spec = importlib.util.spec_from_file_location("gblr_plugin.lightning.fresh_base", base.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

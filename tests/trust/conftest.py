@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,3 +72,56 @@ def states(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def state_of() -> Any:
     return states
+
+
+class Server:
+    """The process of crashing.py."""
+
+    def __init__(self, *modules: str) -> None:
+        package = str(Path(gblr.__file__).parents[1])
+        path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("crashing.py")), *modules],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )
+        while self.process.stdout.readline() not in ("ready\n", ""):
+            pass
+        assert self.process.poll() is None
+
+    def run(self, job: str, folder: Path, kill_after: float | None = None, fault: str | None = None) -> dict[str, Any]:
+        folder.mkdir(exist_ok=True)
+        request = {"job": job, "folder": str(folder), "kill_after": kill_after, "fault": fault}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return answer
+
+    def finish(self, job: str, folder: Path) -> float:
+        answer = self.run(job, folder)
+        assert answer["code"] == 0, folder.with_suffix(".log").read_text()
+        return float(answer["seconds"])
+
+
+@pytest.fixture(scope="session")
+def server():
+    """One for all: it takes seconds to import the hosts."""
+    made = Server("gblr_plugin.lightning", "transformers", "gblr_plugin.sharded", "gblr_plugin.hf")
+    yield made
+    made.process.stdin.close()
+    made.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def dense_folder(tmp_path_factory):
+    """A GPT-2 of one small block in shards."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 60, "n_positions": 16}
+    network = transformers.GPT2LMHeadModel(transformers.GPT2Config(bos_token_id=0, eos_token_id=0, **sizes))
+    folder = tmp_path_factory.mktemp("gpt2") / "dense"
+    network.save_pretrained(folder, max_shard_size="30KB")
+    return folder

@@ -1,14 +1,16 @@
 """A process that has torch loaded and forks children to be killed: a kill costs milliseconds, not an import.
 
-Reads one JSON request a line from standard input, ``{"job", "folder", "kill_after"}``; forks a child that does the job
-in the folder; kills it with SIGKILL after so many seconds, unless that is null; answers with one line,
-``{"killed", "code", "seconds"}``.
+Reads one JSON request a line from standard input, ``{"job", "folder", "kill_after", "fault"}``; forks a child that does
+the job in the folder, under a fault of the disk where one is named; kills it with SIGKILL after so many seconds, unless
+that is null; answers with one line, ``{"killed", "code", "seconds"}``. What it printed is in the folder's name + .log.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -158,18 +160,115 @@ def compare(folder: Path) -> None:
     (folder / "done.pt").touch()
 
 
-JOBS = {job.__name__: job for job in (plain, lightning, compress, compare)}
+def converted(width: int) -> nn.Module:
+    torch.manual_seed(width)
+    model = nn.Sequential(nn.Linear(width, width))
+    gblr.prepare(model)
+    for layer in model:
+        layer.freeze_structure()
+    return gblr.convert(model)
 
 
-def child(job: str, folder: Path) -> None:
-    os.dup2(os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+def small(folder: Path) -> None:
+    gblr.save(converted(16), folder / "model.safetensors")
+
+
+def large(folder: Path) -> None:
+    gblr.save(converted(256), folder / "model.safetensors")
+
+
+def command(folder: Path) -> None:
+    """`gblr compress`, whose line on standard error goes to the log."""
+    from gblr_plugin.cli import main
+
+    raise SystemExit(
+        main(
+            [
+                "compress",
+                str(folder.parent / "dense"),
+                "--budget",
+                "0.5",
+                "--method",
+                "trapezoid",
+                "--output",
+                str(folder / "out"),
+            ]
+        )
+    )
+
+
+JOBS = {job.__name__: job for job in (plain, lightning, compress, compare, small, large, command)}
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+BIND, REMOUNT_BIND_READ_ONLY, PRIVATE = 0x1000, 0x1 | 0x20 | 0x1000, 0x4000 | 0x40000
+
+
+def mount(source: bytes, target: bytes, kind: bytes | None, flags: int, data: bytes | None = None) -> None:
+    if LIBC.mount(source, target, kind, flags, data):
+        raise OSError(ctypes.get_errno(), "mount")
+
+
+def read_only(folder: Path) -> None:
+    """In a mount namespace of this process alone: the superuser writes through any permissions."""
+    if LIBC.unshare(0x20000):
+        raise OSError(ctypes.get_errno(), "unshare")
+    mount(b"none", b"/", None, PRIVATE)
+    place = str(folder).encode()
+    mount(place, place, None, BIND)
+    mount(place, place, None, REMOUNT_BIND_READ_ONLY)
+
+
+def file_size(folder: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit is an error then
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def full_disk(folder: Path) -> None:
+    """The folder as a disk of 64 kB with what was in it, written back when the process ends."""
+    earlier = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if LIBC.unshare(0x20000):
+        raise OSError(ctypes.get_errno(), "unshare")
+    mount(b"none", b"/", None, PRIVATE)
+    behind = os.open(folder, os.O_RDONLY)
+    mount(b"none", str(folder).encode(), b"tmpfs", 0, b"size=64k")
+    for name, content in earlier.items():
+        (folder / name).write_bytes(content)
+
+    def copy_back() -> None:
+        for path in folder.iterdir():
+            out = os.open(path.name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, dir_fd=behind)
+            os.write(out, path.read_bytes())
+
+    AFTER.append(copy_back)
+
+
+AFTER: list = []
+FAULTS = {fault.__name__: fault for fault in (read_only, file_size, full_disk)}
+CANNOT = 77  # exit code where this system does not let us make the fault
+
+
+def child(job: str, folder: Path, fault: str | None) -> None:
+    os.dup2(os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
+    if fault is not None:
+        try:
+            FAULTS[fault](folder)
+        except OSError:
+            os._exit(CANNOT)
+    code = 0
     try:
         JOBS[job](folder)
+    except SystemExit as leaving:
+        code = int(leaving.code or 0)
     except BaseException:
         traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+        code = 1
+    for after in AFTER:
+        after()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def serve() -> None:
@@ -180,7 +279,7 @@ def serve() -> None:
         begun = time.monotonic()
         pid = os.fork()
         if pid == 0:
-            child(request["job"], Path(request["folder"]))
+            child(request["job"], Path(request["folder"]), request.get("fault"))
         if request["kill_after"] is not None:
             time.sleep(request["kill_after"])
             os.kill(pid, signal.SIGKILL)

@@ -2,60 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import gblr_plugin
-
 KILLS = 20
-
-
-class Server:
-    """The process of crashing.py."""
-
-    def __init__(self, *modules: str) -> None:
-        package = str(Path(gblr_plugin.__file__).parents[1])
-        path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("crashing.py")), *modules],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        )
-        while self.process.stdout.readline() not in ("ready\n", ""):
-            pass
-        assert self.process.poll() is None
-
-    def run(self, job: str, folder: Path, kill_after: float | None = None) -> dict[str, Any]:
-        folder.mkdir(exist_ok=True)
-        request = {"job": job, "folder": str(folder), "kill_after": kill_after}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
-        return answer
-
-    def finish(self, job: str, folder: Path) -> float:
-        answer = self.run(job, folder)
-        assert answer["code"] == 0, (folder / "log").read_text()
-        return float(answer["seconds"])
-
-
-@pytest.fixture(scope="module")
-def server():
-    made = Server("gblr_plugin.lightning", "transformers", "gblr_plugin.sharded", "gblr_plugin.hf")
-    yield made
-    made.process.stdin.close()
-    made.process.wait(timeout=30)
 
 
 def assert_same(a: Any, b: Any, where: str = "") -> None:
@@ -73,7 +28,7 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
-def killed_folders(server: Server, job: str, tmp_path: Path, seconds: float, count: int) -> list[Path]:
+def killed_folders(server: Any, job: str, tmp_path: Path, seconds: float, count: int) -> list[Path]:
     """Folders of runs that were killed, at moments spread at random over the duration of a whole run."""
     draw = random.Random(f"moments of {job}")
     folders: list[Path] = []
@@ -86,7 +41,7 @@ def killed_folders(server: Server, job: str, tmp_path: Path, seconds: float, cou
 
 
 @pytest.mark.parametrize("job", ["plain", "lightning"])
-def test_training_ends_at_the_same_bits(server: Server, tmp_path: Path, job: str) -> None:
+def test_training_ends_at_the_same_bits(server: Any, tmp_path: Path, job: str) -> None:
     seconds = server.finish(job, tmp_path / "whole")
     seconds = server.finish(job, tmp_path / "again")  # warm
     whole = torch.load(tmp_path / "whole" / "done.pt", weights_only=True)
@@ -104,12 +59,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_decomposition_of_a_folder_ends_at_the_same_bytes(server: Server, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 60, "n_positions": 16}
-    network = transformers.GPT2LMHeadModel(transformers.GPT2Config(bos_token_id=0, eos_token_id=0, **sizes))
-    network.save_pretrained(tmp_path / "dense", max_shard_size="30KB")
+def test_decomposition_of_a_folder_ends_at_the_same_bytes(server: Any, dense_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(dense_folder, tmp_path / "dense")
     server.finish("compress", tmp_path / "whole")
     seconds = server.finish("compress", tmp_path / "again")
     whole = contents(tmp_path / "whole" / "out")
