@@ -21,7 +21,7 @@ from .problem import Grid, Problem
 from .search import find_blocks
 from .shortest import shortest
 from .spans import Spans, best_spans, cell_sums
-from .trapezoid import gauge_trapezoids
+from .trapezoid import gauge_trapezoids, trapezoid
 
 __all__ = ["Effort", "pursuit"]
 
@@ -433,6 +433,8 @@ def _with_share(problem: Problem, effort: Effort, share: float) -> StructuredMat
         bought = int((costs <= problem.allowed).sum()) - 1
         rank = int(share * bought)
         allowed = problem.allowed - int(costs[rank])
+        if allowed < 2 * max(problem.rows.tile, problem.cols.tile) or rank == problem.max_components:
+            return trapezoid(problem)  # nothing is left for blocks
         task = _Pursuit(problem, rank, allowed, effort, dtype)
         left, _, right = problem.triplets
         state = task.run(task.start(left[:, :rank].to(dtype), right[:rank].to(dtype)))
