@@ -18,6 +18,7 @@ from .decomposition.sequential import fit_layers
 from .errors import ConfigError
 from .layers import GBLRLayer
 from .progress import track
+from .recompression import recompressed
 from .selection import select_layers
 from .structure import StructuredMatrix
 from .swap import can_gain, check_structurable, copy_hooks, replace_modules, structured_like, weight_matrix
@@ -211,7 +212,8 @@ def frozen_like(
 ) -> nn.Module:
     """A plain nn.Linear / nn.Conv1d / nn.Conv2d whose weight is a frozen :class:`~gblr_plugin.GBLRTensor`.
 
-    A matrix that costs at least as much as the dense product becomes a dense weight instead.
+    A matrix that costs at least as much as the dense product becomes a dense weight instead; crowded boxes of it become
+    dense blocks (:func:`~gblr_plugin.recompression.recompressed`).
 
     Args:
         module: The dense or structured module whose geometry, bias, mode and hooks are taken over.
@@ -227,6 +229,7 @@ def frozen_like(
     if not isinstance(module, GBLRLayer):  # a decomposition is in float32 where the weight is in half precision
         like: Any = module.weight
         matrix = matrix.to(device=like.device, dtype=like.dtype)
+    matrix = recompressed(matrix)
     shape: tuple[int, ...] = matrix.shape
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         shape = (matrix.shape[0], module.in_channels, *module.kernel_size)

@@ -21,6 +21,7 @@ ROOMS = [
         "non_finite",
         "optim",
         "proximal",
+        "recompression",
         "schedule",
         "sharding",
         "swap",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .compile_cache import compiled
 from .layout import is_narrow
-from .simd import LANES, dot_tile, expand_tile, gather_tile, load_float32, load_int32, reduce_tile, widen_tile
+from .simd import LANES, dot_tile, expand_tile, load_float32, load_int32, reduce_tile, widen_tile
 from .threads import run_parts
 
 __all__ = ["kernel_for", "product", "run_product"]
@@ -71,9 +71,7 @@ def _functions(int8: bool, narrow: bool) -> _Functions:
         expand_tile(t, 2 if _WIDE else 1, False, int8, narrow) for t in (_TALL, 4, 2, 1)
     )
     tail_tall, tail_4, tail_2, tail_1 = (expand_tile(t, 1, True, int8, narrow) for t in (_TALL, 4, 2, 1))
-    dot_8, dot_4, dot_1 = (dot_tile(r, int8, narrow) for r in (8, 4, 1))
-    gather_4, gather_2 = (gather_tile(v, False, int8, narrow) for v in (4, 2))
-    gather_tail = gather_tile(1, True, int8, narrow)
+    dot_4, dot_1 = (dot_tile(r, int8, narrow) for r in (4, 1))
     widen = widen_tile()
 
     @compiled(variant)
@@ -125,9 +123,6 @@ def _functions(int8: bool, narrow: bool) -> _Functions:
             start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
             entries, v = lists + load_int32(row + 12) * word, factors + load_int32(row + 16) * item
             i = 0
-            while i + 8 <= count:
-                dot_8(v + i * width * item, width, width, x + start * 4, z, entries + i * word)
-                i += 8
             while i + 4 <= count:
                 dot_4(v + i * width * item, width, width, x + start * 4, z, entries + i * word)
                 i += 4
@@ -135,32 +130,8 @@ def _functions(int8: bool, narrow: bool) -> _Functions:
                 dot_1(v + i * width * item, width, width, x + start * 4, z, entries + i * word)
                 i += 1
 
-    @compiled(variant)
-    def stage_two_single(factors, lists, table, blocks, z, y, bias):
-        for b in range(blocks):
-            row = table + b * _TABLE
-            start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
-            entries, u = lists + load_int32(row + 12) * word, factors + load_int32(row + 16) * item
-            j = 0
-            while j < width:
-                left = width - j
-                u_j, y_j = u + j * item, y + (start + j) * 4
-                bias_j = bias + (start + j) * 4 if bias != 0 else 0
-                if left >= 4 * LANES:
-                    gather_4(z, entries, count, u_j, width, y_j, bias_j, LANES)
-                    j += 4 * LANES
-                elif left >= 2 * LANES:
-                    gather_2(z, entries, count, u_j, width, y_j, bias_j, LANES)
-                    j += 2 * LANES
-                else:
-                    gather_tail(z, entries, count, u_j, width, y_j, bias_j, min(left, LANES))
-                    j += LANES
-
     @compiled(variant, keep=True)
     def stage_two(factors, lists, table, blocks, z, z_stride, z_tile, tokens, y, y_stride, bias):
-        if tokens == 1:
-            stage_two_single(factors, lists, table, blocks, z, y, bias)
-            return
         step = 2 * LANES if _WIDE else LANES
         for b in range(blocks):
             row = table + b * _TABLE
@@ -212,7 +183,7 @@ def _functions(int8: bool, narrow: bool) -> _Functions:
             if scales != 0:
                 for k in range(num):
                     z[k] *= load_float32(scales + k * 4)
-            stage_two_single(factors, lists, row_table, rows, z.ctypes.data, y, bias)
+            stage_two(factors, lists, row_table, rows, z.ctypes.data, 1, 0, 1, y, y_stride, bias)
             return
         tiles = (min(tokens, CHUNK) + LANES - 1) // LANES
         packed = np.empty(tiles * n * LANES, np.float32)

@@ -8,6 +8,7 @@ handful of questions. Whatever is not plain inference gets None for an answer, a
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def launcher(layout: Layout, plan: Plan, factors: Tensor, scales: Tensor | None)
     )
     is_tracing, autocast, dispatch_modes = (
         torch._C._is_tracing,
-        torch.is_autocast_enabled,
+        torch._C._is_any_autocast_enabled,
         torch._C._len_torch_dispatch_stack,
     )
     functorch, grad_mode = torch._C._functorch.peek_interpreter_stack, torch.is_grad_enabled
@@ -83,24 +84,23 @@ def launcher(layout: Layout, plan: Plan, factors: Tensor, scales: Tensor | None)
             or not x.is_contiguous()
             or dispatch_modes()
             or is_tracing()
-            or autocast("cpu")
+            or autocast()
             or functorch() is not None
             or forward_ad._current_level >= 0
         ):
             return None
-        if not x.dim():
-            return None
-        *lead, last = x.shape
-        if last != n:
+        shape = x.shape
+        if not shape or shape[-1] != n:
             return None
         bias_at = 0
         if bias is not None:
             if type(bias) not in _PLAIN or bias.dtype is not dtype or not bias.is_contiguous() or bias.numel() != m:
                 return None
             bias_at = bias.data_ptr()
-        if grad_mode() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        if (x.requires_grad or (bias is not None and bias.requires_grad)) and grad_mode():
             return None
-        tokens = x.numel() // n
+        *lead, _ = shape
+        tokens = prod(lead)
         if not always and kernel_of(tokens) != "compiled":
             return None
         y = x.new_empty(*lead, m)

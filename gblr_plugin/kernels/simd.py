@@ -20,7 +20,6 @@ __all__ = [
     "Emitter",
     "dot_tile",
     "expand_tile",
-    "gather_tile",
     "load_float32",
     "load_int32",
     "reduce_tile",
@@ -29,7 +28,6 @@ __all__ = [
 ]
 
 LANES = 16
-AHEAD = 2048  # bytes by which one token's factors, read once and in order, are asked for early
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
 _BYTES = ir.VectorType(_I8, LANES)
 _VECTOR = ir.VectorType(_F32, LANES)
@@ -114,30 +112,15 @@ class Emitter:
         kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
         return self.b.call(self.declare("llvm.fma.v16f32", kind), [a, b, c])
 
-    def totals(self, vectors: list[Any]) -> list[Any]:
-        """Sum of the lanes of each vector; their number is a power of two, at most 16.
-
-        Vectors are added up in pairs, each keeping half of the lanes, so that few shuffles serve them all.
-        """
-        count, half = len(vectors), LANES // 2
-        places = [0] * count  # lane in which the sum of a vector ends
-        step = 1
+    def total(self, vector: Any) -> Any:
+        """Sum of the lanes, in halves."""
+        half = LANES // 2
         while half:
-            low = [lane if not lane & half else LANES + lane - half for lane in range(LANES)]
-            high = [lane + half if not lane & half else LANES + lane for lane in range(LANES)]
-            merged = []
-            for at in range(0, len(vectors), 2):
-                first, second = vectors[at], vectors[min(at + 1, len(vectors) - 1)]
-                parts = [
-                    self.b.shuffle_vector(first, second, ir.Constant(ir.VectorType(_I32, LANES), order))
-                    for order in (low, high)
-                ]
-                merged.append(self.b.fadd(*parts))
-            if len(vectors) > 1:
-                places = [place + half * (row // step % 2) for row, place in enumerate(places)]
-                step *= 2
-            vectors, half = merged, half // 2
-        return [self.b.extract_element(vectors[0], ir.Constant(_I32, place)) for place in places]
+            order = [*range(half, 2 * half)] + [0] * (LANES - half)
+            moved = self.b.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_I32, LANES), order))
+            vector = self.b.fadd(vector, moved)
+            half //= 2
+        return self.b.extract_element(vector, ir.Constant(_I32, 0))
 
     def with_bias(self, sums: list[Any], bias: Any, read: Callable[[int], Any]) -> list[Any]:
         """Sums plus ``read(j)`` where the address of the bias is not 0."""
@@ -155,13 +138,6 @@ class Emitter:
             phi.add_incoming(after, some)
             result.append(phi)
         return result
-
-    def prefetch(self, address: Any) -> None:
-        """Ask for the cache line at an address, which need not exist."""
-        byte = _I8.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-        hints = [ir.Constant(_I32, value) for value in (0, 3, 1)]  # to read, into the first level, data
-        self.b.call(self.declare("llvm.prefetch.p0i8", kind), [self.b.inttoptr(address, byte), *hints])
 
     def first_lanes(self, count: Any) -> Any:
         """Mask of the lanes below ``count``."""
@@ -302,7 +278,7 @@ def expand_tile(tokens: int, vectors: int, masked: bool, int8: bool = False, nar
 
 
 def dot_tile(components: int, int8: bool = False, narrow: bool = False) -> Any:
-    """Stage 1 for one token: ``z[list[i]] += V[i, :] x`` for some components, a power of two.
+    """Stage 1 for one token: ``z[list[i]] += V[i, :] x`` for some components.
 
     Arguments: address of V[first, 0], its row stride; columns; addresses of x, of z and of the int32 list entries.
     """
@@ -315,10 +291,7 @@ def dot_tile(components: int, int8: bool = False, narrow: bool = False) -> Any:
 
         def step(at: Any, sums: list[Any], mask: Any) -> list[Any]:
             inputs = e.vector(e.at(x, at), mask)
-            places = [e.at(row, at, size) for row in rows]
-            for place in places:
-                e.prefetch(e.b.add(place, e.i(AHEAD)))
-            return [e.fma(read(place, mask), inputs, total) for place, total in zip(places, sums, strict=True)]
+            return [e.fma(read(e.at(row, at, size), mask), inputs, sums[r]) for r, row in enumerate(rows)]
 
         whole = e.b.sdiv(columns, e.i(LANES))
         sums = e.loop(whole, [_ZERO] * components, lambda c, sums: step(e.b.mul(c, e.i(LANES)), sums, None))
@@ -327,56 +300,11 @@ def dot_tile(components: int, int8: bool = False, narrow: bool = False) -> Any:
         mask = e.first_lanes(rest)
         some = e.b.select(e.b.icmp_signed(">", rest, e.i(0)), e.i(1), e.i(0))
         sums = e.loop(some, sums, lambda _, sums: step(done, sums, mask))
-        for r, total in enumerate(e.totals(sums)):
+        for r in range(components):
             target = e.at(z, e.entry(entries, e.i(r), narrow))
-            e.store(e.b.fadd(e.load(target, _F32), total), target)
+            e.store(e.b.fadd(e.load(target, _F32), e.total(sums[r])), target)
 
     return tile(6, emit)
-
-
-def gather_tile(vectors: int, masked: bool, int8: bool = False, narrow: bool = False) -> Any:
-    """Stage 2 for one token: ``y = bias + sum_k z[list[k]] U[k, :]`` for 16 * vectors rows.
-
-    Several k at once have sums of their own: a sum waits for its last addition, the memory for nobody.
-
-    Arguments: address of z; address of the int32 list, its length; address of U[0, first row], its row stride; address
-    of y[first row]; address of bias[first row] or 0; lanes used (of the single vector, if masked).
-    """
-    together = 8 // vectors
-
-    def emit(builder: ir.IRBuilder, a: Any) -> None:
-        e = Emitter(builder)
-        z, entries, count, u, u_stride, y, bias, lanes = a
-        mask = e.first_lanes(lanes) if masked else None
-        read, size = (e.bytes, 1) if int8 else (e.vector, 4)
-
-        def add(k: Any, sums: list[Any]) -> list[Any]:
-            row = e.entry(entries, k, narrow)
-            scalar = e.broadcast(e.load(e.at(z, row), _F32))
-            places = [e.at(u, e.b.add(e.b.mul(k, u_stride), e.i(j * LANES)), size) for j in range(vectors)]
-            for place in places:
-                e.prefetch(e.b.add(place, e.i(AHEAD)))
-            return [e.fma(scalar, read(place, mask), total) for place, total in zip(places, sums, strict=True)]
-
-        def several(step: Any, sums: list[Any]) -> list[Any]:
-            first = e.b.mul(step, e.i(together))
-            result = []
-            for j in range(together):
-                result += add(e.b.add(first, e.i(j)), sums[j * vectors : (j + 1) * vectors])
-            return result
-
-        steps = e.b.sdiv(count, e.i(together))
-        sums = e.loop(steps, [_ZERO] * (together * vectors), several)
-        done = e.b.mul(steps, e.i(together))
-        sums[:vectors] = e.loop(e.b.sub(count, done), sums[:vectors], lambda k, own: add(e.b.add(done, k), own))
-        while len(sums) > vectors:
-            half = len(sums) // 2
-            sums = [e.b.fadd(one, other) for one, other in zip(sums[:half], sums[half:], strict=True)]
-        result = e.with_bias(sums, bias, lambda j: e.vector(e.at(bias, e.i(j * LANES)), mask))
-        for j, total in enumerate(result):
-            e.store_vector(total, e.at(y, e.i(j * LANES)), mask)
-
-    return tile(8, emit)
 
 
 def widen_tile() -> Any:

@@ -132,7 +132,7 @@ def test_what_16_bits_cannot_say_stays_wide(num: int, m: int, n: int) -> None:
 
 
 def test_16_bits_say_the_widths_of_long_axes() -> None:
-    layout, values, index = pack(full(3, (1 << 16) - 1, 40000), 1 << 14, 1 << 14)
+    layout, _, index = pack(full(3, (1 << 16) - 1, 40000), 1 << 14, 1 << 14)
     small, words = narrowed(layout, index)
     assert small.narrow
     assert torch.equal(interval_facts(small, words), interval_facts(layout, index))
