@@ -20,7 +20,7 @@ from torch import nn
 
 from .. import __version__, families
 from ..errors import ConfigError
-from ..families import FamilyLayer, convert
+from ..families import convert
 from ..files import write_atomic, write_text
 from ..lightning import GBLRCallback
 from ..nni import LightningEvaluator, create_compressor
@@ -94,6 +94,7 @@ class Job:
         self.networks: dict[str, nn.Module] = {}
         self.reports: dict[str, Report] = {}
         self.histories: dict[str, dict[str, list[tuple[int, float]]]] = {}
+        self.watchers: list[pl.Callback] = []  # of every training under a method
         self._events = Path()
         self._console = Console()
 
@@ -270,7 +271,7 @@ class Job:
         module = self._module(network, training, batches)
         monitor = GBLRCallback(budget=None, picture_every_n_epochs=max(training.epochs // 8, 1))
         learned = method.name in _LEARNED and method.options.get("pruner", "gblr") == "gblr"
-        watching = [monitor] if learned else []
+        watching = [*([monitor] if learned else []), *self.watchers]
         options = dict(method.options)
         if method.name in ("gblr", "movement"):
             options.setdefault("warmup_step", round(method.warmup * steps))
@@ -303,13 +304,6 @@ class Job:
         self.histories.setdefault(method.name, monitor.history)
         return convert(module.network).eval()
 
-    def _skeleton(self, network: nn.Module) -> nn.Module:
-        """A dense network to load into; where a family keeps modules of its own, an empty copy."""
-        if not any(isinstance(module, FamilyLayer) for module in network.modules()):
-            skeleton: nn.Module = self.task.network()
-            return skeleton
-        return copy.deepcopy(network).to_empty(device="cpu")
-
     def _record(self, name: str, network: nn.Module, data: PairsDataModule, start: float, seed: int) -> None:
         """Evaluate the network as it is, and as it comes back from a saved file."""
         metric = self.task.metric
@@ -318,7 +312,7 @@ class Job:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.safetensors"
             save(network, path)
-            reloaded = load(path, lambda: self._skeleton(network))
+            reloaded = load(path, self.task.network)
             size = path.stat().st_size
         again = evaluate(reloaded, data.test_dataloader(), metric)
         counted = report(network, self.task.example_input())

@@ -128,3 +128,11 @@ def test_a_small_layer_stays_dense_and_the_report_says_so(project, capfd):
     assert "4: too small to gain, kept dense" in shown
     with safe_open(project / "out/model.safetensors", "pt") as file:
         assert "4" in json.loads(file.metadata()["gblr"])["notes"]
+
+
+def test_a_family_that_keeps_modules_of_its_own_comes_back_from_its_file(project):
+    options = ["--set", "methods=[{name: block_sparse}]", "--set", "dense.epochs=1", "--set", "finetune.epochs=1"]
+    assert main(["run", "config.yaml", *OWN, *options, "--set", "budget=0.9", "--output", "out"]) == 0
+    figures = json.loads((project / "out/report.json").read_text())["methods"][1]["seeds"][0]
+    assert figures["relative_flops"] <= 0.9
+    assert figures["reloaded_accuracy"] == figures["accuracy"]
