@@ -42,3 +42,10 @@ def test_a_file_in_place_of_the_folder_is_an_os_error(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError):  # noqa: PT011  # NotADirectoryError or FileExistsError, by platform
         write_text(tmp_path / "file" / "inner", "x")
+
+
+def test_file_then_folder_are_flushed_to_disk(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(stat.S_ISDIR(os.fstat(handle).st_mode)))
+    write_text(tmp_path / "file", "x")
+    assert flushed == [False, True]

@@ -53,11 +53,16 @@ class Located:
     def where(self, path: tuple[Any, ...]) -> str:
         """``file:line: key``, as far as known."""
         key = ".".join(map(str, path))
-        return f"{self.place(path)}: {key}" if key else self.place(path)
+        return f"{self.place(path)}: {_printable(key)}" if key else self.place(path)
 
     def fail(self, path: tuple[Any, ...], message: str) -> ConfigError:
         """The error to raise about the value at ``path``."""
-        return ConfigError(f"{self.where(path)}: {message}")
+        return ConfigError(f"{self.where(path)}: {_printable(message)}")
+
+
+def _printable(text: str) -> str:
+    """Line breaks and control characters, which keys and values may hold, as their escapes."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def load_yaml(path: str | Path) -> Located:
@@ -96,13 +101,13 @@ def _parse(text: str, source: str) -> tuple[Any, dict[tuple[Any, ...], str]]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise ConfigError(f"{source}{line}: not valid YAML: {reason}") from error
+        raise ConfigError(f"{source}{line}: not valid YAML: {_printable(reason)}") from error
     except RecursionError as error:
         raise ConfigError(f"{source}: nested too deeply") from error
     except ConfigError:
         raise
     except ValueError as error:  # a date that does not exist, a number with too many digits
-        raise ConfigError(f"{source}: not valid YAML: {error}") from error
+        raise ConfigError(f"{source}: not valid YAML: {_printable(str(error))}") from error
 
 
 def _walk(node: yaml.Node, path: tuple[Any, ...], places: dict[tuple[Any, ...], str], source: str) -> None:
@@ -133,8 +138,9 @@ def parse_overrides(located: Located, overrides: list[str]) -> None:
     Raises:
         ConfigError: If an override has no ``=``, a path leads through a scalar, or a value is not valid YAML.
     """
-    for override in overrides:
-        key, equals, text = override.partition("=")
+    for given in overrides:
+        key, equals, text = given.partition("=")
+        override = _printable(given)  # for messages
         if not equals or not key:
             raise ConfigError(f"--set {override}: need key.sub=value")
         try:
@@ -205,8 +211,8 @@ def _build(kind: Any, data: Any, path: tuple[Any, ...], located: Located) -> Any
         return kind(**values)
     except ConfigError as error:
         first = str(error).split()[0].rstrip(":")  # messages of range checks begin with their key
-        place, prefix = located.place((*path, first)), ".".join(map(str, path))
-        raise ConfigError(f"{place}: {prefix}{': ' if prefix else ''}{error}") from error
+        place, prefix = located.place((*path, first)), _printable(".".join(map(str, path)))
+        raise ConfigError(f"{place}: {prefix}{': ' if prefix else ''}{_printable(str(error))}") from error
 
 
 def _convert(hint: Any, value: Any, path: tuple[Any, ...], located: Located) -> Any:
