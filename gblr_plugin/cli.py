@@ -9,10 +9,13 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import __version__
 from .errors import ConfigError, GBLRError
+
+if TYPE_CHECKING:
+    from .run.yaml_config import Located
 
 __all__ = ["main"]
 
@@ -34,6 +37,18 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the config; repeatable"
     )
     run.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/ and the config's name")
+    run.add_argument(
+        "--trial", action="store_true", help="as a trial of an NNI experiment: its parameters in, its results out"
+    )
+    run.add_argument(
+        "--flops-price", type=float, default=0.0, metavar="P", help="what relative FLOPs of 1 cost a trial's result"
+    )
+    search = commands.add_parser("search", help="vary a run by NNI's tuners; a Pareto table and figure of the trials")
+    search.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    search.add_argument(
+        "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the config; repeatable"
+    )
+    search.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/ and the config's name")
     compare = commands.add_parser(
         "compare", help="many methods at equal multiply-adds over several budgets; goes on where it stopped"
     )
@@ -84,7 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _guarded(lambda: _report(arguments.path, arguments.json))
     if arguments.command == "compress":
         return _guarded(lambda: _compress(arguments))
-    command = _compare if arguments.command == "compare" else _run
+    if arguments.command == "run" and arguments.trial:
+        return _guarded(lambda: _trial(arguments))
+    if arguments.command == "run" and arguments.flops_price:
+        return _fail(2, "--flops-price goes with --trial")
+    command = {"run": _run, "compare": _compare, "search": _search}[arguments.command]
     return _guarded(lambda: command(arguments.config, arguments.set, arguments.output))
 
 
@@ -160,10 +179,20 @@ def _report(path: Path, as_json: bool) -> None:
 
 
 def _settings(config: Path, overrides: list[str], kind: type[S]) -> S:
-    from .run.yaml_config import load_yaml, parse_overrides, read_settings
+    return _read(_located(config, overrides), kind)
+
+
+def _located(config: Path, overrides: list[str]) -> Located:
+    from .run.yaml_config import load_yaml, parse_overrides
 
     located = load_yaml(config)
     parse_overrides(located, overrides)
+    return located
+
+
+def _read(located: Located, kind: type[S]) -> S:
+    from .run.yaml_config import read_settings
+
     settings = read_settings(kind, located)
     task: str = settings.task  # type: ignore[attr-defined]  # every command's settings name one
     if ":" in task and os.getcwd() not in sys.path:
@@ -197,6 +226,44 @@ def _run(config: Path, overrides: list[str], output: Path | None) -> None:
     _carry_out(
         prepare, output, f"everything is in {output}; see it with: tensorboard --logdir {output / 'tensorboard'}"
     )
+
+
+def _trial(arguments: argparse.Namespace) -> None:
+    from .run.console import captured_output
+    from .run.search_space import overrides
+    from .run.settings import RunSettings
+    from .run.yaml_config import parse_overrides
+
+    located = _located(arguments.config, arguments.set)
+    with captured_output():  # importing the hosts is noisy
+        from .run.trial import Trial, next_parameters
+
+        parameters, output = next_parameters(arguments.output)
+    parse_overrides(located, overrides(parameters, located.data))
+    settings = _read(located, RunSettings)
+
+    def prepare() -> Any:
+        from .run.pipeline import prepare_run
+
+        return Trial(prepare_run(settings), parameters, arguments.flops_price)
+
+    _carry_out(prepare, output, f"everything is in {output}")
+
+
+def _search(config: Path, overrides: list[str], output: Path | None) -> None:
+    from .run.search_settings import SearchSettings, refuse_plain_experiment
+
+    located = _located(config, overrides)
+    refuse_plain_experiment(located)
+    _read(located, SearchSettings)
+
+    def prepare() -> Any:
+        from .run.search import Search
+
+        return Search(located)
+
+    output = output or Path("outputs") / config.stem
+    _carry_out(prepare, output, f"everything is in {output}; the front is drawn in {output / 'search.png'}")
 
 
 def _compare(config: Path, overrides: list[str], output: Path | None) -> None:

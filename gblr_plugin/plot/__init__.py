@@ -10,6 +10,7 @@ except ImportError as error:
 from .comparison import comparison
 from .curves import curves
 from .pareto import pareto
+from .search import search
 from .structure import structure
 
-__all__ = ["comparison", "curves", "pareto", "structure"]
+__all__ = ["comparison", "curves", "pareto", "search", "structure"]

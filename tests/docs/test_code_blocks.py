@@ -16,12 +16,14 @@ import pytest
 
 from gblr_plugin import bench, cli
 from gblr_plugin.run.comparison_settings import ComparisonSettings
+from gblr_plugin.run.search_settings import SearchSettings
 from gblr_plugin.run.settings import RunSettings
 from gblr_plugin.run.yaml_config import load_yaml, parse_overrides, read_settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>[^\n]*)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+SETTINGS = {"compare": ComparisonSettings, "report": RunSettings, "run": RunSettings, "search": SearchSettings}
 NOT_RUN = {"text", "{toctree}", "{eval-rst}"}
 
 
@@ -116,7 +118,7 @@ def test_command(place, words):
         if config.suffix == ".yaml":
             located = load_yaml(ROOT / config)
             parse_overrides(located, parsed.set)
-            read_settings(ComparisonSettings if parsed.command == "compare" else RunSettings, located)
+            read_settings(SETTINGS[parsed.command], located)
     elif program == "python":
         script = (ROOT / arguments[0]).read_text(encoding="utf-8")
         assert [word for word in arguments if word.startswith("--") and f'"{word}"' not in script] == []
@@ -150,6 +152,10 @@ def first_column(page: str, heading: str) -> set[str]:
 
 def test_the_yaml_table_has_every_key():
     assert first_column("configuration.md", "key") == {field.name for field in dataclasses.fields(RunSettings)}
+
+
+def test_the_search_table_has_every_key():
+    assert first_column("search.md", "search key") == {field.name for field in dataclasses.fields(SearchSettings)}
 
 
 def test_the_nni_table_has_every_own_key():
