@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..errors import ConfigError
@@ -47,9 +48,10 @@ def search(report: Any, *, title: str | None = None) -> Figure:
         axes.plot(x, y, "o", color=color, ms=6, markeredgecolor="white", label=label, zorder=3)
     for trial in report.front:
         at = (trial.relative_flops, trial.quality)
-        axes.annotate(
-            str(trial.number), at, (0, 6), textcoords="offset points", fontsize=7, color=MUTED, ha="center", zorder=4
+        number = axes.annotate(
+            str(trial.number), at, (5, -10), textcoords="offset points", fontsize=7, color=MUTED, zorder=4
         )
+        number.set_path_effects([withStroke(linewidth=2, foreground="white")])
     if report.dense is not None:
         axes.axhline(report.dense, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
