@@ -41,7 +41,7 @@ _STATES = {
 }
 _ATTEMPTS = 3  # NNI gives its manager three seconds to start
 _POLL_SECONDS = 0.5
-_LATE_SECONDS = 10.0  # a final result may arrive after the end of its trial
+_LATE_SECONDS = 10.0  # a final result may arrive after the end of its trial, a last trial after the last proposal
 
 
 @dataclass(frozen=True)
@@ -136,18 +136,21 @@ class _Service:
         deadline = time.monotonic() + (self._spec.seconds or float("inf"))
         if not self._start():
             return
-        late: float | None = None
+        idle_since: float | None = None
         while not self._stop.wait(_POLL_SECONDS):
             status = self._experiment.get_status()
             self._tell_rows()
             if status == "ERROR":
                 self._tell({"failed": "NNI's manager stopped with an error"})
                 return
-            if status in ("DONE", "STOPPED"):
-                late = late or time.monotonic() + _LATE_SECONDS
-                if time.monotonic() > late or not any(row["state"] == "running" for row in self._rows):
-                    return
-            if time.monotonic() > deadline:
+            now, running = time.monotonic(), any(row["state"] == "running" for row in self._rows)
+            ended = status in ("DONE", "STOPPED")
+            # A tuner without more proposals (a whole grid) leaves NNI in this state for good.
+            exhausted = status == "TUNER_NO_MORE_TRIAL" and not running
+            idle_since = (idle_since or now) if ended or exhausted else None
+            if idle_since is not None and ((ended and not running) or now - idle_since > _LATE_SECONDS):
+                return
+            if now > deadline:
                 return
 
     def end(self) -> None:

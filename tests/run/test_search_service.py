@@ -80,7 +80,7 @@ def skip_without_service(error):
 
 def test_a_search_with_two_trials_at_a_time(search, project):
     process = search()
-    shown, error = process.communicate(timeout=150)
+    shown, error = process.communicate(timeout=300)
     skip_without_service(error)
     assert (process.returncode, error) == (0, "")
     assert "network of its own" in shown or "no private network here" in shown
@@ -111,7 +111,7 @@ def test_a_search_with_two_trials_at_a_time(search, project):
 def test_an_interrupted_search_leaves_no_process_and_nothing_half_written(search, project):
     process = search("--set", "run.finetune.epochs=100000", "--set", "concurrency=1")
     begun = project / "out/trials/000/run.log"
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 200
     while not begun.exists():
         assert time.monotonic() < deadline, "no trial began"
         if process.poll() is not None:
