@@ -20,7 +20,7 @@ def search(report: Any, *, title: str | None = None) -> Figure:
     Trials of the front are numbered. The dense network is the dashed line.
 
     Args:
-        report: A :class:`gblr_plugin.run.search_report.SearchReport`.
+        report: The report of ``gblr search``, a ``gblr_plugin.run.search_report.SearchReport``.
         title: Above the figure.
 
     Returns:
