@@ -190,6 +190,13 @@ def test_what_cannot_work_is_refused_before_anything_is_written(located, project
     assert not (project / "out").exists()
 
 
+def test_a_folder_that_holds_a_search_is_refused(located, project, capfd):
+    located("space: {budget: {choice: [0.7, 0.8]}}\n")
+    (project / "out/trials").mkdir(parents=True)
+    assert main(["search", "search.yaml", "--output", "out"]) == 2
+    assert "holds a search already; choose another folder" in capfd.readouterr().err
+
+
 def test_a_config_in_the_format_of_nni_is_told_how_to_start(project, capfd):
     (project / "nni.yaml").write_text("trialCommand: gblr run config.yaml --trial\n")
     assert main(["search", "nni.yaml"]) == 2
