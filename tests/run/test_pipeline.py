@@ -87,14 +87,14 @@ def test_compact_drops_dead_components_at_the_freeze(project, capfd, monkeypatch
     compact = GBLRLayer.compact
 
     def counted(layer, optimizers):
-        compacted.append(layer.structure_frozen)
+        compacted.append((layer.matrix_shape, layer.structure_frozen))
         return compact(layer, optimizers)
 
     monkeypatch.setattr(GBLRLayer, "compact", counted)
     assert main(["run", "config.yaml", *OWN]) == 0
     assert not compacted
     assert main(["run", "config.yaml", *OWN, "--set", "methods.0.compact=true"]) == 0
-    assert compacted == [True]
+    assert compacted == [((32, 8), True), ((2, 32), True)]  # each layer once, when its structure is fixed
 
 
 @pytest.mark.parametrize("stop_at", ["1", "6"])
