@@ -96,9 +96,9 @@ def allocate(
         model: Only looked at; run on the calibration batches by the rules that need them.
         layers: Its Linear, Conv1d, Conv2d or Hugging Face ``Conv1D`` modules by name.
         budget: Relative FLOPs of all layers together, in (0, 1].
-        rule: One of :data:`RULES`.
+        rule: One of ``RULES``.
         calibration: Batches, for ``output``; for ``sensitivity`` its forward must return the loss.
-        bounds: Least and most relative FLOPs by layer name. By default the least is :data:`FLOOR` times the budget, and
+        bounds: Least and most relative FLOPs by layer name. By default the least is ``FLOOR`` times the budget, and
             rank 1 where the budget pays for that; the most is 1.
         row_splits: Matrices packed in the rows of a layer's weight, by name; 1 where absent.
 

@@ -213,7 +213,7 @@ def frozen_like(
     """A plain nn.Linear / nn.Conv1d / nn.Conv2d whose weight is a frozen :class:`~gblr_plugin.GBLRTensor`.
 
     A matrix that costs at least as much as the dense product becomes a dense weight instead; crowded boxes of it become
-    dense blocks (:func:`~gblr_plugin.recompression.recompressed`).
+    dense blocks (``recompressed`` in ``recompression.py``).
 
     Args:
         module: The dense or structured module whose geometry, bias, mode and hooks are taken over.
