@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -210,6 +211,19 @@ def _clustered(matrix: StructuredMatrix) -> Tensor:
     return torch.sort(key, stable=True).indices
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The parts one after the other; on the CPU in huge pages where the system grants them.
+
+    One token reads all factors once: on pages of 4 KiB that took up to 1.5 times as long. numpy asks for huge pages for
+    arrays of 4 MiB and more, torch does not.
+    """
+    size, dtype = sum(part.numel() for part in parts), parts[0].dtype
+    if not size or not parts[0].is_cpu or torch.compiler.is_compiling() or type(parts[0]) is not Tensor:
+        return torch.cat(parts)
+    room = torch.from_numpy(np.empty(size * dtype.itemsize, dtype=np.uint8)).view(dtype)
+    return torch.cat(parts, out=room)
+
+
 def pack(matrix: StructuredMatrix, block_rows: int, block_cols: int) -> tuple[Layout, Tensor, Tensor]:
     """Store a matrix in blocks; ``block_rows = 0`` stores the dense matrix itself.
 
@@ -252,7 +266,7 @@ def pack(matrix: StructuredMatrix, block_rows: int, block_cols: int) -> tuple[La
         groups_at.append(sum(part.numel() for part in words))
         heads[:, 0] += groups_at[-1] + heads.numel()
         words += [heads.reshape(-1), pairs.reshape(-1)]
-    index, values = torch.cat(words).to(torch.int32), torch.cat([*col_data, *row_data])
+    index, values = torch.cat(words).to(torch.int32), _joined([*col_data, *row_data])
     facts_at = sum(block.size for block in (*col_blocks, *row_blocks))
     layout = Layout(
         (m, n),
