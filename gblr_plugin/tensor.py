@@ -21,7 +21,9 @@ from .kernels.quick import Launcher, launcher
 from .quiet import quiet_import
 from .structure import StructuredMatrix
 
-with quiet_import("gblr_plugin.GBLRTensor", "torchao 0.18", "torchao>=0.18,<0.19"):  # it lists the libraries that it cannot load
+with quiet_import(
+    "gblr_plugin.GBLRTensor", "torchao 0.18", "torchao>=0.18,<0.19"
+):  # it lists the libraries that it cannot load
     import torchao.core.config
     from torchao.quantization import Int8WeightOnlyConfig, PerRow
     from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER, register_quantize_module_handler

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..errors import ConfigError
-from .style import ACCENT, HAIR, INK, MUTED, SERIES, STEPS, house_axes, house_title, label_ends
+from .style import ACCENT, HAIR, INK, MUTED, SERIES, STEPS, house_axes, house_title
 
 __all__ = ["comparison"]
 
@@ -39,23 +39,26 @@ def comparison(report: Any, *, phase: str = "fine_tuned", loss: bool = False, ti
     figure = Figure(figsize=(9.2, 4.2), facecolor="white", layout="constrained")
     sides = {"training data": ("train", "train_loss"), "held-out data": ("held_out", "held_out_loss")}
     first: Any = None
+    lines: list[Any] = []
     for place, (side, keys) in enumerate(sides.items()):
         axes = first = house_axes(figure, 1, 2, place + 1, sharey=first)
         key = keys[int(loss)]
         axes.grid(axis="y", color=HAIR, linewidth=0.5, alpha=0.7)
         axes.set_axisbelow(True)
         _dense(axes, [getattr(row, key) for row in report.select("dense", "fine_tuned")])
-        labels = [_line(axes, report, name, phase, key, _colour(names, name)) for name in names]
+        lines = [_line(axes, report, name, phase, key, _colour(names, name)) for name in names]
         _limits(axes, report, phase, keys[int(loss)])
-        figure.draw_without_rendering()
-        if place == 1:
-            label_ends(axes, labels)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
         axes.set_xlabel("relative FLOPs of the compressed layers", fontsize=8, color=MUTED)
         better = "higher" if report.higher_is_better and not loss else "lower"
         house_title(axes, f"{'loss' if loss else report.metric}, {side}", f"{better} is better" if place else "")
+    rising = report.higher_is_better and not loss
+    # From the best at the largest budget down, as the lines end.
+    lines.sort(key=lambda line: -line.get_ydata()[-1] if rising else line.get_ydata()[-1])
+    legend = figure.legend(handles=lines, loc="outside right center", fontsize=8.5, frameon=False, labelcolor=INK)
+    legend.set_title("")
     if title:
         figure.suptitle(title, x=0.02, ha="left", fontsize=11, color=INK)
     return figure
@@ -89,14 +92,15 @@ def _line(axes: Any, report: Any, name: str, phase: str, key: str, color: str) -
     style: dict[str, Any] = {"linestyle": (0, (2, 1.5))} if masked else {}
     axes.fill_between(cost, low, high, color=color, alpha=0.13 if ours else 0.06, linewidth=0)
     order = 4 if ours else 3
-    axes.plot(cost, mean, color=color, lw=2.2 if ours else 1.2, marker="o", ms=4, mec="white", zorder=order, **style)
-    return name.replace("_", "-"), (cost[-1], mean[-1]), color
+    style["label"] = name.replace("_", "-")
+    width = 2.2 if ours else 1.2
+    return axes.plot(cost, mean, color=color, lw=width, marker="o", ms=4, mec="white", zorder=order, **style)[0]
 
 
 def _limits(axes: Any, report: Any, phase: str, key: str) -> None:
-    """Room for the names on the right; failures do not squeeze the others into one line."""
+    """Failures do not squeeze the others into one line."""
     costs = [row.relative_flops for row in report.rows if row.method != "dense"]
-    axes.set_xlim(0, min(1.25, max(costs) * 1.45))
+    axes.set_xlim(0, min(1.0, max(costs) * 1.1))
     means = []
     for name in report.methods:
         for budget in report.budgets:
