@@ -12,7 +12,7 @@ from .style import ACCENT, HAIR, INK, MUTED, SERIES, STEPS, house_axes, house_ti
 
 __all__ = ["comparison"]
 
-_OTHERS = (*SERIES[1:5], "#c2a83e", "#4fa3c7", "#a0522d", "#6b8e23", "#d16ba5", "#5b6770")
+_OTHERS = (*SERIES[1:5], "#c2a83e", "#4fa3c7", "#111111", "#6b8e23", "#d16ba5", "#5b6770")
 
 
 def comparison(report: Any, *, phase: str = "fine_tuned", loss: bool = False, title: str | None = None) -> Figure:
@@ -38,10 +38,9 @@ def comparison(report: Any, *, phase: str = "fine_tuned", loss: bool = False, ti
         raise ConfigError(f"comparison: the report has no row of phase {phase!r}")
     figure = Figure(figsize=(9.2, 4.2), facecolor="white", layout="constrained")
     sides = {"training data": ("train", "train_loss"), "held-out data": ("held_out", "held_out_loss")}
-    first: Any = None
     lines: list[Any] = []
     for place, (side, keys) in enumerate(sides.items()):
-        axes = first = house_axes(figure, 1, 2, place + 1, sharey=first)
+        axes = house_axes(figure, 1, 2, place + 1)
         key = keys[int(loss)]
         axes.grid(axis="y", color=HAIR, linewidth=0.5, alpha=0.7)
         axes.set_axisbelow(True)
@@ -78,7 +77,7 @@ def _dense(axes: Any, values: list[float]) -> None:
     axes.annotate(f"dense {level:.4g}", (0, level), (5, 3), fontsize=8, color=MUTED, **where)
 
 
-def _line(axes: Any, report: Any, name: str, phase: str, key: str, color: str) -> tuple[str, tuple[float, float], str]:
+def _line(axes: Any, report: Any, name: str, phase: str, key: str, color: str) -> Any:
     points = []
     for budget in report.budgets:
         rows = report.select(name, phase, budget)
