@@ -92,6 +92,23 @@ def _metric(calibration: Tensor | Metric | None, weight: Tensor, damping: float)
     return Metric.from_moment(data.T @ data / len(data), damping)
 
 
+def _something(problem: Problem, found: StructuredMatrix) -> StructuredMatrix:
+    """The solution, or where a budget below rank 1 left nothing, the tile around the largest entry."""
+    if found.num_components or not bool(problem.weight.any()):
+        return found
+    cells = torch.tensor([[1], [1]])
+    largest = int(problem.weight.abs().argmax())
+    places = divmod(largest, problem.weight.shape[1])
+    rows, cols = (
+        grid.intervals(count, torch.tensor([place // grid.tile]))
+        for grid, count, place in zip((problem.rows, problem.cols), cells, places, strict=True)
+    )
+    inside = rows.support().T.to(problem.weight) * problem.weight * cols.support().to(problem.weight)
+    left, values, right = torch.linalg.svd(inside, full_matrices=False)
+    size = values[0].sqrt()
+    return StructuredMatrix.from_factors((left[:, :1] * size).T, right[:1] * size, rows, cols)
+
+
 def _solve(
     weight: Tensor,
     method: str,
@@ -122,12 +139,11 @@ def _solve(
     # Dense is always at hand at its own price, and then exact.
     whole = method in ("gblr", "pursuit", "trapezoid") and budget == 1 and limit >= min(m, n)
     solve = exact if whole else METHODS[method]
-    solved = [
-        solve(
-            Problem(part, allowed, rows, cols, limit, metric.for_rows(index * m, (index + 1) * m), seed + index)
-        ).live()
+    problems = [
+        Problem(part, allowed, rows, cols, limit, metric.for_rows(index * m, (index + 1) * m), seed + index)
         for index, part in enumerate(parts)
     ]
+    solved = [_something(problem, solve(problem).live()) for problem in problems]
     dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
     return StructuredMatrix(
         torch.cat([part.u for part in solved]).to(dtype),

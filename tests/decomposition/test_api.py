@@ -175,3 +175,12 @@ def test_rank_deficient_moments_are_damped() -> None:
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     found = decompose(weight, 0.4, calibration=x).to_dense()
     assert relative_error(x @ weight.T, x @ found.T) < 0.05
+
+
+@pytest.mark.parametrize("method", ["svd", "trapezoid", "gblr"])
+def test_a_budget_below_rank_one_keeps_a_block(method):
+    weight = torch.tensor([[0.1, -0.2, 3.0, 0.3, 0.1, 0.2, 0.1]], dtype=torch.float64)
+    matrix = decompose(weight, 0.999999, method=method)
+    assert 0 < matrix.stored <= 6
+    assert float((matrix.to_dense() - weight).norm()) < float(weight.norm())
+    assert float(matrix.to_dense()[0, 2]) == pytest.approx(3.0)
