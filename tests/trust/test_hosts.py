@@ -309,5 +309,5 @@ def test_a_host_that_is_not_installed_is_no_matter_here() -> None:
     "wanted", ["torch>=2.13,<2.14", "torchao>=0.18,<0.19", "nni>=3.0,<4", "pytorch-lightning>=2.6,<2.7"]
 )
 def test_the_ranges_are_those_of_the_package(wanted: str) -> None:
-    root = Path(gblr.__file__).parents[1]
+    root = Path(__file__).parents[2]
     assert f'"{wanted}"' in (root / "pyproject.toml").read_text()

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import gblr_plugin
-
-ROOT = Path(gblr_plugin.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "gblr_plugin").rglob("*.py"))
 FORBIDDEN = {
     "eval",
