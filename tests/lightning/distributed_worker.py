@@ -78,6 +78,10 @@ def main(folder: str, rank: int) -> None:
         "fsdp2": fit(Sharded(), ModelParallelStrategy(2, 1, process_group_backend="gloo"), folder),
     }
     torch.save(results, f"{folder}/results{rank}.pt")
+    dist.barrier()  # nobody leaves while another still talks to it
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads of Lightning's own groups may abort an interpreter that ends the long way
 
 
 if __name__ == "__main__":
