@@ -151,15 +151,6 @@ def compress(folder: Path) -> None:
     (folder / "done.pt").touch()
 
 
-def compare(folder: Path) -> None:
-    from gblr_plugin.cli import main
-
-    os.chdir(folder.parent)
-    if main(["compare", "compare.yaml", "--output", str(folder / "out")]) != 0:
-        raise RuntimeError("compare failed")
-    (folder / "done.pt").touch()
-
-
 def converted(width: int) -> nn.Module:
     torch.manual_seed(width)
     model = nn.Sequential(nn.Linear(width, width))
@@ -197,7 +188,7 @@ def command(folder: Path) -> None:
     )
 
 
-JOBS = {job.__name__: job for job in (plain, lightning, compress, compare, small, large, command)}
+JOBS = {job.__name__: job for job in (plain, lightning, compress, small, large, command)}
 
 # -- faults ------------------------------------------------------------------------------------------------------------
 
