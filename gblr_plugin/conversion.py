@@ -260,7 +260,7 @@ def frozen_like(
     if bias is not None:
         new.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     if full:  # plain attributes, shown by the report
-        new.structure_name, new.gblr_note = "full", "not cheaper than dense, stored dense"  # type: ignore[assignment]  # plain
+        new.structure_name, new.gblr_note = "full", "not cheaper than dense, stored dense"  # type: ignore[assignment]  # attributes
     new.train(module.training)
     copy_hooks(module, new)
     return new

@@ -125,7 +125,7 @@ class ComponentParallel(ParallelStyle):
             return _SameInput.apply(arguments[0], group), *arguments[1:]  # type: ignore[no-untyped-call]  # untyped in torch
 
         def after(_: nn.Module, __: Any, partial: Tensor) -> Tensor:
-            total: Tensor = _SumOverMesh.apply(partial, group)  # type: ignore[no-untyped-call]  # as above
+            total: Tensor = _SumOverMesh.apply(partial, group)  # type: ignore[no-untyped-call]  # untyped in torch
             if bias is None:
                 return total
             shape = (-1, *(1,) * (len(weight.shape) - 2))  # channels of a convolution come before its positions

@@ -439,7 +439,7 @@ class GBLRLayer(nn.Module):
             return tensor.to(device=moved.device) if id(tensor) in wide and narrowed else moved
 
         smoothness, dtype, device = self.smoothness, self.row_tables.dtype, self.row_tables.device
-        super()._apply(guarded, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(guarded, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
         if (self.row_tables.dtype, self.row_tables.device) != (dtype, device):
             self._refresh_buffers()
         return self

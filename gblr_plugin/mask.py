@@ -244,7 +244,7 @@ def table_mask(width: Tensor, location: Tensor, tables: Tensor, align: int = 1) 
     """
     n = tables.shape[1] // 3
     w, start = integer_widths(width, n, align), integer_locations(location, n, align)
-    return cast(Tensor, _TableMask.apply(width, location, tables, w, start))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _TableMask.apply(width, location, tables, w, start))  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 def masked_factor(factor: Tensor, width: Tensor, location: Tensor, tables: Tensor, align: int = 1) -> Tensor:
@@ -265,7 +265,7 @@ def masked_factor(factor: Tensor, width: Tensor, location: Tensor, tables: Tenso
         return table_mask(width, location, tables, align).to(factor.dtype) * factor
     n = tables.shape[1] // 3
     w, start = integer_widths(width, n, align), integer_locations(location, n, align)
-    return cast(Tensor, _MaskedFactor.apply(factor, width, location, tables, w, start))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _MaskedFactor.apply(factor, width, location, tables, w, start))  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 def _fft_mask(width: Tensor, location: Tensor, n: int, sigma: float | None) -> Tensor:

@@ -223,7 +223,7 @@ class StepHook:
         if self._previous is None:
             del self.optimizer.step
         else:
-            self.optimizer.step = self._previous  # type: ignore[method-assign]
+            self.optimizer.step = self._previous  # type: ignore[method-assign]  # the instance alone
 
 
 def check_optimized(layers: dict[str, GBLRLayer], optimizers: Sequence[Optimizer]) -> None:

@@ -108,7 +108,7 @@ class FamilyMatrix(ABC):
 
     def factors(self) -> dict[str, Tensor]:
         """The factors that train, by name."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]  # as below
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]  # a dataclass
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def with_factors(self: Self, factors: Mapping[str, Tensor]) -> Self:

@@ -140,12 +140,12 @@ def _measure(matrix: StructuredMatrix, buckets: tuple[int, ...], int8: bool) -> 
     means = [math.exp(statistics.fmean(math.log(ratio) for ratio, _ in per_bucket)) for per_bucket in ratios]
     best = min(range(len(packed)), key=means.__getitem__)
     if means[best] >= 1.0:
-        return replace(dense_plan(), **facts)  # type: ignore[arg-type]  # field names as above
+        return replace(dense_plan(), **facts)  # type: ignore[arg-type]  # keys are fields of Plan
     return replace(
         packed[best][0],
         kernels=tuple((tokens, name) for tokens, (_, name) in zip(buckets, ratios[best], strict=True)),
         speedups=tuple((tokens, 1 / ratio) for tokens, (ratio, _) in zip(buckets, ratios[best], strict=True)),
-        **facts,  # type: ignore[arg-type]  # field names as above
+        **facts,  # type: ignore[arg-type]  # keys are fields of Plan
     )
 
 

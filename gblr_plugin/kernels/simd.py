@@ -184,7 +184,7 @@ def tile(arguments: int, emit: Callable[[ir.IRBuilder, Any], None]) -> Any:
     # numba reads the number of arguments off the signature.
     kind = inspect.Parameter.POSITIONAL_ONLY
     names = ["context", *(f"a{i}" for i in range(arguments))]
-    typed.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+    typed.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]  # functions take one
     return intrinsic(typed)
 
 

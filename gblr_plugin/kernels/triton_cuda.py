@@ -83,7 +83,7 @@ def _suitable(configs: Sequence[triton.Config], named: dict[str, Any], **constan
 def _tuned(configs: list[triton.Config]) -> Callable[[Any], Any]:
     """Decorator: a kernel that times its suitable configurations once per key."""
     names = ["tokens_range", "BLOCK", "EVEN", "PRECISION"]
-    return triton.autotune(configs, key=names, prune_configs_by={"early_config_prune": _suitable})  # type: ignore[no-any-return]
+    return triton.autotune(configs, key=names, prune_configs_by={"early_config_prune": _suitable})  # type: ignore[no-any-return]  # untyped host
 
 
 def _launch(kernel: Any, grid: Any, arguments: tuple[Any, ...], constants: dict[str, Any], tiles: Any) -> None:
@@ -105,7 +105,7 @@ def _may_time() -> bool:
 
 @_tuned(_ONE)
 @triton.jit
-def _stage_one(  # type: ignore[no-untyped-def]
+def _stage_one(  # type: ignore[no-untyped-def]  # compiled by triton
     x,
     factors,
     lists,
@@ -165,7 +165,7 @@ def _stage_one(  # type: ignore[no-untyped-def]
 
 @_tuned(_TWO)
 @triton.jit
-def _stage_two(  # type: ignore[no-untyped-def]
+def _stage_two(  # type: ignore[no-untyped-def]  # compiled by triton
     z,
     factors,
     lists,

@@ -17,7 +17,7 @@ _WIDEST = 1024  # entries of a row that one program holds at a time
 
 
 @triton.jit
-def _differences(  # type: ignore[no-untyped-def]
+def _differences(  # type: ignore[no-untyped-def]  # compiled by triton
     tables, first, last, factor, out, n, row_stride, column_stride, FACTOR: tl.constexpr, BLOCK: tl.constexpr
 ):
     k = tl.program_id(0).to(tl.int64)
@@ -31,7 +31,7 @@ def _differences(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _reduce(  # type: ignore[no-untyped-def]
+def _reduce(  # type: ignore[no-untyped-def]  # compiled by triton
     tables,
     first,
     last,

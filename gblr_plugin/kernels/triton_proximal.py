@@ -20,7 +20,7 @@ _BLOCK = 512
 
 
 @triton.jit
-def _prox_and_clip(table, thresholds, like, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _prox_and_clip(table, thresholds, like, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # compiled by triton
     layer = tl.program_id(0)
     row = table + 3 * layer
     kind = tl.pointer_type(like.dtype.element_ty)

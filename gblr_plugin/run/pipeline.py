@@ -199,7 +199,7 @@ class Job:
             )
         if len(plain.held_out) < 1:
             raise ConfigError("data: there is no held-out example to evaluate on")
-        return make(  # type: ignore[no-any-return]
+        return make(  # type: ignore[no-any-return]  # untyped host
             plain.train_set, plain.held_out, training.batch_size, seed, plain.workers, plain.evaluation
         )
 
@@ -255,7 +255,7 @@ class Job:
         for method in self.settings.methods:
             pl.seed_everything(1000 + seed)
             start = time.monotonic()
-            with shown_by(lambda text, name=method.name: self._console.progress(f"seed {seed}  {name}  {text}")):  # type: ignore[misc]
+            with shown_by(lambda text, name=method.name: self._console.progress(f"seed {seed}  {name}  {text}")):  # type: ignore[misc]  # binds name
                 begun = initial if method.start == "initial" else dense
                 network = self.compress(method, copy.deepcopy(begun), seed)
             self._record(method.name, network, data, start, seed)
