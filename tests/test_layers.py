@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from gblr_plugin.errors import ConfigError, GBLRError
-from gblr_plugin.layers import GBLRConv1d, GBLRConv2d, GBLRLinear, _Product
+from gblr_plugin.layers import GBLRConv1d, GBLRConv2d, GBLRLinear
+from gblr_plugin.layers.product import Product
 from gblr_plugin.mask import gaudi_mask
 from gblr_plugin.optim import param_groups
 from gblr_plugin.structure import Intervals, StructuredMatrix
@@ -44,7 +45,7 @@ def force(monkeypatch, layer, product):
     def choose(positions, linear):
         rows, cols = layer._masked_axes() if product.startswith("block") else (None, None)
         factored = product.endswith("factored") and (linear or not product.startswith("block"))
-        return _Product(factored, rows, cols if factored else None)
+        return Product(factored, rows, cols if factored else None)
 
     monkeypatch.setattr(layer, "_choose_product", choose)
 
@@ -468,7 +469,7 @@ def test_compiles_whole_and_follows_sigma_without_recompiling(monkeypatch, alway
     layer.set_sigma(1.0)
     if always_blocks:  # eager takes them, compiled code has none
         for name in ("_WORTH_BLOCKS", "_BLOCK_OVERHEAD", "_BLOCK_SLOWDOWN"):
-            monkeypatch.setattr(f"gblr_plugin.layers.{name}", 0)
+            monkeypatch.setattr(f"gblr_plugin.layers.product.{name}", 0)
         assert layer._choose_product(5, linear=True).rows is not None
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)

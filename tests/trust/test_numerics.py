@@ -17,7 +17,8 @@ import gblr_plugin as gblr
 from gblr_plugin import Intervals, StructuredMatrix
 from gblr_plugin.kernels import product
 from gblr_plugin.kernels.layout import pack, to_dense
-from gblr_plugin.layers import GBLRLinear, _Product
+from gblr_plugin.layers import GBLRLinear
+from gblr_plugin.layers.product import Product
 from gblr_plugin.mask import gaudi_mask
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,9 +86,9 @@ def layer_errors(way: str, dtype: torch.dtype) -> tuple[float, float]:
     layer = GBLRLinear(matrix(), random(M, seed=5)).to(dtype)
     layer.set_sigma(20.0)
 
-    def choose(*_: Any, **__: Any) -> _Product:
+    def choose(*_: Any, **__: Any) -> Product:
         rows, cols = layer._masked_axes() if way.endswith("by blocks") else (None, None)
-        return _Product(way.startswith("factored"), rows, cols if way.startswith("factored") else None)
+        return Product(way.startswith("factored"), rows, cols if way.startswith("factored") else None)
 
     layer._choose_product = choose
     x = random(TOKENS, N, seed=6).to(dtype).requires_grad_()

@@ -1,60 +1,29 @@
-"""Trainable structured layers: drop-in modules whose weight is a GBLR matrix with learnable intervals.
-
-The factors, widths and locations are plain parameters, so that optimizers, gradient clipping, AMP, ``torch.compile``
-and ``state_dict`` work as with any module.
-"""
+"""What structured layers share: parameters, masks, counting, and the choice of product."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from .blockwise import MaskedAxis, active_blocks, block_dense, block_linear, mask_reach
-from .errors import ConfigError, GBLRError
-from .gauge import gauged, ungauged
-from .mask import integer_locations, integer_widths, mask_tables, masked_factor, table_mask
-from .quiet import check_version
-from .sharding import attach, whole, write_whole
-from .structure import Intervals, StructuredMatrix, multiply_adds
+from ..blockwise import MaskedAxis, active_blocks, block_dense, mask_reach
+from ..errors import ConfigError, GBLRError
+from ..gauge import gauged, ungauged
+from ..mask import integer_locations, integer_widths, mask_tables, masked_factor, table_mask
+from ..quiet import check_version
+from ..sharding import attach, whole, write_whole
+from ..structure import Intervals, StructuredMatrix, multiply_adds
+from .product import Product, choose_product
+from .storage import keep_components, replace_storage
 
-__all__ = ["CONV_ATTRIBUTES", "GBLRConv1d", "GBLRConv2d", "GBLRLayer", "GBLRLinear"]
+__all__ = ["GBLRLayer", "check_align"]
 
 check_version("gblr_plugin", "torch>=2.13,<2.14")
-
-CONV_ATTRIBUTES = (
-    "in_channels",
-    "out_channels",
-    "kernel_size",
-    "stride",
-    "padding",
-    "dilation",
-    "groups",
-    "padding_mode",
-    "transposed",
-    "output_padding",
-    "_reversed_padding_repeated_twice",
-)
-"""What ``nn.Conv1d`` and ``nn.Conv2d`` hold besides weight and bias."""
-
-
-_WORTH_BLOCKS = 5e7  # multiply-adds below which listing blocks costs more than they save
-_BLOCK_OVERHEAD = 5e5  # multiply-adds that one block's extra calls are worth
-_BLOCK_SLOWDOWN = 1.25  # of a multiply-add inside a block: gathering and scattering rows
-_BLOCK_DENSE_SLOWDOWN = 1.45  # of one in a block of the dense matrix
-
-
-class _Product(NamedTuple):
-    """How to multiply: by the two factors or by their dense product, and over which blocks (``None``: all of it)."""
-
-    factored: bool
-    rows: MaskedAxis | None
-    cols: MaskedAxis | None
 
 
 class GBLRLayer(nn.Module):
@@ -310,7 +279,7 @@ class GBLRLayer(nn.Module):
         dropped = self.U.shape[0] - len(keep)
         if dropped:
             for parameter, dim in self._component_parameters():
-                _keep_components(parameter, dim, keep, optimizers)
+                keep_components(parameter, dim, keep, optimizers)
             self.ungauged = self.ungauged[keep]
             self._axes = None
         return dropped
@@ -380,25 +349,11 @@ class GBLRLayer(nn.Module):
             u, v, rows, cols = gauged(u, v, rows, cols, self.ungauged, sizes, self.align)
         return StructuredMatrix.from_factors(u, v, rows, cols, sizes).live()
 
-    def _choose_product(self, positions: int, linear: bool) -> _Product:
-        """The product of masked factors with fewest multiply-adds over ``positions`` inputs.
-
-        Two full products take K (m / s + n) each; the dense matrix takes m n each and K m n / s once; both take less
-        where blocks of the axes meet few components.
-        """
-        k, (m, n), per_split = self.U.shape[0], self.matrix_shape, self.axis_lengths[0]
-        factored, dense = positions * k * (per_split + n), k * per_split * n + positions * m * n
-        plain = _Product(factored <= dense, None, None)
-        least = min(factored, dense)
-        if least < _WORTH_BLOCKS or torch.compiler.is_compiling() or not self._blocks_allowed():
-            return plain
-        rows, cols = self._masked_axes()
-        overhead = _BLOCK_OVERHEAD * (len(rows.blocks) + len(cols.blocks))
-        block_factored = _BLOCK_SLOWDOWN * positions * (rows.size + cols.size) + overhead
-        block_dense = _BLOCK_DENSE_SLOWDOWN * rows.size * n + overhead + positions * m * n
-        if not linear or block_dense < block_factored:
-            return _Product(False, rows, None) if block_dense < least else plain
-        return _Product(True, rows, cols) if block_factored < least else plain
+    def _choose_product(self, positions: int, linear: bool) -> Product:
+        """The product of masked factors with fewest multiply-adds over ``positions`` inputs."""
+        blocks = self._blocks_allowed() and not torch.compiler.is_compiling()
+        axes = self._masked_axes if blocks else None
+        return choose_product(positions, self.U.shape[0], self.matrix_shape, self.row_splits, axes, linear=linear)
 
     def _blocks_allowed(self) -> bool:
         """On a GPU, lists cost a synchronisation, and many small products more than they save."""
@@ -452,7 +407,7 @@ class GBLRLayer(nn.Module):
             if saved is None or saved.dim() != 2 or saved.shape[dim] == parameter.shape[dim]:
                 continue
             if saved.shape[dim] % self.row_splits == 0 and saved.shape[1 - dim] == parameter.shape[1 - dim]:
-                _replace_storage(parameter, parameter.new_empty(saved.shape))
+                replace_storage(parameter, parameter.new_empty(saved.shape))
         saved = state_dict.setdefault(prefix + "ungauged", torch.zeros(self.U.shape[0], dtype=torch.bool))
         if saved.shape != self.ungauged.shape and saved.shape == self.U.shape[:1]:
             self.ungauged = self.ungauged.new_empty(saved.shape)
@@ -473,186 +428,13 @@ class GBLRLayer(nn.Module):
         return f"{super().extra_repr()}, components={self.U.shape[0]}{splits}{align}, sigma={sigma}"
 
 
-@torch.no_grad()
-def _replace_storage(parameter: nn.Parameter, value: Tensor) -> None:
-    """Give a parameter other contents of another shape, keeping its identity, also while an old graph is alive."""
-    parameter.grad = None
-    parameter.set_(value)  # type: ignore[call-overload]  # `.data =` would leave the old shape in the graph's metadata
+def check_align(align: int | tuple[int, int]) -> tuple[int, int]:
+    """The tile (rows, columns) that ``align`` means.
 
-
-def _keep_components(parameter: nn.Parameter, dim: int, keep: Tensor, optimizers: Iterable[Optimizer]) -> None:
-    before, grad = parameter.shape, parameter.grad
-    _replace_storage(parameter, parameter.detach().index_select(dim, keep))
-    if grad is not None:
-        parameter.grad = grad.index_select(dim, keep)
-    for optimizer in optimizers:
-        state = optimizer.state.get(parameter, {})
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.dim() == len(before) and value.shape[dim] == before[dim]:
-                state[key] = value.index_select(dim, keep)
-
-
-def _check_align(align: int | tuple[int, int]) -> tuple[int, int]:
+    Raises:
+        ConfigError: Unless it is a positive integer or a pair of them.
+    """
     pair = tuple(align) if isinstance(align, (tuple, list)) else (align, align)
     if len(pair) != 2 or any(not isinstance(tile, int) or tile < 1 for tile in pair):
         raise ConfigError(f"align: need a positive integer or a pair of them, got {align!r}")
     return pair[0], pair[1]
-
-
-class GBLRLinear(GBLRLayer, nn.Linear):
-    """A linear layer ``y = x W^T + b`` with a trainable GBLR weight, in place of ``nn.Linear`` and HF ``Conv1D``.
-
-    Args:
-        matrix: Start of the (out_features, in_features) weight.
-        bias: (out_features,) or ``None``.
-        align: Tile of rows and columns to which intervals snap.
-        dtype: Of the factors; default that of ``matrix``.
-
-    Shape:
-        Input (..., in_features), output (..., out_features).
-    """
-
-    def __init__(
-        self,
-        matrix: StructuredMatrix,
-        bias: Tensor | None = None,
-        *,
-        align: int | tuple[int, int] = 1,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        nn.Module.__init__(self)  # not nn.Linear's: there is no dense weight to allocate
-        self.out_features, self.in_features = matrix.shape
-        self._init_structure(matrix, _check_align(align), dtype or matrix.u.dtype)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]  # nn.Linear's parameter, here computed
-        """The dense (m, n) weight, computed on demand."""
-        return self.to_dense()
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``x W^T + b`` by the factored product or the dense reconstruction, whichever takes fewer multiply-adds."""
-        product = self._choose_product(input.numel() // max(self.in_features, 1), linear=True)
-        if product.rows is not None and product.cols is not None:
-            return self._block_linear(input, product.rows, product.cols)
-        u, v = self.masked_factors()
-        if not product.factored:
-            return F.linear(input, self._dense(u, v, product.rows), self.bias)
-        z = F.linear(input, v)
-        if self.row_splits == 1:
-            return F.linear(z, u.T, self.bias)
-        s = self.row_splits
-        parts = torch.einsum("...sk,skm->...sm", z.unflatten(-1, (s, -1)), u.view(s, -1, u.shape[1]))
-        y = parts.flatten(-2)
-        return y if self.bias is None else y + self.bias
-
-    def _block_linear(self, input: Tensor, rows: MaskedAxis, cols: MaskedAxis) -> Tensor:
-        kind = input.device.type
-        if torch.is_autocast_enabled(kind):
-            input = input.to(torch.get_autocast_dtype(kind))
-        with torch.autocast(kind, enabled=False):
-            return block_linear(
-                input, self._row_factors(), self.V, *self._structure_parameters(), self.bias, rows, cols
-            )
-
-
-class _GBLRConv(GBLRLayer):
-    """Convolutions as c_out x (c_in * prod(kernel)) matrices (paper Sec. 4, MATH: one row per output channel)."""
-
-    bias: Any
-    kernel_size: tuple[int, ...]
-    in_channels: int
-    padding_mode: Any
-    _reversed_padding_repeated_twice: list[int]
-
-    def _init_conv(
-        self, matrix: StructuredMatrix, like: Any, align: int | tuple[int, int], bias: Tensor | None
-    ) -> None:
-        if like.groups != 1:
-            raise ConfigError(f"convolution with groups={like.groups}: only groups=1 can be structured")
-        for name in CONV_ATTRIBUTES:
-            setattr(self, name, getattr(like, name))
-        expected = like.out_channels, like.in_channels * math.prod(like.kernel_size)
-        if matrix.shape != expected:
-            raise ConfigError(f"convolution: weight matrix must be {expected}, got {matrix.shape}")
-        self._init_structure(matrix, _check_align(align), matrix.u.dtype)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
-
-    def _output_positions(self, input: Tensor) -> int:
-        conv: Any = self
-        spatial = input.shape[-len(self.kernel_size) :]
-        positions = math.prod(input.shape[: input.dim() - len(self.kernel_size) - 1])
-        for axis, size in enumerate(spatial):
-            reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
-            named = {"same": reach - 1, "valid": 0}
-            pad = named[conv.padding] if isinstance(conv.padding, str) else 2 * conv.padding[axis]
-            positions *= max((size + pad - reach) // conv.stride[axis] + 1, 0)
-        return positions
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The convolution by two factor convolutions or the dense kernel, whichever takes fewer multiply-adds."""
-        conv: Any = self
-        u, v = self.masked_factors()
-        kernel = (self.in_channels, *self.kernel_size)
-        product = self._choose_product(self._output_positions(input), linear=False)
-        if not product.factored:
-            weight = self._dense(u, v, product.rows).view(-1, *kernel)
-            output: Tensor = conv._conv_forward(input, weight, self.bias)
-            return output
-        z = conv._conv_forward(input, v.view(-1, *kernel), None)
-        convolve = F.conv1d if len(self.kernel_size) == 1 else F.conv2d
-        ones = (1,) * len(self.kernel_size)
-        # One output channel of split i reads the components of split i: a grouped 1 x 1 convolution.
-        s = self.row_splits
-        point = u.view(s, -1, u.shape[1]).transpose(1, 2).flatten(0, 1)
-        return convolve(z, point.reshape(*point.shape, *ones), self.bias, groups=s)
-
-
-class GBLRConv1d(_GBLRConv, nn.Conv1d):
-    """``nn.Conv1d`` with a trainable GBLR weight, the (c_out, c_in * k) matrix.
-
-    Args:
-        matrix: Start of the weight matrix.
-        like: The dense convolution whose geometry is taken over.
-        bias: (c_out,) or ``None``.
-        align: Tile of rows and columns to which intervals snap.
-
-    Raises:
-        ConfigError: If ``groups`` is not 1 or the matrix does not fit.
-    """
-
-    def __init__(
-        self,
-        matrix: StructuredMatrix,
-        like: nn.Conv1d,
-        bias: Tensor | None = None,
-        *,
-        align: int | tuple[int, int] = 1,
-    ) -> None:
-        nn.Module.__init__(self)
-        self._init_conv(matrix, like, align, bias)
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]  # the convolution's parameter, here computed
-        """The dense (c_out, c_in, k) weight, computed on demand."""
-        return self.to_dense().view(self.out_channels, self.in_channels, *self.kernel_size)
-
-
-class GBLRConv2d(_GBLRConv, nn.Conv2d):
-    """``nn.Conv2d`` with a trainable GBLR weight, the (c_out, c_in * kh * kw) matrix; see :class:`GBLRConv1d`."""
-
-    def __init__(
-        self,
-        matrix: StructuredMatrix,
-        like: nn.Conv2d,
-        bias: Tensor | None = None,
-        *,
-        align: int | tuple[int, int] = 1,
-    ) -> None:
-        nn.Module.__init__(self)
-        self._init_conv(matrix, like, align, bias)
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]  # the convolution's parameter, here computed
-        """The dense (c_out, c_in, kh, kw) weight, computed on demand."""
-        return self.to_dense().view(self.out_channels, self.in_channels, *self.kernel_size)
