@@ -7,9 +7,10 @@ Importing this module teaches transformers the quantization method ``"gblr"``, s
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,7 @@ def _class_of(folder: Path, who: str) -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         name = (config.architectures or [None])[0]
     except Exception as error:  # transformers raises many kinds
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"{who}: {str(folder / 'config.json')!r} cannot be used: {lines[0]}") from error
+        raise ConfigError(f"{who}: {str(folder / 'config.json')!r} cannot be used: {_first_line(error)}") from error
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ConfigError(f"{who}: {str(folder / 'config.json')!r} names {name!r}, no model of transformers")
@@ -118,11 +118,22 @@ def empty_network(folder: str | os.PathLike[str], who: str) -> Any:
     Raises:
         ConfigError: If it names no model of transformers.
     """
-    kind, config = _class_of(Path(folder), who)
+    return _on_meta(*_class_of(Path(folder), who), Path(folder), who)
+
+
+def _on_meta(kind: Any, config: Any, folder: Path, who: str) -> Any:
+    config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
-        return kind(config).eval()
+    try:
+        with torch.device("meta"):
+            return kind(config).eval()
+    except Exception as error:  # whatever comes of sizes that make no sense
+        raise ConfigError(f"{who}: {str(folder / 'config.json')!r} cannot be used: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> nn.Module:
@@ -139,10 +150,14 @@ def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> nn.Module
         ConfigError: If it is not such a folder, or damaged.
     """
     folder = Path(folder)
-    kind, _ = _class_of(folder, "load")
+    kind, config = _class_of(folder, "load")
     paths = shard_paths(folder)
     containers = [Container(path) for path in paths]
-    read_headers(containers)  # refused here with our own message, and there by transformers' larger machinery
+    header = read_headers(containers)  # refused here with our own message, and there by transformers' machinery
+    said = getattr(config, "quantization_config", None)
+    if not isinstance(said, dict) or said.get("quant_method") != METHOD:
+        raise ConfigError(f"load: {str(folder / 'config.json')!r} does not name the method {METHOD!r} of its files")
+    _check_complete(_on_meta(kind, config, folder, "load"), containers, header, folder)
     for container in containers:
         for _name, _tensor in container.read_all():
             pass  # the checksum is compared at the end
@@ -153,9 +168,36 @@ def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> nn.Module
     except ConfigError:
         raise
     except (RuntimeError, ValueError, KeyError, OSError, TypeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"load: {str(folder)!r} cannot be loaded: {lines[0]}") from error
+        raise ConfigError(f"load: {str(folder)!r} cannot be loaded: {_first_line(error)}") from error
     return model.eval()
+
+
+def _check_complete(network: nn.Module, containers: Sequence[Container], header: Header, folder: Path) -> None:
+    """Do the files hold each tensor of the network, in its shape and kind of dtype, and no other.
+
+    transformers would draw at random what is missing. Parts of structured weights are checked where they are put
+    together.
+    """
+    entries = {name: entry for container in containers for name, entry in container.entries.items()}
+    parts = {part for name in header.weights for part in part_names(name)}
+    state = network.state_dict(keep_vars=True)
+    said = f"load: {str(folder)!r} does not fit the network of its config.json, or is damaged: "
+    ours = {*header.weights, *(name for name in state if name.rpartition(".")[0] in header.families)}
+    there = {id(tensor) for name, tensor in state.items() if name in entries or name in ours}
+    for name, tensor in state.items():
+        entry = entries.get(name)
+        if id(tensor) not in there and name not in header.torchao:
+            raise ConfigError(f"{said}no tensor {name!r}")
+        if entry is None or name in ours:
+            continue
+        shape = tuple(tensor.shape)
+        if name.rpartition(".")[0] in header.linear:  # a Conv1D's weight, stored as that of an nn.Linear
+            shape = entry.shape if sorted(entry.shape) == sorted(shape) else shape
+        if entry.shape != shape or entry.dtype.is_floating_point != tensor.is_floating_point():
+            raise ConfigError(f"{said}{name!r} is {entry.dtype} {entry.shape}, the network's {shape}")
+    extra = [name for name in entries.keys() - state.keys() - parts if name.rpartition(".")[0] not in header.families]
+    if extra and not header.torchao:
+        raise ConfigError(f"{said}the network has no {min(extra)!r}")
 
 
 @contextlib.contextmanager

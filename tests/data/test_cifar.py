@@ -174,3 +174,53 @@ def test_what_is_missing_or_wrong(tmp_path):
     archive.write_bytes(archive.read_bytes()[:300])
     with pytest.raises(ConfigError, match="is damaged"):
         load_cifar(str(tmp_path), 10)
+
+
+class Text:
+    """Pickled as the call that Python 3 makes for bytes, with arguments of one's choice."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        import codecs
+
+        return codecs.encode, self.arguments
+
+
+@pytest.mark.parametrize("arguments", [("a", "utf8"), (5, "latin1"), ("a", "rot13")])
+def test_text_that_stands_for_no_bytes(arguments):
+    with pytest.raises(ConfigError, match=r"refused: it holds"):
+        read_pickle(pickle.dumps({b"data": Text(*arguments)}, 2), "a file")
+    assert read_pickle(pickle.dumps({b"data": Text("a", "latin1")}, 2), "a file") == {b"data": b"a"}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda values: values.pop(b"data"), "has no data and labels"),
+        (lambda values: values.update({b"data": b"x"}), "has no data and labels"),
+        (lambda values: values.update({b"labels": 3}), "has no data and labels"),
+        (lambda values: values.update({b"labels": ["a"] * 4}), "has no data and labels"),
+        (lambda values: values.update({b"labels": [1, 2]}), "are not CIFAR's"),
+        (lambda values: values.update({b"labels": [1, 2, 3, 10]}), "not in 0"),
+        (lambda values: values.update({b"labels": [1, 2, 3, -1]}), "not in 0"),
+        (lambda values: values.update({b"data": values[b"data"][:, :5]}), "are not CIFAR's"),
+    ],
+)
+def test_batches_that_hold_something_else(tmp_path, change, says):
+    cifar10(tmp_path / "cifar-10-batches-py", python3)
+    pixels, labels = batch(0)
+    values = {b"labels": labels, b"data": pixels}
+    change(values)
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(python3(values))
+    with pytest.raises(ConfigError, match=says) as caught:
+        load_cifar(str(tmp_path), 10)
+    assert "data_batch_3" in str(caught.value)
+
+
+def test_files_of_any_size_are_not_read(tmp_path, monkeypatch):
+    cifar10(tmp_path / "cifar-10-batches-py", python3)
+    monkeypatch.setattr("gblr_plugin.data.cifar._MOST_BYTES", 100)
+    with pytest.raises(ConfigError, match="more than any file of CIFAR"):
+        load_cifar(str(tmp_path), 10)

@@ -139,3 +139,17 @@ def test_labelled_lines_as_in_sst2(tmp_path):
     (tmp_path / "dev.tsv").unlink()
     with pytest.raises(ConfigError, match=r"no labelled text .* looked for train\.tsv and dev\.tsv"):
         labelled_lines(str(tmp_path))
+
+
+def test_a_table_without_a_line(tmp_path):
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / name).write_text("sentence\tlabel\n")
+    with pytest.raises(ConfigError, match="has a header and no line"):
+        labelled_lines(str(tmp_path))
+
+
+def test_more_lines_than_are_held_at_a_time(wikitext, tokenizer, tmp_path, monkeypatch):
+    train, _ = text_parts(str(wikitext), wikitext=True)
+    whole = encode(train, tokenizer, tmp_path / "a")
+    monkeypatch.setattr("gblr_plugin.data.text._LINES", 7)
+    assert encode(train, tokenizer, tmp_path / "b").path.read_bytes() == whole.path.read_bytes()

@@ -9,14 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from werkzeug.test import Client
 
+import gblr_plugin.tensorboard
 from gblr_plugin.structure import StructuredMatrix
 from gblr_plugin.tensorboard import write_structure
 from gblr_plugin.tensorboard.plugin import GBLRPluginLoader
+from gblr_plugin.tensorboard.records import LayerRecord, LayerShape, encode_layer
 
 ROOT = "/data/plugin/gblr/"
 HOSTILE = '"><script>window.hacked=1</script>'
@@ -238,3 +241,43 @@ def test_loader_keeps_enough_samples_unless_told_otherwise() -> None:
         flags = argparse.Namespace(samples_per_plugin=dict(given))
         GBLRPluginLoader().fix_flags(flags)
         assert flags.samples_per_plugin["gblr"] == expected
+
+
+def test_notes_on_broken_records_come_to_an_end(
+    tmp_path: Path, client_of: Callable[..., Client], log_bytes: Callable[..., None]
+) -> None:
+    writer = SummaryWriter(str(tmp_path / "run"))
+    write_structure(writer, {"a": low_rank()}, 0)
+    for step in range(1, 40):
+        log_bytes(writer, "gblr/summary", b"foreign", step)
+        log_bytes(writer, "gblr/structure/a", b"foreign", step, blob=True)
+    writer.close()
+    client = client_of(tmp_path)
+    (run,) = get(client, "runs")["runs"]
+    assert run["steps"] == [0]
+    assert len(run["notes"]) < 39
+    assert run["notes"][-1].endswith("more records skipped")
+    assert get(client, "layer", run="run", layer="a", step=30)["structure"] is None
+
+
+def test_a_structure_under_another_layers_name(
+    tmp_path: Path, client_of: Callable[..., Client], log_bytes: Callable[..., None]
+) -> None:
+    writer = SummaryWriter(str(tmp_path / "run"))
+    write_structure(writer, {"a": low_rank()}, 0)
+    log_bytes(writer, "gblr/structure/a", encode_layer(make_record("b")), 5, blob=True)
+    writer.close()
+    answer = get(client_of(tmp_path), "layer", run="run", layer="a", step=9)
+    assert answer["step"] == 0
+    assert "holds layer 'b' instead" in answer["notes"][0]
+
+
+def make_record(name: str) -> LayerRecord:
+    one = np.ones(1, dtype=np.int64)
+    return LayerRecord(LayerShape(name, 8, 8, (1,)), one, one, one, one, np.ones(1))
+
+
+def test_names_that_the_package_lacks() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        gblr_plugin.tensorboard.nothing  # noqa: B018
+    assert set(gblr_plugin.tensorboard.__all__) == {"structure_image", "write_structure"}

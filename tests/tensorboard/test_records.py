@@ -6,6 +6,7 @@ import dataclasses
 import math
 import struct
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from gblr_plugin.tensorboard.records import (
     LayerShape,
     RecordError,
     StepRecord,
+    _frame,
+    _unframe,
     decode_layer,
     decode_step,
     encode_layer,
@@ -144,3 +147,66 @@ def test_out_of_range_intervals_are_refused() -> None:
     wide = dataclasses.replace(record, row_width=record.row_width + 50)
     with pytest.raises(RecordError, match="intervals out of range"):
         decode_layer(encode_layer(wide))
+
+
+def reframed(encoded: bytes, change: Callable[[bytes], bytes]) -> bytes:
+    """A record whose content is another, framed and compressed as if it were meant so."""
+    kind = encoded[5]
+    return _frame(kind, change(_unframe(encoded, kind)))
+
+
+STEP, LAYER = encode_step(make_step()), encode_layer(make_layer(12, 7, (9,)))
+
+
+def table(text: bytes, count: int = 1) -> bytes:
+    body = struct.pack("<IIdd", len(text), count, 1.0, 0.0) + text
+    return _frame(STEP[5], body + bytes(32 * count))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (reframed(STEP, lambda body: body[:-1]), "too short"),
+        (reframed(STEP, lambda body: body + b"0"), "too long"),
+        (reframed(STEP, lambda body: body[:4] + struct.pack("<I", 2) + body[8:]), "2 layers announced, 3 found"),
+        (reframed(STEP, lambda body: struct.pack("<I", 1 << 30) + body[4:]), "too short"),
+        (encode_step(dataclasses.replace(make_step(), stored=np.array([1, -1, 1]))), "counts out of range"),
+        (encode_step(dataclasses.replace(make_step(), live=np.array([1, -1, 1]))), "counts out of range"),
+        (encode_step(dataclasses.replace(make_step(), live=np.array([1, 6, 1]))), "counts out of range"),
+        (table(b"{}"), "layer table"),
+        (table(b"[3]"), "layer table"),
+        (table(b"[[]]"), "layer table"),
+        (table(b"[["), "layer table"),
+        (table(b"[" * 100_000), "layer table"),
+        (table(b"[[5, 8, 4, [2]]]"), "layer table"),
+        (table(b'[["a", 8.0, 4, [2]]]'), "layer table"),
+        (table(b'[["a", true, 4, [2]]]'), "layer table"),
+        (table(b'[["a", 8, 4, 2]]'), "layer table"),
+        (table(b'[["a", 8, 4, []]]'), "layer table"),
+        (table(b'[["a", 8, 0, [2]]]'), "layer table"),
+        (table(b'[["a", 8, 4, [2, -1]]]'), "layer table"),
+        (table(b'[["a", 8, 4, [2, 1, 1]]]'), "layer table"),  # 8 rows in three parts
+        (table(b'[["a", 8, 4294967296, [2]]]'), "layer table"),
+        (table(b'[["a", 8, 4, [4294967296]]]'), "layer table"),
+    ],
+)
+def test_summaries_that_lie(data: bytes, message: str) -> None:
+    with pytest.raises(RecordError, match=message):
+        decode_step(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda body: body[:4] + b"\x03" + body[5:], "header out of range"),
+        (lambda body: body[:5] + struct.pack("<d", math.nan) + body[13:], "header out of range"),
+        (lambda body: body[:5] + struct.pack("<d", -1.0) + body[13:], "header out of range"),
+        (lambda body: body + b"0", "too long"),
+        (lambda body: body.replace(b"[9]", b"[8]"), "too long"),
+        (lambda body: body.replace(b"[9]", b"99]"), "layer table"),
+        (lambda body: body.replace(b",7,", b",1,"), "intervals out of range"),
+    ],
+)
+def test_layers_that_lie(change: Callable[[bytes], bytes], message: str) -> None:
+    with pytest.raises(RecordError, match=message):
+        decode_layer(reframed(LAYER, change))

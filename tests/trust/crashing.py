@@ -147,6 +147,10 @@ def lightning(folder: Path) -> None:
 def compress(folder: Path) -> None:
     from gblr_plugin.sharded import CompressSettings, compress_folder
 
+    out = folder / "out"
+    if (out / "config.json").exists() and not list(out.glob(".*/task.json")):  # killed after the last of it
+        (folder / "done.pt").touch()
+        return
     compress_folder(folder.parent / "dense", folder / "out", CompressSettings(0.5, method="trapezoid"))
     (folder / "done.pt").touch()
 

@@ -1,0 +1,147 @@
+"""Mutation testing: change the source in one place at a time, and see whether a test of that module notices.
+
+Run ``python integration/mutation.py [MODULE ...] [--sample 1.0] [--output survivors.json]``; it needs ``cosmic-ray``,
+whose operators make the mutants. Its own runner starts a process per mutant, of which each would import torch for
+seconds; here one process has imported the hosts and forks a child per mutant, to which the changed source is given at
+the import. No file is written. Annotations are left alone: they are not evaluated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib.abc
+import importlib.util
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import cosmic_ray.plugins
+import hypothesis
+import numba
+import pytest
+import torch
+import torch._dynamo
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+
+ROOT = Path(__file__).parents[1]
+SCOPE = {name: f"tests/test_{name}.py" for name in ("mask", "proximal", "schedule", "structure", "budget")}
+SECONDS = 60.0  # more than twice what the slowest of these files takes; beyond, a mutant counts as noticed
+PRELOADED = (hypothesis, numba, torch._dynamo)
+
+
+class Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module from a text."""
+
+    def __init__(self, name: str, path: Path, text: str) -> None:
+        self.name, self.path, self.text = name, path, text
+
+    def find_spec(self, name: str, path: object, target: object = None) -> object:
+        """Of this module alone."""
+        if name != self.name:
+            return None
+        return importlib.util.spec_from_file_location(name, self.path, loader=self)
+
+    def exec_module(self, module: object) -> None:
+        """Run the text in its place."""
+        exec(compile(self.text, str(self.path), "exec"), vars(module))
+
+
+def annotated(text: str) -> set[tuple[int, int]]:
+    """Places (line, column) within annotations."""
+    places = set()
+    for node in ast.walk(ast.parse(text)):
+        for part in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+            if part is not None:
+                places |= {(inner.lineno, inner.col_offset) for inner in ast.walk(part) if hasattr(inner, "lineno")}
+                places |= {(part.lineno, column) for column in range(part.col_offset, part.end_col_offset)}
+    return places
+
+
+def mutants(text: str) -> Iterator[tuple[str, int, str]]:
+    """(operator, line, changed source) of all mutants of a source."""
+    tree, skipped = get_ast(text), annotated(text)
+    for name in sorted(cosmic_ray.plugins.operator_names()):
+        kind = cosmic_ray.plugins.get_operator(name)
+        if kind.arguments():
+            continue
+        operator = kind()
+        positions = [place for node in ast_nodes(tree) for place in operator.mutation_positions(node)]
+        for occurrence, (start, _) in enumerate(positions):
+            if tuple(start) not in skipped:
+                yield name.removeprefix("core/"), start[0], mutate_code(text, operator, occurrence)
+
+
+def noticed(module: str, tests: str, text: str | None) -> tuple[bool, str]:
+    """Whether the tests fail in a child with the changed source, and how it ended."""
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 1)
+        os.dup2(silent, 2)
+        if text is not None:
+            path = ROOT / "gblr_plugin" / f"{module}.py"
+            sys.meta_path.insert(0, Mutated(f"gblr_plugin.{module}", path, text))
+        try:
+            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", str(ROOT / tests)]))
+        except BaseException:
+            code = 1
+        os._exit(code)
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status != 0, "failed" if os.WIFEXITED(status) else "crashed"
+        time.sleep(0.01)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return True, "too slow"
+
+
+def change(before: str, after: str) -> str:
+    """The changed lines."""
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
+    return "\n".join(line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("modules", nargs="*", default=list(SCOPE), metavar="MODULE", help=", ".join(SCOPE))
+    parser.add_argument("--sample", type=float, default=1.0, help="share of the mutants, drawn at random")
+    parser.add_argument("--output", type=Path, help="survivors as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    survivors, draw = [], random.Random(0)
+    for module in options.modules:
+        text = (ROOT / "gblr_plugin" / f"{module}.py").read_text(encoding="utf-8")
+        if noticed(module, SCOPE[module], None)[0]:
+            raise SystemExit(f"{SCOPE[module]} fails without any change")
+        begun, ends = time.monotonic(), Counter()
+        for operator, line, changed in mutants(text):
+            if draw.random() >= options.sample:
+                continue
+            caught, how = noticed(module, SCOPE[module], changed)
+            ends[how if caught else "survived"] += 1
+            if not caught:
+                survivors.append({"module": module, "line": line, "by": operator, "change": change(text, changed)})
+                print(f"{module}.py:{line} {operator}\n{survivors[-1]['change']}", flush=True)
+        counts = ", ".join(f"{count} {how}" for how, count in sorted(ends.items()))
+        print(f"== {module}: {sum(ends.values())} mutants: {counts}; {time.monotonic() - begun:.0f} s", flush=True)
+        if options.output:
+            options.output.write_text(json.dumps(survivors, indent=1), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
