@@ -25,7 +25,8 @@ class _Wrap(nn.Module):
         return weight
 
     def right_inverse(self, weight: GBLRTensor) -> list[Tensor]:
-        self.names, self.facts = weight.__tensor_flatten__()
+        names, self.facts = weight.__tensor_flatten__()
+        self.names = [name for name in names if name != "matrix"]
         return [getattr(weight, name) for name in self.names]
 
 

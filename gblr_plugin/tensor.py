@@ -10,11 +10,11 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode, return_and_correct_aliasing
 
 from .errors import ConfigError, GBLRError
 from .kernels import product
-from .kernels.layout import Block, Layout, narrowed, pack, quantize, to_dense, unpack
+from .kernels.layout import Block, Layout, narrowed, pack_for, quantize, to_dense, unpack
 from .kernels.measure import is_stale, measured_plan
 from .kernels.plan import BUCKETS, Plan, fixed_plan, predicted_cost
 from .kernels.quick import Launcher, launcher
@@ -46,6 +46,8 @@ class GBLRTensor(TorchAOBaseTensor):
             so.
         lists: int32, the component list of each block, then row widths, row starts, column widths and column starts.
         scales: Of int8 factors only: (components,), or (rows,) of a dense matrix, in the dtype of the tensor.
+        matrix: The matrix itself in the outer shape, beside the factors, where the plan multiplies some or all numbers
+            of tokens by it: in small weights structure saves less than it takes to start. Files do not hold it.
 
     Non-Tensor Attributes:
         packing: Static offsets into both buffers (:class:`~gblr_plugin.kernels.layout.Layout`).
@@ -55,7 +57,7 @@ class GBLRTensor(TorchAOBaseTensor):
 
     tensor_data_names: ClassVar[list[str]] = ["factors", "lists"]
     tensor_attribute_names: ClassVar[list[str]] = ["packing", "plan", "outer_shape"]
-    optional_tensor_data_names: ClassVar[list[str]] = ["scales"]
+    optional_tensor_data_names: ClassVar[list[str]] = ["scales", "matrix"]
 
     factors: Tensor
     lists: Tensor
@@ -63,6 +65,8 @@ class GBLRTensor(TorchAOBaseTensor):
     plan: Plan
     outer_shape: tuple[int, ...]
     scales: Tensor | None
+    matrix: Tensor | None
+    dense_elements: int | None
     _launcher: Launcher | None = None
     _launches: tuple[Layout, Plan] | None = None  # what the launcher was made for
 
@@ -74,6 +78,7 @@ class GBLRTensor(TorchAOBaseTensor):
         plan: Plan,
         outer_shape: tuple[int, ...],
         scales: Tensor | None = None,
+        matrix: Tensor | None = None,
     ) -> GBLRTensor:
         """Wrap buffers packed by :func:`~gblr_plugin.kernels.layout.pack`."""
         return torch.Tensor._make_wrapper_subclass(
@@ -92,6 +97,7 @@ class GBLRTensor(TorchAOBaseTensor):
         plan: Plan,
         outer_shape: tuple[int, ...],
         scales: Tensor | None = None,
+        matrix: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.factors = factors
@@ -100,10 +106,30 @@ class GBLRTensor(TorchAOBaseTensor):
         self.plan = plan
         self.outer_shape = tuple(outer_shape)
         self.scales = scales
+        self.matrix = matrix
+        self.dense_elements = self._dense_elements()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and files carry: all but the launcher, which every process makes for itself."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("_launcher", "_launches")}
+        """What copies and files carry: all but the launcher and the matrix, which are made anew."""
+        left_out = ("_launcher", "_launches", "matrix", "dense_elements")
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
+
+    def _dense_elements(self) -> int | None:
+        """Largest number of an input's elements that takes the matrix, ``None`` for any."""
+        limit = self.plan.dense_up_to
+        return None if limit is None else limit * prod(self.outer_shape[1:])
+
+    def _own_matrix(self) -> Tensor | None:
+        """The matrix, where the plan multiplies by it beside factors that can be multiplied out."""
+        wanted = self.plan.keeps_matrix and self.scales is None and not self.packing.dense
+        return self.to_dense().contiguous() if wanted else None
+
+    def with_matrix(self) -> GBLRTensor:
+        """The weight with the matrix beside its factors where its plan multiplies by it, else itself."""
+        matrix = self._own_matrix() if self.matrix is None else None
+        if matrix is None:
+            return self
+        return GBLRTensor(self.factors, self.lists, self.packing, self.plan, self.outer_shape, self.scales, matrix)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -142,8 +168,9 @@ class GBLRTensor(TorchAOBaseTensor):
         Args:
             matrix: The (m, n) weight; its dtype and device are kept, components without cost are dropped.
             shape: Outer shape; (m, n) by default, (c_out, c_in, k...) with c_in * prod(k) = n for a convolution.
-            plan: ``None`` or ``"fixed"``: by the cost model. ``"auto"``: measured here and now (with factors as they
-                are, also if they become int8). Or a plan.
+            plan: ``None`` or ``"fixed"``: by the cost model. ``"factors"``: the same, but never the matrix beside the
+                factors, so less memory. ``"auto"``: measured here and now (with factors as they are, also if they
+                become int8). Or a plan.
             factor_dtype: ``None`` keeps the factors; ``"int8"`` rounds them, see :meth:`quantize`.
 
         Raises:
@@ -165,20 +192,22 @@ class GBLRTensor(TorchAOBaseTensor):
             )
         matrix = StructuredMatrix(matrix.u.detach(), matrix.v.detach(), matrix.rows, matrix.cols, matrix.split_sizes)
         unit, int8 = prod(shape[2:]), factor_dtype == "int8"
-        if plan is None or plan == "fixed":
-            plan = fixed_plan(matrix, unit, int8)
-        elif plan == "auto":
+        if plan == "auto" and len(shape) == 2:
+            plan = measured_plan(matrix, int8=int8)
+        elif plan is None or plan in ("fixed", "auto"):
             # The time of a convolution depends on the size of its input: its plan follows from the cost model.
-            plan = measured_plan(matrix, int8=int8) if len(shape) == 2 else fixed_plan(matrix, unit, int8)
+            plan = fixed_plan(matrix, unit, int8)
+        elif plan == "factors":
+            plan = fixed_plan(matrix, unit, int8, beside=False)
         if not isinstance(plan, Plan):
-            raise ConfigError(f"GBLR tensor: plan must be 'fixed', 'auto' or a Plan, got {plan!r}")
+            raise ConfigError(f"GBLR tensor: plan must be 'fixed', 'factors', 'auto' or a Plan, got {plan!r}")
         if plan.block_cols % unit:
             raise ConfigError(
                 f"GBLR tensor: block_cols of a convolution must be a multiple of its {unit} taps, got {plan.block_cols}"
             )
-        layout, values, index = pack(matrix, plan.block_rows, plan.block_cols)
+        layout, values, index = pack_for(matrix, plan.block_rows, plan.block_cols)
         weight = cls(values, index, layout, plan, shape)
-        return weight if factor_dtype is None else weight.quantize()
+        return weight.with_matrix() if factor_dtype is None else weight.quantize()
 
     @torch.compiler.disable
     def quantize(self) -> GBLRTensor:
@@ -190,7 +219,7 @@ class GBLRTensor(TorchAOBaseTensor):
             return self
         factors, scales = quantize(self.packing, self.factors, self.lists)
         packing, lists = narrowed(self.packing, self.lists)
-        return GBLRTensor(factors, lists, packing, self.plan, self.outer_shape, scales)
+        return GBLRTensor(factors, lists, packing, self.plan.by_factors(), self.outer_shape, scales)
 
     def replan(self, plan: Plan | str = "auto") -> GBLRTensor:
         """The same weight under another plan, for example measured anew on the device it now lies on."""
@@ -208,9 +237,13 @@ class GBLRTensor(TorchAOBaseTensor):
         """
         splits = self.packing.transposed and len(self.packing.split_sizes) > 1  # these cannot be taken apart
         real = type(self.factors) is Tensor and not self.factors.is_meta
-        if not real or splits or self.packing.dense or not is_stale(self.plan, self.device, self.dtype):
+        if not real or splits or self.packing.dense:
             return self
-        return self.replan("auto")
+        if is_stale(self.plan, self.device, self.dtype):
+            return self.replan("auto")
+        if self.packing.narrow and self.scales is None and not self.factors.is_cpu:
+            return self.replan(self.plan)  # kernels there take wide lists
+        return self
 
     def to_structured(self) -> StructuredMatrix:
         """The components stored, in their order; dense storage comes back as one component per row.
@@ -237,8 +270,9 @@ class GBLRTensor(TorchAOBaseTensor):
 
     @property
     def nbytes_stored(self) -> int:
-        """Bytes of all buffers: factors, lists and scales."""
-        return self.factors.nbytes + self.lists.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        """Bytes of all buffers: factors, lists, scales and the matrix beside them."""
+        parts = (self.factors, self.lists, self.scales, self.matrix)
+        return sum(part.nbytes for part in parts if part is not None)
 
     @property
     def stored(self) -> int:
@@ -272,6 +306,13 @@ class GBLRTensor(TorchAOBaseTensor):
         )
 
 
+def _set_state(weight: GBLRTensor, state: dict[str, Any]) -> None:
+    """Take what ``__getstate__`` gave, or an older file that knows no scales."""
+    weight.__dict__.update({"scales": None, **state})
+    weight.matrix, weight.dense_elements = weight._own_matrix(), weight._dense_elements()
+
+
+GBLRTensor.__setstate__ = _set_state  # torchao puts its own in place of a class's
 implements = GBLRTensor.implements
 implements_torch_function = GBLRTensor.implements_torch_function
 
@@ -313,6 +354,8 @@ def _linear(x: Tensor, weight: GBLRTensor, bias: Tensor | None) -> Tensor:
     # A trace with a dynamic batch must not ask how many tokens there are.
     tokens = BUCKETS[-1] if torch.compiler.is_compiling() else rows.shape[0]
     kernel = weight.plan.kernel(tokens)
+    if kernel == "dense" and weight.matrix is not None and not is_in_torch_dispatch_mode():
+        return F.linear(x, weight.matrix, bias)
     with _no_autocast(x):
         y = product.linear(rows, factors, weight.lists, weight.packing, bias, kernel, scales)
     return y.view(*x.shape[:-1], m)
@@ -372,11 +415,13 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
         batched = x.dim() == dims + 2
         x = x if batched else x.unsqueeze(0)
         with _no_autocast(input):
+            kernel = weight.plan.kernels[-1][1]
             if weight.packing.dense:
                 dense = to_dense(weight.packing, factors, weight.lists, scales).reshape(weight.outer_shape)
                 y = func(x, dense, bias, *options)
+            elif kernel == "dense" and weight.matrix is not None and not is_in_torch_dispatch_mode():
+                y = func(x, weight.matrix.to(x.dtype), bias, *options)
             else:
-                kernel = weight.plan.kernels[-1][1]
                 sizes = weight.outer_shape[2:]
                 y = product.convolution(x, factors, weight.lists, weight.packing, bias, sizes, *options, kernel, scales)
         result: Tensor = y if batched else y.squeeze(0)
@@ -400,6 +445,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
         self.plan,
         self.outer_shape,
         self.scales.to(dtype=dtype, **options) if int8 else None,
+        None if self.matrix is None else self.matrix.to(dtype=dtype, **options),
     )
     if moved.device.type != self.device.type and not torch.compiler.is_compiling():
         moved = moved.settled()
@@ -410,7 +456,10 @@ def _transposed(func: Any, args: Any, kwargs: Any) -> GBLRTensor:
     self = args[0]
     if len(self.outer_shape) != 2:
         raise GBLRError(f"GBLR tensor: only 2-D weights can be transposed, this one is {self.outer_shape}")
-    result = GBLRTensor(self.factors, self.lists, self.packing.t(), self.plan, self.outer_shape[::-1], self.scales)
+    matrix = None if self.matrix is None else self.matrix.t()
+    result = GBLRTensor(
+        self.factors, self.lists, self.packing.t(), self.plan, self.outer_shape[::-1], self.scales, matrix
+    )
     return return_and_correct_aliasing(func, args, kwargs, result)  # type: ignore[no-any-return]  # untyped in torch
 
 

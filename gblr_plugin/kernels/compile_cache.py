@@ -14,11 +14,13 @@ from typing import Any
 
 import llvmlite
 import numba
+from numba import types
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.ccallback import CFunc
 
-__all__ = ["compiled"]
+__all__ = ["compiled", "worker"]
 
-_SOURCES = ("simd.py", "simd_bfloat16.py", "numba_cpu.py", "numba_bfloat16.py", "numba_masks.py")
+_SOURCES = ("simd.py", "simd_bfloat16.py", "numba_cpu.py", "numba_bfloat16.py", "numba_masks.py", "numba_team.py")
 _REORDER = {"reassoc", "contract", "nsz"}  # sums may be reordered, which vector lanes need
 _logger = logging.getLogger(__name__)
 
@@ -78,11 +80,30 @@ def compiled(variant: str, keep: bool = False, fast: bool = False) -> Callable[[
     def decorate(function: Any) -> Any:
         function.__qualname__ = f"{function.__name__}_{variant}"
         dispatcher = numba.njit(nogil=True, fastmath=_REORDER if fast else False)(function)
-        if keep and _DIGEST:
-            try:
-                dispatcher._cache = _Cache(function)
-            except (RuntimeError, OSError, AttributeError, ImportError) as error:  # no place, or another numba
-                _logger.debug("compiled kernels are not kept: %r", error)
+        if keep:
+            _keep(dispatcher, function)
         return dispatcher
+
+    return decorate
+
+
+def _keep(made: Any, function: Any) -> None:
+    if not _DIGEST:
+        return
+    try:
+        made._cache = _Cache(function)
+    except (RuntimeError, OSError, AttributeError, ImportError) as error:  # no place, or another numba
+        _logger.debug("compiled kernels are not kept: %r", error)
+
+
+def worker(variant: str) -> Callable[[Any], CFunc]:
+    """Decorator: a C function of one address (int64), kept like those of :func:`compiled`; compiled at once."""
+
+    def decorate(function: Any) -> CFunc:
+        function.__qualname__ = f"{function.__name__}_{variant}"
+        made = CFunc(function, ((types.int64,), types.void), {}, {"error_model": "numpy"})
+        _keep(made, function)
+        made.compile()
+        return made
 
     return decorate

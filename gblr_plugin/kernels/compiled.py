@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .layout import Block, Layout, is_narrow
+from .layout import Block, Layout
 
 __all__ = ["available", "linear"]
 
@@ -51,9 +51,9 @@ def _kernel(kind: str) -> Callable[..., Tensor]:
         from . import triton_cuda
 
         return triton_cuda.product
-    from . import numba_cpu
+    from . import numba_team
 
-    return numba_cpu.product
+    return numba_team.product
 
 
 def _scaled(scales: Tensor | None) -> dict[str, Tensor]:
@@ -137,14 +137,12 @@ def _side(table_at: int, blocks: tuple[Block, ...], groups_at: int) -> tuple[int
     return table_at, len(blocks), groups_at, blocks[0].stop - blocks[0].start
 
 
-def fits(layout: Layout, device: torch.device, dtype: torch.dtype, int8: bool = False) -> bool:
-    """Do the blocks of a layout suit the kernel: at most 128 wide on CUDA, on even borders for bfloat16 on the CPU."""
-    if layout.narrow != (int8 and is_narrow(layout.num_components, *layout.shape)):
-        return False  # the lists of a kernel for int8 factors are as narrow as can be, those of others are int32
+def fits(layout: Layout, device: torch.device, dtype: torch.dtype) -> bool:
+    """Does a layout suit the kernel: on CUDA wide lists and blocks up to 128, on the CPU even borders for bfloat16."""
     rows, cols = layout.row_blocks[0], layout.col_blocks[0]
     widths = rows.stop - rows.start, cols.stop - cols.start
     if device.type == "cuda":
-        return max(widths) <= WIDEST
+        return not layout.narrow and max(widths) <= WIDEST
     split_axis = layout.shape[1 if layout.transposed else 0] // len(layout.split_sizes)
     return dtype != torch.bfloat16 or not any(size % 2 for size in (*widths, *layout.shape, split_axis))
 

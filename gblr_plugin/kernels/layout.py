@@ -30,6 +30,7 @@ __all__ = [
     "is_narrow",
     "narrowed",
     "pack",
+    "pack_for",
     "padded_entries",
     "quantize",
     "to_dense",
@@ -73,7 +74,7 @@ class Layout:
         dense: The values are the (m, n) matrix itself, row-major (or (n, m) if ``transposed``).
         transposed: The matrix is the transpose of the one that was packed.
         narrow: Lists and intervals are 16 bits wide, two to a word of the index buffer, and there are no groups: beside
-            int8 factors, whose lists would else weigh as much as they. Kernels for CUDA do not take them.
+            small or int8 factors lists would else weigh too much. Kernels for CUDA do not take them.
     """
 
     shape: tuple[int, int]
@@ -311,7 +312,7 @@ def interval_facts(layout: Layout, index: Tensor) -> Tensor:
 
 
 def is_narrow(num_components: int, *lengths: int) -> bool:
-    """Are lists and intervals of this many components, on axes of these lengths, 16 bits wide beside int8 factors."""
+    """Do 16 bits hold lists and intervals of this many components, on axes of these lengths."""
     return num_components <= 1 << 15 and max(lengths) < 1 << 16
 
 
@@ -337,6 +338,14 @@ def narrowed(layout: Layout, index: Tensor) -> tuple[Layout, Tensor]:
         narrow=True,
     )
     return moved, torch.cat([lists, facts, index[ends : min(layout.col_groups_at, layout.row_groups_at)]])
+
+
+def pack_for(matrix: StructuredMatrix, block_rows: int, block_cols: int) -> tuple[Layout, Tensor, Tensor]:
+    """As :func:`pack`, with the lists that the kernels of the matrix's device take: narrow ones on the CPU."""
+    layout, values, index = pack(matrix, block_rows, block_cols)
+    if values.is_cpu:
+        layout, index = narrowed(layout, index)
+    return layout, values, index
 
 
 def quantize(layout: Layout, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

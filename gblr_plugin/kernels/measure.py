@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from ..structure import StructuredMatrix
 from . import compiled, product
-from .layout import Layout, pack
-from .plan import Plan, candidates, dense_plan
+from .layout import Layout, pack_for
+from .plan import MATRIX, Plan, candidates, dense_plan
 
 __all__ = ["circumstances", "interleaved_medians", "is_stale", "measured_plan"]
 
@@ -112,8 +112,9 @@ def measured_plan(matrix: StructuredMatrix, buckets: tuple[int, ...] = (1, 16, 2
         int8: The factors will be int8: that decides which storages are lean enough; they are timed as they are.
 
     Returns:
-        The plan whose times over dense have the least geometric mean over the buckets, dense storage if none beats
-        dense by that measure. Equal structures on one device reuse the measurement.
+        The plan whose times over dense, no more than 1, have the least geometric mean over the buckets. Where dense
+        is faster at some numbers of tokens the plan takes it there, with the matrix beside the factors; dense storage
+        if it is at all of them and the matrix is not small. Equal structures on one device reuse the measurement.
     """
     key = (*_key(matrix), buckets, int8)
     if key not in _CACHE:
@@ -125,8 +126,10 @@ def _measure(matrix: StructuredMatrix, buckets: tuple[int, ...], int8: bool) -> 
     device, dtype = matrix.u.device, matrix.u.dtype
     facts = circumstances(device, dtype)
     dense = matrix.to_dense()
-    packed = [(plan, *pack(matrix, plan.block_rows, plan.block_cols)) for plan in _storages(matrix, int8)]
+    packed = [(plan, *pack_for(matrix, plan.block_rows, plan.block_cols)) for plan in _storages(matrix, int8)]
     names = ["compiled", "blocks"] if compiled.available(device, dtype) else ["blocks"]
+    small = not int8 and dense.nbytes <= MATRIX
+    slack = 1.0 if small else 1.05  # a large matrix is kept beside its factors for a clear gain alone
     ratios: list[list[tuple[float, str]]] = [[] for _ in packed]  # best (time over dense, kernel) per bucket
     for tokens in buckets:
         x = torch.randn(tokens, matrix.shape[1], device=device, dtype=dtype)
@@ -136,10 +139,11 @@ def _measure(matrix: StructuredMatrix, buckets: tuple[int, ...], int8: bool) -> 
         reference, *times = interleaved_medians(calls, device, SECONDS)
         for number in range(len(packed)):
             own = times[number * len(names) : (number + 1) * len(names)]
-            ratios[number].append(min((taken / reference, name) for taken, name in zip(own, names, strict=True)))
+            fastest = min((taken / reference, name) for taken, name in zip(own, names, strict=True))
+            ratios[number].append(fastest if fastest[0] < slack else (1.0, "dense"))
     means = [math.exp(statistics.fmean(math.log(ratio) for ratio, _ in per_bucket)) for per_bucket in ratios]
     best = min(range(len(packed)), key=means.__getitem__)
-    if means[best] >= 1.0:
+    if means[best] >= 1.0 and not small:
         return replace(dense_plan(), **facts)  # type: ignore[arg-type]  # keys are fields of Plan
     return replace(
         packed[best][0],

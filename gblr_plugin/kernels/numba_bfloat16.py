@@ -6,6 +6,10 @@ of a row block are woven into pairs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import cast
+
 import numpy as np
 from numba import njit
 
@@ -17,11 +21,6 @@ __all__ = ["product_part"]
 
 CHUNK = 256  # tokens per pass; fewer passes over the factors pay more than a z in the second-level cache
 _TABLE = 20  # bytes of a block's row in the table
-_reduce_8, _reduce_4, _reduce_2, _reduce_1 = (reduce_tile(r, 2) for r in (8, 4, 2, 1))
-_single_8, _single_4, _single_2, _single_1 = (reduce_tile(r, 1) for r in (8, 4, 2, 1))
-_expand_8, _expand_4, _expand_2, _expand_1 = (expand_tile(t, 2, False) for t in (8, 4, 2, 1))
-_tail_8, _tail_4, _tail_2, _tail_1 = (expand_tile(t, 1, True) for t in (8, 4, 2, 1))
-_pairs = pair_tile()
 
 
 @njit(nogil=True)
@@ -39,100 +38,122 @@ def _pack(x, x_row, tokens, tiles, pairs, packed):
                 packed[at + p * LANES] = load_int32(x + t * x_row * 2 + p * 4) if t < tokens else 0
 
 
-@njit(nogil=True)
-def _stage_one(factors, lists, table, blocks, x, pairs, z, num, tiles):
-    x_tile, z_tile = pairs * LANES, num * LANES
-    for b in range(blocks):
-        row = table + b * _TABLE
-        start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
-        entries, v = lists + load_int32(row + 12) * 4, factors + load_int32(row + 16) * 2
-        panel, half = x + start // 2 * LANES * 4, width // 2
-        i = 0
-        while i < count:
-            size = _size(count - i)
-            v_i, list_i = v + i * width * 2, entries + i * 4
-            tile = 0
-            while tile < tiles:
-                x_i, z_i = panel + tile * x_tile * 4, z + tile * z_tile * 4
-                if tiles - tile >= 2:
-                    if size == 8:
-                        _reduce_8(v_i, width, half, x_i, x_tile, z_i, z_tile, list_i)
-                    elif size == 4:
-                        _reduce_4(v_i, width, half, x_i, x_tile, z_i, z_tile, list_i)
-                    elif size == 2:
-                        _reduce_2(v_i, width, half, x_i, x_tile, z_i, z_tile, list_i)
-                    else:
-                        _reduce_1(v_i, width, half, x_i, x_tile, z_i, z_tile, list_i)
-                    tile += 2
-                else:
-                    if size == 8:
-                        _single_8(v_i, width, half, x_i, x_tile, z_i, z_tile, list_i)
-                    elif size == 4:
-                        _single_4(v_i, width, half, x_i, x_tile, z_i, z_tile, list_i)
-                    elif size == 2:
-                        _single_2(v_i, width, half, x_i, x_tile, z_i, z_tile, list_i)
-                    else:
-                        _single_1(v_i, width, half, x_i, x_tile, z_i, z_tile, list_i)
-                    tile += 1
-            i += size
+@cache
+def product_part(narrow: bool) -> Callable[..., None]:
+    """The product for lists of int16, or int32."""
+    variant, word = ("bfloat16_narrow", 2) if narrow else ("bfloat16", 4)
+    reduce_8, reduce_4, reduce_2, reduce_1 = (reduce_tile(r, 2, narrow) for r in (8, 4, 2, 1))
+    single_8, single_4, single_2, single_1 = (reduce_tile(r, 1, narrow) for r in (8, 4, 2, 1))
+    expand_8, expand_4, expand_2, expand_1 = (expand_tile(t, 2, False) for t in (8, 4, 2, 1))
+    tail_8, tail_4, tail_2, tail_1 = (expand_tile(t, 1, True) for t in (8, 4, 2, 1))
+    pairs_of = pair_tile(narrow)
 
-
-@njit(nogil=True)
-def _stage_two(factors, lists, table, blocks, z, num, tokens, words, y, y_stride, bias):
-    for b in range(blocks):
-        row = table + b * _TABLE
-        start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
-        entries, u = lists + load_int32(row + 12) * 4, factors + load_int32(row + 16) * 2
-        for first in range(0, tokens, LANES):
-            _pairs(z + first * num * 4, entries, count, words)
-            last = min(tokens - first, LANES)
-            j = 0
-            while j < width:
-                whole = width - j >= 2 * LANES
-                lanes = min(width - j, LANES)
-                u_j = u + j * 2
-                bias_j = bias + (start + j) * 2 if bias != 0 else 0
-                t = 0
-                while t < last:
-                    size = _size(last - t)
-                    z_t, y_t = words + t * 4, y + ((first + t) * y_stride + start + j) * 2
-                    if whole:
+    @compiled(variant)
+    def stage_one(factors, lists, table, blocks, x, pairs, z, num, tiles):
+        x_tile, z_tile = pairs * LANES, num * LANES
+        for b in range(blocks):
+            row = table + b * _TABLE
+            start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
+            entries, v = lists + load_int32(row + 12) * word, factors + load_int32(row + 16) * 2
+            panel, half = x + start // 2 * LANES * 4, width // 2
+            i = 0
+            while i < count:
+                size = _size(count - i)
+                v_i, list_i = v + i * width * 2, entries + i * word
+                tile = 0
+                while tile < tiles:
+                    x_i, z_i = panel + tile * x_tile * 4, z + tile * z_tile * 4
+                    if tiles - tile >= 2:
                         if size == 8:
-                            _expand_8(z_t, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                            reduce_8(v_i, width, half, x_i, x_tile, z_i, z_tile, list_i)
                         elif size == 4:
-                            _expand_4(z_t, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                            reduce_4(v_i, width, half, x_i, x_tile, z_i, z_tile, list_i)
                         elif size == 2:
-                            _expand_2(z_t, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                            reduce_2(v_i, width, half, x_i, x_tile, z_i, z_tile, list_i)
                         else:
-                            _expand_1(z_t, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                            reduce_1(v_i, width, half, x_i, x_tile, z_i, z_tile, list_i)
+                        tile += 2
                     else:
                         if size == 8:
-                            _tail_8(z_t, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                            single_8(v_i, width, half, x_i, x_tile, z_i, z_tile, list_i)
                         elif size == 4:
-                            _tail_4(z_t, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                            single_4(v_i, width, half, x_i, x_tile, z_i, z_tile, list_i)
                         elif size == 2:
-                            _tail_2(z_t, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                            single_2(v_i, width, half, x_i, x_tile, z_i, z_tile, list_i)
                         else:
-                            _tail_1(z_t, count, u_j, width, y_t, y_stride, bias_j, lanes)
-                    t += size
-                j += 2 * LANES if whole else lanes
+                            single_1(v_i, width, half, x_i, x_tile, z_i, z_tile, list_i)
+                        tile += 1
+                i += size
 
+    @compiled(variant)
+    def stage_two(factors, lists, table, blocks, z, num, tokens, words, y, y_stride, bias):
+        for b in range(blocks):
+            row = table + b * _TABLE
+            start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
+            entries, u = lists + load_int32(row + 12) * word, factors + load_int32(row + 16) * 2
+            for first in range(0, tokens, LANES):
+                pairs_of(z + first * num * 4, entries, count, words)
+                last = min(tokens - first, LANES)
+                j = 0
+                while j < width:
+                    whole = width - j >= 2 * LANES
+                    lanes = min(width - j, LANES)
+                    u_j = u + j * 2
+                    bias_j = bias + (start + j) * 2 if bias != 0 else 0
+                    t = 0
+                    while t < last:
+                        size = _size(last - t)
+                        z_t, y_t = words + t * 4, y + ((first + t) * y_stride + start + j) * 2
+                        if whole:
+                            if size == 8:
+                                expand_8(z_t, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                            elif size == 4:
+                                expand_4(z_t, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                            elif size == 2:
+                                expand_2(z_t, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                            else:
+                                expand_1(z_t, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                        else:
+                            if size == 8:
+                                tail_8(z_t, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                            elif size == 4:
+                                tail_4(z_t, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                            elif size == 2:
+                                tail_2(z_t, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                            else:
+                                tail_1(z_t, count, u_j, width, y_t, y_stride, bias_j, lanes)
+                        t += size
+                    j += 2 * LANES if whole else lanes
 
-@compiled("bfloat16", keep=True)
-def product_part(x, x_row, x_column, tokens, n, factors, lists, cols_at, cols, rows_at, rows, num, bias, y, y_stride):
-    """``x @ W.T + bias`` for some tokens, from addresses; x_column must be 1, block borders even."""
-    pairs = n // 2
-    tiles = (min(tokens, CHUNK) + LANES - 1) // LANES
-    packed = np.empty(tiles * pairs * LANES + 1, np.int32)
-    z = np.empty(tiles * num * LANES + 1, np.float32)
-    words = np.empty((num // 2 + 1) * LANES, np.int32)
-    for at in range(0, tokens, CHUNK):
-        part = min(tokens - at, CHUNK)
-        tiles = (part + LANES - 1) // LANES
-        _pack(x + at * x_row * 2, x_row, part, tiles, pairs, packed)
-        z[:] = 0.0
-        _stage_one(factors, lists, lists + cols_at * 4, cols, packed.ctypes.data, pairs, z.ctypes.data, num, tiles)
-        y_at = y + at * y_stride * 2
-        _stage_two(
-            factors, lists, lists + rows_at * 4, rows, z.ctypes.data, num, part, words.ctypes.data, y_at, y_stride, bias
-        )
+    @compiled(variant, keep=True)
+    def whole(
+        x, x_row, x_column, tokens, n, factors, lists, cols_at, cols, rows_at, rows, num, scales, bias, y, y_stride
+    ):
+        """``x @ W.T + bias`` for some tokens, from addresses; x_column must be 1, block borders even, scales 0."""
+        pairs = n // 2
+        tiles = (min(tokens, CHUNK) + LANES - 1) // LANES
+        packed = np.empty(tiles * pairs * LANES + 1, np.int32)
+        z = np.empty(tiles * num * LANES + 1, np.float32)
+        words = np.empty((num // 2 + 1) * LANES, np.int32)
+        for at in range(0, tokens, CHUNK):
+            part = min(tokens - at, CHUNK)
+            tiles = (part + LANES - 1) // LANES
+            _pack(x + at * x_row * 2, x_row, part, tiles, pairs, packed)
+            z[:] = 0.0
+            stage_one(factors, lists, lists + cols_at * 4, cols, packed.ctypes.data, pairs, z.ctypes.data, num, tiles)
+            y_at = y + at * y_stride * 2
+            stage_two(
+                factors,
+                lists,
+                lists + rows_at * 4,
+                rows,
+                z.ctypes.data,
+                num,
+                part,
+                words.ctypes.data,
+                y_at,
+                y_stride,
+                bias,
+            )
+
+    return cast("Callable[..., None]", whole)

@@ -9,26 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import llvmlite.binding
 import numpy as np
-import torch
 from numba import njit
-from torch import Tensor
 
 from .compile_cache import compiled
-from .layout import is_narrow
 from .simd import LANES, dot_tile, expand_tile, load_float32, load_int32, reduce_tile, widen_tile
-from .threads import run_parts
 
-__all__ = ["kernel_for", "product", "run_product"]
+__all__ = ["CHUNK", "TABLE", "TILES", "functions"]
 
-WORTH_THREADS = 1 << 22  # multiply-adds (0.1 ms) below which handing work to another thread does not pay
-_TABLE = 20  # bytes of a block's row in the table
+TABLE = 20  # bytes of a block's row in the table
 CHUNK = 64  # tokens per pass: z and the packed x then stay in the second-level cache
 _WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f", False))
-_TILES = 2 if _WIDE else 1  # token tiles per register tile
+TILES = 2 if _WIDE else 1  # token tiles per register tile
 _TALL = 8 if _WIDE else 4  # components (stage 1) or tokens (stage 2) per register tile
 
 
@@ -60,12 +55,12 @@ class _Functions(NamedTuple):
 
 
 @cache
-def _functions(int8: bool, narrow: bool) -> _Functions:
+def functions(int8: bool, narrow: bool) -> _Functions:
     """Functions for factors in float32, or in int8 with a scale per component that z is multiplied by."""
     variant, item = ("int8", 1) if int8 else ("float32", 4)
     variant, word = (f"{variant}_narrow", 2) if narrow else (variant, 4)
-    reduce = {(r, t): reduce_tile(r, t, narrow) for r in (1, 2, 4, _TALL) for t in (1, _TILES)}
-    reduce_tall, reduce_4, reduce_2, reduce_1 = (reduce[r, _TILES] for r in (_TALL, 4, 2, 1))
+    reduce = {(r, t): reduce_tile(r, t, narrow) for r in (1, 2, 4, _TALL) for t in (1, TILES)}
+    reduce_tall, reduce_4, reduce_2, reduce_1 = (reduce[r, TILES] for r in (_TALL, 4, 2, 1))
     reduce_tall_one, reduce_4_one, reduce_2_one, reduce_1_one = (reduce[r, 1] for r in (_TALL, 4, 2, 1))
     expand_tall, expand_4, expand_2, expand_1 = (
         expand_tile(t, 2 if _WIDE else 1, False, int8, narrow) for t in (_TALL, 4, 2, 1)
@@ -78,7 +73,7 @@ def _functions(int8: bool, narrow: bool) -> _Functions:
     def stage_one(factors, lists, table, blocks, x, n, z, num, tiles):
         x_tile, z_tile = n * LANES, num * LANES
         for b in range(blocks):
-            row = table + b * _TABLE
+            row = table + b * TABLE
             start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
             entries, v = lists + load_int32(row + 12) * word, factors + load_int32(row + 16) * item
             panel = x + start * LANES * 4
@@ -94,7 +89,7 @@ def _functions(int8: bool, narrow: bool) -> _Functions:
                 tile = 0
                 while tile < tiles:
                     x_i, z_i = panel + tile * x_tile * 4, z + tile * z_tile * 4
-                    if tiles - tile >= _TILES:
+                    if tiles - tile >= TILES:
                         if size == _TALL:
                             reduce_tall(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
                         elif size == 4:
@@ -103,7 +98,7 @@ def _functions(int8: bool, narrow: bool) -> _Functions:
                             reduce_2(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
                         else:
                             reduce_1(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
-                        tile += _TILES
+                        tile += TILES
                     else:
                         if size == _TALL:
                             reduce_tall_one(v_i, width, width, x_i, x_tile, z_i, z_tile, list_i)
@@ -119,7 +114,7 @@ def _functions(int8: bool, narrow: bool) -> _Functions:
     @compiled(variant)
     def stage_one_single(factors, lists, table, blocks, x, z):
         for b in range(blocks):
-            row = table + b * _TABLE
+            row = table + b * TABLE
             start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
             entries, v = lists + load_int32(row + 12) * word, factors + load_int32(row + 16) * item
             i = 0
@@ -131,16 +126,20 @@ def _functions(int8: bool, narrow: bool) -> _Functions:
                 i += 1
 
     @compiled(variant, keep=True)
-    def stage_two(factors, lists, table, blocks, z, z_stride, z_tile, tokens, y, y_stride, bias):
+    def stage_two(factors, lists, table, first, last, pieces, z, z_stride, z_tile, tokens, y, y_stride, bias):
+        """Some pieces of the row blocks, which are cut into ``pieces`` each."""
         step = 2 * LANES if _WIDE else LANES
-        for b in range(blocks):
-            row = table + b * _TABLE
+        for piece in range(first, last):
+            b, of = piece // pieces, piece % pieces
+            row = table + b * TABLE
             start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
             entries, u = lists + load_int32(row + 12) * word, factors + load_int32(row + 16) * item
-            j = 0
-            while j < width:
-                whole = width - j >= step
-                lanes = min(width - j, LANES)
+            j, end = width * of // pieces // step * step, width * (of + 1) // pieces // step * step
+            if of == pieces - 1:
+                end = width
+            while j < end:
+                whole = end - j >= step
+                lanes = min(end - j, LANES)
                 u_j, y_j = u + j * item, y + (start + j) * 4
                 bias_j = bias + (start + j) * 4 if bias != 0 else 0
                 t = 0
@@ -183,7 +182,7 @@ def _functions(int8: bool, narrow: bool) -> _Functions:
             if scales != 0:
                 for k in range(num):
                     z[k] *= load_float32(scales + k * 4)
-            stage_two(factors, lists, row_table, rows, z.ctypes.data, 1, 0, 1, y, y_stride, bias)
+            stage_two(factors, lists, row_table, 0, rows, 1, z.ctypes.data, 1, 0, 1, y, y_stride, bias)
             return
         tiles = (min(tokens, CHUNK) + LANES - 1) // LANES
         packed = np.empty(tiles * n * LANES, np.float32)
@@ -200,7 +199,8 @@ def _functions(int8: bool, narrow: bool) -> _Functions:
                     for at_lane in range(row * LANES, (row + 1) * LANES):
                         z[at_lane] *= scale
             y_at = y + at * y_stride * 4
-            stage_two(factors, lists, row_table, rows, z.ctypes.data, LANES, num * LANES, part, y_at, y_stride, bias)
+            z_at = z.ctypes.data
+            stage_two(factors, lists, row_table, 0, rows, 1, z_at, LANES, num * LANES, part, y_at, y_stride, bias)
 
     @compiled(variant, keep=True)
     def first_part(x, x_row, x_column, tokens, n, factors, lists, table, cols, num, z):
@@ -214,158 +214,3 @@ def _functions(int8: bool, narrow: bool) -> _Functions:
         stage_one(factors, lists, table, cols, packed.ctypes.data, n, z, num, tiles)
 
     return _Functions(whole, first_part, stage_two)
-
-
-class Tokens(NamedTuple):
-    """Where an input lies: address, strides in elements, number of tokens, their length, bytes of an element."""
-
-    at: int
-    row: int
-    column: int
-    number: int
-    length: int
-    itemsize: int
-
-
-class Output(NamedTuple):
-    """Where the output goes: address, its row stride in elements, address of the bias or 0."""
-
-    at: int
-    row: int
-    bias: int
-
-
-def _by_tokens(run: Callable[..., None], tokens: Tokens, rest: tuple[int, ...], out: Output, threads: int) -> None:
-    """Every thread takes some of the tokens."""
-    share = -(-tokens.number // (threads * LANES)) * LANES
-
-    def part(at: int) -> None:
-        x, y = tokens.at + at * tokens.row * tokens.itemsize, out.at + at * out.row * tokens.itemsize
-        count = min(share, tokens.number - at)
-        run(x, tokens.row, tokens.column, count, tokens.length, *rest, out.bias, y, out.row)
-
-    run_parts(part, range(0, tokens.number, share))
-
-
-def _by_blocks(tokens: Tokens, rest: tuple[int, ...], scales: Tensor | None, out: Output, threads: int) -> None:
-    """Every thread takes some of the blocks, for few tokens: two rounds, the sums of the first are added up between."""
-    factors, lists, cols_at, cols, rows_at, rows, num, _ = rest
-    run = _functions(*_variant(scales, num, out.row, tokens.length))
-    lanes = 1 if tokens.number == 1 else -(-tokens.number // LANES) * LANES
-    sums = torch.zeros(threads, num * lanes + 1, device="cpu")
-
-    def first(thread: int) -> None:
-        at, to = cols * thread // threads, cols * (thread + 1) // threads
-        table = lists + cols_at * 4 + at * _TABLE
-        z = sums[thread].data_ptr()
-        x = (tokens.at, tokens.row, tokens.column, tokens.number, tokens.length)
-        run.first_part(*x, factors, lists, table, to - at, num, z)
-
-    run_parts(first, range(threads))
-    z = sums.sum(0)
-    if scales is not None:
-        z[:-1].view(-(-lanes // LANES), num, min(lanes, LANES)).mul_(scales[:, None])
-    z_stride, z_tile = (1, 0) if tokens.number == 1 else (LANES, num * LANES)
-
-    def second(thread: int) -> None:
-        at, to = rows * thread // threads, rows * (thread + 1) // threads
-        table = lists + rows_at * 4 + at * _TABLE
-        z_at = (z.data_ptr(), z_stride, z_tile)
-        run.stage_two(factors, lists, table, to - at, *z_at, tokens.number, out.at, out.row, out.bias)
-
-    run_parts(second, range(threads))
-
-
-@cache
-def _bfloat16_product() -> Callable[..., None]:
-    """Imported on first use: its instructions exist on some processors only."""
-    from .numba_bfloat16 import product_part
-
-    return cast("Callable[..., None]", product_part)
-
-
-def _variant(scales: Tensor | None, *sizes: int) -> tuple[bool, bool]:
-    """Are factors int8, and their lists int16."""
-    return scales is not None, scales is not None and is_narrow(*sizes)
-
-
-def kernel_for(dtype: torch.dtype, scales: Tensor | None, components: int, m: int, n: int) -> Callable[..., None]:
-    """The whole product on one thread, from addresses, for x of this dtype and factors with or without scales."""
-    return _bfloat16_product() if dtype == torch.bfloat16 else _functions(*_variant(scales, components, m, n)).whole
-
-
-def product(
-    x: Tensor,
-    factors: Tensor,
-    lists: Tensor,
-    bias: Tensor | None,
-    cols_at: int,
-    cols: int,
-    col_groups_at: int,
-    col_width: int,
-    rows_at: int,
-    rows: int,
-    row_groups_at: int,
-    row_width: int,
-    components: int,
-    out_features: int,
-    scales: Tensor | None = None,
-) -> Tensor:
-    """``x @ W.T + bias`` for x (tokens, n) on the CPU, float32 or bfloat16; sizes as in the operator of ``compiled``.
-
-    int8 factors come with float32 ``scales`` (components,), and take x in float32.
-
-    Uses as many threads as ``torch.get_num_threads()`` says, where the work is worth it.
-    """
-    half = x.dtype == torch.bfloat16
-    x = x if x.stride(1) == 1 or (x.shape[0] > 1 and not half) else x.contiguous()
-    y = x.new_empty(x.shape[0], out_features)
-    bias = None if bias is None else bias.contiguous()
-    places = (cols_at, cols, rows_at, rows, components)
-    bias_at = 0 if bias is None else bias.data_ptr()
-    run_product(x, x.stride(0), x.stride(1), x.shape[0], x.shape[1], factors, lists, places, scales, bias_at, y)
-    return y
-
-
-def run_product(
-    x: Tensor,
-    x_row: int,
-    x_column: int,
-    tokens: int,
-    n: int,
-    factors: Tensor,
-    lists: Tensor,
-    places: tuple[int, ...],
-    scales: Tensor | None,
-    bias: int,
-    y: Tensor,
-) -> None:
-    """``y = x @ W.T + bias`` without a question asked.
-
-    Args:
-        x: ``tokens`` rows of ``n``, with strides ``x_row`` and ``x_column`` in elements; bfloat16 has ``x_column`` 1.
-        x_row: Stride of the rows.
-        x_column: Stride of the columns.
-        tokens: Number of rows.
-        n: Number of columns.
-        factors: Flat factors.
-        lists: int32 lists.
-        places: cols_at, cols, rows_at, rows and components, as in the operator of ``compiled``.
-        scales: As in :func:`product`.
-        bias: Address of (m,) contiguous numbers, or 0.
-        y: Contiguous (tokens, m), written.
-    """
-    half, m = x.dtype == torch.bfloat16, y.shape[-1]
-    run = kernel_for(x.dtype, scales, places[-1], m, n)
-    rest: tuple[int, ...] = (factors.data_ptr(), lists.data_ptr(), *places)
-    if not half:
-        rest += (0 if scales is None else scales.data_ptr(),)
-    threads = torch.get_num_threads()
-    if threads == 1 or tokens * factors.numel() < WORTH_THREADS:
-        run(x.data_ptr(), x_row, x_column, tokens, n, *rest, bias, y.data_ptr(), m)
-        return
-    source, out = Tokens(x.data_ptr(), x_row, x_column, tokens, n, x.itemsize), Output(y.data_ptr(), m, bias)
-    if half or tokens >= threads * LANES:
-        _by_tokens(run, source, rest, out, threads)
-    else:
-        _by_blocks(source, rest, scales, out, threads)

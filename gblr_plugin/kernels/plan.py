@@ -23,6 +23,9 @@ MEMORY = 1.15  # bytes of a layout over those of the bare factors
 # Costs in multiply-adds: moving one element of z, and one more block per token (about 10 us a call at 256 tokens).
 MOVE = {"compiled": 1.0, "blocks": 8.0}
 CALL = {"compiled": 50.0, "blocks": 2000.0}
+# Multiply-adds that a product must save before structure pays: torch's way to a subclass, and the kernel's own start.
+PAYS = {"compiled": 1 << 18, "blocks": 1 << 21}
+MATRIX = 1 << 20  # bytes of a matrix that may lie beside the factors without being asked for
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,28 @@ class Plan:
                 return name
         return self.kernels[-1][1]
 
+    @property
+    def dense_up_to(self) -> int | None:
+        """Largest number of tokens that takes the dense matrix; 0 if none does, ``None`` if all do."""
+        limit = 0
+        for tokens, name in self.kernels:
+            if name != "dense":
+                return limit
+            limit = tokens
+        return None
+
+    @property
+    def keeps_matrix(self) -> bool:
+        """Does it take the dense matrix beside factors in blocks."""
+        return self.block_rows > 0 and any(name == "dense" for _, name in self.kernels)
+
+    def by_factors(self) -> Plan:
+        """The same without the dense matrix beside factors in blocks."""
+        if not self.keeps_matrix:
+            return self
+        others = tuple((tokens, name) for tokens, name in self.kernels if name != "dense")
+        return replace(self, kernels=others or ((BUCKETS[-1], "compiled"),))
+
     def to_dict(self) -> dict[str, object]:
         """Plain values, for reports and JSON; :meth:`from_dict` reads them back."""
         return asdict(self)
@@ -129,15 +154,15 @@ def _cost(entries: int, block: int, blocks: int, kernel: str, itemsize: int) -> 
 
 
 def predicted_cost(layout: Layout, kernel: str, itemsize: int) -> float:
-    """Predicted cost of one token with a stored weight over the dense product's; 1.0 for dense storage.
+    """Predicted cost of one token with a stored weight over the dense product's; 1.0 where that is what runs.
 
     Args:
         layout: The storage.
-        kernel: ``"compiled"`` or ``"blocks"``.
+        kernel: Of many tokens.
         itemsize: Bytes of an input's element.
     """
     m, n = layout.shape
-    if layout.dense:
+    if layout.dense or kernel == "dense":
         return 1.0
     cost = 0.0
     for axis in (layout.row_blocks, layout.col_blocks):
@@ -165,13 +190,12 @@ def _memory(matrix: StructuredMatrix, rows: _Axis, cols: _Axis, int8: bool) -> f
     """Bytes stored over those of the bare factors."""
     num, table = matrix.rows.num_components, 5 * (rows.blocks + cols.blocks)
     entries = rows.touched + cols.touched + 5 * num
-    if int8:  # with a scale per component; narrow lists come without groups
-        item, narrow = 1, is_narrow(num, *matrix.shape)
-        groups = 0 if narrow else rows.groups + cols.groups
-        index = (2 if narrow else 4) * entries + 4 * (table + groups) + matrix.u.element_size() * num
-    else:
-        item = matrix.u.element_size()
-        index = 4 * (entries + table + rows.groups + cols.groups)
+    item = 1 if int8 else matrix.u.element_size()
+    narrow = is_narrow(num, *matrix.shape) and (int8 or matrix.u.is_cpu)
+    groups = 0 if narrow else rows.groups + cols.groups
+    index = (2 if narrow else 4) * entries + 4 * (table + groups)
+    if int8:  # a scale per component
+        index += matrix.u.element_size() * num
     return (item * (rows.entries + cols.entries) + index) / (item * max(matrix.stored, 1))
 
 
@@ -223,19 +247,31 @@ def candidates(matrix: StructuredMatrix, unit: int = 1, kernel: str | None = Non
     return sorted(plans, key=lambda plan: plan.predicted)
 
 
-def fixed_plan(matrix: StructuredMatrix, unit: int = 1, int8: bool = False) -> Plan:
+def fixed_plan(matrix: StructuredMatrix, unit: int = 1, int8: bool = False, beside: bool = True) -> Plan:
     """The plan that the cost model prefers; no timing: same structure, dtype and installed packages, same plan.
 
     Args:
         matrix: The weight.
         unit: As in :func:`candidates`.
         int8: As there.
+        beside: Let a small matrix lie beside the factors, for numbers of tokens at which structure saves less than a
+            structured product takes to start. Not with int8 factors, which are there for the memory.
 
     Returns:
         Dense storage where the factors cost no less than the dense matrix, else blocks.
     """
     m, n = matrix.shape
-    return dense_plan() if matrix.stored >= m * n else candidates(matrix, unit, int8=int8)[0]
+    if matrix.stored >= m * n:
+        return dense_plan()
+    best = candidates(matrix, unit, int8=int8)[0]
+    if int8 or not beside or m * n * matrix.u.element_size() > MATRIX:
+        return best
+    kernel = best.kernels[-1][1]
+    saved = (1 - best.predicted) * m * n
+    tokens = PAYS[kernel] / saved if saved > 0 else float("inf")
+    if unit > 1 or tokens >= BUCKETS[-1]:
+        return replace(best, kernels=((BUCKETS[-1], "dense"),)) if tokens >= 1 else best
+    return replace(best, kernels=((int(tokens), "dense"), *best.kernels)) if tokens >= 1 else best
 
 
 def dense_plan() -> Plan:

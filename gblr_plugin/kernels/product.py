@@ -38,7 +38,7 @@ def _runs_compiled(x: Tensor, scales: Tensor | None, layout: Layout, kernel: str
         kernel != "compiled"
         or (scales is not None and not (x.device.type == "cpu" and x.dtype == scales.dtype == torch.float32))
         or not compiled.available(x.device, x.dtype)
-        or not compiled.fits(layout, x.device, x.dtype, scales is not None)
+        or not compiled.fits(layout, x.device, x.dtype)
     ):
         return False
     if torch.compiler.is_compiling():

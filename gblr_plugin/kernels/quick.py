@@ -46,13 +46,13 @@ def launcher(layout: Layout, plan: Plan, factors: Tensor, scales: Tensor | None)
         or not factors.is_cpu
         or (scales is not None and dtype != torch.float32)
         or not compiled.available(factors.device, dtype)
-        or not compiled.fits(layout, factors.device, dtype, scales is not None)
+        or not compiled.fits(layout, factors.device, dtype)
     ):
         return None
     tokens_of_compiled = [limit for limit, kernel in plan.kernels if kernel == "compiled"]
     if not tokens_of_compiled:
         return None
-    from .numba_cpu import WORTH_THREADS, kernel_for, run_product  # numba takes a second to import
+    from .numba_team import WORTH_THREADS, kernel_for, run_product  # numba takes a second to import
 
     m, n = layout.shape
     places = (
@@ -62,12 +62,8 @@ def launcher(layout: Layout, plan: Plan, factors: Tensor, scales: Tensor | None)
         len(layout.row_blocks),
         layout.num_components,
     )
-    always, kernel_of = len(tokens_of_compiled) == len(plan.kernels), plan.kernel
-    run, half, alone = (
-        kernel_for(dtype, scales, layout.num_components, m, n),
-        dtype == torch.bfloat16,
-        WORTH_THREADS // max(layout.entries, 1),
-    )
+    always, kernel_of, narrow = len(tokens_of_compiled) == len(plan.kernels), plan.kernel, layout.narrow
+    run, alone = kernel_for(dtype, scales is not None, layout.narrow), WORTH_THREADS // max(layout.entries, 1)
     is_tracing, autocast, dispatch_modes = (
         torch._C._is_tracing,
         torch._C._is_any_autocast_enabled,
@@ -105,13 +101,10 @@ def launcher(layout: Layout, plan: Plan, factors: Tensor, scales: Tensor | None)
             return None
         y = x.new_empty(*lead, m)
         if tokens > alone and threads() > 1:
-            run_product(x, n, 1, tokens, n, factors, lists, places, scales, bias_at, y)
+            run_product(x, n, 1, tokens, n, factors, lists, places, scales, bias_at, y, narrow)
             return y
         at = (x.data_ptr(), n, 1, tokens, n, factors.data_ptr(), lists.data_ptr())
-        if half:
-            run(*at, *places, bias_at, y.data_ptr(), m)
-        else:
-            run(*at, *places, 0 if scales is None else scales.data_ptr(), bias_at, y.data_ptr(), m)
+        run(*at, *places, 0 if scales is None else scales.data_ptr(), bias_at, y.data_ptr(), m)
         return y
 
     return call

@@ -22,7 +22,9 @@ __all__ = [
     "expand_tile",
     "load_float32",
     "load_int32",
+    "load_int64",
     "reduce_tile",
+    "take_ticket",
     "tile",
     "widen_tile",
 ]
@@ -195,6 +197,27 @@ def load_int32(typing_context: Any, address: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         e = Emitter(builder)
         return builder.sext(e.load(values[0], _I32), _I64)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def load_int64(typing_context: Any, address: Any) -> Any:
+    """int64 at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return Emitter(builder).load(values[0], _I64, 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def take_ticket(typing_context: Any, address: Any) -> Any:
+    """Counts the int64 at an address up by one, whichever threads do so at once; its value before."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        pointer = builder.inttoptr(values[0], _I64.as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(_I64, 1), "seq_cst")
 
     return types.int64(types.int64), codegen
 

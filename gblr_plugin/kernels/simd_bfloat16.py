@@ -84,7 +84,7 @@ class _PairEmitter(Emitter):
         self.b.call(function, [rounded, pointer, ir.Constant(_I32, 2), mask])
 
 
-def reduce_tile(components: int, tiles: int) -> Any:
+def reduce_tile(components: int, tiles: int, narrow: bool = False) -> Any:
     """Stage 1 of :func:`~gblr_plugin.kernels.simd.reduce_tile`.
 
     Arguments as there, but: V and its stride in bfloat16; columns in pairs; x packed as (pairs, 16) words. z is
@@ -96,7 +96,7 @@ def reduce_tile(components: int, tiles: int) -> Any:
         v, v_stride, pairs, x, x_tile, z, z_tile, entries = a
         targets = []
         for r in range(components):
-            row = e.entry(entries, e.i(r), False)
+            row = e.entry(entries, e.i(r), narrow)
             base = e.at(z, e.b.mul(row, e.i(LANES)))
             targets += [e.at(base, e.b.mul(z_tile, e.i(t))) for t in range(tiles)]
         rows = [e.at(v, e.b.mul(v_stride, e.i(r)), 2) for r in range(components)]
@@ -117,7 +117,7 @@ def reduce_tile(components: int, tiles: int) -> Any:
     return tile(8, emit)
 
 
-def pair_tile() -> Any:
+def pair_tile(narrow: bool = False) -> Any:
     """Rounds the rows of z that a list names and weaves them into pairs.
 
     Arguments: address of z packed (K, 16) float32; address of the list, its length; address of the (pairs, 16) words.
@@ -128,7 +128,7 @@ def pair_tile() -> Any:
         z, entries, count, out = a
 
         def row(at: Any) -> Any:
-            return e.vector(e.at(z, e.b.mul(e.entry(entries, at, False), e.i(LANES))))
+            return e.vector(e.at(z, e.b.mul(e.entry(entries, at, narrow), e.i(LANES))))
 
         def put(p: Any, first: Any, second: Any) -> None:
             kind = ir.FunctionType(_PAIRS, [_SUMS, _SUMS])

@@ -1,16 +1,64 @@
-"""A small pool of threads for kernels that release the interpreter lock."""
+"""Threads for kernels that release the interpreter lock: torch's own team where it can be had, else a small pool.
+
+After a product torch's OpenMP threads wait for their next work in a loop, some milliseconds long. Threads beside them
+would share the cores with that loop; the team itself is at work at once.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
-__all__ = ["run_parts"]
+import torch
+
+__all__ = ["run_parts", "run_team"]
 
 _pools: dict[int, ThreadPoolExecutor] = {}
-# Threads do not survive a fork; a child makes its own.
-os.register_at_fork(after_in_child=_pools.clear)
+_forked = False
+
+
+def _after_fork() -> None:
+    """Threads do not survive a fork: a child makes its own pool, and leaves OpenMP, which would wait for them."""
+    global _forked
+    _forked = True
+    _pools.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+@lru_cache
+def _team() -> Callable[..., None] | None:
+    """``GOMP_parallel(function, data, threads, flags)`` of the OpenMP library that torch uses, if it has that."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        parallel: Any = library.GOMP_parallel  # also found in the libraries that it depends on
+    except (OSError, AttributeError):
+        return None
+    parallel.restype = None
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    return parallel  # type: ignore[no-any-return]  # a ctypes function
+
+
+def run_team(worker: Any, data: int, threads: int) -> None:
+    """Run a compiled worker on several threads at once, the calling one among them, and wait.
+
+    Args:
+        worker: A :class:`numba.core.ccallback.CFunc` of one address. It takes its work from tickets, since fewer
+            threads may come than were asked for.
+        data: The address that every thread gets.
+        threads: Number of threads.
+    """
+    team = None if _forked else _team()
+    if team is not None:
+        team(worker.address, data, threads, 0)
+        return
+    run_parts(lambda _: worker.ctypes(data), range(threads))
 
 
 def run_parts(work: Callable[[int], None], parts: Sequence[int]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..families.layers import FamilyLayer, layer_like
+from ..frozen import hasten
 from ..layers import GBLRLayer
 from ..swap import replace_modules, structurable, weight_matrix
 from ..tensor import GBLRTensor
@@ -261,6 +262,8 @@ def _fill(skeleton: nn.Module, state: dict[str, Tensor], header: Header, path: s
     for name, note in header.notes.items():
         if name in modules:
             modules[name].__dict__.update(note)
+    for module in modules.values():
+        hasten(module)
     empty = next(
         (name for name, tensor in [*skeleton.named_parameters(), *skeleton.named_buffers()] if tensor.is_meta), None
     )

@@ -186,8 +186,8 @@ def _unflatten(
         if scales.shape != (layout.num_components,):
             raise _UnsoundError
         scales = scales[_order(layout, lists)]
-        layout, lists = narrowed(layout, lists)
-    return GBLRTensor(values, lists, layout, plan, shape, scales)
+    layout, lists = narrowed(layout, lists)
+    return GBLRTensor(values, lists, layout, plan, shape, scales).with_matrix()
 
 
 def _matrix(record: Mapping[str, Any], factors: Tensor, ends: Tensor, m: int, n: int) -> StructuredMatrix:

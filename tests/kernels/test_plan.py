@@ -10,7 +10,7 @@ import torch
 
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.kernels import product
-from gblr_plugin.kernels.layout import narrowed, pack, quantize
+from gblr_plugin.kernels.layout import narrowed, pack, pack_for, quantize
 from gblr_plugin.kernels.measure import circumstances, interleaved_medians, is_stale, measured_plan
 from gblr_plugin.kernels.plan import MEMORY, Plan, candidates, fixed_plan, predicted_cost
 from gblr_plugin.structure import Intervals, StructuredMatrix
@@ -46,7 +46,7 @@ def test_candidates_keep_the_memory_limit_and_foretell_the_storage(align: int, k
     plans = candidates(original, kernel=kernel)
     assert [plan.predicted for plan in plans] == sorted(plan.predicted for plan in plans)
     for plan in plans[:3]:
-        layout, values, index = pack(original, plan.block_rows, plan.block_cols)
+        layout, values, index = pack_for(original, plan.block_rows, plan.block_cols)
         assert values.nbytes + index.nbytes <= MEMORY * original.stored * 4
         assert layout.padding == pytest.approx(plan.padding)
 

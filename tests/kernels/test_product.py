@@ -108,15 +108,21 @@ def test_int8_factors_multiply_as_the_matrix_they_stand_for(
 
 
 @needs_numba
-def test_wide_lists_of_int8_factors_take_torch_operations() -> None:
-    layout, factors, lists = pack(matrix(20, 48, 64), 16, 16)
-    whole, scales = quantize(layout, factors, lists)
-    cpu = torch.device("cpu")
-    assert not compiled.fits(layout, cpu, torch.float32, int8=True)
-    assert compiled.fits(narrowed(layout, lists)[0], cpu, torch.float32, int8=True)
-    x = torch.randn(3, 64)
-    y = product.linear(x, whole, lists, layout, None, "compiled", scales)
-    torch.testing.assert_close(y, x @ to_dense(layout, whole, lists, scales).t(), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_kernels_take_wide_and_narrow_lists(dtype: torch.dtype) -> None:
+    x_dtype = torch.float32 if dtype == torch.int8 else dtype
+    if not compiled.available(torch.device("cpu"), x_dtype):
+        pytest.skip("no compiled kernel for this dtype here")
+    layout, factors, lists = pack(matrix(20, 48, 64).to(x_dtype), 16, 16)
+    factors, scales = quantize(layout, factors, lists) if dtype == torch.int8 else (factors, None)
+    x = torch.randn(40, 64).to(x_dtype)
+    expected = x @ to_dense(layout, factors, lists, scales).t()
+    limit = (1e-2 if dtype == torch.bfloat16 else 1e-5) * float(expected.norm())
+    for places, words in ((layout, lists), narrowed(layout, lists)):
+        for tokens in (1, 40):
+            y = product.linear(x[:tokens], factors, words, places, None, "compiled", scales)
+            assert float((y - expected[:tokens]).norm()) <= limit
+    assert not compiled.fits(narrowed(layout, lists)[0], torch.device("cuda"), torch.float32)
 
 
 def test_bfloat16_on_odd_borders_takes_torch_operations() -> None:
@@ -132,9 +138,9 @@ def test_bfloat16_on_odd_borders_takes_torch_operations() -> None:
 @needs_numba
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_share_the_work(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gblr_plugin.kernels import numba_cpu
+    from gblr_plugin.kernels import numba_team
 
-    monkeypatch.setattr(numba_cpu, "WORTH_THREADS", 0)
+    monkeypatch.setattr(numba_team, "WORTH_THREADS", 0)
     original = matrix(31, 57, 33, 3)
     layout, factors, lists = pack(original, 16, 16)
     whole, scales = quantize(layout, factors, lists)
