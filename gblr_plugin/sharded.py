@@ -24,7 +24,7 @@ from torch import distributed as dist
 from .conversion import check_untied, frozen_like
 from .decomposition import METHODS, decompose
 from .errors import ConfigError
-from .files import write_text
+from .files import replacing, write_text
 from .progress import track
 from .selection import select_layers
 from .serialization.container import INDEX, Container, Entry, entries_of, shard_paths, write_container
@@ -392,7 +392,8 @@ def _finish(
                 "config.json",
             )
         ):
-            shutil.copyfile(other, output / other.name)
+            with other.open("rb") as file, replacing(output / other.name) as out:
+                shutil.copyfileobj(file, out)
     if transformers_model:
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = {"quant_method": "gblr"}

@@ -115,6 +115,10 @@ class _FamilyConv(FamilyLayer):
         expected = tuple(weight_matrix(like).shape)
         if matrix.shape != expected:
             raise ConfigError(f"{matrix.name}: the convolution's weight matrix is {expected}, got {matrix.shape}")
+        for name in ("kernel_size", "stride"):  # of families that multiply step by step
+            own, made_for = getattr(like, name), getattr(matrix, name, None)
+            if made_for is not None and made_for != own:
+                raise ConfigError(f"{matrix.name}: the convolution has {name} {own}, the matrix {made_for}")
         for name in CONV_ATTRIBUTES:
             setattr(self, name, getattr(like, name))
         self._init_factors(matrix, bias)

@@ -290,9 +290,9 @@ def _restore_families(skeleton: nn.Module, state: Mapping[str, Tensor], header: 
         m, n = weight_matrix(module).shape
         try:
             matrix = restore_matrix(record, {key: own[key] for key in own if key != "bias"}, (m, n))
+            layers[id(module)] = layer_like(module, matrix)
         except ConfigError as error:
             raise ConfigError(f"load: {path!r} does not fit the network, or is damaged: {name!r}: {error}") from error
-        layers[id(module)] = layer_like(module, matrix)
     if id(skeleton) in layers:
         return layers[id(skeleton)]
     replace_modules(skeleton, layers)

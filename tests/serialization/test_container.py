@@ -14,6 +14,8 @@ from gblr_plugin import ConfigError, convert, families, load, prepare, save
 from gblr_plugin.conversion import LayerSettings
 from gblr_plugin.serialization import read_state
 from gblr_plugin.serialization.container import INDEX, Container, entries_of, shard_paths, write_container
+from gblr_plugin.serialization.families import family_record, restore_matrix
+from gblr_plugin.serialization.weights import unflatten_weight
 
 
 def make():
@@ -286,3 +288,164 @@ def test_names_that_would_collide(tmp_path):
     model.a.register_buffer("weight_factors", torch.ones(1))
     with pytest.raises(ConfigError, match="two tensors of the model would be called"):
         save(model, tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.update(transposed=True),  # then the shape is the other way round
+        lambda record: record.update(shape=[24, 32, 1], transposed=True),
+        lambda record: record.update(shape=[24]),
+        lambda record: record.update(shape=[24, True]),
+        lambda record: record.update(splits=[]),
+        lambda record: record.update(splits="1"),
+        lambda record: record.update(splits=[1 << 62, 1 << 62]),
+    ],
+)
+def test_records_of_a_network_that_agrees_with_them(path, change):
+    header, said, data = parts(path)
+    record = said["weights"]["0.weight"]
+    change(record)
+    write(path, header, said, data)
+    with pytest.raises(ConfigError, match=r"'0\.weight'"):
+        unflatten_weight(
+            {**record, "plan": {"block_rows": 16, "block_cols": 16}},
+            {name: tensor for name, tensor in load_file(path).items() if name.startswith("0.weight")},
+            "0.weight",
+        )
+    assert "0.weight" in refused(path)
+
+
+def weight_parts(components=3, **changed):
+    """A record and tensors of an 8 x 6 weight that fit together, but for what is changed."""
+    ends = torch.tensor([[4] * components, [2] * components, [3] * components, [0] * components], dtype=torch.uint8)
+    tensors = {"w_factors": torch.ones(7 * components), "w_intervals": ends}
+    record = {"shape": [8, 6], "plan": {"block_rows": 16, "block_cols": 16}}
+    for name, value in changed.items():
+        (tensors if name.startswith("w_") else record)[name] = value
+    return record, tensors
+
+
+def test_parts_that_fit_make_a_weight():
+    weight = unflatten_weight(*weight_parts(), "w")
+    assert weight.num_components == 3
+    scaled = {"w_factors": torch.ones(21, dtype=torch.int8), "w_scales": torch.ones(3)}
+    assert unflatten_weight(*weight_parts(**scaled), "w").scales is not None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"w_factors": torch.ones(3, 7)},
+        {"w_factors": torch.ones(21, dtype=torch.int8)},  # no scales
+        {"w_factors": torch.ones(21, dtype=torch.int64)},
+        {"w_factors": torch.ones(20)},
+        {"w_scales": torch.ones(3)},  # and factors that need none
+        {"w_factors": torch.ones(21, dtype=torch.int8), "w_scales": torch.ones(4)},
+        {"w_factors": torch.ones(21, dtype=torch.int8), "w_scales": torch.ones(3, dtype=torch.int32)},
+        {"w_intervals": torch.ones(4, 3)},
+        {"w_intervals": torch.ones(3, 4, dtype=torch.uint8)},
+        {"w_intervals": torch.ones(12, dtype=torch.uint8)},
+        {"w_intervals": torch.zeros(4, 0, dtype=torch.uint8)},
+        # A component without rows costs nothing and has no place in a file.
+        {"w_intervals": torch.tensor([[0, 4], [0, 0], [3, 3], [0, 0]], dtype=torch.uint8), "w_factors": torch.ones(10)},
+        {"w_intervals": torch.full((4, 100_000), 1, dtype=torch.uint8), "w_factors": torch.ones(200_000)},
+        {"dense": True},
+        {"dense": True, "w_factors": torch.ones(48)},  # a plan of blocks
+        {"plan": {"block_rows": 0, "block_cols": 0}, "dense": True, "w_factors": torch.ones(40)},
+        {"plan": {"block_rows": 0, "block_cols": 0}},
+        {"shape": [8, 3, 2], "plan": {"block_rows": 16, "block_cols": 15}},
+    ],
+)
+def test_parts_that_do_not_fit_together(changed):
+    with pytest.raises(ConfigError, match=r"^the record or the tensors of 'w' do not fit together$"):
+        unflatten_weight(*weight_parts(**changed), "w")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record["stacked"].clear(),
+        lambda record: record["stacked"].pop(),
+        lambda record: record["stacked"].append({"stacked": []}),
+        lambda record: record["stacked"].append(record["stacked"][0]),
+        lambda record: record.update(family="low_rank"),
+        lambda record: record.update(stacked=3),
+        lambda record: record.update(stacked=[None]),
+    ],
+)
+def test_stacks_that_lie(tmp_path, change):
+    model = nn.Sequential(families.get("monarch").trainable(nn.Linear(32, 24), 0.5, row_splits=2))
+    save(families.convert(model.eval()), tmp_path / "stack.safetensors")
+    header, said, data = parts(tmp_path / "stack.safetensors")
+    change(said["families"]["0"])
+    write(tmp_path / "stack.safetensors", header, said, data)
+    assert "'0'" in refused(tmp_path / "stack.safetensors", lambda: nn.Sequential(nn.Linear(32, 24)))
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"kernel": [3, 3], "stride": [1, 1]}, None),
+        ({"kernel": [3, 70_000], "stride": [1, 1]}, "sizes"),
+        ({"kernel": [3, 3, 3], "stride": [1, 1]}, "sizes"),
+        ({"kernel": [], "stride": []}, "sizes"),
+        ({"kernel": [3, True], "stride": [1, 1]}, "sizes"),
+    ],
+)
+def test_tucker_records(record, reason):
+    matrix = families.get("tucker2").from_dense(torch.randn(8, 4 * 9), 0.6, kernel_size=(3, 3), stride=(1, 1))
+    changed = {**family_record(matrix), "kernel_size": record["kernel"], "stride": record["stride"]}
+    if reason is None:
+        restored = restore_matrix(changed, matrix.factors(), matrix.shape)
+        assert torch.equal(restored.to_dense(), matrix.to_dense())
+        return
+    with pytest.raises(ConfigError, match="do not fit together") as caught:
+        restore_matrix(changed, matrix.factors(), matrix.shape)
+    assert caught.value.__cause__ is not None
+
+
+def test_factors_left_over():
+    matrix = families.get("low_rank").from_dense(torch.randn(8, 6), 0.5)
+    record, factors = family_record(matrix), matrix.factors()
+    assert torch.equal(restore_matrix(record, factors, (8, 6)).to_dense(), matrix.to_dense())
+    with pytest.raises(ConfigError, match="do not fit together"):
+        restore_matrix(record, {**factors, "more": torch.ones(2)}, (8, 6))
+    with pytest.raises(ConfigError, match="do not fit together"):
+        restore_matrix(record, factors, (8, 7))
+
+
+def test_dtypes_without_a_place_in_such_files(tmp_path):
+    value = torch.zeros(2, dtype=torch.complex128)
+    with pytest.raises(ConfigError, match=r"save: 'a' has dtype torch.complex128, which safetensors files do not hold"):
+        write_container(tmp_path / "t.safetensors", entries_of({"a": value}), {}, lambda _: value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_tensor_other_than_announced_is_not_written(tmp_path):
+    announced = entries_of({"a": torch.ones(2)})
+    with pytest.raises(ValueError, match="announced were"):
+        write_container(tmp_path / "t.safetensors", announced, {}, lambda _: torch.ones(3))
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_index_of_any_size(tmp_path, monkeypatch):
+    monkeypatch.setattr("gblr_plugin.serialization.container._MAX_INDEX_BYTES", 50)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(ConfigError, match="damaged, or not an index"):
+        shard_paths(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"kernel_size": [9, 1]}, {"kernel_size": [5, 5]}, {"stride": [2, 2]}])
+def test_a_matrix_of_another_convolution(tmp_path, change):
+    def network():
+        return nn.Sequential(nn.Conv2d(8, 16, 3))
+
+    model = network()
+    families.replace(model, ["0"], "tucker2", 0.5)
+    save(families.convert(model.eval()), tmp_path / "conv.safetensors")
+    assert load(tmp_path / "conv.safetensors", network) is not None
+    header, said, data = parts(tmp_path / "conv.safetensors")
+    said["families"]["0"].update(change)
+    write(tmp_path / "conv.safetensors", header, said, data)
+    assert "'0'" in refused(tmp_path / "conv.safetensors", network)
