@@ -12,6 +12,7 @@ from .decomposition import METHODS, decompose
 from .errors import ConfigError
 from .layers import GBLRLayer
 from .quiet import quiet_import
+from .starts import INITIALISERS
 from .swap import can_gain, check_structurable, structurable, weight_matrix
 from .tensor import FACTOR_DTYPES, GBLRTensor
 
@@ -70,7 +71,7 @@ class GBLRConfig(AOBaseConfig):
             raise ConfigError(f"GBLRConfig: budget must be relative FLOPs in (0, 1], got {self.budget!r}")
         if self.factor_dtype not in FACTOR_DTYPES:
             raise ConfigError(f"GBLRConfig: factor_dtype must be None or 'int8', got {self.factor_dtype!r}")
-        for name, known in (("method", METHODS), ("initialiser", METHODS)):
+        for name, known in (("method", METHODS), ("initialiser", INITIALISERS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"GBLRConfig: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 

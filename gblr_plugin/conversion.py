@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from .allocation import allocate
-from .decomposition import initialise
 from .decomposition.anchor import anchored
 from .decomposition.calibration import Calibration
 from .decomposition.metric import Metric
@@ -20,6 +19,7 @@ from .layers import GBLRLayer
 from .progress import track
 from .recompression import recompressed
 from .selection import select_layers
+from .starts import start
 from .structure import StructuredMatrix
 from .swap import can_gain, check_structurable, copy_hooks, replace_modules, structured_like, weight_matrix
 
@@ -38,8 +38,9 @@ class LayerSettings:
     """How a dense layer is turned into a trainable structured one.
 
     Args:
-        initialiser: ``"svd"`` (full widths, as published), ``"trapezoid"``, ``"interval"``, ``"random"``, or a
-            decomposition (``"pursuit"``, ``"gblr"``) that starts at ``budget``.
+        initialiser: ``"svd"`` (full widths, as published), ``"trapezoid"``, ``"interval"``, ``"random"``, or at
+            ``budget`` a decomposition (``"pursuit"``, ``"gblr"``) or a family that GBLR contains
+            (``"block_low_rank"``, ``"block_sparse"``, ``"block_diagonal"``).
         num_components: K per split; default min(m / s, n).
         row_splits: Number of matrices packed along the rows (packed query, key, value: 3).
         align: Tile of rows and columns to which intervals snap; an integer or a pair.
@@ -149,16 +150,7 @@ def structured_from(
         ConfigError: If the layer or a setting cannot be used.
     """
     try:
-        matrix = initialise(
-            weight_matrix(module) if target is None else target,
-            setting.initialiser,
-            num_components=setting.num_components,
-            row_splits=setting.row_splits,
-            budget=setting.budget,
-            align=setting.align,
-            seed=setting.seed,
-            calibration=metric,
-        )
+        matrix = start(weight_matrix(module) if target is None else target, setting, metric)
         tiles = setting.align if isinstance(setting.align, tuple) else (setting.align, setting.align)
         layer = structured_like(module, anchored(matrix, tiles), align=setting.align)
         layer.free_gauge()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "GBLRError"]
+__all__ = ["BudgetError", "ConfigError", "GBLRError"]
 
 
 class GBLRError(Exception):
@@ -11,3 +11,7 @@ class GBLRError(Exception):
 
 class ConfigError(GBLRError, ValueError):
     """A setting, budget, layer name or input that cannot be used as given."""
+
+
+class BudgetError(ConfigError):
+    """A budget that does not pay for the smallest matrix of a structure."""

@@ -40,6 +40,7 @@ ROOMS = [
         "selection",
         "serialization",
         "sharded",
+        "starts",
     },
     {"lightning", "nni", "plot", "tensorboard"},
     {"bench", "bench_networks", "cli", "data", "run", "tasks"},

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..decomposition.metric import Metric
-from ..errors import ConfigError
+from ..errors import BudgetError, ConfigError
 from ..structure import StructuredMatrix
 
 __all__ = ["FamilyMatrix", "check_count", "check_weight", "output_metric", "too_small"]
@@ -212,10 +212,10 @@ def output_metric(family: str, calibration: Tensor | Metric | None, weight: Tens
     return Metric.from_moment(data if is_moment else data.T @ data / len(data))
 
 
-def too_small(family: str, shape: torch.Size, allowed: int, least: int, what: str) -> ConfigError:
+def too_small(family: str, shape: torch.Size, allowed: int, least: int, what: str) -> BudgetError:
     """The error of a budget that does not pay for the smallest member of a family."""
     m, n = shape
-    return ConfigError(
+    return BudgetError(
         f"{family}: the budget allows {allowed} of the {m * n} multiply-adds of a {m} x {n} matrix, fewer than the "
         f"{least} of {what}; raise the budget or leave this matrix dense"
     )

@@ -21,10 +21,10 @@ from torch import nn
 
 from ..allocation import RULES
 from ..conversion import LayerSettings
-from ..decomposition import METHODS
 from ..errors import ConfigError
 from ..layers import GBLRConv1d, GBLRConv2d, GBLRLayer, GBLRLinear
 from ..learner import LayerGoal
+from ..starts import INITIALISERS
 
 __all__ = ["OWN_PREFIX", "LayerPlan", "Plan", "nni_schema", "read_config", "select_modules", "without_own_keys"]
 
@@ -78,7 +78,7 @@ def _integer(low: int) -> tuple[Callable[..., Any], str]:
 
 
 def _read_initialiser(value: Any) -> str | None:
-    return value if isinstance(value, str) and value in METHODS else None
+    return value if isinstance(value, str) and value in INITIALISERS else None
 
 
 def _read_rule(value: Any) -> str | None:
@@ -113,7 +113,7 @@ _GOAL: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 _OWN: dict[str, tuple[Callable[[Any], Any], str]] = {
     "num_components": _integer(1),
-    "initialiser": (_read_initialiser, "one of " + ", ".join(METHODS)),
+    "initialiser": (_read_initialiser, "one of " + ", ".join(INITIALISERS)),
     "row_splits": _integer(1),
     "seed": _integer(0),
     "start_budget": _number(0, 1, low_open=True),

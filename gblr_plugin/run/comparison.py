@@ -13,7 +13,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Subset
 
 from .. import families
 from ..errors import ConfigError
@@ -143,7 +142,7 @@ class Comparison:
         if phase == "fine_tuned":
             network = job.compress(method, network, seed)
         else:
-            plain = replace(method, name=_FIXED[method.name], options={}, compact=False)
+            plain = replace(method, name=_FIXED[method.name], options={}, compact=False, starts=[])
             network = job.compress(plain, network, seed, calibrated=phase == "calibrated", train=False)
         share = _share_left(_named(network), chosen) if method.name not in _FIXED else None
         counted = report(network, job.task.example_input()).relative_flops if share is None else share
@@ -163,10 +162,7 @@ class Comparison:
     ) -> None:
         data = job.data(seed)
         held_out = evaluate(network, data.test_dataloader(), result.metric)
-        # As many training examples as there are held-out ones, in a fixed order.
-        sizes: list[Any] = [data.train_set, data.held_out]
-        few = Subset(data.train_set, range(min(map(len, sizes))))
-        train = evaluate(network, DataLoader(few, data.batch_size), result.metric)
+        train = evaluate(network, data.train_sample(), result.metric)
         result.rows.append(
             Row(
                 method,

@@ -7,7 +7,7 @@ import fnmatch
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from .measure import METRICS, evaluate, interleaved_latency
 from .settings import Method, RunSettings, Training
 from .summary import MethodResult, RunReport
 from .training import check_comparable, compress_and_train
+from .unfinished import Unfinished
 
 __all__ = ["DENSE", "Job", "config_list_of", "environment", "make_task", "prepare_run"]
 
@@ -114,7 +115,8 @@ class Job:
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
             raise ConfigError(f"model: the network does not take the data of its task: {_one_line(error)}") from error
         for method in self.settings.methods:
-            check_comparable(method.name, self._compressor(method, copy.deepcopy(network), seed)[0])
+            for one in [self._starting(method, start) for start in method.starts] or [method]:
+                check_comparable(method.name, self._compressor(one, copy.deepcopy(network), seed)[0])
 
     def _dense_network(self) -> nn.Module:
         """A new network, or the trained one that the settings name."""
@@ -127,7 +129,8 @@ class Job:
         """Do it all; files appear in ``output``, the report last.
 
         Args:
-            output: An existing folder. Files of an earlier run stay until the new ones are complete.
+            output: An existing folder. Files of an earlier run stay until the new ones are complete. Trainings that a
+                killed run of the same settings has finished are not done again.
             console: For progress.
 
         Returns:
@@ -137,8 +140,10 @@ class Job:
             torch.set_num_threads(self.settings.threads)
         self._console = console
         self._events = output / "tensorboard" / time.strftime("%Y%m%d-%H%M%S")
+        task = {"settings": asdict(self.settings), "gblr_plugin": __version__, "torch": torch.__version__}
+        unfinished = Unfinished(output / ".unfinished", task)
         for seed in self.settings.seeds:
-            self._one_seed(seed)
+            self._one_seed(seed, unfinished)
         names = [DENSE, *(method.name for method in self.settings.methods)]
         latency = self._latency()
         summary = RunReport(
@@ -150,6 +155,7 @@ class Job:
             settings=asdict(self.settings),
         )
         self._write(output, summary)
+        unfinished.remove()
         return summary
 
     def _latency(self) -> dict[str, dict[str, float]]:
@@ -176,6 +182,7 @@ class Job:
             accelerator="auto",
             logger=logger,
             callbacks=[*callbacks, _Progress(self._console, f"seed {seed}  {name}")],
+            limit_train_batches=training.limit_train_batches,
             enable_progress_bar=False,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -185,7 +192,7 @@ class Job:
         )
 
     def _module(self, network: nn.Module, training: Training, batches: int) -> ClassifierModule:
-        module: ClassifierModule = self.task.module(network, training, training.epochs * batches)
+        module: ClassifierModule = self.task.module(network, training, training.steps(batches))
         module.optimizer_class = nni.trace(torch.optim.AdamW)
         module.scheduler_class = nni.trace(torch.optim.lr_scheduler.LambdaLR)
         return module
@@ -242,23 +249,31 @@ class Job:
         module = self._module(network, training, len(data.train_dataloader()))
         self._trainer(training, [], seed, DENSE).get().fit(module, data)
 
-    def _one_seed(self, seed: int) -> None:
+    def _one_seed(self, seed: int, unfinished: Unfinished) -> None:
         pl.seed_everything(seed)
         training = self.settings.dense
         data = self._data(seed, training)
         dense = self._dense_network()
         initial = copy.deepcopy(dense) if any(method.start == "initial" for method in self.settings.methods) else dense
         start = time.monotonic()
-        if self.settings.weights is None:
-            self._fit_dense(dense, training, data, seed)
-        self._record(DENSE, dense.eval(), data, start, seed)
+        kept = unfinished.find(f"seed{seed}-{DENSE}", self.task.network)
+        if kept is not None:
+            dense = self._recall(DENSE, *kept)
+        else:
+            if self.settings.weights is None:
+                self._fit_dense(dense, training, data, seed)
+            self._record(DENSE, dense.eval(), data, start, seed, unfinished)
         for method in self.settings.methods:
+            kept = unfinished.find(f"seed{seed}-{method.name}", self.task.network)
+            if kept is not None:
+                self._recall(method.name, *kept)
+                continue
             pl.seed_everything(1000 + seed)
             start = time.monotonic()
             with shown_by(lambda text, name=method.name: self._console.progress(f"seed {seed}  {name}  {text}")):  # type: ignore[misc]  # binds name
                 begun = initial if method.start == "initial" else dense
                 network = self.compress(method, copy.deepcopy(begun), seed)
-            self._record(method.name, network, data, start, seed)
+            self._record(method.name, network, data, start, seed, unfinished)
 
     def _compressor(
         self, method: Method, network: nn.Module, seed: int, calibrated: bool = True
@@ -267,8 +282,10 @@ class Job:
         training = method.training or self.settings.finetune
         data = self._data(seed, training)
         batches = len(data.train_dataloader())
-        steps = training.epochs * batches
+        steps = training.steps(batches)
         module = self._module(network, training, batches)
+        if training.distillation:
+            module.learn_from(copy.deepcopy(network))
         monitor = GBLRCallback(budget=None, picture_every_n_epochs=max(training.epochs // 8, 1))
         learned = method.name in _LEARNED and method.options.get("pruner", "gblr") == "gblr"
         watching = [*([monitor] if learned else []), *self.watchers]
@@ -297,6 +314,8 @@ class Job:
             calibrated: Whether a one-shot start is fitted to the calibration batches, if the settings have some.
             train: Whether it is fine-tuned; for methods that are one-shot starts.
         """
+        if method.starts:
+            method = self._with_best_start(method, network, seed)
         compressor, module, monitor = self._compressor(method, network.train(), seed, calibrated)
         training = method.training or self.settings.finetune
         if train:
@@ -304,7 +323,34 @@ class Job:
         self.histories.setdefault(method.name, monitor.history)
         return convert(module.network).eval()
 
-    def _record(self, name: str, network: nn.Module, data: PairsDataModule, start: float, seed: int) -> None:
+    def _with_best_start(self, method: Method, network: nn.Module, seed: int) -> Method:
+        """The method with that one of its starts which fits the training data best after a short training."""
+        training = (method.training or self.settings.finetune).shortened(method.trial)
+        sample = self._data(seed, training).train_sample()
+        losses: dict[str, float] = {}
+        kept = torch.get_rng_state()
+        for start in method.starts:
+            torch.set_rng_state(kept)
+            short = replace(self._starting(method, start), training=training)
+            tried = self.compress(short, copy.deepcopy(network), seed)
+            losses[start] = evaluate(tried, sample, self.task.metric)["loss"]
+        torch.set_rng_state(kept)
+        best = min(losses, key=losses.__getitem__)
+        found = ", ".join(f"{start} {loss:.4f}" for start, loss in losses.items())
+        self._console.line(f"seed {seed}  {method.name}  starts from {best!r}; training loss after a trial: {found}")
+        return self._starting(method, best)
+
+    def _starting(self, method: Method, start: str) -> Method:
+        """The method from one start."""
+        entries = config_list_of(method, self.settings, self.task)
+        for entry in entries:
+            entry.pop("gblr_initialiser", None)
+            entry["gblr"] = {**entry.get("gblr", {}), "initialiser": start}
+        return replace(method, starts=[], config_list=entries)
+
+    def _record(
+        self, name: str, network: nn.Module, data: PairsDataModule, start: float, seed: int, unfinished: Unfinished
+    ) -> None:
         """Evaluate the network as it is, and as it comes back from a saved file."""
         metric = self.task.metric
         figures = evaluate(network, data.test_dataloader(), metric)
@@ -328,12 +374,26 @@ class Job:
             "file_bytes": size,
             "seconds": time.monotonic() - start,
         }
+        unfinished.keep(f"seed{seed}-{name}", network, {"result": result, "history": self.histories.get(name, {})})
+        self._take(name, result, reloaded)
+
+    def _recall(self, name: str, network: nn.Module, figures: dict[str, Any]) -> nn.Module:
+        """Take over what an earlier, killed run has trained."""
+        history = {key: [(step, value) for step, value in points] for key, points in figures["history"].items()}
+        if history:
+            self.histories.setdefault(name, history)
+        self._take(name, figures["result"], network)
+        return network
+
+    def _take(self, name: str, result: dict[str, Any], network: nn.Module) -> None:
         self.results.setdefault(name, []).append(result)
-        if seed == self.settings.seeds[0]:
-            self.networks[name], self.reports[name] = reloaded, counted
+        if result["seed"] == self.settings.seeds[0]:
+            self.networks[name] = network
+            self.reports[name] = report(network, self.task.example_input())
+        metric = self.task.metric
         self._console.line(
-            f"seed {seed}  {name:<12} {metric} {figures[metric]:.3f}  rel. FLOPs {counted.relative_flops:.4f}  "
-            f"{result['seconds']:.0f} s"
+            f"seed {result['seed']}  {name:<12} {metric} {result[metric]:.3f}  "
+            f"rel. FLOPs {result['relative_flops']:.4f}  {result['seconds']:.0f} s"
         )
 
 

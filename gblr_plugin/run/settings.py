@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..allocation import check_rule
 from ..decomposition.calibration import CalibrationSettings
 from ..errors import ConfigError
+from ..starts import INITIALISERS
 
 __all__ = ["Method", "RunSettings", "Training"]
 
@@ -23,6 +24,10 @@ class Training:
         warmup_fraction: Share of the steps over which the rate rises; it falls as a half cosine afterwards.
         batch_size: Training batch.
         label_smoothing: Of the cross-entropy.
+        distillation: Share of the loss that compares predictions with those of the dense network before compression
+            (Hinton et al. 2015); 0 for none, at most 1. Only where a network is compressed.
+        temperature: By which both predictions are softened for that.
+        limit_train_batches: Share of each epoch's batches that is used, in (0, 1], as Lightning's trainer means it.
     """
 
     epochs: int = 30
@@ -31,6 +36,9 @@ class Training:
     warmup_fraction: float = 0.1
     batch_size: int = 64
     label_smoothing: float = 0.0
+    distillation: float = 0.0
+    temperature: float = 1.0
+    limit_train_batches: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -41,6 +49,21 @@ class Training:
         for name in ("warmup_fraction", "label_smoothing", "weight_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.distillation <= 1:
+            raise ConfigError(f"distillation must be in [0, 1], got {self.distillation}")
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature must be positive, got {self.temperature}")
+        if not 0 < self.limit_train_batches <= 1:
+            raise ConfigError(f"limit_train_batches must be a share in (0, 1], got {self.limit_train_batches}")
+
+    def steps(self, batches: int) -> int:
+        """Optimizer steps of all epochs, of so many batches each."""
+        return self.epochs * max(int(batches * self.limit_train_batches), 1)
+
+    def shortened(self, share: float) -> Training:
+        """The same, in ``share`` of the steps."""
+        epochs = max(round(share * self.epochs), 1)
+        return replace(self, epochs=epochs, limit_train_batches=min(share * self.epochs / epochs, 1.0))
 
 
 @dataclass
@@ -56,6 +79,9 @@ class Method:
         warmup: Share of the steps before anything shrinks (gblr).
         cooldown: Share of the steps, at the end, with the structure frozen (gblr).
         compact: Whether dead components are dropped at the freeze, for a cheaper cool-down (gblr).
+        starts: Initialisers to choose from (gblr): each is trained for the share ``trial`` of the steps, and the one
+            that then fits the training data best is trained in full. Default: the one of the config list.
+        trial: That share.
         calibration: Of the one-shot start; default the run's.
         options: Further arguments of the compressor.
     """
@@ -69,8 +95,17 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     start: str = "trained"
     compact: bool = False
+    starts: list[str] = field(default_factory=list)
+    trial: float = 0.2
 
     def __post_init__(self) -> None:
+        if self.starts and self.name != "gblr":
+            raise ConfigError(f"starts are chosen for gblr alone, not for {self.name!r}")
+        unknown = [name for name in self.starts if name not in INITIALISERS]
+        if unknown:
+            raise ConfigError(f"starts must be among {', '.join(INITIALISERS)}, got {unknown[0]!r}")
+        if not 0 < self.trial <= 1:
+            raise ConfigError(f"trial must be a share of the steps in (0, 1], got {self.trial}")
         if self.start not in ("trained", "initial"):
             raise ConfigError(f"start must be 'trained' or 'initial', got {self.start!r}")
         for name in ("warmup", "cooldown"):

@@ -11,9 +11,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
-__all__ = ["ClassifierModule", "PairsDataModule", "Task", "TrainSettings", "WarmupCosine"]
+__all__ = ["IGNORED", "ClassifierModule", "PairsDataModule", "Task", "TrainSettings", "WarmupCosine"]
+
+IGNORED = -100
+"""Target that counts neither for the loss nor for the metric, as in ``torch.nn.functional.cross_entropy``."""
 
 
 class TrainSettings(Protocol):
@@ -25,6 +28,8 @@ class TrainSettings(Protocol):
     warmup_fraction: float
     batch_size: int
     label_smoothing: float
+    distillation: float
+    temperature: float
 
 
 class Task(Protocol):
@@ -80,6 +85,7 @@ class ClassifierModule(pl.LightningModule):
 
     def __init__(self, network: nn.Module, training: TrainSettings, metric: str, steps: int) -> None:
         super().__init__()
+        self._teacher: list[nn.Module] = []  # in a list, which nn.Module does not look into
         self.network = network
         self.training_settings = training
         self.metric = metric
@@ -87,6 +93,21 @@ class ClassifierModule(pl.LightningModule):
         # NNI re-creates optimizers and schedulers, for which it wants traced classes; see nni.trace.
         self.optimizer_class: Callable[..., Any] = torch.optim.AdamW
         self.scheduler_class: Callable[..., Any] = torch.optim.lr_scheduler.LambdaLR
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The network whose predictions are learned too."""
+        return self._teacher[0] if self._teacher else None
+
+    def learn_from(self, teacher: nn.Module) -> None:
+        """Learn a network's predictions too, as far as ``training.distillation`` says.
+
+        It does not become a part of this module: nothing of it is trained, compressed or saved.
+
+        Args:
+            teacher: Used in evaluation mode; on the module's device from the first step on.
+        """
+        self._teacher = [teacher.eval().requires_grad_(False)]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
@@ -99,9 +120,23 @@ class ClassifierModule(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch."""
         x, target = batch
-        loss = self._loss(self(x), target, self.training_settings.label_smoothing)
+        logits = self(x)
+        loss = self._loss(logits, target, self.training_settings.label_smoothing)
+        if self.teacher is not None:
+            share = self.training_settings.distillation
+            loss = (1 - share) * loss + share * self._distance(logits, x, target)
         self.log("train_loss", loss)
         return loss
+
+    def _distance(self, logits: Tensor, x: Tensor, target: Tensor) -> Tensor:
+        """T^2 KL(teacher / T || logits / T), mean over the targets that count (Hinton et al. 2015, Sec. 2)."""
+        assert self.teacher is not None
+        temperature = self.training_settings.temperature
+        with torch.no_grad():
+            taught = self.teacher.to(x.device)(x)
+        counted = target.flatten() != IGNORED
+        log_p, log_q = (F.log_softmax(part.flatten(0, -2)[counted] / temperature, -1) for part in (taught, logits))
+        return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
         x, target = batch
@@ -165,6 +200,11 @@ class PairsDataModule(pl.LightningDataModule):
         return self._loader(
             self.train_set, self.batch_size, shuffle=True, drop_last=True, generator=generator, persistent_workers=keep
         )
+
+    def train_sample(self) -> DataLoader[Any]:
+        """As many training examples as there are held-out ones, in a fixed order."""
+        sizes: list[Any] = [self.train_set, self.held_out]
+        return self._loader(Subset(self.train_set, range(min(map(len, sizes)))), self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Held-out batches in order."""

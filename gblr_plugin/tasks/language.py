@@ -11,15 +11,13 @@ from torch.utils.data import Dataset, TensorDataset
 
 from ..data.text import TokenFile, Windows, encode, labelled_lines, text_parts
 from ..errors import ConfigError
-from .base import ClassifierModule, PairsDataModule, TrainSettings
+from .base import IGNORED, ClassifierModule, PairsDataModule, TrainSettings
 from .hf import HFNetwork, Logits, load_tokenizer
 from .transformer import check_sizes
 
 __all__ = ["BertTask", "GPT2Task", "MaskedWindows"]
 
 _DATASETS = ("wikitext103", "text")
-IGNORED = -100
-"""Target that counts neither for the loss nor for the metric, as in ``torch.nn.functional.cross_entropy``."""
 
 
 class LanguageTask:

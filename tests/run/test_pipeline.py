@@ -1,18 +1,24 @@
 """The whole run, small; its bad inputs are in tests/test_cli.py."""
 
+import copy
 import json
 import math
 import sys
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from gblr_plugin import GBLRTensor, load, report
 from gblr_plugin.cli import main
 from gblr_plugin.layers import GBLRLayer
+from gblr_plugin.run.console import Console
 from gblr_plugin.run.measure import evaluate
+from gblr_plugin.run.pipeline import Job
+from gblr_plugin.run.settings import Method, RunSettings, Training
 from gblr_plugin.run.summary import RunReport
 from gblr_plugin.tasks import get_task
+from gblr_plugin.tasks.base import ClassifierModule
 
 OWN = [
     "--set",
@@ -136,3 +142,58 @@ def test_a_family_that_keeps_modules_of_its_own_comes_back_from_its_file(project
     figures = json.loads((project / "out/report.json").read_text())["methods"][1]["seeds"][0]
     assert figures["relative_flops"] <= 0.9
     assert figures["reloaded_accuracy"] == figures["accuracy"]
+
+
+def test_the_start_that_fits_best_after_a_trial_is_trained(project, capfd):
+    chosen = []
+
+    class Watched(Job):
+        def _compressor(self, method, *args):
+            chosen.append((method.config_list[0]["gblr"]["initialiser"], method.training))
+            return super()._compressor(method, *args)
+
+    starts = ["gblr", "block_sparse", "random"]
+    settings = RunSettings(
+        "digits_vit",
+        budget=0.5,
+        model={"dim": 16, "depth": 1, "heads": 2, "held_out": 0.5},
+        seeds=[0],
+        dense=Training(epochs=1, batch_size=128),
+        finetune=Training(epochs=2, batch_size=128),
+        methods=[Method("gblr", starts=starts, trial=0.5)],
+        latency_batch=[1],
+    )
+    job = Watched(settings)
+    job.check()
+    chosen.clear()
+    job.run(project, Console())
+    line = next(line for line in capfd.readouterr().out.splitlines() if "starts from" in line)
+    found = line.split("trial: ")[1].split(", ")
+    losses = {name: float(loss) for name, loss in (entry.split() for entry in found)}
+    assert list(losses) == starts
+    best = min(losses, key=losses.get)
+    assert f"starts from {best!r}" in line
+    short = settings.finetune.shortened(0.5)
+    assert chosen == [*((name, short) for name in starts), (best, None)]
+    assert best != "random"
+
+
+def test_a_start_that_cannot_work_is_refused_before_training(project, capfd):
+    settings = "config_list=[{op_names: [network.0], sparse_ratio: 0.5, granularity: [4, 4]}]"
+    starts = "methods=[{name: gblr, starts: [gblr, block_sparse]}]"
+    assert main(["run", "config.yaml", *OWN, "--set", "budget=null", "--set", settings, "--set", starts]) == 2
+    assert "layer 'network.0': initialise: 'block_sparse' has no aligned form" in capfd.readouterr().err
+
+
+def test_distillation_learns_from_the_dense_network(project, monkeypatch):
+    taught = []
+    monkeypatch.setattr(ClassifierModule, "learn_from", lambda module, teacher: taught.append((module, teacher)))
+    options = ["--set", "finetune.distillation=0.5", "--set", "methods=[{name: block_sparse}]"]
+    options += ["--set", "budget=0.9"]
+    assert main(["run", "config.yaml", *OWN, *options, "--output", "out"]) == 0
+    for module, teacher in taught:
+        assert type(teacher[0]) is torch.nn.Linear
+        assert teacher is not module.network
+    saved = load(project / "out/dense.safetensors", lambda: copy.deepcopy(taught[-1][1]))
+    for trained, parameter in zip(saved.parameters(), taught[-1][1].parameters(), strict=True):
+        assert torch.equal(trained, parameter)

@@ -46,6 +46,12 @@ def test_run_settings(arguments, message):
         (Training, {"batch_size": 0}, "batch_size must be at least 1"),
         (Training, {"lr": 0.0}, "lr must be positive"),
         (Training, {"warmup_fraction": 1.0}, "warmup_fraction must be in"),
+        (Training, {"distillation": 1.5}, "distillation must be in"),
+        (Training, {"temperature": 0.0}, "temperature must be positive"),
+        (Training, {"limit_train_batches": 0.0}, "limit_train_batches must be a share"),
+        (Method, {"name": "low_rank", "starts": ["svd"]}, "starts are chosen for gblr alone, not for 'low_rank'"),
+        (Method, {"name": "gblr", "starts": ["svd", "monarch"]}, "starts must be among gblr, .*got 'monarch'"),
+        (Method, {"name": "gblr", "trial": 0.0}, "trial must be a share"),
         (Method, {"name": "gblr", "cooldown": 1.0}, "cooldown must be a share"),
         (Method, {"name": "gblr", "warmup": -0.1}, "warmup must be a share"),
         (Method, {"name": "gblr", "warmup": 0.5, "cooldown": 0.5}, "leave no steps to learn in"),
@@ -54,3 +60,12 @@ def test_run_settings(arguments, message):
 def test_parts(kind, arguments, message):
     with pytest.raises(ConfigError, match=message):
         kind(**arguments)
+
+
+@pytest.mark.parametrize(("epochs", "share", "steps"), [(30, 0.2, 60), (1, 0.2, 2), (4, 0.5, 20), (4, 1.0, 40)])
+def test_a_shortened_training_takes_its_share_of_the_steps(epochs, share, steps):
+    training = Training(epochs=epochs, lr=0.5)
+    short = training.shortened(share)
+    assert short.steps(10) == steps
+    assert short.lr == 0.5
+    assert training.steps(10) == 10 * epochs

@@ -5,7 +5,7 @@ import torch
 
 from gblr_plugin import ConfigError
 from gblr_plugin.tasks import get_task
-from gblr_plugin.tasks.base import WarmupCosine
+from gblr_plugin.tasks.base import IGNORED, ClassifierModule, WarmupCosine
 from gblr_plugin.tasks.digits import DigitsTask
 from gblr_plugin.tasks.text import TextTask
 
@@ -35,6 +35,28 @@ def test_a_built_in_task_fits_together(name):
 
 class _Training:
     epochs, lr, weight_decay, warmup_fraction, batch_size, label_smoothing = 1, 1e-3, 0.0, 0.1, 8, 0.0
+
+
+def test_a_teacher_is_learned_from_and_does_not_become_a_part_of_the_module():
+    class Taught(_Training):
+        distillation, temperature = 0.25, 2.0
+
+    module = ClassifierModule(torch.nn.Linear(4, 3), Taught(), "accuracy", 10)
+    teacher = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Dropout(0.5))
+    module.learn_from(teacher)
+    module.log = lambda *_, **__: None
+    x, target = torch.randn(5, 4), torch.tensor([0, 1, IGNORED, 2, 1])
+    loss = module.training_step((x, target), 0)
+
+    counted = target != IGNORED
+    p, q = (torch.softmax(net(x)[counted] / 2, -1) for net in (teacher[0], module.network))
+    distance = (p * (p / q).log()).sum(-1).mean()
+    hard = torch.nn.functional.cross_entropy(module.network(x)[counted], target[counted])
+    torch.testing.assert_close(loss, 0.75 * hard + 0.25 * 4 * distance)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert set(module.state_dict()) == {"network.weight", "network.bias"}
+    assert len(list(module.parameters())) == 2
 
 
 def test_digits_are_split_by_the_seed_without_overlap():
