@@ -16,7 +16,7 @@ from .mixer import Mixer
 from .positions import split_kernel_positions
 from .transformer import check_sizes
 
-__all__ = ["MixerTask", "ResNetTask", "ViTTask"]
+__all__ = ["HFImageTask", "MixerTask", "ResNetTask", "ViTTask"]
 
 _CLASSES = {"imagenet": 1000, "cifar10": 10, "cifar100": 100, "folder": None}
 
@@ -88,8 +88,8 @@ class ImageTask:
         return torch.randn(batch, 3, self.image_size, self.image_size)
 
 
-class ViTTask(ImageTask):
-    """Vision transformer (``transformers.ViTForImageClassification``); the defaults are ViT-Base/16.
+class HFImageTask(ImageTask):
+    """An image classifier of Hugging Face.
 
     Args:
         dataset: ``"imagenet"``, ``"cifar10"``, ``"cifar100"``, or ``"folder"`` for own images in train/ and val/.
@@ -99,10 +99,11 @@ class ViTTask(ImageTask):
         workers: Processes that load.
         pretrained: Local folder, or name on the hub, of weights to start from.
         download: Whether the hub may be asked.
-        **config: Arguments of ``ViTConfig``.
+        **config: Arguments of the network's configuration in ``transformers``.
     """
 
-    layers = ["network.model.vit.layers.*", "network.model.vit.encoder.*"]
+    kind: str
+    """Name of the network in ``transformers``, as in ``<kind>ForImageClassification``."""
 
     def __init__(
         self,
@@ -116,71 +117,75 @@ class ViTTask(ImageTask):
         **config: Any,
     ) -> None:
         super().__init__(dataset, folder, image_size, classes, workers)
-        config = {**config, "image_size": image_size, "num_labels": self.classes}
-        self._hf = HFNetwork("ViTForImageClassification", "ViTConfig", pretrained, download, ("classifier.",), config)
-
-    def network(self) -> nn.Module:
-        """A new vision transformer, or the pretrained one."""
-        return Logits(self._hf())
-
-    def architecture(self) -> nn.Module:
-        """The network with random weights."""
-        return Logits(self._hf.architecture())
-
-
-class ResNetTask(ImageTask):
-    """Residual network (``transformers.ResNetForImageClassification``); the defaults are ResNet-18.
-
-    Args:
-        dataset: ``"imagenet"``, ``"cifar10"``, ``"cifar100"``, or ``"folder"`` for own images in train/ and val/.
-        folder: Where it is.
-        image_size: Side of the input, in pixels.
-        classes: Number of classes; needed for an own folder only before it is there.
-        workers: Processes that load.
-        pretrained: Local folder, or name on the hub, of weights to start from.
-        download: Whether the hub may be asked.
-        kernel_positions: Whether the convolutions of the stages are written as one matrix per kernel position, instead
-            of one c_out x (c_in * kh * kw) matrix each as published.
-        **config: Arguments of ``ResNetConfig``.
-    """
-
-    layers = ["network.model.resnet.*"]
-
-    def __init__(
-        self,
-        dataset: str = "imagenet",
-        folder: str | None = None,
-        image_size: int = 224,
-        classes: int | None = None,
-        workers: int = 0,
-        pretrained: str | None = None,
-        download: bool = False,
-        kernel_positions: bool = False,
-        **config: Any,
-    ) -> None:
-        super().__init__(dataset, folder, image_size, classes, workers)
-        if not isinstance(kernel_positions, bool):
-            raise ConfigError(f"model: kernel_positions must be true or false, got {kernel_positions!r}")
-        self.kernel_positions = kernel_positions
-        if pretrained is None:  # He et al. 2016, Table 1
-            config = {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], **config}
-        config["num_labels"] = self.classes
         self._hf = HFNetwork(
-            "ResNetForImageClassification", "ResNetConfig", pretrained, download, ("classifier.",), config
+            f"{self.kind}ForImageClassification",
+            f"{self.kind}Config",
+            pretrained,
+            download,
+            ("classifier.",),
+            {**self._defaults(pretrained), **config, **self._fixed()},
         )
 
+    def _defaults(self, pretrained: str | None) -> dict[str, Any]:
+        """Arguments of the configuration that a config may change."""
+        return {}
+
+    def _fixed(self) -> dict[str, Any]:
+        """Arguments of the configuration that follow from the data."""
+        return {"num_labels": self.classes}
+
     def _finished(self, model: Any) -> nn.Module:
-        if self.kernel_positions:
-            split_kernel_positions(model.resnet.encoder)
         return Logits(model)
 
     def network(self) -> nn.Module:
-        """A new residual network, or the pretrained one."""
+        """A new network, or the pretrained one."""
         return self._finished(self._hf())
 
     def architecture(self) -> nn.Module:
         """The network with random weights."""
         return self._finished(self._hf.architecture())
+
+
+class ViTTask(HFImageTask):
+    """Vision transformer (``transformers.ViTForImageClassification``); the defaults are ViT-Base/16.
+
+    Args are those of :class:`HFImageTask`, with those of ``ViTConfig``.
+    """
+
+    kind = "ViT"
+    layers = ["network.model.vit.layers.*", "network.model.vit.encoder.*"]
+
+    def _fixed(self) -> dict[str, Any]:
+        return {"num_labels": self.classes, "image_size": self.image_size}
+
+
+class ResNetTask(HFImageTask):
+    """Residual network (``transformers.ResNetForImageClassification``); the defaults are ResNet-18.
+
+    Args:
+        kernel_positions: Whether the convolutions of the stages are written as one matrix per kernel position, instead
+            of one c_out x (c_in * kh * kw) matrix each as published.
+        **arguments: As :class:`HFImageTask` takes them, with those of ``ResNetConfig``.
+    """
+
+    kind = "ResNet"
+    layers = ["network.model.resnet.*"]
+
+    def __init__(self, *, kernel_positions: bool = False, **arguments: Any) -> None:
+        if not isinstance(kernel_positions, bool):
+            raise ConfigError(f"model: kernel_positions must be true or false, got {kernel_positions!r}")
+        self.kernel_positions = kernel_positions
+        super().__init__(**arguments)
+
+    def _defaults(self, pretrained: str | None) -> dict[str, Any]:
+        if pretrained is not None:
+            return {}
+        return {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]}  # He et al. 2016
+
+    def _finished(self, model: Any) -> nn.Module:
+        if self.kernel_positions:
+            split_kernel_positions(model.resnet.encoder)
+        return super()._finished(model)
 
 
 class MixerTask(ImageTask):
