@@ -22,6 +22,7 @@ from .search import find_blocks
 from .shortest import shortest
 from .spans import Spans, best_spans, cell_sums
 from .trapezoid import gauge_trapezoids, trapezoid
+from .windows import best_windows
 
 __all__ = ["Effort", "pursuit"]
 
@@ -46,6 +47,7 @@ class Effort:
             blocks use what whole ranks leave of the budget; 0.9 for large matrices.
         rounds: Times that blocks are added.
         sweeps: Fits with a new choice of intervals after each, a round.
+        settle: Choices of intervals within the budget, once the low-rank part has become components.
         polish: Last fits on fixed intervals.
         renew: Share of the components that each round gives up for better ones.
         crowd: Components of the first round over those of the result; those worth least leave round by round.
@@ -60,6 +62,7 @@ class Effort:
     rank_share: float | None = None
     rounds: int = 8
     sweeps: int = 4
+    settle: int = 8
     polish: int = 4
     renew: float = 0.05
     crowd: float = 1.3
@@ -93,6 +96,10 @@ class _State:
 
     def cost(self) -> int:
         return int((self.rows.widths() + self.cols.widths()).sum())
+
+    def to(self, dtype: torch.dtype) -> _State:
+        names = ("u", "v", "left", "right", "last_v", "worth")
+        return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
 
     def select(self, index: Tensor) -> _State:
         rows, cols = self.rows.select(index), self.cols.select(index)
@@ -328,9 +335,10 @@ class _Pursuit:
         self.price = self.effort.price * float((self.seen - left @ (left.T @ self.seen)).square().mean())
         return state
 
-    def sweep(self, state: _State, mode: str) -> _State:
+    def sweep(self, state: _State, mode: str, momentum: float | None = None) -> _State:
         """Both sides once; the column factors are extrapolated first, which speeds up the alternation."""
-        ahead = state.v + self.effort.momentum * (state.v - state.last_v) * state.cols.support()
+        momentum = self.effort.momentum if momentum is None else momentum
+        ahead = state.v + momentum * (state.v - state.last_v) * state.cols.support()
         state = replace(state, v=ahead, last_v=state.v)
         state = self.fit_cols(self.fit_rows(state, mode), mode)
         if mode != "fixed":
@@ -340,25 +348,96 @@ class _Pursuit:
             self.price *= min(1.25, max(0.9, ratio**0.7))
         return state
 
-    def run(self, state: _State) -> _State:
-        """All rounds: add and grow, meet the budget, polish."""
+    def grown(self, state: _State) -> _State:
+        """All rounds: add blocks, then sweep."""
         rounds = self.effort.rounds
         for index in range(rounds):
             crowd = 1 + (self.effort.crowd - 1) * max(0.0, 1 - index / max(1, rounds - 3))
             state = self.add(state, int(self.count * crowd), self.problem.seed + index)
             for _ in range(self.effort.sweeps):
                 state = self.sweep(state, "grow")
-        state = self.kept(state, self.count)
+        return self.kept(state, self.count)
+
+    def settled(self, state: _State) -> _State:
+        """The budget met, then the factors fitted."""
         for mode in ["exact"] * 2 + ["fixed"] * self.effort.polish:
             state = self.sweep(state, mode)
+        return state
+
+    def opened(self, state: _State) -> tuple[_Pursuit, _State] | None:
+        """The low-rank part as components that leave out windows, where these save more than trapezoids.
+
+        They are ordinary components then, in a task of their own: their factors are far from orthogonal, so that it
+        works in float64.
+        """
+        rank = state.left.shape[1]
+        if self.weighted or rank < 2:
+            return None
+        problem = self.problem
+        state = state.to(torch.float64)
+        task = _Pursuit(problem, 0, problem.allowed, self.effort, torch.float64)
+        task.price = self.price
+        left = _orthonormal(state.left)
+        right, corner = torch.linalg.qr(task.residual(state).T @ left)  # what blocks leave is left corner^T right^T
+        saved = rank * sum(self.target.shape) - int(problem.trapezoid_cost()[rank])
+        best: tuple[float, Tensor, Tensor, Spans, Spans] | None = None
+        for axis, factor in enumerate((left @ corner.T, right @ corner)):
+            grid, other = (problem.rows, problem.cols)[:: 1 if axis == 0 else -1]
+            windows = best_windows(factor, grid, self.price)
+            if windows is None or windows.net <= max(self.price * saved, best[0] if best else 0.0):
+                continue
+            # The other factor, full, fitted to the low-rank part.
+            fit = torch.linalg.pinv(windows.factor.T) @ factor
+            every = torch.zeros(rank, dtype=torch.int64, device=factor.device)
+            full = Spans(every + other.cells, every, other)
+            if axis == 0:
+                best = windows.net, windows.factor, fit @ right.T, windows.spans, full
+            else:
+                best = windows.net, fit @ left.T, windows.factor, full, windows.spans
+        if best is None:
+            return None
+        _, u, v, rows, cols = best
+        size = _norms(u)
+        v = v * size
+        return task, _State(
+            torch.cat([u / size, state.u]),
+            torch.cat([v, state.v]),
+            rows.join(state.rows),
+            cols.join(state.cols),
+            u.new_zeros(u.shape[1], 0),
+            v.new_zeros(0, v.shape[1]),
+            torch.cat([v, state.v]),
+            torch.cat([v.new_full((rank,), float("inf")), state.worth]),
+        )
+
+    def tightened(self, state: _State) -> _State:
+        """Fits, then choices of intervals within the budget, blocks being added twice, then fits.
+
+        Momentum grows from sweep to sweep, and starts anew where it made the error grow.
+        """
+        effort = self.effort
+        chosen = ["exact"] * effort.settle
+        momentum, last = 0.0, math.inf
+        for index, mode in enumerate(["fixed"] * 2 + chosen + ["fixed"] * effort.polish):
+            if index in (4, 6):
+                state = self.add(state, self.count, self.problem.seed - index)
+                momentum, last = 0.0, math.inf
+            trial = self.sweep(state, mode, momentum)
+            error = float(self.residual(trial).square().sum())
+            if error > last and momentum > 0:
+                momentum = 0.0
+                trial = self.sweep(state, mode, momentum)
+                error = float(self.residual(trial).square().sum())
+            else:
+                momentum = min(effort.momentum, momentum + 0.2)
+            state, last = trial, error
         return state
 
 
 def _finished(problem: Problem, state: _State, rank: int, gauged: bool) -> StructuredMatrix | None:
     """Blocks and gauged low-rank part in one matrix, fitted once more in float64; ``None`` where the gauge fails."""
     exact = _Pursuit(problem, rank, 0, Effort(), torch.float64)
-    names = ("u", "v", "left", "right", "last_v", "worth")
-    state = replace(state, **{name: getattr(state, name).double() for name in names})
+    state = state.to(torch.float64)
     state = replace(state, left=_orthonormal(state.left), right=_orthonormal(state.right.T).T)
     state = exact.fit_cols(exact.fit_rows(state, "fixed"), "fixed")
     size = (_norms(state.u) / _norms(state.v)).sqrt()
@@ -437,8 +516,13 @@ def _with_share(problem: Problem, effort: Effort, share: float) -> StructuredMat
             return trapezoid(problem)  # nothing is left for blocks
         task = _Pursuit(problem, rank, allowed, effort, dtype)
         left, _, right = problem.triplets
-        state = task.run(task.start(left[:, :rank].to(dtype), right[:rank].to(dtype)))
-        found = _finished(problem, state, rank, gauged)
+        state = task.grown(task.start(left[:, :rank].to(dtype), right[:rank].to(dtype)))
+        opened = task.opened(state) if gauged else None
+        if opened is not None:
+            freed, state = opened
+            found = _finished(problem, freed.tightened(state), 0, gauged)
+        else:
+            found = _finished(problem, task.settled(state), rank, gauged)
         if found is not None:
             return found
     raise AssertionError("a low-rank part on full widths needs no gauge")
