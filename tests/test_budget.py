@@ -153,3 +153,137 @@ def test_settle_raises_first_what_rounding_lost_most():
     widths = torch.tensor([[0.54, 0.51, 0.5], [0.5, 0.5, 0.5]])
     settled = WidthBudget(specs, [0]).settle(widths, torch.tensor([31.0]))
     assert settled.tolist() == [[6, 5, 5], [5, 5, 5]]
+
+
+def test_groups_are_counted():
+    for groups, num in (([0, 1, 0, 1], 2), ([0, 0, 0, 0], 1), ([0, 1, 2, 3], 4)):
+        assert WidthBudget(SPECS, groups).num_groups == num
+    assert WidthBudget(SPECS, [0, 0, 0, 0]).num_components == sum(s.num_components for s in SPECS)
+
+
+@pytest.mark.parametrize("align", [(1, 2), (2, 1), (3, 1), (1, 1)])
+def test_cost_on_tiles_of_one_axis(align):
+    specs = [spec(16, 24, align=align), spec(31, 17, align=align)]
+    widths = draw(specs, 3)
+    assert WidthBudget(specs, [0, 0]).layer_cost(widths).tolist() == counted(specs, widths)
+
+
+def test_only_live_widths_are_counted_on_to_grow():
+    specs = [spec(64, 64)]
+    widths = draw(specs) * 0.4
+    widths[0, ::2] = 0.0  # half of the components are dead
+    widths[1, 1::8] = 1.0  # some cannot grow
+    budget = WidthBudget(specs, [0])
+    target = 1.5 * counted(specs, widths)[0]
+    threshold = budget.thresholds(widths, torch.tensor([target]), growth=0.9)
+    assert -0.9 < threshold.item() < -0.05
+    cost = counted(specs, apply_thresholds(specs, widths, threshold))[0]
+    assert target - 64 < cost <= target
+
+
+def test_without_growth_an_unused_budget_stays_unused():
+    widths = draw([spec(32, 32)]) * 0.5
+    assert WidthBudget([spec(32, 32)], [0]).thresholds(widths, torch.tensor([1e6])).item() == 0.0
+
+
+def test_what_is_found_has_no_gradient():
+    widths = draw(SPECS).requires_grad_()
+    budget = WidthBudget(SPECS, [0, 0, 0, 0], lower=[10.0, 0, 0, 0])
+    assert not budget.thresholds(widths, torch.tensor([800.0]), growth=0.1).requires_grad
+    assert not budget.settle(widths, torch.tensor([800.0])).requires_grad
+
+
+def test_bounds_are_met_and_the_rest_of_the_target_used():
+    specs = [spec(64, 64) for _ in range(4)]
+    dense = 64.0 * 64
+    widths = draw(specs)
+    lower, upper = [0.5 * dense, 0, 0, 0.0], [math.inf, 0.1 * dense, math.inf, math.inf]
+    target = 1.1 * dense
+    budget = WidthBudget(specs, [0, 0, 0, 0], lower, upper)
+    thresholds = budget.thresholds(widths, torch.tensor([target]))
+    costs = counted(specs, apply_thresholds(specs, widths, thresholds))
+    assert 0.5 * dense <= costs[0] < 0.52 * dense
+    assert 0.08 * dense < costs[1] <= 0.1 * dense
+    assert 0.97 * target < sum(costs) <= target
+    assert thresholds[2] == thresholds[3]
+    assert thresholds[0] < thresholds[2] < thresholds[1]
+
+
+def test_a_layer_without_a_lower_bound_may_vanish_beside_one_that_has_one():
+    specs = [spec(16, 16), spec(16, 16)]
+    widths = draw(specs)
+    budget = WidthBudget(specs, [0, 0], lower=[100.0, 0.0])
+    costs = counted(specs, apply_thresholds(specs, widths, budget.thresholds(widths, torch.tensor([90.0]))))
+    assert costs[0] >= 100
+    assert costs[1] == 0
+
+
+@pytest.mark.parametrize("align", [(1, 1), (4, 4)])
+def test_pinned_components_are_counted_and_never_change(align):
+    specs = [spec(32, 32, align=align)]
+    widths = draw(specs, low=0.3)
+    pinned = torch.zeros(32, dtype=torch.bool)
+    pinned[:8] = True
+    widths[:, 0] = 0.3 * align[0] / 32  # would be rounded away, and brought back
+    budget = WidthBudget(specs, [0], pinned=pinned)
+    target = torch.tensor([1000.0])
+    threshold = budget.thresholds(widths, target)
+    shrunk = apply_thresholds(specs, widths, threshold)
+    shrunk[:, pinned] = widths[:, pinned]
+    cost = counted(specs, shrunk)[0]
+    assert 1000 - 80 * align[0] < cost <= 1000
+    settled = budget.settle(shrunk, target)
+    assert torch.equal(settled[:, pinned], budget.snap(widths)[:, pinned])
+    assert settled[:, 0].tolist() == [0, 0]
+    assert 1000 - 2 * align[0] < int(multiply_adds(*settled).sum()) <= 1000
+
+
+def test_settle_raises_a_lone_component_as_far_as_it_goes():
+    budget = WidthBudget([spec(10, 10, num=1)], [0])
+    settled = budget.settle(torch.tensor([[0.1], [0.1]]), torch.tensor([15.0]))
+    assert int(settled.sum()) == 15
+    assert budget.settle(torch.tensor([[0.1], [0.1]]), torch.tensor([50.0])).tolist() == [[10], [10]]
+
+
+def test_settle_leaves_a_component_at_zero():
+    settled = WidthBudget([spec(10, 10, num=2)], [0]).settle(
+        torch.tensor([[0.0, 0.5], [0.3, 0.5]]), torch.tensor([1000.0])
+    )
+    assert settled.tolist() == [[0, 10], [3, 10]]
+
+
+def test_settle_goes_on_after_a_round_that_took_one():
+    # Of 33 multiply-adds the best takes 2; the next best needs 32, and stands in the way of the third once.
+    specs = [spec(16, 16, num=2, align=(1, 1)), spec(64, 64, num=1, align=(16, 16))]
+    budget = WidthBudget(specs, [0, 0])
+    widths = torch.tensor([[0.031, 0.001, 0.01], [0.031, 0.001, 0.01]])
+    assert budget.snap(widths).sum() == 0
+    settled = budget.settle(widths, torch.tensor([33.0]))
+    assert settled[:, 2].tolist() == [0, 0]
+    assert bool((settled[:, :2] > 0).all())
+
+
+@pytest.mark.parametrize(
+    ("short", "long", "first"),
+    [
+        (0.52, 0.0149, 0),  # loses 0.02 of its axis, and 0.0049
+        (0.501, 0.0149, 1),  # loses 0.001
+    ],
+)
+def test_what_rounding_lost_is_a_share_of_the_axis(short, long, first):
+    specs = [spec(10, 10, num=1), spec(100, 100, num=1)]
+    budget = WidthBudget(specs, [0, 0])
+    widths = torch.tensor([[short, long], [0.5, 0.5]], dtype=torch.float64)
+    before = budget.snap(widths)
+    after = budget.settle(widths, multiply_adds(*before).sum().double()[None] + 1)
+    expected = before.clone()
+    expected[0, first] += 1
+    assert torch.equal(after, expected)
+
+
+def test_settle_passes_over_what_neither_group_nor_layer_can_pay():
+    specs = [spec(64, 64, num=1, align=(16, 16)), spec(10, 10, num=1)]
+    widths = torch.tensor([[0.36, 0.5], [0.36, 0.5]])
+    budget = WidthBudget(specs, [0, 0], upper=[32.0, math.inf])
+    settled = budget.settle(widths, torch.tensor([44.0]))
+    assert settled.sum(0).tolist() == [32, 12]

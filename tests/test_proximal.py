@@ -27,6 +27,12 @@ def test_negative_threshold_grows_live_widths_only():
     torch.testing.assert_close(widths[0], torch.tensor([[0.0, 0.6, 1.0], [0.0, 0.3, 1.0]]))
 
 
+def test_a_width_that_the_gradient_made_negative_is_dead():
+    widths = [torch.tensor([[-0.1, 0.5], [-0.02, 0.0]])]
+    prox_and_clip_(widths, [torch.zeros(2, 2)], torch.tensor([-0.3]))
+    torch.testing.assert_close(widths[0], torch.tensor([[0.0, 0.8], [0.0, 0.0]]))
+
+
 def test_works_in_place_on_parameters():
     width = torch.nn.Parameter(torch.full((2, 2), 0.5))
     location = torch.nn.Parameter(torch.full((2, 2), 1.25))

@@ -1,3 +1,4 @@
+from dataclasses import FrozenInstanceError
 from itertools import pairwise
 
 import pytest
@@ -38,3 +39,11 @@ def test_bad_steps_are_refused(warmup, cooldown):
 def test_bad_sigmas_are_refused(start, end):
     with pytest.raises(ConfigError, match="sigma_start"):
         Schedule(0, 5, start, end)
+
+
+def test_one_smoothness_throughout_and_a_ramp_of_any_schedule():
+    schedule = Schedule(1, 3, 100.0, 100.0)
+    assert schedule.sigma(0.0) == schedule.sigma(1.0) == 100.0
+    assert schedule.ramp(0.5) == Schedule.ramp(0.5)
+    with pytest.raises(FrozenInstanceError):
+        schedule.sigma_end = 5.0

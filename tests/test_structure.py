@@ -1,3 +1,5 @@
+from dataclasses import FrozenInstanceError
+
 import pytest
 import torch
 
@@ -89,6 +91,7 @@ def test_support_of_wrapping_intervals():
 def test_multiply_adds_broadcast():
     rows, cols = torch.tensor([[1, 0, 3]]), torch.tensor([[2, 5, 0]])
     assert multiply_adds(rows, cols).tolist() == [[3, 0, 0]]
+    assert multiply_adds(torch.tensor([1, 2, 1]), torch.tensor([1, 1, 2])).tolist() == [2, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -96,10 +99,14 @@ def test_multiply_adds_broadcast():
     [
         (torch.tensor([1.0]), torch.tensor([0]), 4, "width must be a 1-d int64"),
         (torch.tensor([1]), torch.tensor([[0]]), 4, "start must be a 1-d int64"),
+        (torch.tensor(1), torch.tensor([0]), 4, "width must be a 1-d int64"),
+        (torch.tensor([1], dtype=torch.int32), torch.tensor([0]), 4, "width must be a 1-d int64"),
+        (torch.tensor([1, 1]), torch.tensor([0]), 4, "one shape"),
         (torch.tensor([1]), torch.tensor([0, 1]), 4, "one shape"),
         (torch.tensor([5]), torch.tensor([0]), 4, r"widths must lie in \[0, 4\]"),
         (torch.tensor([-1]), torch.tensor([0]), 4, "widths must lie"),
         (torch.tensor([1]), torch.tensor([4]), 4, r"starts must lie in \[0, 4\)"),
+        (torch.tensor([1]), torch.tensor([7]), 4, "starts must lie"),
         (torch.tensor([1]), torch.tensor([-1]), 4, "starts must lie"),
         (torch.tensor([0]), torch.tensor([0]), 0, "length must be at least 1"),
     ],
@@ -109,12 +116,42 @@ def test_bad_intervals_are_refused(width, start, length, message):
         Intervals(width, start, length)
 
 
-def test_parts_that_do_not_fit_are_refused():
+@pytest.mark.parametrize("part", ["u", "v"])
+@pytest.mark.parametrize("shape", [(2, 5), (2, 3), (3, 4), (1, 4), (2, 4, 1)])
+def test_factors_that_do_not_fit_are_refused(part, shape):
     full = Intervals.full(2, 4)
+    factors = {"u": torch.zeros(2, 4), "v": torch.zeros(2, 4), part: torch.zeros(shape)}
     with pytest.raises(ConfigError, match="do not fit"):
-        StructuredMatrix(torch.zeros(2, 5), torch.zeros(2, 4), full, full, (2,))
-    with pytest.raises(ConfigError, match="component counts differ"):
-        StructuredMatrix(torch.zeros(2, 4), torch.zeros(2, 4), full, full, (1,))
+        StructuredMatrix(**factors, rows=full, cols=full, split_sizes=(2,))
+
+
+@pytest.mark.parametrize(("columns", "splits"), [(2, (1,)), (2, (2, 1)), (1, (2,)), (3, (2,))])
+def test_counts_that_differ_are_refused(columns, splits):
+    with pytest.raises(ConfigError, match="do not fit|component counts differ"):
+        StructuredMatrix(torch.zeros(2, 4), torch.zeros(2, 4), Intervals.full(2, 4), Intervals.full(columns, 4), splits)
+
+
+def test_many_components_on_the_smallest_axis():
+    u, v = torch.ones(300, 1), torch.ones(300, 1)
+    matrix = StructuredMatrix.from_factors(u, v)
+    assert matrix.to_dense().tolist() == [[300.0]]
+    assert (matrix.num_components, matrix.stored) == (300, 1)  # multiplied as the dense matrix that it is
+    assert StructuredMatrix.from_factors(torch.ones(3, 2), torch.ones(3, 5)).stored == 10
+
+
+def test_intervals_without_values_are_taken_as_they_are():
+    width = torch.empty(3, dtype=torch.int64, device="meta")
+    assert Intervals(width, width, 4).num_components == 3
+    none = torch.empty(0, dtype=torch.int64)
+    assert Intervals(none, none, 4).support().shape == (0, 4)
+
+
+def test_structures_do_not_change():
+    full = Intervals.full(2, 4)
+    with pytest.raises(FrozenInstanceError):
+        full.length = 5
+    with pytest.raises(FrozenInstanceError):
+        StructuredMatrix.from_factors(torch.zeros(2, 4), torch.zeros(2, 4)).u = None
 
 
 def test_repr_is_one_line():
