@@ -12,7 +12,7 @@ from torch import Tensor
 from ..allocation import Curve, least_maximum
 from ..decomposition.metric import Metric
 from ..errors import ConfigError
-from .base import check_count, check_weight, too_small
+from .base import check_count, check_weight, options_of, too_small
 from .grid import BlockGrid, grid_factors
 from .partition import Partition
 
@@ -69,8 +69,11 @@ class Alds(BlockGrid):
         targets = {
             name: check_weight(f"{cls.name}: layer {name!r}", weight, budget) for name, weight in weights.items()
         }
-        splits, parts = options.get("row_splits", 1), options.get("parts")
-        curves = {name: error_curve(target, splits, parts) for name, target in targets.items()}
+        parts = options.get("parts")
+        curves = {
+            name: error_curve(target, options_of(options, name)["row_splits"], parts)
+            for name, target in targets.items()
+        }
         allowed = sum(budget * target.numel() for target in targets.values()) + 1e-6
         least = {name: float(curve.cost[0]) for name, curve in curves.items()}
         if sum(least.values()) > allowed:

@@ -16,7 +16,7 @@ from ..decomposition.metric import Metric
 from ..errors import BudgetError, ConfigError
 from ..structure import StructuredMatrix
 
-__all__ = ["FamilyMatrix", "check_count", "check_weight", "output_metric", "too_small"]
+__all__ = ["FamilyMatrix", "check_count", "check_weight", "options_of", "output_metric", "too_small"]
 
 Self = TypeVar("Self", bound="FamilyMatrix")
 
@@ -159,12 +159,18 @@ class FamilyMatrix(ABC):
         Args:
             weights: (m, n) matrices by layer name.
             budget: Relative FLOPs of all together, in (0, 1].
-            options: As :meth:`from_dense` takes them.
+            options: As :meth:`from_dense` takes them; ``row_splits`` also by name.
 
         Returns:
             A budget for each name.
         """
         return dict.fromkeys(weights, budget)
+
+
+def options_of(options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A family's options for one layer: ``row_splits`` may be given by name, 1 where absent."""
+    splits = options.get("row_splits", 1)
+    return {**options, "row_splits": splits.get(name, 1) if isinstance(splits, Mapping) else splits}
 
 
 def check_weight(family: str, weight: Tensor, budget: float) -> Tensor:

@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..progress import track
 from ..selection import select_layers
 from ..swap import can_gain, check_structurable, replace_modules, stored_weight, weight_matrix
+from .base import options_of
 from .layers import FamilyLayer
 from .registry import get
 
@@ -51,7 +52,7 @@ def replace(
         calibration: Training batches: the layers are then fitted to their outputs, with corrected biases, see
             :func:`~gblr_plugin.decomposition.sequential.fit_layers`.
         allocation: Rule by which one budget is split, see :func:`~gblr_plugin.allocation.allocate`.
-        options: The family's own.
+        options: The family's own; ``row_splits`` for all layers, or by name.
 
     Returns:
         The new layers by name.
@@ -64,7 +65,8 @@ def replace(
     for name, module in chosen.items():
         check_structurable(module, name)
     check_untied(model, chosen)
-    small = [name for name, module in chosen.items() if not can_gain(module, options.get("row_splits", 1))]
+    own = {name: options_of(options, name) for name in chosen}
+    small = [name for name, module in chosen.items() if not can_gain(module, own[name]["row_splits"])]
     for name in small:
         _logger.warning("layer %r is too small to gain from structure and stays dense", name)
         chosen.pop(name).gblr_note = "too small to gain, kept dense"
@@ -76,7 +78,7 @@ def replace(
             raise ConfigError(f"layer {missing[0]!r}: no budget given for it")
         budgets = dict(budget)
     elif allocation is not None:
-        splits = dict.fromkeys(chosen, options.get("row_splits", 1))
+        splits = {name: own[name]["row_splits"] for name in chosen}
         budgets = allocate(model, chosen, budget, allocation, calibration=calibration, row_splits=splits)
     else:
         budgets = kind.budgets({name: weight_matrix(module) for name, module in chosen.items()}, budget, **options)
@@ -84,13 +86,13 @@ def replace(
     if calibration is not None:
 
         def fit(name: str, target: Tensor, metric: Metric) -> Any:
-            return kind.trainable(_standing_in(chosen[name], target), budgets[name], calibration=metric, **options)
+            return kind.trainable(_standing_in(chosen[name], target), budgets[name], calibration=metric, **own[name])
 
         fitted = fit_layers(model, chosen, calibration, fit)
         layers = {name: with_bias(*fitted[name]) for name in chosen}
     for name in track([name for name in chosen if name not in layers], "decomposing"):
         try:
-            layers[name] = kind.trainable(chosen[name], budgets[name], **options)
+            layers[name] = kind.trainable(chosen[name], budgets[name], **own[name])
         except ConfigError as error:
             raise ConfigError(f"layer {name!r}: {error}") from error
     replace_modules(model, {id(chosen[name]): layer for name, layer in layers.items()})

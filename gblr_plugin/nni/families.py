@@ -58,6 +58,7 @@ class FamilyCompressor:
             check_recorded(evaluator, plan)
         data = None if calibrated is None else calibration_data(evaluator, model, calibrated)
         kind = families.get(family)
+        options.setdefault("row_splits", {name: layer.settings.row_splits for name, layer in plan.items()})
         budgets = _budgets(kind, plan, options)
         uniform = kind.budgets.__func__ is families.FamilyMatrix.budgets.__func__  # type: ignore[attr-defined]  # methods
         goals = {name: layer.goal.budget for name, layer in plan.items()}

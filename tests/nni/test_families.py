@@ -55,3 +55,19 @@ def test_a_family_has_no_lambda_and_needs_an_optimizer_that_holds_the_layer(kit:
             TorchEvaluator(kit.train, made, kit.training_step),
         )
     assert type(model.fc1) is nn.Linear
+
+
+@pytest.mark.parametrize("name", ["low_rank", "alds", "gblr_fixed"])
+def test_packed_rows_of_the_config_are_split_for_every_family(kit: Any, name: str) -> None:
+    model = kit.MLP()
+    weight = model.fc2.weight.detach().clone()
+    config: list[dict[str, Any]] = [
+        {"op_names": ["fc1"], "sparse_ratio": 0.5},
+        {"op_names": ["fc2"], "sparse_ratio": 0.5, "gblr": {"row_splits": 2}},
+    ]
+    create_compressor(name, model, config)
+    family = families.get("gblr" if name == "gblr_fixed" else name)
+    budget = family.budgets({"fc2": weight}, 0.5, row_splits={"fc2": 2})["fc2"]
+    split, whole = (family.from_dense(weight, budget, row_splits=splits).to_dense() for splits in (2, 1))
+    torch.testing.assert_close(model.fc2.weight, split)
+    assert not torch.allclose(split, whole)
