@@ -127,7 +127,7 @@ def test_factors_that_do_not_fit_are_refused(part, shape):
 
 @pytest.mark.parametrize(("columns", "splits"), [(2, (1,)), (2, (2, 1)), (1, (2,)), (3, (2,))])
 def test_counts_that_differ_are_refused(columns, splits):
-    with pytest.raises(ConfigError, match="do not fit|component counts differ"):
+    with pytest.raises(ConfigError, match=r"do not fit|component counts differ"):
         StructuredMatrix(torch.zeros(2, 4), torch.zeros(2, 4), Intervals.full(2, 4), Intervals.full(columns, 4), splits)
 
 
