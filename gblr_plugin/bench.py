@@ -8,6 +8,7 @@ them to a tile. What is printed is measured at once, in one process, calls takin
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -16,12 +17,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .bench_networks import GPT, ViT, replace_weights
+from .conversion import frozen_like
 from .errors import ConfigError
 from .files import write_text
 from .kernels.measure import interleaved_medians
@@ -112,7 +115,7 @@ class Row:
     """One measurement.
 
     Args:
-        section: ``"products"``, ``"bfloat16"``, ``"vit"`` or ``"gpt2"``.
+        section: ``"products"``, ``"bfloat16"``, ``"layers"``, ``"vit"`` or ``"gpt2"``.
         name: What was measured.
         align: Tile of the intervals.
         relative_flops: Of the structured layers together.
@@ -149,6 +152,9 @@ HEADER = (
 # Shares of the ideal speed-up at 25% FLOPs in float32 on a CPU: (aligned, not) for one token, and from 16 on.
 SINGLE, MANY = (1.0, 0.9), (0.85, 0.7)
 BFLOAT16, VIT, GPT2 = 0.7, 2.2, 1.6
+LAYER = 1 / 1.05  # of any converted layer: never slower than dense beyond noise
+LAYERS = ((32, 32), (64, 64), (128, 128), (256, 256), (512, 512), (768, 768), (1024, 256), (2048, 2048), (4096, 4096))
+LAYER_FLOPS = (0.15, 0.25, 0.5, 0.75)
 GPT2_FLOPS = 0.437  # over all linear layers of the blocks, attention's output projection left dense
 
 
@@ -185,6 +191,41 @@ def _product_rows(
                     f"{weight.plan.kernel(count)} {weight.plan.block_rows}x{weight.plan.block_cols}, "
                     f"padding {weight.packing.padding:.3f}, memory {memory:.3f}",
                 )
+
+
+@torch.no_grad()
+def _layer_rows(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Row]:
+    """Whole modules as conversion leaves them, over the dense ones: all sizes, most of all small ones."""
+    for (m, n), flops, align in itertools.product(options.layers, options.layer_flops, options.align):
+        if align > min(m, n) // 2:
+            continue
+        matrix = random_structure(m, n, flops, align, dtype=dtype)
+        if matrix.relative_flops >= 1:
+            continue
+        dense = nn.Linear(n, m, dtype=dtype)
+        ours = frozen_like(dense, matrix, plan=options.plan)
+        for count in options.tokens:
+            x = torch.randn(count, n, dtype=dtype)
+
+            def call(module: nn.Module, x: Tensor = x) -> Callable[[], object]:
+                return lambda: module(x)
+
+            times = interleaved_medians(
+                [call(dense), call(ours)], x.device, options.seconds, least=5, clock=_clock(options)
+            )
+            weight: Any = ours.weight
+            yield Row(
+                "layers",
+                f"{m}x{n}, {count} tokens",
+                align,
+                matrix.relative_flops,
+                times[0],
+                times[1],
+                times[0] / times[1],
+                None if options.quick else LAYER,
+                f"layers, {m}x{n}",
+                f"{weight.plan.kernel(count)} {weight.plan.block_rows}x{weight.plan.block_cols}",
+            )
 
 
 def _structured(network: nn.Module, names: tuple[str, ...], flops: float, align: int, plan: str) -> float:
@@ -253,13 +294,15 @@ def _gpt2_rows(options: argparse.Namespace) -> Iterator[Row]:
 def _rows(section: str, options: argparse.Namespace) -> Iterator[Row]:
     if section == "products":
         return _product_rows(section, options.shapes, options.tokens, options, DTYPES[options.dtype])
+    if section == "layers":
+        return _layer_rows(options, DTYPES[options.dtype])
     if section == "bfloat16":
         shape = (512, 512) if options.quick else (4096, 4096)
         return _product_rows(section, [shape], [197], options, torch.bfloat16)
     return _vit_rows(options) if section == "vit" else _gpt2_rows(options)
 
 
-SECTIONS = ("products", "bfloat16", "vit", "gpt2")
+SECTIONS = ("products", "bfloat16", "layers", "vit", "gpt2")
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -279,14 +322,14 @@ def _section(text: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gblr bench", description="Time structured products against dense ones.")
     parser.add_argument("sections", nargs="*", type=_section, metavar="SECTION", help=f"{', '.join(SECTIONS)}: all")
-    parser.add_argument("--shapes", nargs="+", type=_shape, default=None, metavar="MxN", help="of products")
-    parser.add_argument("--tokens", nargs="+", type=int, default=None, help="of products")
+    parser.add_argument("--shapes", nargs="+", type=_shape, default=None, metavar="MxN", help="of products and layers")
+    parser.add_argument("--tokens", nargs="+", type=int, default=None, help="of products and layers")
     parser.add_argument("--align", nargs="+", type=int, default=[32, 1], help="snap intervals to these tiles")
     parser.add_argument("--relative-flops", type=float, default=0.25, help="of products and vit")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of products")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of products and layers")
     parser.add_argument("--device", default="cpu", help="of products")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--plan", choices=("fixed", "auto"), default="fixed")
+    parser.add_argument("--plan", choices=("fixed", "factors", "auto"), default="fixed")
     parser.add_argument("--seconds", type=float, default=0.3, help="time spent on each entry")
     parser.add_argument("--quick", action="store_true", help="small sizes: does everything run; no goals")
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds instead of wall time, for a busy machine")
@@ -327,6 +370,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ConfigError: If the JSON file cannot be written.
     """
     options = _parser().parse_args(argv)
+    options.layers = options.shapes or [(64, 64)] * options.quick or LAYERS
+    options.layer_flops = LAYER_FLOPS[1:2] if options.quick else LAYER_FLOPS
     options.shapes = options.shapes or [(256, 384)] * options.quick or [(3072, 768), (4096, 4096)]
     options.tokens = options.tokens or [1, 16] * options.quick or [1, 4, 16, 64, 256, 1024]
     before = torch.get_num_threads()

@@ -15,6 +15,7 @@ from .decomposition.calibration import Calibration
 from .decomposition.metric import Metric
 from .decomposition.sequential import fit_layers
 from .errors import ConfigError
+from .frozen import hasten
 from .layers import GBLRLayer
 from .progress import track
 from .recompression import recompressed
@@ -204,8 +205,9 @@ def frozen_like(
 ) -> nn.Module:
     """A plain nn.Linear / nn.Conv1d / nn.Conv2d whose weight is a frozen :class:`~gblr_plugin.GBLRTensor`.
 
-    A matrix that costs at least as much as the dense product becomes a dense weight instead; crowded boxes of it become
-    dense blocks (``recompressed`` in ``recompression.py``).
+    Where a small weight keeps its matrix beside the factors, the module is of a subclass that takes it first
+    (``frozen.py``). A matrix that costs at least as much as the dense product becomes a dense weight instead; crowded
+    boxes of it become dense blocks (``recompressed`` in ``recompression.py``).
 
     Args:
         module: The dense or structured module whose geometry, bias, mode and hooks are taken over.
@@ -255,7 +257,7 @@ def frozen_like(
         new.structure_name, new.gblr_note = "full", "not cheaper than dense, stored dense"  # type: ignore[assignment]  # attributes
     new.train(module.training)
     copy_hooks(module, new)
-    return new
+    return hasten(new)
 
 
 def convert(model: nn.Module, *, plan: Any = None) -> nn.Module:

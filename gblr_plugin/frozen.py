@@ -7,24 +7,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.compiler import is_compiling
+from torch.nn.functional import linear
 
-__all__ = ["FrozenConv1d", "FrozenConv2d", "FrozenLinear", "hasten"]
+__all__ = ["FROZEN", "FrozenConv1d", "FrozenConv2d", "FrozenLinear", "hasten"]
 
 
 def _direct(weight: Any, input: Tensor) -> Any:
     """What to multiply by: the weight, or the dense matrix that it keeps for this many tokens."""
-    matrix: Tensor | None = getattr(weight, "matrix", None)  # none has a weight that was put in its place
+    matrix = getattr(weight, "matrix", None)  # a weight that was put in its place has none
     if matrix is None:
         return weight
-    limit: int | None = weight.dense_elements
-    if torch.compiler.is_compiling():  # a trace must not ask how many tokens there are
-        return weight if limit is not None or torch.compiler.is_exporting() else matrix
-    if torch._C._len_torch_dispatch_stack() or (limit is not None and input.numel() > limit):
-        return weight  # counters of FLOPs see the structure
-    return matrix
+    limit = weight.dense_elements
+    # A trace must not ask how many tokens there are.
+    few = limit is None or (not is_compiling() and input.numel() <= limit)
+    return matrix if few else weight
 
 
 class FrozenLinear(nn.Linear):
@@ -32,7 +30,13 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., n) to (..., m)."""
-        return F.linear(input, _direct(self.weight, input), self.bias)
+        weight: Any = self.weight
+        matrix = getattr(weight, "matrix", None)  # as in _direct; a call is a tenth of a small product
+        if matrix is not None:
+            limit = weight.dense_elements
+            if limit is None or (not is_compiling() and input.numel() <= limit):
+                weight = matrix
+        return linear(input, weight, self.bias)
 
 
 class FrozenConv1d(nn.Conv1d):
@@ -56,6 +60,7 @@ _FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: FrozenConv1d,
     nn.Conv2d: FrozenConv2d,
 }
+FROZEN = (FrozenLinear, FrozenConv1d, FrozenConv2d)
 
 
 def hasten(module: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from .frozen import FROZEN
 from .layers import GBLRLayer
 from .swap import structurable, weight_matrix
 
@@ -241,7 +242,7 @@ def _shortened(name: str, width: int) -> str:
 def _is_layer(module: nn.Module) -> bool:
     if isinstance(module, GBLRLayer) or hasattr(module, "matrix_shape"):
         return True
-    return structurable(module) or type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d)
+    return structurable(module) or isinstance(module, FROZEN)
 
 
 def _positions(module: nn.Module, output: Tensor) -> int:

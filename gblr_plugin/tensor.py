@@ -191,19 +191,19 @@ class GBLRTensor(TorchAOBaseTensor):
                 f"GBLR tensor: factors must share one floating-point dtype, got {matrix.u.dtype} and {matrix.v.dtype}"
             )
         matrix = StructuredMatrix(matrix.u.detach(), matrix.v.detach(), matrix.rows, matrix.cols, matrix.split_sizes)
-        unit, int8 = prod(shape[2:]), factor_dtype == "int8"
+        taps, int8 = prod(shape[2:]) if len(shape) > 2 else None, factor_dtype == "int8"
         if plan == "auto" and len(shape) == 2:
             plan = measured_plan(matrix, int8=int8)
         elif plan is None or plan in ("fixed", "auto"):
             # The time of a convolution depends on the size of its input: its plan follows from the cost model.
-            plan = fixed_plan(matrix, unit, int8)
+            plan = fixed_plan(matrix, taps, int8)
         elif plan == "factors":
-            plan = fixed_plan(matrix, unit, int8, beside=False)
+            plan = fixed_plan(matrix, taps, int8, beside=False)
         if not isinstance(plan, Plan):
             raise ConfigError(f"GBLR tensor: plan must be 'fixed', 'factors', 'auto' or a Plan, got {plan!r}")
-        if plan.block_cols % unit:
+        if plan.block_cols % (taps or 1):
             raise ConfigError(
-                f"GBLR tensor: block_cols of a convolution must be a multiple of its {unit} taps, got {plan.block_cols}"
+                f"GBLR tensor: block_cols of a convolution must be a multiple of its {taps} taps, got {plan.block_cols}"
             )
         layout, values, index = pack_for(matrix, plan.block_rows, plan.block_cols)
         weight = cls(values, index, layout, plan, shape)

@@ -9,14 +9,14 @@ from gblr_plugin.kernels import plan
 
 @pytest.fixture(autouse=True)
 def structure_at_work(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No matrix beside the factors: the small weights of tests go through structured products.
+    """No dense products in plans: the small weights of tests go through structured ones.
 
-    Tests of that matrix ask for the fixture ``small_matrices``.
+    Tests of plans as users get them ask for the fixture ``true_plans``.
     """
-    if "small_matrices" not in request.fixturenames:
-        monkeypatch.setattr(plan, "MATRIX", 0)
+    if "true_plans" not in request.fixturenames:
+        monkeypatch.setattr(plan, "_dense_pays", lambda *_: False)
 
 
 @pytest.fixture
-def small_matrices() -> None:
+def true_plans() -> None:
     """Plans as users get them, with the dense matrix beside the factors of small weights."""

@@ -76,6 +76,7 @@ def test_every_section_runs(capsys: pytest.CaptureFixture[str]) -> None:
     for name in (
         "256x384, 16 tokens",
         "512x512, 197 tokens",
+        "64x64, 16 tokens",
         "ViT-B/16 shape, batch 1",
         "GPT-2 shape, a token, blocks",
     ):

@@ -15,6 +15,7 @@ ROOMS = [
         "blockwise",
         "budget",
         "decomposition",
+        "frozen",
         "gauge",
         "layers",
         "learner",

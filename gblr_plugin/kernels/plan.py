@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 
+import torch
+
 from ..errors import ConfigError
 from ..structure import Intervals, StructuredMatrix
 from .compiled import WIDEST, available
@@ -19,13 +21,22 @@ __all__ = ["BUCKETS", "Plan", "candidates", "dense_plan", "fixed_plan", "predict
 
 BLOCKS = (16, 32, 64, 128, 256, 512)
 BUCKETS = (1, 4, 16, 64, 256, 1024)  # tokens; a kernel is chosen for each
-MEMORY = 1.15  # bytes of a layout over those of the bare factors
-# Costs in multiply-adds: moving one element of z, and one more block per token (about 10 us a call at 256 tokens).
+# Bytes of a layout over those of the bare factors; many small calls of torch would cost more than some padding.
+MEMORY = {"compiled": 1.15, "blocks": 1.4}
+MATRIX = 1 << 20  # bytes of a dense matrix that may lie beside the factors
+# Costs in multiply-adds, 50 to a nanosecond, as measured on a processor with AVX-512. Of a token: moving one element of
+# z, and one more block (about 20 us a call at 256 tokens).
 MOVE = {"compiled": 1.0, "blocks": 8.0}
-CALL = {"compiled": 50.0, "blocks": 2000.0}
-# Multiply-adds that a product must save before structure pays: torch's way to a subclass, and the kernel's own start.
-PAYS = {"compiled": 1 << 18, "blocks": 1 << 21}
-MATRIX = 1 << 20  # bytes of a matrix that may lie beside the factors without being asked for
+CALL = {"compiled": 50.0, "blocks": 4096.0}
+# Of a multiply-add of ours where the library's are faster.
+RATE = {torch.bfloat16: 1.45}
+# What a structured product must save to pay, at 1 token, from 4 and from 16: torch's way to a tensor subclass, and our
+# kernel's start; torch itself starts slowly in bfloat16, but for one token.
+STARTS = {torch.float32: (45e3, 110e3, 150e3), torch.bfloat16: (2e3, -5e5, -5e5)}
+# Of one element of x or y, which our kernel lays out anew.
+EDGE = 10.0
+# Of one element that a convolution unfolds, or only copies where it is pointwise.
+UNFOLD, COPY = 150.0, 80.0
 
 
 @dataclass(frozen=True)
@@ -232,7 +243,7 @@ def candidates(matrix: StructuredMatrix, unit: int = 1, kernel: str | None = Non
         return [_whole_plan(matrix)]
     rows, cols = _axis(matrix.rows, matrix.row_splits, 1), _axis(matrix.cols, 1, unit)
     pairs = [(r, c) for r in rows for c in cols]
-    lean = [(r, c) for r, c in pairs if _memory(matrix, r, c, int8) <= MEMORY]
+    lean = [(r, c) for r, c in pairs if _memory(matrix, r, c, int8) <= MEMORY[kernel]]
     lean = lean or [min(pairs, key=lambda pair: _memory(matrix, pair[0], pair[1], int8))]
     plans = [
         Plan(
@@ -247,31 +258,57 @@ def candidates(matrix: StructuredMatrix, unit: int = 1, kernel: str | None = Non
     return sorted(plans, key=lambda plan: plan.predicted)
 
 
-def fixed_plan(matrix: StructuredMatrix, unit: int = 1, int8: bool = False, beside: bool = True) -> Plan:
+def _dense_pays(plan: Plan, matrix: StructuredMatrix, tokens: int, taps: int | None) -> bool:
+    """Is the dense product of this many tokens foreseen to be faster; ``taps`` of a convolution."""
+    (m, n), dtype, kernel = matrix.shape, matrix.u.dtype, plan.kernels[-1][1]
+    if matrix.u.is_cuda:  # two launches for one, and nothing measured
+        return m * n * dtype.itemsize <= MATRIX
+    cost = plan.predicted
+    if kernel == "compiled":
+        start = STARTS[dtype][(tokens >= 4) + (tokens >= 16)]
+        cost = cost * RATE.get(dtype, 1.0) + EDGE / m + EDGE / n
+    else:  # calls do not depend on the number of tokens
+        calls = CALL[kernel] * (-(-m // plan.block_rows) + -(-n // plan.block_cols))
+        start, cost = calls * 256, cost - calls / (m * n)
+    if taps is not None:
+        cost += (UNFOLD if taps > 1 else COPY) / m
+    return (1 - cost) * m * n * tokens < start
+
+
+def fixed_plan(matrix: StructuredMatrix, taps: int | None = None, int8: bool = False, beside: bool = True) -> Plan:
     """The plan that the cost model prefers; no timing: same structure, dtype and installed packages, same plan.
 
     Args:
         matrix: The weight.
-        unit: As in :func:`candidates`.
-        int8: As there.
-        beside: Let a small matrix lie beside the factors, for numbers of tokens at which structure saves less than a
-            structured product takes to start. Not with int8 factors, which are there for the memory.
+        taps: Of a convolution, ``prod(kernel)``; ``None`` for a linear weight.
+        int8: As in :func:`candidates`. Factors are made so for the memory, and nothing lies beside them.
+        beside: Let the matrix lie beside the factors where it is small, for numbers of tokens at which structure saves
+            less than a structured product takes to start.
 
     Returns:
-        Dense storage where the factors cost no less than the dense matrix, else blocks.
+        Blocks; dense storage where the factors cost no less than the dense matrix, or where that is large and foreseen
+        to be faster at many tokens.
     """
     m, n = matrix.shape
     if matrix.stored >= m * n:
         return dense_plan()
-    best = candidates(matrix, unit, int8=int8)[0]
-    if int8 or not beside or m * n * matrix.u.element_size() > MATRIX:
+    best = candidates(matrix, taps or 1, int8=int8)[0]
+    if int8 or not beside:
         return best
-    kernel = best.kernels[-1][1]
-    saved = (1 - best.predicted) * m * n
-    tokens = PAYS[kernel] / saved if saved > 0 else float("inf")
-    if unit > 1 or tokens >= BUCKETS[-1]:
-        return replace(best, kernels=((BUCKETS[-1], "dense"),)) if tokens >= 1 else best
-    return replace(best, kernels=((int(tokens), "dense"), *best.kernels)) if tokens >= 1 else best
+    many, kernel = BUCKETS[-1], best.kernels[-1][1]
+    if taps is not None:
+        names = [(many, "dense" if _dense_pays(best, matrix, many, taps) else kernel)]
+    else:  # what pays at a number of tokens is taken up to the next
+        found = ["dense" if _dense_pays(best, matrix, tokens, None) else kernel for tokens in BUCKETS]
+        limits = [*(tokens - 1 for tokens in BUCKETS[1:]), many]
+        names = [
+            (limit, name)
+            for number, (limit, name) in enumerate(zip(limits, found, strict=True))
+            if number + 1 == len(found) or found[number + 1] != name
+        ]
+    if m * n * matrix.u.element_size() <= MATRIX:
+        return replace(best, kernels=tuple(names))
+    return dense_plan() if names[-1][1] == "dense" else best
 
 
 def dense_plan() -> Plan:

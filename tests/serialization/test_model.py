@@ -153,7 +153,7 @@ def test_damaged_buffers_are_named_not_saved(tmp_path, part, dtype):
     elif part == "lists":
         weight.lists[0] = (1 << 20) + 77
     else:
-        words = interval_facts(weight.packing, weight.lists).numel() // (2 if dtype else 1)
+        words = interval_facts(weight.packing, weight.lists).numel() // (2 if weight.packing.narrow else 1)
         weight.lists[weight.packing.intervals_at + words - 1] = 5
     layer.weight = nn.Parameter(weight, requires_grad=False)
     with pytest.raises(ConfigError, match="'weight' are damaged"):

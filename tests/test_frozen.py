@@ -1,0 +1,151 @@
+"""Small frozen weights run dense where that is faster, and stay structured in all else."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import gblr_plugin as gblr
+from gblr_plugin.bench import random_structure
+from gblr_plugin.conversion import frozen_like
+from gblr_plugin.frozen import FrozenConv1d, FrozenConv2d, FrozenLinear, hasten
+from gblr_plugin.kernels import compiled
+from gblr_plugin.kernels.plan import BUCKETS, MATRIX, fixed_plan
+from gblr_plugin.serialization import load, save
+from gblr_plugin.tensor import GBLRTensor
+
+pytestmark = pytest.mark.usefixtures("true_plans")
+needs_numba = pytest.mark.skipif(
+    not compiled.available(torch.device("cpu"), torch.float32), reason="costs are those of the compiled kernel"
+)
+
+
+def tiny(**options: object) -> nn.Module:
+    return frozen_like(nn.Linear(32, 24), random_structure(24, 32, 0.25), **options)  # type: ignore[arg-type]  # one of plan
+
+
+@needs_numba
+def test_plans_take_dense_where_structure_saves_too_little() -> None:
+    assert fixed_plan(random_structure(24, 32, 0.25)).dense_up_to is None  # at all numbers of tokens
+    middle = fixed_plan(random_structure(160, 160, 0.25))
+    assert 0 < (middle.dense_up_to or 0) < BUCKETS[-1]
+    assert middle.kernel(1) == "dense"
+    assert middle.kernel(1000) == "compiled"
+    assert fixed_plan(random_structure(1024, 1024, 0.25)).dense_up_to == 0
+    assert fixed_plan(random_structure(24, 32, 0.25), beside=False).dense_up_to == 0
+    assert fixed_plan(random_structure(24, 32, 0.25), int8=True).dense_up_to == 0
+
+
+@needs_numba
+def test_large_weights_store_one_matrix_or_none() -> None:
+    if compiled.available(torch.device("cpu"), torch.bfloat16):
+        costly = random_structure(1024, 1024, 0.9, dtype=torch.bfloat16)
+        assert costly.relative_flops < 1
+        assert fixed_plan(costly).block_rows == 0
+    lean = GBLRTensor.from_structured(random_structure(768, 768, 0.25))
+    assert MATRIX < 768 * 768 * 4
+    assert lean.matrix is None
+
+
+@pytest.mark.parametrize("shape", [(24, 32), (24, 8, 3), (24, 8, 3, 3)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_frozen_modules_equal_dense_ones(shape: tuple[int, ...], bias: bool) -> None:
+    matrix = random_structure(24, int(torch.Size(shape[1:]).numel()), 0.3)
+    dense: nn.Module = {
+        2: lambda: nn.Linear(32, 24, bias=bias),
+        3: lambda: nn.Conv1d(8, 24, 3, padding=1, bias=bias),
+        4: lambda: nn.Conv2d(8, 24, 3, padding=1, bias=bias),
+    }[len(shape)]()
+    frozen = frozen_like(dense, matrix)
+    assert type(frozen) is {2: FrozenLinear, 3: FrozenConv1d, 4: FrozenConv2d}[len(shape)]
+    x = torch.randn(2, 5, 32) if len(shape) == 2 else torch.randn(2, 8, *(7,) * (len(shape) - 2))
+    x.requires_grad_()
+    dense.weight = nn.Parameter(matrix.to_dense().view(shape))
+    torch.testing.assert_close(frozen(x), dense(x), rtol=1e-5, atol=1e-5)
+    upstream = torch.randn_like(dense(x))
+    inputs = (x, frozen.bias) if bias else (x,)
+    mine = torch.autograd.grad(frozen(x), inputs, upstream)
+    true = torch.autograd.grad(dense(x), (x, dense.bias) if bias else (x,), upstream)
+    for a, b in zip(mine, true, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@needs_numba
+def test_both_sides_of_the_limit_agree() -> None:
+    matrix = random_structure(160, 160, 0.25)
+    layer = frozen_like(nn.Linear(160, 160), matrix)
+    limit = layer.weight.plan.dense_up_to
+    x = torch.randn(limit + 1, 160)
+    expected = F.linear(x, matrix.to_dense(), layer.bias)
+    for tokens in (limit, limit + 1):
+        torch.testing.assert_close(layer(x[:tokens]), expected[:tokens], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(  # by way of the weight alone
+            F.linear(x[:tokens], layer.weight, layer.bias), expected[:tokens], rtol=1e-4, atol=1e-4
+        )
+
+
+@needs_numba
+def test_the_matrix_follows_copies_casts_and_files(tmp_path: Path) -> None:
+    layer = tiny()
+    x = torch.randn(5, 32)
+    expected = layer(x)
+    again = copy.deepcopy(layer)
+    assert again.weight.matrix is not None
+    torch.save(layer.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["weight"].matrix is not None
+    again.weight.data.copy_(GBLRTensor.from_structured(random_structure(24, 32, 0.25, seed=0)))
+    torch.testing.assert_close(again(x), expected)
+    half = copy.deepcopy(layer).double()
+    assert half.weight.matrix.dtype == torch.float64
+    torch.testing.assert_close(half(x.double()).float(), expected, rtol=1e-5, atol=1e-5)
+    model = nn.Sequential(layer)
+    save(model, tmp_path / "model.safetensors")
+    loaded = load(tmp_path / "model.safetensors", nn.Sequential(nn.Linear(32, 24)))
+    assert type(loaded[0]) is FrozenLinear
+    torch.testing.assert_close(loaded(x), expected)
+
+
+def test_counts_and_reports_stay_those_of_the_structure() -> None:
+    matrix = random_structure(24, 32, 0.25)
+    model = nn.Sequential(frozen_like(nn.Linear(32, 24), matrix))
+    report = gblr.report(model, torch.randn(1, 32))
+    assert report.layers[0].multiply_adds == matrix.stored
+    assert report.multiply_adds == matrix.stored
+    assert model[0].weight.relative_flops == pytest.approx(matrix.relative_flops)
+
+
+@needs_numba
+def test_compiled_and_exported_modules_agree() -> None:
+    for size in (24, 160):
+        matrix = random_structure(size, size, 0.25)
+        layer = frozen_like(nn.Linear(size, size), matrix)
+        x = torch.randn(3, size)
+        expected = layer(x)
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), expected, rtol=1e-4, atol=1e-4)
+        program = gblr.export(nn.Sequential(layer), (x,))
+        torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-4)
+        held = sum(tensor.numel() for tensor in program.state_dict.values() if tensor.is_floating_point())
+        assert held < size * size  # factors and a bias, no matrix
+
+
+def test_factors_alone_where_asked_and_where_int8() -> None:
+    assert tiny(plan="factors").weight.matrix is None
+    assert type(tiny(plan="factors")) is nn.Linear
+    assert tiny(factor_dtype="int8").weight.matrix is None
+    layer = tiny()
+    if layer.weight.matrix is not None:
+        assert layer.weight.quantize().matrix is None
+        assert not layer.weight.quantize().plan.keeps_matrix
+
+
+def test_modules_that_keep_no_matrix_keep_their_class() -> None:
+    assert type(hasten(nn.Linear(3, 4))) is nn.Linear
+    layer = tiny()
+    layer.weight = nn.Parameter(torch.zeros(24, 32))  # put in its place
+    assert torch.equal(layer(torch.randn(2, 32)), layer.bias.expand(2, 24))
