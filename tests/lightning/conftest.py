@@ -1,9 +1,20 @@
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 import warnings
 from typing import Any
 
 import pytest
+
+if importlib.util.find_spec("pytorch_lightning") is None:  # then the tests run with `lightning.pytorch`
+    for _name in ("lightning.pytorch", "gblr_plugin.lightning"):  # the second has seen that it is not there
+        importlib.import_module(_name)
+    for _name, _module in list(sys.modules.items()):
+        if _name.split(".")[:2] == ["lightning", "pytorch"]:
+            sys.modules[_name.replace("lightning.pytorch", "pytorch_lightning", 1)] = _module
+
 import pytorch_lightning as pl
 import torch
 from torch import nn

@@ -106,10 +106,13 @@ class Server:
         return float(answer["seconds"])
 
 
+COMMANDS = ("gblr_plugin.cli", "gblr_plugin.run.pipeline", "gblr_plugin.run.comparison", "gblr_plugin.plot")
+
+
 @pytest.fixture(scope="session")
 def server():
     """One for all: it takes seconds to import the hosts."""
-    made = Server("gblr_plugin.lightning", "transformers", "gblr_plugin.sharded", "gblr_plugin.hf")
+    made = Server("gblr_plugin.lightning", "transformers", "gblr_plugin.sharded", "gblr_plugin.hf", *COMMANDS)
     yield made
     made.process.stdin.close()
     made.process.wait(timeout=30)

@@ -24,6 +24,7 @@ import gblr_plugin as gblr
 from gblr_plugin.files import write_atomic
 
 STEPS, EVERY = 36, 3
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def network() -> nn.Sequential:
@@ -61,10 +62,14 @@ def finish(folder: Path, model: nn.Module, **more: object) -> None:
     write_atomic(folder / "done.pt", lambda file: torch.save({"model": model.state_dict(), **more}, file))
 
 
-def plain(folder: Path) -> None:
-    """A loop of one's own: everything that moves is in one file, written whole or not at all."""
+def plain(folder: Path, rank: int = 0, world: int = 1) -> None:
+    """A loop of one's own: everything that moves is in one file, written whole or not at all.
+
+    With two processes under DDP each has half of every batch, and dropout is left out: there each draws for itself.
+    """
     model, order = network(), Order()
     layers = gblr.prepare(model)
+    model[1].p = 0.2 if world == 1 else 0.0
     optimizer = torch.optim.AdamW(gblr.param_groups(model, lr=1e-2))
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     goals = {name: gblr.LayerGoal(budget=0.3, group=0) for name in layers}
@@ -78,19 +83,37 @@ def plain(folder: Path) -> None:
             part.load_state_dict(state[name])
         torch.set_rng_state(state["random"])
         step = state["step"]
+    # Wrapped when it is what it was: parameters of a structure that is frozen and compact are others.
+    whole = model if world == 1 else nn.parallel.DistributedDataParallel(model)
     x, y = examples()
     while step < STEPS:
-        batch = order.next()
+        batch = order.next()[rank::world]
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+        nn.functional.cross_entropy(whole(x[batch]), y[batch]).backward()
         optimizer.step()
         scheduler.step()
         step += 1
-        if step % EVERY == 0:
+        if step % EVERY == 0 and rank == 0:
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"step": step, "random": torch.get_rng_state()}
             write_atomic(file, lambda out, state=state: torch.save(state, out))
-    finish(folder, model, learner=learner.state_dict(), optimizer=optimizer.state_dict())
+    if rank == 0:
+        finish(folder, model, learner=learner.state_dict(), optimizer=optimizer.state_dict())
+
+
+def pair(folder: Path) -> None:
+    """The same in two processes; the second goes when the first, which is killed, is no more."""
+    meeting = folder / f"meeting-{os.getpid()}"
+    other = os.fork()
+    rank = 0 if other else 1
+    if rank == 1:
+        LIBC.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    plain(folder, rank, 2)
+    torch.distributed.barrier()
+    if rank == 1:
+        os._exit(0)
+    os.waitpid(other, 0)
 
 
 def lightning(folder: Path) -> None:
@@ -144,6 +167,61 @@ def lightning(folder: Path) -> None:
     finish(folder, module, learner=callback.learner.state_dict(), optimizer=trainer.optimizers[0].state_dict())
 
 
+TASK = """
+import torch
+from torch import nn
+
+from gblr_plugin.tasks.base import ClassifierModule, PairsDataModule
+
+
+class Task:
+    metric, higher_is_better, layers = "accuracy", True, ["network.*"]
+
+    def network(self):
+        return nn.Sequential(nn.Linear(8, 32), nn.Dropout(0.1), nn.ReLU(), nn.Linear(32, 2))
+
+    def module(self, network, training, steps):
+        return ClassifierModule(network, training, self.metric, steps)
+
+    def data(self, seed, batch_size):
+        x = torch.randn(96, 8, generator=torch.Generator().manual_seed(seed))
+        pairs = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
+        train, held_out = torch.utils.data.random_split(pairs, [64, 32], torch.Generator().manual_seed(seed))
+        return PairsDataModule(train, held_out, batch_size, seed)
+
+    def example_input(self, batch=1):
+        return torch.zeros(batch, 8)
+"""
+CONFIG = """
+task: killed_task:Task
+seeds: [0]
+dense: {epochs: 2, batch_size: 16}
+finetune: {epochs: 2, batch_size: 16}
+methods: [{name: gblr}, {name: low_rank}]
+"""
+
+
+def commanded(folder: Path, name: str, more: str) -> None:
+    """`gblr NAME` on a small task of its own."""
+    from gblr_plugin.cli import main
+
+    (folder / "killed_task.py").write_text(TASK)
+    (folder / "config.yaml").write_text(CONFIG + more)
+    os.chdir(folder)
+    code = main([name, "config.yaml", "--output", "out"])
+    if code:
+        raise SystemExit(code)
+    (folder / "done.pt").touch()
+
+
+def run(folder: Path) -> None:
+    commanded(folder, "run", "latency_batch: [1]\nconfig_list: [{op_names: [network.0], sparse_ratio: 0.3}]\n")
+
+
+def compare(folder: Path) -> None:
+    commanded(folder, "compare", "budgets: [0.7]\nconfig_list: [{op_names: [network.0]}]\n")
+
+
 def compress(folder: Path) -> None:
     from gblr_plugin.sharded import CompressSettings, compress_folder
 
@@ -192,11 +270,10 @@ def command(folder: Path) -> None:
     )
 
 
-JOBS = {job.__name__: job for job in (plain, lightning, compress, small, large, command)}
+JOBS = {job.__name__: job for job in (plain, pair, lightning, run, compare, compress, small, large, command)}
 
 # -- faults ------------------------------------------------------------------------------------------------------------
 
-LIBC = ctypes.CDLL(None, use_errno=True)
 BIND, REMOUNT_BIND_READ_ONLY, PRIVATE = 0x1000, 0x1 | 0x20 | 0x1000, 0x4000 | 0x40000
 
 
