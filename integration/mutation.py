@@ -1,9 +1,9 @@
 """Mutation testing: change the source in one place at a time, and see whether a test of that module notices.
 
-Run ``python integration/mutation.py [MODULE ...] [--sample 1.0] [--output survivors.json]``; it needs ``cosmic-ray``,
-whose operators make the mutants. Its own runner starts a process per mutant, of which each would import torch for
-seconds; here one process has imported the hosts and forks a child per mutant, to which the changed source is given at
-the import. No file is written. Annotations are left alone: they are not evaluated.
+Run ``python integration/mutation.py [MODULE ...] [--sample 1.0] [--output survivors.json] [--only survivors.json]``; it
+needs ``cosmic-ray``, whose operators make the mutants. Its own runner starts a process per mutant, of which each would
+import torch for seconds; here one process has imported the hosts and forks a child per mutant, to which the changed
+source is given at the import. No file is written. Annotations are left alone: they are not evaluated.
 """
 
 from __future__ import annotations
@@ -118,18 +118,20 @@ def main() -> int:
     parser.add_argument("modules", nargs="*", default=list(SCOPE), metavar="MODULE", help=", ".join(SCOPE))
     parser.add_argument("--sample", type=float, default=1.0, help="share of the mutants, drawn at random")
     parser.add_argument("--output", type=Path, help="survivors as JSON")
+    parser.add_argument("--only", type=Path, help="those that survived an earlier time")
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     survivors, draw = [], random.Random(0)
+    earlier = options.only and {(one["module"], one["change"]) for one in json.loads(options.only.read_text())}
     for module in options.modules:
         text = (ROOT / "gblr_plugin" / f"{module}.py").read_text(encoding="utf-8")
         if noticed(module, SCOPE[module], None)[0]:
             raise SystemExit(f"{SCOPE[module]} fails without any change")
         begun, ends = time.monotonic(), Counter()
         for operator, line, changed in mutants(text):
-            if draw.random() >= options.sample:
+            if draw.random() >= options.sample or (earlier and (module, change(text, changed)) not in earlier):
                 continue
             caught, how = noticed(module, SCOPE[module], changed)
             ends[how if caught else "survived"] += 1

@@ -18,6 +18,7 @@ from gblr_plugin.sharded import CompressSettings, compress_folder
 
 transformers = pytest.importorskip("transformers")
 FAST = CompressSettings(0.5, method="trapezoid")
+pytestmark = pytest.mark.usefixtures("true_plans")  # other processes have no others
 
 
 def network(**changes):
@@ -236,3 +237,57 @@ def test_what_is_refused(source, tmp_path):
 def test_a_compressed_folder_is_not_compressed_again(finished, tmp_path):
     with pytest.raises(ConfigError, match=r"cannot be used|is of a compressed model"):
         compress_folder(finished, tmp_path / "out", FAST)
+
+
+def test_one_file_and_a_network_of_ones_own(tmp_path):
+    torch.manual_seed(0)
+    dense = torch.nn.Sequential(torch.nn.Linear(32, 24), torch.nn.ReLU(), torch.nn.Linear(24, 8))
+    (tmp_path / "dense").mkdir()
+    tensors = {**dense.state_dict(), "of.another": torch.ones(3)}  # which the network lacks
+    write_container(tmp_path / "dense" / "model.safetensors", entries_of(tensors), {}, tensors.__getitem__)
+    with torch.device("meta"):
+        network = torch.nn.Sequential(torch.nn.Linear(32, 24), torch.nn.ReLU(), torch.nn.Linear(24, 8))
+    summary = compress_folder(tmp_path / "dense", tmp_path / "out", CompressSettings(0.6, method="svd"), model=network)
+    assert summary.layers == 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors"}
+    assert "of.another" not in load_file(tmp_path / "out" / "model.safetensors")
+
+    def make():
+        return torch.nn.Sequential(torch.nn.Linear(32, 24), torch.nn.ReLU(), torch.nn.Linear(24, 8))
+
+    loaded, x = load(tmp_path / "out" / "model.safetensors", make), torch.randn(4, 32)
+    assert all(isinstance(loaded[i].weight, GBLRTensor) for i in (0, 2))
+    again = make()
+    for i in (0, 2):
+        again[i].weight.data, again[i].bias.data = loaded[i].weight.to_dense(), dense[i].bias.data
+    torch.testing.assert_close(loaded(x), again(x))
+
+
+def test_what_a_killed_process_left_is_removed_and_a_damaged_note_is_no_note(source, finished, tmp_path, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharded, "_write_shard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compress_folder(source, tmp_path / "out", FAST)
+    work = tmp_path / "out" / sharded._WORK
+    for folder in (tmp_path / "out", work):
+        (folder / ".half.safetensors.x1y2").write_bytes(b"half")
+        (folder / ".a.b.folder").mkdir()  # not what such a process leaves
+    note = (work / "task.json").read_text()
+    (work / "task.json").write_text(note[:-9])
+    with pytest.raises(ConfigError, match="holds unfinished work on another source or with other settings"):
+        compress_folder(source, tmp_path / "out", FAST)
+    (work / "task.json").write_text(note)
+    compress_folder(source, tmp_path / "out", FAST)
+    (tmp_path / "out" / ".a.b.folder").rmdir()
+    assert files(tmp_path / "out") == files(finished)
+
+
+def test_a_folder_of_something_else_is_left_alone(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="is not empty; give a new folder"):
+        compress_folder(source, tmp_path / "out", FAST)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]

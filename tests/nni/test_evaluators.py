@@ -241,3 +241,22 @@ def test_what_is_not_traced_is_refused(pl: Any, lit: Lightning) -> None:
         LightningEvaluator(trainer, marked())
     with pytest.raises(ConfigError, match=r"trainer must be a Lightning Trainer, got a int"):
         LightningEvaluator(3, lit.data())
+
+
+def test_two_schedulers_of_one_optimizer_are_refused(lit: Lightning) -> None:
+    def returns(module: nn.Module) -> Any:
+        optimizer = adamw(module)
+        schedulers = [nni.trace(lr_scheduler.LambdaLR)(optimizer, [lambda step: 0.5]) for _ in range(2)]
+        return [optimizer], [{"scheduler": scheduler} for scheduler in schedulers]
+
+    module = lit.module(returns)
+    with pytest.raises(ConfigError, match="one scheduler an optimizer, please"):
+        lit.evaluator()._init_optimizer_helpers(module)
+    assert "configure_optimizers" not in vars(module)
+
+
+def test_a_configure_optimizers_of_the_object_is_put_back(lit: Lightning) -> None:
+    module = lit.module(adamw)
+    own = module.configure_optimizers = lambda: adamw(module)
+    lit.evaluator()._init_optimizer_helpers(module)
+    assert module.configure_optimizers is own

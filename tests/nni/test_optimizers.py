@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import gc
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import nni
 import pytest
 import torch
 from nni.compression.utils import TorchEvaluator
+from nni.compression.utils.constructor_helper import LRSchedulerConstructHelper, OptimizerConstructHelper
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from gblr_plugin import ConfigError
+from gblr_plugin.conversion import prepare
 from gblr_plugin.nni import GBLRPruner
+from gblr_plugin.nni.optimizers import adopt, check_recorded, is_adopted
 from gblr_plugin.optim import STRUCTURE_KEY
 
 
@@ -174,3 +179,47 @@ def test_anything_but_an_evaluator_is_refused(kit: Any, config: list[dict[str, A
     model = kit.MLP()
     with pytest.raises(ConfigError, match="need an evaluator of NNI, got a AdamW"):
         GBLRPruner(model, config, torch.optim.AdamW(model.parameters()), 1, 5)
+
+
+class OneOptimizer:
+    """Keeps its helpers as NNI's evaluators of transformers and DeepSpeed do."""
+
+    def __init__(self, model: nn.Module, scheduled: bool) -> None:
+        made = nni.trace(torch.optim.AdamW)(model.parameters(), lr=0.1)
+        self._optimizer_helper = OptimizerConstructHelper.from_trace(model, made)
+        if scheduled:
+            recorded = nni.trace(lr_scheduler.LambdaLR)(made, lr_lambda=[lambda step: 0.5])
+            self._lr_scheduler_helper = LRSchedulerConstructHelper.from_trace(recorded)
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_an_evaluator_with_one_optimizer(kit: Any, scheduled: bool) -> None:
+    model = kit.MLP()
+    evaluator: Any = OneOptimizer(model, scheduled)
+    check_recorded(evaluator, ["fc1"])
+    assert not is_adopted(evaluator)
+    heard: list[Any] = []
+
+    class Listener:
+        def hear(self, optimizer: Any) -> None:
+            heard.append(optimizer)
+
+    listener = Listener()
+    prepare(model, ["fc1"])
+    adopt(evaluator, ["fc1"], None, listener.hear)
+    assert is_adopted(evaluator)
+    optimizer = evaluator._optimizer_helper.call(model, {name: name for name, _ in model.named_parameters()})
+    assert heard == [optimizer]
+    assert names_in(own_group(optimizer), model) == ["fc1.locations", "fc1.widths"]
+    if scheduled:
+        evaluator._lr_scheduler_helper.call(optimizer)
+        assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05]
+    del listener
+    gc.collect()
+    evaluator._optimizer_helper.call(model, {name: name for name, _ in model.named_parameters()})
+    assert len(heard) == 1  # who is gone is not told
+
+
+def test_an_evaluator_without_an_optimizer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="it has no optimizer; gblr learns the structure while the network trains"):
+        check_recorded(SimpleNamespace(), ["fc1"])  # type: ignore[arg-type]

@@ -209,3 +209,14 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "gblr_plugin.plot")
     with pytest.raises(ImportError, match=r"pip install 'gblr-plugin\[plot\]'"):
         importlib.import_module("gblr_plugin.plot")
+
+
+def test_figures_have_the_title_that_they_are_given():
+    history = {"relative_flops": [(0, 1.8), (10, 0.5)]}
+    assert plot.curves(history, title="run 3").get_suptitle() == "run 3"
+    summary = report(0.5, dense=[0.9], gblr=[0.8])
+    assert plot.pareto([summary], title="digits").get_suptitle() == "digits"
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for layer in model:
+        layer.weight = nn.Parameter(GBLRTensor.from_structured(matrix(8, 8, 3)), requires_grad=False)
+    assert "both layers" in texts(plot.structure(model, title="both layers"))

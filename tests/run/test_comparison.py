@@ -157,3 +157,15 @@ def test_the_figure_has_both_sides_and_dashes_masks():
     assert torch.tensor([line.get_ydata()[0] for line in losses.lines if len(line.get_xdata()) == 2]).min() < 0.5
     with pytest.raises(ConfigError, match="no row of phase 'calibrated'"):
         plot.comparison(report(), phase="calibrated")
+
+
+def test_the_figure_has_a_title_and_does_without_a_dense_row():
+    pytest.importorskip("matplotlib")
+    from gblr_plugin import plot
+
+    part = report()
+    part.rows[:] = [row for row in part.rows if row.method != "dense" and (row.method, row.budget) != ("gblr", 0.4)]
+    figure = plot.comparison(part, title="small networks")
+    assert figure.get_suptitle() == "small networks"
+    assert not [text for axes in figure.axes for text in axes.texts if text.get_text().startswith("dense")]
+    assert [len(line.get_xdata()) for line in figure.axes[1].lines].count(1) == 1  # gblr, at one budget

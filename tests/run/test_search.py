@@ -1,6 +1,9 @@
 """The space, the settings, the results and the trial of `gblr search`, without NNI's service."""
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 
 import nni
@@ -10,10 +13,11 @@ import torch
 from gblr_plugin import plot
 from gblr_plugin.cli import main
 from gblr_plugin.errors import ConfigError, GBLRError
+from gblr_plugin.run import private_network, search
 from gblr_plugin.run.console import Console
 from gblr_plugin.run.pipeline import Job
 from gblr_plugin.run.search_report import SearchReport, TrialResult
-from gblr_plugin.run.search_service import trial_rows
+from gblr_plugin.run.search_service import ServiceSpec, trial_rows
 from gblr_plugin.run.search_settings import TUNERS, SearchSettings, Tuner
 from gblr_plugin.run.search_space import SearchSpace, overrides, with_parameters
 from gblr_plugin.run.trial import Trial, next_parameters
@@ -366,3 +370,102 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+# -- the service, seen from the search ---------------------------------------------------------------------------------
+
+
+POPEN = subprocess.Popen
+
+
+def service(monkeypatch, tmp_path, code):
+    """What a search makes of a service that runs this code."""
+    monkeypatch.setattr(
+        search.subprocess, "Popen", lambda command, **options: POPEN([sys.executable, "-c", code], **options)
+    )
+    spec = ServiceSpec(
+        space={}, tuner={}, command="", code_folder="", trials=1, concurrency=1, trial_seconds=None, seconds=None,
+        folder=str(tmp_path / "nni"), trial_folders=str(tmp_path / "trials"), private=True, port=8080,
+    )  # fmt: skip
+    return list(search._follow(spec, tmp_path, Console()))
+
+
+def test_a_service_that_fails_is_named_with_its_log(monkeypatch, tmp_path):
+    with pytest.raises(GBLRError, match=r"NNI's service failed: no port \(details in .*service.log\)"):
+        service(monkeypatch, tmp_path, 'print(\'{"failed": "no port"}\', flush=True); input(); input()')
+    shutil.rmtree(tmp_path / "nni")
+    with pytest.raises(GBLRError, match=r"NNI's service ended with code 3 \(details in"):
+        service(monkeypatch, tmp_path, "raise SystemExit(3)")
+
+
+def test_a_service_without_a_network_of_its_own_is_warned_of(monkeypatch, tmp_path, capsys):
+    said = {"port": 8080, "private": False, "reason": "Operation not permitted"}
+    code = f"import json; print(json.dumps({said!r})); print(json.dumps({{'trials': [1]}}))"
+    assert service(monkeypatch, tmp_path, code) == [[1]]
+    shown = capsys.readouterr().out
+    assert (
+        "warning: no private network here (Operation not permitted): NNI's service listens on every interface" in shown
+    )
+    shutil.rmtree(tmp_path / "nni")
+    service(monkeypatch, tmp_path, f"import json; print(json.dumps({ {**said, 'private': True}!r}))")
+    assert "NNI's service runs in a network of its own" in capsys.readouterr().out
+
+
+SPACE = "space: {budget: {choice: [0.7, 0.8]}}\n"
+
+
+def test_a_search_without_a_finished_trial_is_an_error(located, project, monkeypatch, capfd):
+    located(SPACE.replace("budget", "dense.lr"))  # then the dense network is not shared
+    row = {"number": 0, "parameters": {"dense.lr": 0.7}, "state": "failed", "seconds": 1.0, "message": "out of luck"}
+    rows = [{**row, "state": "running", "result": None, "final": False}], [{**row, "result": None, "final": False}]
+    monkeypatch.setattr(search, "_follow", lambda *_: iter(rows))
+    assert main(["search", "search.yaml", "--output", "out"]) == 1
+    shown = capfd.readouterr()
+    assert "GBLRError: no trial came to its end: trial 0: out of luck" in shown.err
+    assert "trial 0   failed  dense.lr 0.7  out of luck" in shown.out
+    assert not (project / "out/dense.safetensors").exists()
+    assert not (project / "out/search.txt").exists()
+    assert SearchReport.from_dict(json.loads((project / "out/search.json").read_text())).trials[0].state == "failed"
+
+
+def test_nni_without_its_manager_is_refused(located, project, monkeypatch, capfd):
+    located(SPACE)
+    find = search.importlib.util.find_spec
+    monkeypatch.setattr(search.importlib.util, "find_spec", lambda name: None if name == "nni_node" else find(name))
+    assert main(["search", "search.yaml", "--output", "out"]) == 2
+    assert "NNI's manager (the package nni_node) is not part of this installation" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("rights", ["root", "namespaces", "none"])
+def test_a_private_network_with_any_rights(monkeypatch, rights):
+    asked = []
+
+    class Libc:
+        @staticmethod
+        def unshare(flags):
+            asked.append(flags)
+            return 0 if rights == "root" or (rights == "namespaces" and len(asked) == 2) else -1
+
+    written = {}
+    monkeypatch.setattr(private_network.ctypes, "CDLL", lambda *_, **__: Libc)
+    monkeypatch.setattr(private_network.ctypes, "get_errno", lambda: 1)
+    monkeypatch.setattr(
+        private_network.Path, "write_text", lambda path, text, encoding: written.update({str(path): text})
+    )
+    monkeypatch.setattr("fcntl.ioctl", lambda *_: b"")
+    if rights == "none":
+        with pytest.raises(OSError, match="not permitted"):
+            private_network.enter_private_network()
+        return
+    private_network.enter_private_network()
+    assert len(asked) == (1 if rights == "root" else 2)
+    maps = {} if rights == "root" else {"setgroups": "deny", "uid_map": f"{os.getuid()} {os.getuid()} 1"}
+    for name, text in maps.items():
+        assert written[f"/proc/self/{name}"] == text
+    assert ("/proc/self/gid_map" in written) == (rights == "namespaces")
+
+
+def test_a_private_network_is_for_linux(monkeypatch):
+    monkeypatch.setattr(private_network.sys, "platform", "darwin")
+    with pytest.raises(OSError, match="only Linux has network namespaces"):
+        private_network.enter_private_network()

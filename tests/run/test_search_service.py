@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors import safe_open
 
 import gblr_plugin
 from gblr_plugin.run.search_report import SearchReport
+from gblr_plugin.run.summary import RunReport
 
 pytest.importorskip("nni_node", reason="this installation of NNI has no manager")
 
@@ -120,3 +123,33 @@ def test_an_interrupted_search_leaves_no_process_and_nothing_half_written(search
     assert list((project / "out/trials").iterdir()) == []
     SearchReport.from_dict(json.loads((project / "out/search.json").read_text()))
     assert not list((project / "out").glob(".*"))
+
+
+KILLS = int(os.environ.get("GBLR_KILLS", "20")) // 20
+
+
+def test_a_killed_search_leaves_no_process_and_nothing_half_written(search, project):
+    for number in range(KILLS):
+        process = search("--output", f"out{number}", "--set", "run.finetune.epochs=6")
+        output = project / f"out{number}"
+        deadline = time.monotonic() + 200
+        while not list(output.glob("trials/*/run.log")):  # the first trial has begun
+            assert time.monotonic() < deadline, "no trial began"
+            if process.poll() is not None:
+                skip_without_service(error := process.communicate()[1])
+                pytest.fail(error)
+            time.sleep(0.05)
+        time.sleep(random.Random(f"moment {number}").uniform(0, 6))
+        process.kill()
+        process.wait()
+        while left_over(project):  # the service notices that nobody listens any more
+            assert time.monotonic() < deadline, left_over(project)
+            time.sleep(0.05)
+        SearchReport.from_dict(json.loads((output / "search.json").read_text()))
+        for file in output.rglob("report.json"):
+            RunReport.from_dict(json.loads(file.read_text()))
+        for file in output.rglob("*.safetensors"):
+            with safe_open(file, "pt") as content:
+                assert all(content.get_tensor(name) is not None for name in content.keys())  # noqa: SIM118
+        again = search("--output", f"out{number}")
+        assert again.communicate(timeout=100)[1].endswith("holds a search already; choose another folder\n")
