@@ -19,10 +19,10 @@ def _direct(weight: Any, input: Tensor) -> Any:
     matrix = getattr(weight, "matrix", None)  # a weight that was put in its place has none
     if matrix is None:
         return weight
-    limit = weight.dense_elements
+    span = weight.structured_elements
     # A trace must not ask how many tokens there are.
-    few = limit is None or (not is_compiling() and input.numel() <= limit)
-    return matrix if few else weight
+    dense = span is None or (not is_compiling() and not span[0] < input.numel() <= span[1])
+    return matrix if dense else weight
 
 
 class FrozenLinear(nn.Linear):
@@ -33,8 +33,8 @@ class FrozenLinear(nn.Linear):
         weight: Any = self.weight
         matrix = getattr(weight, "matrix", None)  # as in _direct; a call is a tenth of a small product
         if matrix is not None:
-            limit = weight.dense_elements
-            if limit is None or (not is_compiling() and input.numel() <= limit):
+            span = weight.structured_elements
+            if span is None or (not is_compiling() and not span[0] < input.numel() <= span[1]):
                 weight = matrix
         return linear(input, weight, self.bias)
 

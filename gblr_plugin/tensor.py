@@ -66,7 +66,7 @@ class GBLRTensor(TorchAOBaseTensor):
     outer_shape: tuple[int, ...]
     scales: Tensor | None
     matrix: Tensor | None
-    dense_elements: int | None
+    structured_elements: tuple[float, float] | None
     _launcher: Launcher | None = None
     _launches: tuple[Layout, Plan] | None = None  # what the launcher was made for
 
@@ -107,17 +107,20 @@ class GBLRTensor(TorchAOBaseTensor):
         self.outer_shape = tuple(outer_shape)
         self.scales = scales
         self.matrix = matrix
-        self.dense_elements = self._dense_elements()
+        self.structured_elements = self._structured_elements()
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and files carry: all but the launcher and the matrix, which are made anew."""
-        left_out = ("_launcher", "_launches", "matrix", "dense_elements")
+        left_out = ("_launcher", "_launches", "matrix", "structured_elements")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
-    def _dense_elements(self) -> int | None:
-        """Largest number of an input's elements that takes the matrix, ``None`` for any."""
-        limit = self.plan.dense_up_to
-        return None if limit is None else limit * prod(self.outer_shape[1:])
+    def _structured_elements(self) -> tuple[float, float] | None:
+        """Elements of an input above which, and up to which, it may meet the factors; ``None`` if it never does."""
+        tokens = self.plan.structured_tokens
+        if tokens is None:
+            return None
+        n, (above, to) = prod(self.outer_shape[1:]), tokens
+        return float(above * n), float("inf") if to is None else float(to * n)
 
     def _own_matrix(self) -> Tensor | None:
         """The matrix, where the plan multiplies by it beside factors that can be multiplied out."""
@@ -309,7 +312,7 @@ class GBLRTensor(TorchAOBaseTensor):
 def _set_state(weight: GBLRTensor, state: dict[str, Any]) -> None:
     """Take what ``__getstate__`` gave, or an older file that knows no scales."""
     weight.__dict__.update({"scales": None, **state})
-    weight.matrix, weight.dense_elements = weight._own_matrix(), weight._dense_elements()
+    weight.matrix, weight.structured_elements = weight._own_matrix(), weight._structured_elements()
 
 
 GBLRTensor.__setstate__ = _set_state  # torchao puts its own in place of a class's
@@ -369,6 +372,14 @@ def _quick_linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor 
     if made_for is None or made_for[0] is not packing or made_for[1] is not plan:
         weight._launcher, weight._launches = launcher(packing, plan, weight.factors, weight.scales), (packing, plan)
     call = weight._launcher
+    if (
+        call is None
+        and weight.scales is None
+        and packing.dense
+        and type(x) is Tensor
+        and x.dtype is weight.factors.dtype
+    ):
+        return F.linear(x, to_dense(packing, weight.factors, weight.lists), bias)
     return None if call is None else call(x, weight.factors, weight.lists, weight.scales, bias)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from gblr_plugin.bench import random_structure
 from gblr_plugin.conversion import frozen_like
 from gblr_plugin.frozen import FrozenConv1d, FrozenConv2d, FrozenLinear, hasten
 from gblr_plugin.kernels import compiled
-from gblr_plugin.kernels.plan import BUCKETS, MATRIX, fixed_plan
+from gblr_plugin.kernels.plan import BUCKETS, MATRIX, Plan, fixed_plan
 from gblr_plugin.serialization import load, save
 from gblr_plugin.tensor import GBLRTensor
 
@@ -31,14 +32,17 @@ def tiny(**options: object) -> nn.Module:
 
 @needs_numba
 def test_plans_take_dense_where_structure_saves_too_little() -> None:
-    assert fixed_plan(random_structure(24, 32, 0.25)).dense_up_to is None  # at all numbers of tokens
+    assert fixed_plan(random_structure(24, 32, 0.25)).structured_tokens is None
     middle = fixed_plan(random_structure(160, 160, 0.25))
-    assert 0 < (middle.dense_up_to or 0) < BUCKETS[-1]
+    assert middle.structured_tokens is not None
+    above, to = middle.structured_tokens
+    assert 0 < above < BUCKETS[-1]
+    assert to is None
     assert middle.kernel(1) == "dense"
     assert middle.kernel(1000) == "compiled"
-    assert fixed_plan(random_structure(1024, 1024, 0.25)).dense_up_to == 0
-    assert fixed_plan(random_structure(24, 32, 0.25), beside=False).dense_up_to == 0
-    assert fixed_plan(random_structure(24, 32, 0.25), int8=True).dense_up_to == 0
+    assert fixed_plan(random_structure(1024, 1024, 0.25)).structured_tokens == (0, None)
+    assert fixed_plan(random_structure(24, 32, 0.25), beside=False).structured_tokens == (0, None)
+    assert fixed_plan(random_structure(24, 32, 0.25), int8=True).structured_tokens == (0, None)
 
 
 @needs_numba
@@ -79,7 +83,7 @@ def test_frozen_modules_equal_dense_ones(shape: tuple[int, ...], bias: bool) -> 
 def test_both_sides_of_the_limit_agree() -> None:
     matrix = random_structure(160, 160, 0.25)
     layer = frozen_like(nn.Linear(160, 160), matrix)
-    limit = layer.weight.plan.dense_up_to
+    limit, _ = layer.weight.plan.structured_tokens
     x = torch.randn(limit + 1, 160)
     expected = F.linear(x, matrix.to_dense(), layer.bias)
     for tokens in (limit, limit + 1):
@@ -132,6 +136,27 @@ def test_compiled_and_exported_modules_agree() -> None:
         torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-4)
         held = sum(tensor.numel() for tensor in program.state_dict.values() if tensor.is_floating_point())
         assert held < size * size  # factors and a bias, no matrix
+
+
+@pytest.mark.parametrize(
+    ("kernels", "span"),
+    [
+        (((1024, "dense"),), None),
+        (((1024, "blocks"),), (0, None)),
+        (((3, "dense"), (1024, "compiled")), (3, None)),
+        (((15, "compiled"), (1024, "dense")), (0, 15)),
+        (((3, "dense"), (63, "compiled"), (1024, "dense")), (3, 63)),
+        (((3, "compiled"), (63, "dense"), (1024, "blocks")), (0, None)),
+    ],
+)
+def test_spans_hold_all_that_is_structured(kernels: Any, span: object) -> None:
+    plan = Plan(16, 16, kernels)
+    assert plan.structured_tokens == span
+    matrix = random_structure(24, 32, 0.25)
+    layer = frozen_like(nn.Linear(32, 24), matrix, plan=plan)
+    for tokens in (1, 3, 4, 16, 64):
+        x = torch.randn(tokens, 32)
+        torch.testing.assert_close(layer(x), F.linear(x, matrix.to_dense(), layer.bias), rtol=1e-4, atol=1e-4)
 
 
 def test_factors_alone_where_asked_and_where_int8() -> None:

@@ -15,11 +15,12 @@ from numba import njit
 
 from .compile_cache import compiled
 from .simd import LANES, load_int32
-from .simd_bfloat16 import expand_tile, pair_tile, reduce_tile
+from .simd_bfloat16 import expand_tile, pair_tile, reduce_tile, weave_tile
 
 __all__ = ["product_part"]
 
 CHUNK = 256  # tokens per pass; fewer passes over the factors pay more than a z in the second-level cache
+WEAVE = 48  # tokens from which on the rows of U are woven into pairs once, not for every tile
 _TABLE = 20  # bytes of a block's row in the table
 
 
@@ -46,7 +47,8 @@ def product_part(narrow: bool) -> Callable[..., None]:
     single_8, single_4, single_2, single_1 = (reduce_tile(r, 1, narrow) for r in (8, 4, 2, 1))
     expand_8, expand_4, expand_2, expand_1 = (expand_tile(t, 2, False) for t in (8, 4, 2, 1))
     tail_8, tail_4, tail_2, tail_1 = (expand_tile(t, 1, True) for t in (8, 4, 2, 1))
-    pairs_of = pair_tile(narrow)
+    woven_8, woven_4, woven_2, woven_1 = (expand_tile(t, 2, False, woven=True) for t in (8, 4, 2, 1))
+    pairs_of, weave = pair_tile(narrow), weave_tile()
 
     @compiled(variant)
     def stage_one(factors, lists, table, blocks, x, pairs, z, num, tiles):
@@ -91,6 +93,10 @@ def product_part(narrow: bool) -> Callable[..., None]:
             row = table + b * _TABLE
             start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
             entries, u = lists + load_int32(row + 12) * word, factors + load_int32(row + 16) * 2
+            woven = tokens >= WEAVE and width % (2 * LANES) == 0
+            scratch = np.empty((count + 1) // 2 * width if woven else 0, np.int32)
+            if woven:
+                weave(u, count, width, scratch.ctypes.data)
             for first in range(0, tokens, LANES):
                 pairs_of(z + first * num * 4, entries, count, words)
                 last = min(tokens - first, LANES)
@@ -104,7 +110,17 @@ def product_part(narrow: bool) -> Callable[..., None]:
                     while t < last:
                         size = _size(last - t)
                         z_t, y_t = words + t * 4, y + ((first + t) * y_stride + start + j) * 2
-                        if whole:
+                        if woven:
+                            u_w = scratch.ctypes.data + j * 4
+                            if size == 8:
+                                woven_8(z_t, count, u_w, width, y_t, y_stride, bias_j, lanes)
+                            elif size == 4:
+                                woven_4(z_t, count, u_w, width, y_t, y_stride, bias_j, lanes)
+                            elif size == 2:
+                                woven_2(z_t, count, u_w, width, y_t, y_stride, bias_j, lanes)
+                            else:
+                                woven_1(z_t, count, u_w, width, y_t, y_stride, bias_j, lanes)
+                        elif whole:
                             if size == 8:
                                 expand_8(z_t, count, u_j, width, y_t, y_stride, bias_j, lanes)
                             elif size == 4:

@@ -21,7 +21,7 @@ from .threads import run_team
 
 __all__ = ["WORTH_THREADS", "kernel_for", "product", "run_product"]
 
-WORTH_THREADS = 1 << 20  # multiply-adds below which handing work to another thread does not pay
+WORTH_THREADS = 1 << 22  # multiply-adds (0.1 ms) below which handing work to another thread does not pay
 PIECES = 2  # of a row block, so that few blocks are shared fairly
 # Where the workers find what they need, in int64 words; the first is the ticket, the second the number of parts.
 # x, x_row, x_column, tokens, n, factors, lists, cols_at, cols, rows_at, rows, num, scales, bias, y and y_row follow.

@@ -25,16 +25,18 @@ BUCKETS = (1, 4, 16, 64, 256, 1024)  # tokens; a kernel is chosen for each
 MEMORY = {"compiled": 1.15, "blocks": 1.4}
 MATRIX = 1 << 20  # bytes of a dense matrix that may lie beside the factors
 # Costs in multiply-adds, 50 to a nanosecond, as measured on a processor with AVX-512. Of a token: moving one element of
-# z, and one more block (about 20 us a call at 256 tokens).
-MOVE = {"compiled": 1.0, "blocks": 8.0}
+# z at a block of rows and at one of columns, where it is written too; one more block (20 us a call at 256 tokens).
+MOVE = {"compiled": {4: (0.5, 1.5), 2: (4.0, 3.0)}, "blocks": {8: (4.0, 4.0), 4: (8.0, 8.0), 2: (16.0, 16.0)}}
 CALL = {"compiled": 50.0, "blocks": 4096.0}
 # Of a multiply-add of ours where the library's are faster.
-RATE = {torch.bfloat16: 1.45}
+RATE = {torch.bfloat16: 1.25}
 # What a structured product must save to pay, at 1 token, from 4 and from 16: torch's way to a tensor subclass, and our
-# kernel's start; torch itself starts slowly in bfloat16, but for one token.
-STARTS = {torch.float32: (45e3, 110e3, 150e3), torch.bfloat16: (2e3, -5e5, -5e5)}
+# kernel's start.
+STARTS = (45e3, 110e3, 150e3)
+# The same in bfloat16: products of up to so many multiply-adds, and larger ones, which torch itself starts slowly.
+SLOW_STARTS, SLOW_FROM = (2e3, -5e5), 8192
 # Of one element of x or y, which our kernel lays out anew.
-EDGE = 10.0
+EDGE = 15.0
 # Of one element that a convolution unfolds, or only copies where it is pointwise.
 UNFOLD, COPY = 150.0, 80.0
 
@@ -98,14 +100,14 @@ class Plan:
         return self.kernels[-1][1]
 
     @property
-    def dense_up_to(self) -> int | None:
-        """Largest number of tokens that takes the dense matrix; 0 if none does, ``None`` if all do."""
-        limit = 0
-        for tokens, name in self.kernels:
-            if name != "dense":
-                return limit
-            limit = tokens
-        return None
+    def structured_tokens(self) -> tuple[int, int | None] | None:
+        """(above, up to) the numbers of tokens between which no more than these take structure; ``None`` if none do."""
+        names = [name for _, name in self.kernels]
+        found = [number for number, name in enumerate(names) if name != "dense"]
+        if not found:
+            return None
+        first, last = found[0], found[-1]
+        return self.kernels[first - 1][0] if first else 0, self.kernels[last][0] if last + 1 < len(names) else None
 
     @property
     def keeps_matrix(self) -> bool:
@@ -158,10 +160,9 @@ class _Axis:
     blocks: int
 
 
-def _cost(entries: int, block: int, blocks: int, kernel: str, itemsize: int) -> float:
+def _cost(entries: int, block: int, blocks: int, kernel: str, move: float) -> float:
     """Multiply-adds that one axis costs a token, overheads included."""
-    # Narrow dtypes multiply faster, but z moves at the same speed.
-    return entries * (1 + MOVE[kernel] * 4 / itemsize / block) + CALL[kernel] * blocks
+    return entries * (1 + move / block) + CALL[kernel] * blocks
 
 
 def predicted_cost(layout: Layout, kernel: str, itemsize: int) -> float:
@@ -176,9 +177,9 @@ def predicted_cost(layout: Layout, kernel: str, itemsize: int) -> float:
     if layout.dense or kernel == "dense":
         return 1.0
     cost = 0.0
-    for axis in (layout.row_blocks, layout.col_blocks):
+    for move, axis in zip(MOVE[kernel][itemsize], (layout.row_blocks, layout.col_blocks), strict=True):
         entries = sum(block.size * (block.stop - block.start) for block in axis)
-        cost += _cost(entries, axis[0].stop - axis[0].start, len(axis), kernel, itemsize)
+        cost += _cost(entries, axis[0].stop - axis[0].start, len(axis), kernel, move)
     return cost / (m * n)
 
 
@@ -250,7 +251,11 @@ def candidates(matrix: StructuredMatrix, unit: int = 1, kernel: str | None = Non
             r.block,
             c.block,
             ((BUCKETS[-1], kernel),),
-            predicted=sum(_cost(a.entries, a.block, a.blocks, kernel, item) for a in (r, c)) / (m * n),
+            predicted=sum(
+                _cost(a.entries, a.block, a.blocks, kernel, move)
+                for a, move in zip((r, c), MOVE[kernel][item], strict=True)
+            )
+            / (m * n),
             padding=(r.entries + c.entries) / max(matrix.stored, 1),
         )
         for r, c in lean
@@ -265,7 +270,9 @@ def _dense_pays(plan: Plan, matrix: StructuredMatrix, tokens: int, taps: int | N
         return m * n * dtype.itemsize <= MATRIX
     cost = plan.predicted
     if kernel == "compiled":
-        start = STARTS[dtype][(tokens >= 4) + (tokens >= 16)]
+        start = STARTS[(tokens >= 4) + (tokens >= 16)]
+        if dtype == torch.bfloat16:
+            start = SLOW_STARTS[m * n * tokens > SLOW_FROM]
         cost = cost * RATE.get(dtype, 1.0) + EDGE / m + EDGE / n
     else:  # calls do not depend on the number of tokens
         calls = CALL[kernel] * (-(-m // plan.block_rows) + -(-n // plan.block_cols))

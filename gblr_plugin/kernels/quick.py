@@ -95,11 +95,10 @@ def launcher(layout: Layout, plan: Plan, factors: Tensor, scales: Tensor | None)
             bias_at = bias.data_ptr()
         if (x.requires_grad or (bias is not None and bias.requires_grad)) and grad_mode():
             return None
-        *lead, _ = shape
-        tokens = prod(lead)
+        tokens = shape[0] if len(shape) == 2 else prod(shape[:-1])
         if not always and kernel_of(tokens) != "compiled":
             return None
-        y = x.new_empty(*lead, m)
+        y = x.new_empty(tokens, m) if len(shape) == 2 else x.new_empty(*shape[:-1], m)
         if tokens > alone and threads() > 1:
             run_product(x, n, 1, tokens, n, factors, lists, places, scales, bias_at, y, narrow)
             return y

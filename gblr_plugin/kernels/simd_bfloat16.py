@@ -12,7 +12,7 @@ from llvmlite import ir
 
 from .simd import LANES, Emitter, tile
 
-__all__ = ["expand_tile", "pair_tile", "reduce_tile"]
+__all__ = ["expand_tile", "pair_tile", "reduce_tile", "weave_tile"]
 
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _SUMS = ir.VectorType(ir.FloatType(), LANES)
@@ -153,12 +153,51 @@ def pair_tile(narrow: bool = False) -> Any:
     return tile(4, emit)
 
 
-def expand_tile(tokens: int, vectors: int, masked: bool) -> Any:
+def weave_tile() -> Any:
+    """Rows of U two by two into words, the last with zeros where there is an odd number, for many tokens.
+
+    Arguments: address of U; number of rows; their length, a multiple of 16; address of the words, (pairs, length).
+    """
+
+    def emit(builder: ir.IRBuilder, a: Any) -> None:
+        e = _PairEmitter(builder)
+        u, count, width, out = a
+        vectors = e.b.sdiv(width, e.i(LANES))
+
+        def row(p: Any, second: bool) -> None:
+            first_row = e.at(u, e.b.mul(e.b.mul(p, e.i(2)), width), 2)
+            words = e.at(out, e.b.mul(p, width))
+
+            def step(j: Any, _: list[Any]) -> list[Any]:
+                at = e.b.mul(j, e.i(LANES))
+                top = e.halves(e.at(first_row, at, 2), None)
+                bottom = e.halves(e.at(first_row, e.b.add(at, width), 2), None) if second else _NONE
+                e.store(e.b.bitcast(e.weave(top, bottom), _WORDS), e.at(words, at))
+                return []
+
+            e.loop(vectors, [], step)
+
+        def whole_pair(p: Any, carried: list[Any]) -> list[Any]:
+            row(p, True)
+            return carried
+
+        def last_row(_: Any, carried: list[Any]) -> list[Any]:
+            row(whole, False)
+            return carried
+
+        whole = e.b.sdiv(count, e.i(2))
+        e.loop(whole, [], whole_pair)
+        e.loop(e.b.srem(count, e.i(2)), [], last_row)
+
+    return tile(4, emit)
+
+
+def expand_tile(tokens: int, vectors: int, masked: bool, woven: bool = False) -> Any:
     """Stage 2 of :func:`~gblr_plugin.kernels.simd.expand_tile`.
 
     Arguments: address of the words of the first token; number of components; address of U[0, first row], its row
     stride; address of y[first token, first row], its row stride; address of bias[first row] or 0; lanes used (if
-    masked). U, y and bias are bfloat16.
+    masked). U, y and bias are bfloat16; or, if ``woven``, U is given as the words of :func:`weave_tile`.
     """
 
     def emit(builder: ir.IRBuilder, a: Any) -> None:
@@ -168,6 +207,18 @@ def expand_tile(tokens: int, vectors: int, masked: bool) -> Any:
         halves = [e.at(bias, e.i(j * LANES), 2) for j in range(vectors)]
         initial = e.with_bias([_ZERO] * vectors, bias, lambda j: e.widen(e.halves(halves[j], mask)))
 
+        def products(p: Any, sums: list[Any], factors: list[Any]) -> list[Any]:
+            inputs = e.at(z, e.b.mul(p, e.i(LANES)))
+            result = []
+            for t in range(tokens):
+                pair = e.broadcast_word(e.at(inputs, e.i(t)))
+                result += [e.dot(sums[t * vectors + j], pair, factors[j]) for j in range(vectors)]
+            return result
+
+        def woven_step(p: Any, sums: list[Any]) -> list[Any]:
+            row = e.at(u, e.b.mul(p, u_stride))
+            return products(p, sums, [e.words(e.at(row, e.i(j * LANES))) for j in range(vectors)])
+
         def step(p: Any, sums: list[Any], second: bool) -> list[Any]:
             first_row = e.at(u, e.b.mul(e.b.mul(p, e.i(2)), u_stride), 2)
             second_row = e.at(first_row, u_stride, 2)
@@ -176,16 +227,15 @@ def expand_tile(tokens: int, vectors: int, masked: bool) -> Any:
                 offset = e.i(j * LANES)
                 top = e.halves(e.at(first_row, offset, 2), mask)
                 factors.append(e.weave(top, e.halves(e.at(second_row, offset, 2), mask) if second else _NONE))
-            inputs = e.at(z, e.b.mul(p, e.i(LANES)))
-            result = []
-            for t in range(tokens):
-                pair = e.broadcast_word(e.at(inputs, e.i(t)))
-                result += [e.dot(sums[t * vectors + j], pair, factors[j]) for j in range(vectors)]
-            return result
+            return products(p, sums, factors)
 
-        whole = e.b.sdiv(count, e.i(2))
-        sums = e.loop(whole, initial * tokens, lambda p, sums: step(p, sums, True))
-        sums = e.loop(e.b.srem(count, e.i(2)), sums, lambda _, sums: step(whole, sums, False))
+        if woven:
+            pairs = e.b.sdiv(e.b.add(count, e.i(1)), e.i(2))
+            sums = e.loop(pairs, initial * tokens, woven_step)
+        else:
+            whole = e.b.sdiv(count, e.i(2))
+            sums = e.loop(whole, initial * tokens, lambda p, sums: step(p, sums, True))
+            sums = e.loop(e.b.srem(count, e.i(2)), sums, lambda _, sums: step(whole, sums, False))
         for t in range(tokens):
             target = e.at(y, e.b.mul(y_stride, e.i(t)), 2)
             for j in range(vectors):

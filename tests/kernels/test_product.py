@@ -108,18 +108,19 @@ def test_int8_factors_multiply_as_the_matrix_they_stand_for(
 
 
 @needs_numba
+@pytest.mark.parametrize("blocks", [(16, 16), (32, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_kernels_take_wide_and_narrow_lists(dtype: torch.dtype) -> None:
+def test_kernels_take_wide_and_narrow_lists(dtype: torch.dtype, blocks: tuple[int, int]) -> None:
     x_dtype = torch.float32 if dtype == torch.int8 else dtype
     if not compiled.available(torch.device("cpu"), x_dtype):
         pytest.skip("no compiled kernel for this dtype here")
-    layout, factors, lists = pack(matrix(20, 48, 64).to(x_dtype), 16, 16)
+    layout, factors, lists = pack(matrix(20, 48, 64).to(x_dtype), *blocks)
     factors, scales = quantize(layout, factors, lists) if dtype == torch.int8 else (factors, None)
-    x = torch.randn(40, 64).to(x_dtype)
+    x = torch.randn(70, 64).to(x_dtype)
     expected = x @ to_dense(layout, factors, lists, scales).t()
     limit = (1e-2 if dtype == torch.bfloat16 else 1e-5) * float(expected.norm())
     for places, words in ((layout, lists), narrowed(layout, lists)):
-        for tokens in (1, 40):
+        for tokens in (1, 40, 70):
             y = product.linear(x[:tokens], factors, words, places, None, "compiled", scales)
             assert float((y - expected[:tokens]).norm()) <= limit
     assert not compiled.fits(narrowed(layout, lists)[0], torch.device("cuda"), torch.float32)
