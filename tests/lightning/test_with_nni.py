@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import nni
 import pytest
 import pytorch_lightning as pl
 import torch
+
+pytest.importorskip("nni")
+
+import nni
 
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.learner import StructureLearner

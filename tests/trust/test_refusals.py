@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("nni")
+
 import gblr_plugin as gblr
 from gblr_plugin import families
 from gblr_plugin.allocation import allocate
