@@ -69,7 +69,7 @@ class WidthBudget:
     ) -> None:
         self._pinned = pinned
         self.num_layers = len(specs)
-        self.num_groups = max(groups, default=-1) + 1
+        self.num_groups = max(groups) + 1
         self.device = torch.device("cpu" if device is None else device)
         counts = torch.tensor([spec.num_components for spec in specs])
         layer = torch.arange(self.num_layers).repeat_interleave(counts)

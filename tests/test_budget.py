@@ -287,3 +287,10 @@ def test_settle_passes_over_what_neither_group_nor_layer_can_pay():
     budget = WidthBudget(specs, [0, 0], upper=[32.0, math.inf])
     settled = budget.settle(widths, torch.tensor([44.0]))
     assert settled.sum(0).tolist() == [32, 12]
+
+
+def test_a_lower_bound_of_one_keeps_a_component():
+    specs = [spec(16, 16)]
+    widths = draw(specs)
+    budget = WidthBudget(specs, [0], lower=[1.0])
+    assert counted(specs, apply_thresholds(specs, widths, budget.thresholds(widths, torch.tensor([0.0]))))[0] >= 1
