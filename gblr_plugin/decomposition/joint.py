@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 __all__ = ["conjugate_gradient", "supported_solve"]
 
@@ -42,6 +43,8 @@ def supported_solve(
     ridge = RIDGE if dtype == torch.float32 else RIDGE * 1e-4
     gram = gram + torch.diag(ridge * gram.diagonal().mean() + torch.zeros(num, dtype=dtype, device=device))
     gram = gram + torch.diag((gram.diagonal() <= 0).to(dtype))
+    # A component of zeros stands where an index has fewer than its neighbours.
+    padded, padded_right = F.pad(gram, (0, 1, 0, 1)), F.pad(right.T, (0, 1))
     counts = support.sum(0)
     order = torch.argsort(counts, stable=True)
     counts = counts[order]
@@ -63,13 +66,11 @@ def supported_solve(
             slot[first : bounds[end - 1]],
             member[first : bounds[end - 1]],
         )
-        table = torch.zeros(end - begin, width, dtype=torch.int64, device=device)
+        table = torch.full((end - begin, width), num, dtype=torch.int64, device=device)
         table[rows, cols] = who
-        active = torch.arange(width, device=device) < counts[begin:end, None]
-        small = gram[table[:, :, None], table[:, None, :]]
-        small *= active[:, :, None] & active[:, None, :]
-        small.diagonal(dim1=1, dim2=2).add_((~active).to(dtype))
-        rhs = right.T[order[begin:end, None], table] * active
+        small = padded[table[:, :, None], table[:, None, :]]
+        small.diagonal(dim1=1, dim2=2).add_((table == num).to(dtype))
+        rhs = padded_right[order[begin:end, None], table]
         factor, _ = torch.linalg.cholesky_ex(small)
         if gains is None:
             found = torch.cholesky_solve(rhs[:, :, None], factor)[:, :, 0]

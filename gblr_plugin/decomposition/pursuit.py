@@ -4,7 +4,9 @@ A low-rank part takes what is spread over the whole matrix and is priced as trap
 is left where it is dense. Rounds add the blocks that pay most, then alternate between the sides: all factors of one
 side are fitted jointly by least squares (the low-rank part is projected out exactly), and each interval is re-chosen
 as the maximum-sum interval of the joint gains less the price of a multiply-add. The price rises and falls until the
-cost meets the budget; the last sweeps keep the intervals and only fit.
+cost meets the budget; the last sweeps keep the intervals and only fit. Before these, the low-rank part becomes
+components that leave out windows of an axis (:mod:`gblr_plugin.decomposition.windows`), which from then on are
+components like the others.
 """
 
 from __future__ import annotations
@@ -42,9 +44,10 @@ class Effort:
     """How much is tried.
 
     Args:
-        rank_share: Rank of the low-rank part over the rank of the trapezoid that the budget buys; ``None``: 0.65. In a
-            metric, where the spectrum decays and little is left for local blocks, the best of 0.8, 0.9 and 1, where
-            blocks use what whole ranks leave of the budget; 0.9 for large matrices.
+        rank_share: Rank of the low-rank part over the rank of the trapezoid that the budget buys; ``None``: 0.7, or
+            0.65 for large matrices, whose low-rank part stays. In a metric, where the spectrum decays and little is
+            left for local blocks, the best of 0.8, 0.9 and 1, where blocks use what whole ranks leave of the budget;
+            0.9 for matrices that are not small.
         rounds: Times that blocks are added.
         sweeps: Fits with a new choice of intervals after each, a round.
         settle: Choices of intervals within the budget, once the low-rank part has become components.
@@ -133,6 +136,7 @@ class _Pursuit:
         self.moment = None if metric.moment is None else metric.moment.to(dtype)
         self.spare = None if metric.moment is None else 1 / torch.linalg.inv(metric.moment).diagonal().to(dtype)
         self.price = 0.0
+        self.free = False  # whether components on a whole axis are fitted, and may shrink, like any other
 
     def whiten(self, v: Tensor) -> Tensor:
         return v if self.root is None else v @ self.root
@@ -150,7 +154,7 @@ class _Pursuit:
         right = _orthonormal(rest.T @ left)
         return replace(state, left=_orthonormal(rest @ right), right=right.T)
 
-    def _choose(self, gains: Tensor, grid: Grid, other: Tensor, exact: bool) -> tuple[Spans, Tensor]:
+    def _choose(self, gains: Tensor, grid: Grid, other: Tensor, exact: bool, spent: int = 0) -> tuple[Spans, Tensor]:
         """Intervals at the present price, or at the price at which all together cost no more than is allowed.
 
         Returns:
@@ -161,7 +165,7 @@ class _Pursuit:
         def at(price: float) -> tuple[Spans, Tensor, int]:
             spans, net = best_spans(sums, grid, price)
             worth = net - price * other
-            return spans, worth, int(((spans.widths() + other) * (worth > 0)).sum())
+            return spans, worth, spent + int(((spans.widths() + other) * (worth > 0)).sum())
 
         spans, worth, cost = at(self.price)
         if exact:
@@ -195,7 +199,7 @@ class _Pursuit:
             self.seen, state.right, self.whiten(state.v), state.rows, state.cols.widths(), mode
         )
         state = replace(state, worth=worth).select(worth > 0)
-        return replace(state, u=u, rows=spans, left=left)
+        return replace(state, u=u, rows=spans, left=_orthonormal(left))
 
     def fit_cols(self, state: _State, mode: str) -> _State:
         """Column factors of the blocks and rows of the low-rank part, jointly, given the row factors."""
@@ -205,10 +209,44 @@ class _Pursuit:
             return self._fit_weighted_cols(state, mode)
         spans, worth, v, right = self._fit(self.seen.T, state.left.T, state.u, state.cols, state.rows.widths(), mode)
         state = replace(state, worth=worth).select(worth > 0)
-        return replace(state, v=v, cols=spans, right=right.T)
+        return replace(state, v=v, cols=spans, right=_orthonormal(right).T)
 
     def _fit(
         self, target: Tensor, basis: Tensor, other: Tensor, spans: Spans, other_cost: Tensor, mode: str
+    ) -> tuple[Spans, Tensor, Tensor, Tensor]:
+        """As `_fit_local`, where components on the whole axis may be a low-rank part.
+
+        They are fitted on all indices alike, so that they are projected out at once, and stay as they are.
+        """
+        whole = spans.cells == spans.grid.cells
+        spent = int((spans.widths() + other_cost)[whole].sum())
+        if self.free or len(basis) or not 0 < spent <= self.allowed:
+            return self._fit_local(target, basis, other, spans, other_cost, mode, 0)
+        local = ~whole
+        basis, corner = torch.linalg.qr(other[whole].T)
+        chosen, worth, factors, rest = self._fit_local(
+            target, basis.T, other[local], spans.select(local), other_cost[local], mode, spent
+        )
+        every = worth.new_full((len(whole),), math.inf)
+        every[local] = worth
+        live = every > 0
+        place = torch.arange(int(live.sum()), device=whole.device)
+        of_whole, of_local = place[whole[live]], place[local[live]]
+        result = factors.new_zeros(len(place), factors.shape[1])
+        result[of_whole] = torch.linalg.solve_triangular(corner, rest.T, upper=True)
+        result[of_local] = factors
+        order = torch.argsort(torch.cat([of_whole, of_local]))
+        return spans.select(whole).join(chosen).select(order), every, result, rest[:, :0]
+
+    def _fit_local(
+        self,
+        target: Tensor,
+        basis: Tensor,
+        other: Tensor,
+        spans: Spans,
+        other_cost: Tensor,
+        mode: str,
+        spent: int,
     ) -> tuple[Spans, Tensor, Tensor, Tensor]:
         """One side of the alternation.
 
@@ -219,10 +257,11 @@ class _Pursuit:
             spans: Present intervals on the axis of length N.
             other_cost: (K,) widths on the other side.
             mode: ``"grow"``, ``"exact"`` or ``"fixed"``.
+            spent: What else is paid for from the budget.
 
         Returns:
             New intervals and (K,) worth, positive for the components that stay; the intervals and the factors are
-            those of these only. An orthonormal basis (N, r).
+            those of these only. The free side of the low-rank part, (N, r).
         """
         shared = other @ basis.T
         gram = other @ other.T - shared @ shared.T
@@ -233,11 +272,12 @@ class _Pursuit:
             fitted, inside = supported_solve(gram, right, support, want_gains=True)
             assert inside is not None
             outside = (right - gram @ fitted).square() / gram.diagonal().clamp(min=1e-12)[:, None]
-            spans, worth = self._choose(torch.where(support, inside, outside), spans.grid, other_cost, mode == "exact")
+            gains = torch.where(support, inside, outside)
+            spans, worth = self._choose(gains, spans.grid, other_cost, mode == "exact", spent)
             live = worth > 0
             spans, gram, right = spans.select(live), gram[live][:, live], right[live]
         factors, _ = supported_solve(gram, right, spans.support())
-        return spans, worth, factors, _orthonormal(target @ basis.T - factors.T @ shared[worth > 0])
+        return spans, worth, factors, target @ basis.T - factors.T @ shared[worth > 0]
 
     def _fit_weighted_cols(self, state: _State, mode: str) -> _State:
         """As `_fit` for columns that couple through the second moment: conjugate gradients on the normal equations."""
@@ -371,7 +411,7 @@ class _Pursuit:
         works in float64.
         """
         rank = state.left.shape[1]
-        if self.weighted or rank < 2:
+        if self.weighted or rank < 2 or self.target.numel() >= LARGE:
             return None
         problem = self.problem
         state = state.to(torch.float64)
@@ -419,8 +459,9 @@ class _Pursuit:
         chosen = ["exact"] * effort.settle
         momentum, last = 0.0, math.inf
         for index, mode in enumerate(["fixed"] * 2 + chosen + ["fixed"] * effort.polish):
+            self.free = 2 + effort.settle // 2 <= index < 2 + effort.settle
             if index in (4, 6):
-                state = self.add(state, self.count, self.problem.seed - index)
+                state = self.add(state, self.count, self.problem.seed + effort.rounds + index)
                 momentum, last = 0.0, math.inf
             trial = self.sweep(state, mode, momentum)
             error = float(self.residual(trial).square().sum())
@@ -468,20 +509,29 @@ def _joined(first: StructuredMatrix, second: StructuredMatrix) -> StructuredMatr
     )
 
 
-def _efforts(problem: Problem) -> list[Effort]:
-    """What is tried by default, by metric, size and tiles."""
+def _default_effort(problem: Problem) -> Effort:
+    """What is tried by default, by metric and size."""
     if problem.metric.root is not None:  # little is left for blocks, and each sweep takes longer
-        return [BRISK]
-    if problem.weight.numel() >= LARGE:
-        return [Effort(rounds=3, sweeps=2, polish=2)]
-    # On tiles more sweeps may end with fewer, larger blocks, which is better for some matrices and worse for others.
-    return [Effort(), BRISK] if max(problem.rows.tile, problem.cols.tile) > 1 else [Effort()]
+        return BRISK
+    return Effort(rounds=3, sweeps=2, polish=2) if problem.weight.numel() >= LARGE else Effort()
+
+
+def _default_shares(problem: Problem) -> list[float]:
+    """Shares of the low-rank part that are tried by default."""
+    size = problem.weight.numel()
+    if problem.metric.root is not None:
+        return [0.8, 0.9, 1.0] if size < MODEST else [0.9]
+    values = problem.triplets[1]
+    # A singular matrix may be made of blocks alone.
+    singular = [0.0] if bool(values[-1] <= 1e-6 * values[0]) else []
+    return [0.7 if size < LARGE else 0.65, *singular]
 
 
 def pursuit(problem: Problem, effort: Effort | None = None) -> StructuredMatrix:
     """Low rank plus interval pursuit within the budget; deterministic for a seed.
 
-    Works in float32 (float64 in a metric, whose whitening is badly conditioned) and finishes in float64.
+    Works in float32 (float64 in a metric, whose whitening is badly conditioned, and once the low-rank part has become
+    components) and finishes in float64.
 
     Args:
         problem: The matrix, its budget, grids, metric and seed.
@@ -490,18 +540,9 @@ def pursuit(problem: Problem, effort: Effort | None = None) -> StructuredMatrix:
     whole = shortest(problem)
     if whole is not None:
         return whole
-    efforts = _efforts(problem) if effort is None else [effort]
-    shares = [efforts[0].rank_share or 0.0]
-    if efforts[0].rank_share is None and problem.metric.root is None:
-        shares = [0.65]
-    elif efforts[0].rank_share is None:
-        shares = [0.8, 0.9, 1.0] if problem.weight.numel() < MODEST else [0.9]
-    found = [_with_share(problem, each, share) for each in efforts for share in shares]
-    values = problem.triplets[1]
-    if efforts[0].rank_share is None and bool(values[-1] <= 1e-6 * values[0]):
-        # A singular matrix may be made of blocks alone.
-        found.append(_with_share(problem, efforts[0], 0.0))
-    return min(found, key=problem.error)
+    effort = _default_effort(problem) if effort is None else effort
+    shares = _default_shares(problem) if effort.rank_share is None else [effort.rank_share]
+    return min((_with_share(problem, effort, share) for share in shares), key=problem.error)
 
 
 def _with_share(problem: Problem, effort: Effort, share: float) -> StructuredMatrix:
@@ -519,10 +560,10 @@ def _with_share(problem: Problem, effort: Effort, share: float) -> StructuredMat
         state = task.grown(task.start(left[:, :rank].to(dtype), right[:rank].to(dtype)))
         opened = task.opened(state) if gauged else None
         if opened is not None:
-            freed, state = opened
-            found = _finished(problem, freed.tightened(state), 0, gauged)
-        else:
-            found = _finished(problem, task.settled(state), rank, gauged)
+            found = _finished(problem, opened[0].tightened(opened[1]), 0, gauged)
+            if found is not None and math.isfinite(problem.error(found)):
+                return found
+        found = _finished(problem, task.settled(state), rank, gauged)
         if found is not None:
             return found
     raise AssertionError("a low-rank part on full widths needs no gauge")
