@@ -294,3 +294,17 @@ def test_a_lower_bound_of_one_keeps_a_component():
     widths = draw(specs)
     budget = WidthBudget(specs, [0], lower=[1.0])
     assert counted(specs, apply_thresholds(specs, widths, budget.thresholds(widths, torch.tensor([0.0]))))[0] >= 1
+
+
+def test_pinned_components_stay_beside_others_that_take_all_there_is():
+    specs = [spec(10, 12, num=6)]
+    widths = torch.tensor([[0.5, 0.5, 0.0, 0.5, 0.04, 0.04], [0.5, 0.5, 0.5, 0.0, 0.5, 0.5]])
+    pinned = torch.tensor([True, False, False, False, True, False])
+    settled = WidthBudget(specs, [0], pinned=pinned).settle(widths, torch.tensor([1000.0]))
+    # Left alone; raised; dead, rows and columns; emptied by rounding and left so; brought back and raised.
+    assert settled.tolist() == [[5, 10, 0, 5, 0, 10], [6, 12, 6, 0, 6, 12]]
+
+
+def test_settle_raises_one_side_where_the_other_is_full():
+    settled = WidthBudget([spec(10, 10, num=1)], [0]).settle(torch.tensor([[0.1], [1.0]]), torch.tensor([17.0]))
+    assert settled.tolist() == [[7], [10]]
