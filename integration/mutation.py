@@ -34,7 +34,7 @@ from cosmic_ray.mutating import mutate_code
 
 ROOT = Path(__file__).parents[1]
 SCOPE = {name: f"tests/test_{name}.py" for name in ("mask", "proximal", "schedule", "structure", "budget")}
-SECONDS = 60.0  # more than twice what the slowest of these files takes; beyond, a mutant counts as noticed
+PATIENCE = 5.0  # times what the tests take without a change; beyond, a mutant counts as noticed
 PRELOADED = (hypothesis, numba, torch._dynamo)
 
 
@@ -80,8 +80,8 @@ def mutants(text: str) -> Iterator[tuple[str, int, str]]:
                 yield name.removeprefix("core/"), start[0], mutate_code(text, operator, occurrence)
 
 
-def noticed(module: str, tests: str, text: str | None) -> tuple[bool, str]:
-    """Whether the tests fail in a child with the changed source, and how it ended."""
+def noticed(module: str, text: str | None, seconds: float = 600.0) -> tuple[bool, str]:
+    """Whether the module's tests fail in a child with the changed source, and how it ended."""
     pid = os.fork()
     if pid == 0:
         os.setpgid(0, 0)
@@ -92,11 +92,13 @@ def noticed(module: str, tests: str, text: str | None) -> tuple[bool, str]:
             path = ROOT / "gblr_plugin" / f"{module}.py"
             sys.meta_path.insert(0, Mutated(f"gblr_plugin.{module}", path, text))
         try:
-            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", str(ROOT / tests)]))
+            code = int(
+                pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", str(ROOT / SCOPE[module])])
+            )
         except BaseException:
             code = 1
         os._exit(code)
-    end = time.monotonic() + SECONDS
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -127,13 +129,14 @@ def main() -> int:
     earlier = options.only and {(one["module"], one["change"]) for one in json.loads(options.only.read_text())}
     for module in options.modules:
         text = (ROOT / "gblr_plugin" / f"{module}.py").read_text(encoding="utf-8")
-        if noticed(module, SCOPE[module], None)[0]:
-            raise SystemExit(f"{SCOPE[module]} fails without any change")
         begun, ends = time.monotonic(), Counter()
+        if noticed(module, None)[0]:
+            raise SystemExit(f"{SCOPE[module]} fails without any change")
+        seconds = 5.0 + PATIENCE * (time.monotonic() - begun)
         for operator, line, changed in mutants(text):
             if draw.random() >= options.sample or (earlier and (module, change(text, changed)) not in earlier):
                 continue
-            caught, how = noticed(module, SCOPE[module], changed)
+            caught, how = noticed(module, changed, seconds)
             ends[how if caught else "survived"] += 1
             if not caught:
                 survivors.append({"module": module, "line": line, "by": operator, "change": change(text, changed)})
