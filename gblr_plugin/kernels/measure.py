@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..structure import StructuredMatrix
 from . import compiled, product
 from .layout import Layout, pack_for
-from .plan import MATRIX, Plan, candidates, dense_plan
+from .plan import MATRIX, Plan, candidates
 
 __all__ = ["circumstances", "interleaved_medians", "is_stale", "measured_plan"]
 
@@ -113,8 +113,8 @@ def measured_plan(matrix: StructuredMatrix, buckets: tuple[int, ...] = (1, 16, 2
 
     Returns:
         The plan whose times over dense, no more than 1, have the least geometric mean over the buckets. Where dense
-        is faster at some numbers of tokens the plan takes it there, with the matrix beside the factors; dense storage
-        if it is at all of them and the matrix is not small. Equal structures on one device reuse the measurement.
+        is faster the plan takes it, with the matrix beside the factors. Equal structures on one device reuse the
+        measurement.
     """
     key = (*_key(matrix), buckets, int8)
     if key not in _CACHE:
@@ -143,8 +143,6 @@ def _measure(matrix: StructuredMatrix, buckets: tuple[int, ...], int8: bool) -> 
             ratios[number].append(fastest if fastest[0] < slack else (1.0, "dense"))
     means = [math.exp(statistics.fmean(math.log(ratio) for ratio, _ in per_bucket)) for per_bucket in ratios]
     best = min(range(len(packed)), key=means.__getitem__)
-    if means[best] >= 1.0 and not small:
-        return replace(dense_plan(), **facts)  # type: ignore[arg-type]  # keys are fields of Plan
     return replace(
         packed[best][0],
         kernels=tuple((tokens, name) for tokens, (_, name) in zip(buckets, ratios[best], strict=True)),

@@ -23,7 +23,7 @@ BLOCKS = (16, 32, 64, 128, 256, 512)
 BUCKETS = (1, 4, 16, 64, 256, 1024)  # tokens; a kernel is chosen for each
 # Bytes of a layout over those of the bare factors; many small calls of torch would cost more than some padding.
 MEMORY = {"compiled": 1.15, "blocks": 1.4}
-MATRIX = 1 << 20  # bytes of a dense matrix that may lie beside the factors
+MATRIX = 1 << 20  # bytes of a dense matrix that may lie beside the factors for some numbers of tokens
 # Costs in multiply-adds, 50 to a nanosecond, as measured on a processor with AVX-512. Of a token: moving one element of
 # z at a block of rows and at one of columns, where it is written too; one more block (20 us a call at 256 tokens).
 MOVE = {"compiled": {4: (0.5, 1.5), 2: (4.0, 3.0)}, "blocks": {8: (4.0, 4.0), 4: (8.0, 8.0), 2: (16.0, 16.0)}}
@@ -289,12 +289,11 @@ def fixed_plan(matrix: StructuredMatrix, taps: int | None = None, int8: bool = F
         matrix: The weight.
         taps: Of a convolution, ``prod(kernel)``; ``None`` for a linear weight.
         int8: As in :func:`candidates`. Factors are made so for the memory, and nothing lies beside them.
-        beside: Let the matrix lie beside the factors where it is small, for numbers of tokens at which structure saves
-            less than a structured product takes to start.
+        beside: Let the matrix lie beside the factors: where it is small, for numbers of tokens at which structure saves
+            less than a structured product takes to start; where it is large, if dense is foreseen to be faster at many.
 
     Returns:
-        Blocks; dense storage where the factors cost no less than the dense matrix, or where that is large and foreseen
-        to be faster at many tokens.
+        Blocks; dense storage where the factors cost no less than the dense matrix.
     """
     m, n = matrix.shape
     if matrix.stored >= m * n:
@@ -313,9 +312,8 @@ def fixed_plan(matrix: StructuredMatrix, taps: int | None = None, int8: bool = F
             for number, (limit, name) in enumerate(zip(limits, found, strict=True))
             if number + 1 == len(found) or found[number + 1] != name
         ]
-    if m * n * matrix.u.element_size() <= MATRIX:
-        return replace(best, kernels=tuple(names))
-    return dense_plan() if names[-1][1] == "dense" else best
+    kept = m * n * matrix.u.element_size() <= MATRIX or names[-1][1] == "dense"
+    return replace(best, kernels=tuple(names)) if kept else best
 
 
 def dense_plan() -> Plan:
