@@ -21,7 +21,8 @@ from .threads import run_team
 
 __all__ = ["WORTH_THREADS", "kernel_for", "product", "run_product"]
 
-WORTH_THREADS = 1 << 22  # multiply-adds (0.1 ms) below which handing work to another thread does not pay
+WORTH_THREADS = 1 << 20  # multiply-adds from which on sharing tokens pays
+WORTH_ROUNDS = 1 << 22  # the same for sharing blocks, in two rounds
 PIECES = 2  # of a row block, so that few blocks are shared fairly
 # Where the workers find what they need, in int64 words; the first is the ticket, the second the number of parts.
 # x, x_row, x_column, tokens, n, factors, lists, cols_at, cols, rows_at, rows, num, scales, bias, y and y_row follow.
@@ -212,10 +213,11 @@ def run_product(
     threads = torch.get_num_threads()
     if not tokens:
         return
-    if threads == 1 or tokens * factors.numel() < WORTH_THREADS:
+    by_tokens = half or tokens >= threads * LANES * TILES
+    if threads == 1 or tokens * factors.numel() < (WORTH_THREADS if by_tokens else WORTH_ROUNDS):
         run(*arguments)
         return
-    if half or tokens >= threads * LANES * TILES:
+    if by_tokens:
         data = np.array([0, threads, *arguments, x.itemsize], np.int64)
         variant = f"{'bfloat16' if half else 'int8' if int8 else 'float32'}{'_narrow' if narrow else ''}"
         run_team(_token_worker(variant, run), data.ctypes.data, threads)

@@ -142,6 +142,7 @@ def test_threads_share_the_work(threads: int, monkeypatch: pytest.MonkeyPatch) -
     from gblr_plugin.kernels import numba_team
 
     monkeypatch.setattr(numba_team, "WORTH_THREADS", 0)
+    monkeypatch.setattr(numba_team, "WORTH_ROUNDS", 0)
     original = matrix(31, 57, 33, 3)
     layout, factors, lists = pack(original, 16, 16)
     whole, scales = quantize(layout, factors, lists)
