@@ -15,7 +15,7 @@ from numba import njit
 
 from .compile_cache import compiled
 from .simd import LANES, load_int32
-from .simd_bfloat16 import expand_tile, pair_tile, reduce_tile, weave_tile
+from .simd_bfloat16 import dot_tile, expand_tile, pair_tile, reduce_tile, weave_tile
 
 __all__ = ["product_part"]
 
@@ -49,6 +49,7 @@ def product_part(narrow: bool) -> Callable[..., None]:
     tail_8, tail_4, tail_2, tail_1 = (expand_tile(t, 1, True) for t in (8, 4, 2, 1))
     woven_8, woven_4, woven_2, woven_1 = (expand_tile(t, 2, False, woven=True) for t in (8, 4, 2, 1))
     pairs_of, weave = pair_tile(narrow), weave_tile()
+    dot_4, dot_1 = (dot_tile(r, narrow) for r in (4, 1))
 
     @compiled(variant)
     def stage_one(factors, lists, table, blocks, x, pairs, z, num, tiles):
@@ -86,6 +87,20 @@ def product_part(narrow: bool) -> Callable[..., None]:
                             single_1(v_i, width, half, x_i, x_tile, z_i, z_tile, list_i)
                         tile += 1
                 i += size
+
+    @compiled(variant)
+    def stage_one_single(factors, lists, table, blocks, x, z):
+        for b in range(blocks):
+            row = table + b * _TABLE
+            start, width, count = load_int32(row), load_int32(row + 4), load_int32(row + 8)
+            entries, v = lists + load_int32(row + 12) * word, factors + load_int32(row + 16) * 2
+            i = 0
+            while i + 4 <= count:
+                dot_4(v + i * width * 2, width, width // 2, x + start * 2, z, entries + i * word)
+                i += 4
+            while i < count:
+                dot_1(v + i * width * 2, width, width // 2, x + start * 2, z, entries + i * word)
+                i += 1
 
     @compiled(variant)
     def stage_two(factors, lists, table, blocks, z, num, tokens, words, y, y_stride, bias):
@@ -154,22 +169,15 @@ def product_part(narrow: bool) -> Callable[..., None]:
         for at in range(0, tokens, CHUNK):
             part = min(tokens - at, CHUNK)
             tiles = (part + LANES - 1) // LANES
-            _pack(x + at * x_row * 2, x_row, part, tiles, pairs, packed)
+            col_table = lists + cols_at * 4
             z[:] = 0.0
-            stage_one(factors, lists, lists + cols_at * 4, cols, packed.ctypes.data, pairs, z.ctypes.data, num, tiles)
+            if tokens == 1:
+                stage_one_single(factors, lists, col_table, cols, x, z.ctypes.data)
+            else:
+                _pack(x + at * x_row * 2, x_row, part, tiles, pairs, packed)
+                stage_one(factors, lists, col_table, cols, packed.ctypes.data, pairs, z.ctypes.data, num, tiles)
             y_at = y + at * y_stride * 2
-            stage_two(
-                factors,
-                lists,
-                lists + rows_at * 4,
-                rows,
-                z.ctypes.data,
-                num,
-                part,
-                words.ctypes.data,
-                y_at,
-                y_stride,
-                bias,
-            )
+            z_at, words_at = z.ctypes.data, words.ctypes.data
+            stage_two(factors, lists, lists + rows_at * 4, rows, z_at, num, part, words_at, y_at, y_stride, bias)
 
     return cast("Callable[..., None]", whole)

@@ -12,7 +12,7 @@ from llvmlite import ir
 
 from .simd import LANES, Emitter, tile
 
-__all__ = ["expand_tile", "pair_tile", "reduce_tile", "weave_tile"]
+__all__ = ["dot_tile", "expand_tile", "pair_tile", "reduce_tile", "weave_tile"]
 
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _SUMS = ir.VectorType(ir.FloatType(), LANES)
@@ -41,8 +41,13 @@ _SINGLES = ir.VectorType(_BFloat(), LANES)
 
 
 class _PairEmitter(Emitter):
-    def words(self, address: Any) -> Any:
-        return self.b.bitcast(self.load(address, _WORDS), _PAIRS)
+    def words(self, address: Any, mask: Any = None) -> Any:
+        if mask is None:
+            return self.b.bitcast(self.load(address, _WORDS, 2), _PAIRS)
+        kind = ir.FunctionType(_WORDS, [_WORDS.as_pointer(), _I32, mask.type, _WORDS])
+        function = self.declare("llvm.masked.load.v16i32.p0v16i32", kind)
+        pointer, nothing = self.b.inttoptr(address, _WORDS.as_pointer()), ir.Constant(_WORDS, [0] * LANES)
+        return self.b.bitcast(self.b.call(function, [pointer, ir.Constant(_I32, 2), mask, nothing]), _PAIRS)
 
     def broadcast_word(self, address: Any) -> Any:
         word = self.load(address, _I32, 2)
@@ -115,6 +120,36 @@ def reduce_tile(components: int, tiles: int, narrow: bool = False) -> Any:
             e.store_vector(value, target)
 
     return tile(8, emit)
+
+
+def dot_tile(components: int, narrow: bool = False) -> Any:
+    """Stage 1 for one token: ``z[list[i], 0] += V[i, :] x`` for some components.
+
+    Arguments: address of V[first, 0], its row stride; columns in pairs; address of x, bfloat16 side by side; address of
+    z packed (K, 16) float32; address of the list entries.
+    """
+
+    def emit(builder: ir.IRBuilder, a: Any) -> None:
+        e = _PairEmitter(builder)
+        v, v_stride, pairs, x, z, entries = a
+        rows = [e.at(v, e.b.mul(v_stride, e.i(r)), 2) for r in range(components)]
+
+        def step(at: Any, sums: list[Any], mask: Any) -> list[Any]:
+            inputs = e.words(e.at(x, at), mask)
+            return [e.dot(sums[r], e.words(e.at(row, at), mask), inputs) for r, row in enumerate(rows)]
+
+        whole = e.b.sdiv(pairs, e.i(LANES))
+        sums = e.loop(whole, [_ZERO] * components, lambda c, sums: step(e.b.mul(c, e.i(LANES)), sums, None))
+        done = e.b.mul(whole, e.i(LANES))
+        rest = e.b.sub(pairs, done)
+        mask = e.first_lanes(rest)
+        some = e.b.select(e.b.icmp_signed(">", rest, e.i(0)), e.i(1), e.i(0))
+        sums = e.loop(some, sums, lambda _, sums: step(done, sums, mask))
+        for r in range(components):
+            target = e.at(z, e.b.mul(e.entry(entries, e.i(r), narrow), e.i(LANES)))
+            e.store(e.b.fadd(e.load(target, ir.FloatType()), e.total(sums[r])), target)
+
+    return tile(6, emit)
 
 
 def pair_tile(narrow: bool = False) -> Any:
