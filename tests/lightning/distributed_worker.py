@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -15,6 +13,13 @@ from torch.distributed.fsdp import fully_shard
 import gblr_plugin as gblr
 from gblr_plugin.lightning import GBLRCallback
 from gblr_plugin.sharding import whole
+
+try:
+    import pytorch_lightning as pl
+    from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+except ImportError:
+    import lightning.pytorch as pl
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 
 class Plain(pl.LightningModule):
