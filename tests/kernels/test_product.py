@@ -138,9 +138,13 @@ def test_bfloat16_on_odd_borders_takes_torch_operations() -> None:
 
 @needs_numba
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads_share_the_work(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("team", [True, False])
+def test_threads_share_the_work(threads: int, team: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from gblr_plugin.kernels import numba_team
+    from gblr_plugin.kernels import threads as threading
 
+    if not team:  # as after a fork, or where torch has another library of threads
+        monkeypatch.setattr(threading, "_forked", True)
     monkeypatch.setattr(numba_team, "WORTH_THREADS", 0)
     monkeypatch.setattr(numba_team, "WORTH_ROUNDS", 0)
     original = matrix(31, 57, 33, 3)
