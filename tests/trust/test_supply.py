@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -121,6 +122,43 @@ def stated() -> dict[str, str]:
 
 def test_the_bill_of_materials_names_every_dependency_with_its_range() -> None:
     assert {name: versions for name, (versions, _) in table().items()} == stated()
+
+
+IMPORTED_AS = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn", "pytorch_lightning": "pytorch-lightning"}
+BROUGHT = {
+    "numpy": "nni",
+    "psutil": "nni",
+    "schema": "nni",
+    "scikit-learn": "nni",
+    "werkzeug": "tensorboard",
+    "llvmlite": "numba",
+}
+OPTIONAL = {"triton", "lightning"}  # used where they are there; torch brings triton where there is a GPU
+
+
+def imported() -> set[str]:
+    """Packages that the sources import from outside the standard library."""
+    found = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                found.add(node.module.partition(".")[0])
+    found -= {*sys.stdlib_module_names, "gblr_plugin"}
+    return {IMPORTED_AS.get(name, name) for name in found}
+
+
+def test_all_that_is_imported_is_stated_or_comes_with_something_that_is() -> None:
+    assert imported() == {*stated(), *BROUGHT, *OPTIONAL} & imported()
+    page = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
+    for name, by in BROUGHT.items():
+        assert by in stated()
+        needed = [
+            re.match(r"[\w-]+", line)[0].lower() for line in metadata.requires(by) or [] if "extra ==" not in line
+        ]
+        assert name in needed
+        assert f"{name} (with {by})" in page
 
 
 @pytest.mark.parametrize("name", sorted(stated()))
