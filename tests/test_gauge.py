@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from gblr_plugin.conversion import LayerSettings, convert, prepare_layers
-from gblr_plugin.decomposition import decompose
+from gblr_plugin.decomposition import decompose, initialise
 from gblr_plugin.gauge import gauged, ungauged
 from gblr_plugin.layers import GBLRLinear
 from gblr_plugin.learner import LayerGoal, StructureLearner
@@ -14,7 +14,7 @@ from gblr_plugin.schedule import Schedule
 
 def trapezoids(m=24, n=36, splits=1, tile=1, budget=0.4, method="trapezoid", dtype=torch.float64):
     weight = torch.randn(m, n, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    return decompose(weight, budget, method=method, row_splits=splits, align=tile)
+    return initialise(weight, method, budget=budget, row_splits=splits, align=tile)
 
 
 @pytest.mark.parametrize("splits", [1, 3])

@@ -60,6 +60,11 @@ def _check_weight(weight: Tensor, row_splits: int) -> None:
         )
 
 
+def _check_budget(budget: object) -> None:
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
+        raise ConfigError(f"decompose: budget must be a number in (0, 1], got {budget!r}")
+
+
 def _check_tiles(align: int | tuple[int, int]) -> tuple[int, int]:
     rows, cols = align if isinstance(align, (tuple, list)) and len(align) == 2 else (align, align)
     for tile in (rows, cols):
@@ -119,6 +124,7 @@ def _solve(
     max_components: int | None,
     row_splits: int,
     seed: int,
+    trains: bool = False,
 ) -> StructuredMatrix:
     """Solve each split on its own and stack the results in the dtype of the weight."""
     if method not in METHODS:
@@ -140,7 +146,7 @@ def _solve(
     whole = method in ("gblr", "pursuit", "trapezoid") and budget == 1 and limit >= min(m, n)
     solve = exact if whole else METHODS[method]
     problems = [
-        Problem(part, allowed, rows, cols, limit, metric.for_rows(index * m, (index + 1) * m), seed + index)
+        Problem(part, allowed, rows, cols, limit, metric.for_rows(index * m, (index + 1) * m), seed + index, trains)
         for index, part in enumerate(parts)
     ]
     solved = [_something(problem, solve(problem).live()) for problem in problems]
@@ -193,8 +199,7 @@ def decompose(
         ConfigError: If an argument is out of the ranges above, or the budget does not pay for a single block.
     """
     _check_weight(weight, row_splits)
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
-        raise ConfigError(f"decompose: budget must be a number in (0, 1], got {budget!r}")
+    _check_budget(budget)
     return _solve(
         weight,
         method,
@@ -219,7 +224,10 @@ def initialise(
     seed: int = 0,
     calibration: Tensor | Metric | None = None,
 ) -> StructuredMatrix:
-    """Starting point of a trainable layer.
+    """Starting point of a trainable layer: as :func:`decompose`, with a low-rank part that stays one.
+
+    :func:`decompose` may give its components windows that they leave out, which comes closer to the weight; here it
+    keeps a gauge that can be freed (:meth:`gblr_plugin.layers.GBLRLayer.free_gauge`).
 
     Args:
         weight: (m, n) dense weight.
@@ -239,26 +247,18 @@ def initialise(
         ConfigError: As :func:`decompose`; also where a method that needs a budget is given none.
     """
     if budget is not None:
-        return decompose(
-            weight,
-            budget,
-            method=method,
-            calibration=calibration,
-            align=align,
-            max_components=num_components,
-            row_splits=row_splits,
-            seed=seed,
-        )
-    if method in METHODS and method not in ("svd", "trapezoid", "random"):
+        _check_budget(budget)
+    elif method in METHODS and method not in ("svd", "trapezoid", "random"):
         raise ConfigError(f"initialise: method {method!r} needs a budget; svd, trapezoid and random can do without")
     _check_weight(weight, row_splits)
     return _solve(
         weight,
         method,
-        budget=None,
+        budget=None if budget is None else float(budget),
         metric=_metric(calibration, weight, DAMPING),
         tiles=_check_tiles(align),
         max_components=num_components,
         row_splits=row_splits,
         seed=seed,
+        trains=True,
     )

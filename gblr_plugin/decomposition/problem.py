@@ -65,6 +65,8 @@ class Problem:
         max_components: Largest number of components.
         metric: Norm in which the error is measured.
         seed: Seed of whatever is drawn at random.
+        trains: Whether the factors will be trained. A low-rank part then stays one, for its gauge to be free: windows
+            come closer, but their factors are far from orthogonal.
     """
 
     weight: Tensor
@@ -74,6 +76,7 @@ class Problem:
     max_components: int
     metric: Metric
     seed: int
+    trains: bool = False
 
     @cached_property
     def triplets(self) -> tuple[Tensor, Tensor, Tensor]:

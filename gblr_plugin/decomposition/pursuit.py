@@ -411,9 +411,9 @@ class _Pursuit:
         works in float64.
         """
         rank = state.left.shape[1]
-        if self.weighted or rank < 2 or self.target.numel() >= LARGE:
-            return None
         problem = self.problem
+        if self.weighted or problem.trains or rank < 2 or self.target.numel() >= LARGE:
+            return None
         state = state.to(torch.float64)
         task = _Pursuit(problem, 0, problem.allowed, self.effort, torch.float64)
         task.price = self.price

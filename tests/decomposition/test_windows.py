@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+from gblr_plugin import decompose
+from gblr_plugin.conversion import LayerSettings
 from gblr_plugin.decomposition.metric import Metric
 from gblr_plugin.decomposition.problem import Grid, Problem
 from gblr_plugin.decomposition.pursuit import Effort, pursuit
 from gblr_plugin.decomposition.windows import best_windows
+from gblr_plugin.starts import start
+from gblr_plugin.swap import structured_like
 
 
 def factor(length: int, rank: int) -> torch.Tensor:
@@ -53,3 +58,14 @@ def test_windows_beat_trapezoids(tile: int, monkeypatch: pytest.MonkeyPatch) -> 
     with_windows = problem.error(pursuit(problem, Effort(rank_share=0.7, rounds=3)))
     monkeypatch.setattr("gblr_plugin.decomposition.pursuit.best_windows", lambda *_: None)
     assert with_windows < 0.995 * problem.error(pursuit(problem, Effort(rank_share=0.7, rounds=3)))
+
+
+def test_what_is_trained_keeps_its_low_rank_part_whole() -> None:
+    weight = torch.randn(64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    settings = LayerSettings("gblr", budget=0.5)
+    started = start(weight, settings)
+    assert not torch.equal(started.to_dense(), decompose(weight, 0.5).to_dense())
+    layer = structured_like(nn.Linear(64, 64, dtype=torch.float64), started)
+    assert layer.free_gauge() > 10  # there is a low-rank part in it
+    error = torch.linalg.matrix_norm
+    assert error(weight - decompose(weight, 0.5).to_dense()) < error(weight - started.to_dense())
