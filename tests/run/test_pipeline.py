@@ -114,7 +114,8 @@ def test_a_failing_run_exits_with_1_and_keeps_the_earlier_report(project, capfd,
     assert shown.err == "gblr: the run failed: RuntimeError: the disk (details in out/run.log)\n"
     assert "is on fire" in (out / "run.log").read_text()
     assert (out / "report.json").read_text() == "earlier"
-    assert {path.name for path in out.iterdir()} == {"report.json", "run.log", "tensorboard"}
+    kept = {".unfinished"} if stop_at == "6" else set()  # the dense network was trained by then
+    assert {path.name for path in out.iterdir()} == {"report.json", "run.log", "tensorboard"} | kept
 
 
 def test_a_small_layer_stays_dense_and_the_report_says_so(project, capfd):

@@ -262,7 +262,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 BRIDGES = [
-    ("torch", "2.12.1+cu126", "gblr_plugin.layers", "gblr_plugin needs torch>=2.13,<2.14, and torch 2.12.1+cu126"),
+    ("torch", "2.12.1+cu126", "gblr_plugin.layers.base", "gblr_plugin needs torch>=2.13,<2.14, and torch 2.12.1+cu126"),
     ("torchao", "0.17.0", "gblr_plugin.tensor", "gblr_plugin.GBLRTensor needs torchao>=0.18,<0.19, and torchao 0.17"),
     ("nni", "2.10", "gblr_plugin.nni", "gblr_plugin.nni needs nni>=3.0,<4, and nni 2.10"),
     ("pytorch-lightning", "1.9.5", "gblr_plugin.lightning.base", "gblr_plugin.lightning needs pytorch-lightning>=2.6"),
