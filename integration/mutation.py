@@ -1,9 +1,10 @@
 """Mutation testing: change the source in one place at a time, and see whether a test of that module notices.
 
-Run ``python integration/mutation.py [MODULE ...] [--sample 1.0] [--output survivors.json] [--only survivors.json]``; it
-needs ``cosmic-ray``, whose operators make the mutants. Its own runner starts a process per mutant, of which each would
-import torch for seconds; here one process has imported the hosts and forks a child per mutant, to which the changed
-source is given at the import. No file is written. Annotations are left alone: they are not evaluated.
+Run ``python integration/mutation.py [MODULE ...] [--record mutants.jsonl] [--survivors]``; it needs ``cosmic-ray``,
+whose operators make the mutants. Its own runner starts a process per mutant, of which each would import torch for
+seconds; here one process has imported the hosts and forks a child per mutant, to which the changed source is given at
+the import. Annotations are left alone: they are not evaluated. The record gets a line as soon as a mutant was tried; a
+run that is started again with it goes on after the last one.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import hashlib
 import importlib.abc
 import importlib.util
 import json
 import os
-import random
 import signal
 import sys
 import time
@@ -35,6 +36,7 @@ from cosmic_ray.mutating import mutate_code
 ROOT = Path(__file__).parents[1]
 SCOPE = {name: f"tests/test_{name}.py" for name in ("mask", "proximal", "schedule", "structure", "budget")}
 PATIENCE = 5.0  # times what the tests take without a change; beyond, a mutant counts as noticed
+SURVIVED = "survived"
 PRELOADED = (hypothesis, numba, torch._dynamo)
 
 
@@ -105,7 +107,9 @@ def noticed(module: str, text: str | None, seconds: float = 600.0) -> tuple[bool
             return status != 0, "failed" if os.WIFEXITED(status) else "crashed"
         time.sleep(0.01)
     os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFEXITED(status):  # while this process was paused
+        return status != 0, "failed"
     return True, "too slow"
 
 
@@ -115,36 +119,56 @@ def change(before: str, after: str) -> str:
     return "\n".join(line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---"))
 
 
+class Record:
+    """What became of each mutant of a source, in a file of one line each; the last line of a mutant counts."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
+        self.ends = {self.key(one): one for one in map(json.loads, lines)}
+
+    @staticmethod
+    def key(one: dict[str, object]) -> tuple[object, ...]:
+        """By which a mutant is known again."""
+        return one["source"], one["line"], one["by"], one["change"]
+
+    def add(self, one: dict[str, object]) -> None:
+        """Write what became of one."""
+        self.ends[self.key(one)] = one
+        if self.path:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(one) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("modules", nargs="*", default=list(SCOPE), metavar="MODULE", help=", ".join(SCOPE))
-    parser.add_argument("--sample", type=float, default=1.0, help="share of the mutants, drawn at random")
-    parser.add_argument("--output", type=Path, help="survivors as JSON")
-    parser.add_argument("--only", type=Path, help="those that survived an earlier time")
+    parser.add_argument("--record", type=Path, help="file of lines of JSON; mutants in it are not tried again")
+    parser.add_argument("--survivors", action="store_true", help="but for those in it that survived")
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
-    survivors, draw = [], random.Random(0)
-    earlier = options.only and {(one["module"], one["change"]) for one in json.loads(options.only.read_text())}
+    record = Record(options.record)
     for module in options.modules:
         text = (ROOT / "gblr_plugin" / f"{module}.py").read_text(encoding="utf-8")
-        begun, ends = time.monotonic(), Counter()
+        source = f"{module} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        begun = time.monotonic()
         if noticed(module, None)[0]:
             raise SystemExit(f"{SCOPE[module]} fails without any change")
         seconds = 5.0 + PATIENCE * (time.monotonic() - begun)
         for operator, line, changed in mutants(text):
-            if draw.random() >= options.sample or (earlier and (module, change(text, changed)) not in earlier):
+            one = {"source": source, "line": line, "by": operator, "change": change(text, changed)}
+            earlier = record.ends.get(record.key(one))
+            if earlier and not (options.survivors and earlier["end"] == SURVIVED):
                 continue
             caught, how = noticed(module, changed, seconds)
-            ends[how if caught else "survived"] += 1
+            record.add({**one, "end": how if caught else SURVIVED})
             if not caught:
-                survivors.append({"module": module, "line": line, "by": operator, "change": change(text, changed)})
-                print(f"{module}.py:{line} {operator}\n{survivors[-1]['change']}", flush=True)
+                print(f"{module}.py:{line} {operator}\n{one['change']}", flush=True)
+        ends = Counter(str(one["end"]) for one in record.ends.values() if one["source"] == source)
         counts = ", ".join(f"{count} {how}" for how, count in sorted(ends.items()))
         print(f"== {module}: {sum(ends.values())} mutants: {counts}; {time.monotonic() - begun:.0f} s", flush=True)
-        if options.output:
-            options.output.write_text(json.dumps(survivors, indent=1), encoding="utf-8")
     return 0
 
 
