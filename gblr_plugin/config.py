@@ -107,7 +107,7 @@ def _gblr_transform(module: nn.Module, config: GBLRConfig) -> nn.Module:
 
 
 def _frozen(layer: GBLRLayer, config: GBLRConfig) -> nn.Module:
-    if layer.sigma is not None:
+    if not layer.hard:
         raise ConfigError(
             f"GBLRConfig: masks are still smooth (sigma {layer.sigma:g}); finish training or call "
             "freeze_structure() before converting"

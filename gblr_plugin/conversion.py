@@ -275,7 +275,7 @@ def convert(model: nn.Module, *, plan: Any = None) -> nn.Module:
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, GBLRLayer)}
     for name, layer in layers.items():
-        if layer.sigma is not None:
+        if not layer.hard:
             raise ConfigError(
                 f"layer {name or type(layer).__name__!r}: its masks are still smooth (sigma {layer.sigma:g}); finish "
                 "training or call freeze_structure() before converting"

@@ -80,7 +80,7 @@ class StructureLearner:
     After each real optimizer step it turns its clock, sets the threshold (fixed lambda, or the one that meets the
     ramped budget), runs one fused prox-and-clip over all layers, and updates sigma. At the end of the ramp it settles
     the widths on whole samples within the budget and freezes the structure as exact boxcars. Groups of layers that
-    begin within their budget keep the final sigma throughout.
+    begin within their budget have hard masks throughout, whose gradients are smoothed by the final sigma.
 
     Args:
         layers: Structured layers by name. Layers that appear twice are counted once.
@@ -264,7 +264,7 @@ class StructureLearner:
         if not self.frozen:
             sigma, sharpest = schedule.sigma(self.progress), schedule.sigma(1.0)
             for layer, sharp in zip(self.layers.values(), self._sharp(), strict=True):
-                layer.set_sigma(sharpest if sharp else sigma)
+                layer.set_sigma(sharpest if sharp else sigma, hard=sharp)
 
     def _sharp(self) -> list[bool]:
         """Whether a layer's group began within its budget: smoothing such a start would only destroy it."""

@@ -70,9 +70,9 @@ def _frequencies(n: int, sigma: float | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @lru_cache(maxsize=32)  # sigma changes every step: only the axes of one model are worth keeping
-def _tables(n: int, sigma: float | None) -> Tensor:
+def _tables(n: int, sigma: float | None, hard: bool) -> Tensor:
     k, dirichlet, window = _frequencies(n, sigma)
-    if sigma is None:
+    if sigma is None or hard:
         unit = torch.zeros(n, dtype=torch.float64)
         unit[0] = 1.0
     else:
@@ -84,7 +84,12 @@ def _tables(n: int, sigma: float | None) -> Tensor:
 
 
 def mask_tables(
-    n: int, sigma: float | None, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    n: int,
+    sigma: float | None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    hard: bool = False,
 ) -> Tensor:
     """The two tables from which every STE mask of an axis and its gradients are read.
 
@@ -93,6 +98,7 @@ def mask_tables(
         sigma: Smoothness, > 0; ``None`` for the exact boxcar.
         dtype: Result dtype; default ``torch.get_default_dtype()``. Computed in float64.
         device: Result device.
+        hard: Masks are exact boxcars, of which only the gradients are smoothed.
 
     Returns:
         (2, 3N): running sums of the width-1 mask over three periods, and three periods of the width derivative at the
@@ -105,7 +111,7 @@ def mask_tables(
         raise ConfigError(f"gaudi mask: axis length must be at least 1, got {n}")
     if sigma is not None and not sigma > 0:
         raise ConfigError(f"gaudi mask: sigma must be positive, or None for the exact boxcar, got {sigma}")
-    return _tables(n, sigma).to(device=device, dtype=dtype or torch.get_default_dtype(), copy=True)
+    return _tables(n, sigma, hard).to(device=device, dtype=dtype or torch.get_default_dtype(), copy=True)
 
 
 def _windows(table: Tensor, first: Tensor, n: int, out: Tensor | None = None) -> Tensor:

@@ -12,11 +12,12 @@ from torch.optim import SGD, AdamW
 
 from gblr_plugin.conversion import LayerSettings, prepare_layers
 from gblr_plugin.errors import ConfigError, GBLRError
+from gblr_plugin.layers import GBLRLinear
 from gblr_plugin.learner import LayerGoal, StructureLearner
 from gblr_plugin.mask import gaudi_mask
 from gblr_plugin.optim import param_groups
 from gblr_plugin.schedule import Schedule
-from gblr_plugin.structure import StructuredMatrix
+from gblr_plugin.structure import Intervals, StructuredMatrix
 from gblr_plugin.swap import structured_like, weight_matrix
 
 
@@ -492,7 +493,7 @@ def test_resume_of_a_compacted_run(stop):
         assert torch.equal(a, b[1]), name
 
 
-def test_a_start_within_its_budget_keeps_the_final_sigma() -> None:
+def test_a_start_within_its_budget_has_hard_masks() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 24))
     x = torch.randn(5, 24)
@@ -500,6 +501,26 @@ def test_a_start_within_its_budget_keeps_the_final_sigma() -> None:
     start = model(x)
     learner = StructureLearner(layers, {name: LayerGoal(budget=0.5) for name in layers}, Schedule(2, 20))
     learner.begin()
-    assert layers["0"].sigma == 100.0
-    assert layers["2"].sigma == 1.0
-    torch.testing.assert_close(model(x), start, rtol=1e-2, atol=1e-2)  # smoothed to sigma 1 it would be another network
+    assert (layers["0"].sigma, layers["0"].hard) == (100.0, True)
+    assert (layers["2"].sigma, layers["2"].hard) == (1.0, False)
+    layers["2"].set_sigma(None)
+    torch.testing.assert_close(model(x), start, rtol=0, atol=0)
+
+
+def test_cancelling_components_outlive_an_interval_that_grows() -> None:
+    """Two large components that nearly cancel: blurred edges would change each by a share of its size."""
+    n = 256
+    generator = torch.Generator().manual_seed(0)
+    u, v = torch.zeros(3, n), torch.randn(3, n, generator=generator)
+    u[0, :2], u[1, :2], u[2] = 50.0, -50.0, torch.randn(n, generator=generator)
+    v[0] *= 40.0
+    v[1] = v[0] + 0.1 * v[1]
+    rows = Intervals(torch.tensor([2, 2, n]), torch.tensor([0, 0, 0]), n)
+    cols = Intervals(torch.tensor([n, n, n]), torch.tensor([0, 0, 0]), n)
+    layer = GBLRLinear(StructuredMatrix.from_factors(u, v, rows, cols))
+    learner = StructureLearner({"layer": layer}, {"layer": LayerGoal(budget=0.5)}, Schedule(2, 20))
+    learner.begin()
+    before = layer.to_dense().detach()
+    with torch.no_grad():
+        layer.widths[0, 0] = 3 / n
+    torch.testing.assert_close(layer.to_dense().detach(), before, rtol=0, atol=0)

@@ -50,6 +50,7 @@ class GBLRLayer(nn.Module):
     row_tables: Tensor
     column_tables: Tensor
     smoothness: Tensor
+    hard_masks: Tensor
     frozen: Tensor
     ungauged: Tensor
     align: tuple[int, int]
@@ -79,10 +80,12 @@ class GBLRLayer(nn.Module):
         self.row_splits = len(sizes)
         device = matrix.u.device
         self.register_buffer("smoothness", torch.tensor(math.inf, dtype=torch.float64, device=device))
+        self.register_buffer("hard_masks", torch.tensor(False, device=device))
         self.register_buffer("frozen", torch.tensor(False, device=device))
         self.register_buffer("ungauged", torch.zeros(len(sizes) * most, dtype=torch.bool, device=device))
         self._gauge_is_free = False
         self._sigma: float | None = None
+        self._hard = False
         self._structure_frozen = False
         self._attached = False
         self._axes: tuple[MaskedAxis, MaskedAxis] | None = None
@@ -150,13 +153,28 @@ class GBLRLayer(nn.Module):
         """Smoothness of the masks; ``None`` is the exact boxcar."""
         return self._sigma
 
-    def set_sigma(self, sigma: float | None) -> None:
-        """Set the smoothness of the masks, > 0, or ``None`` for the exact boxcar; updates the tables in place."""
-        if sigma == self._sigma:
+    @property
+    def hard(self) -> bool:
+        """Whether the masks are exact boxcars, of which at most the gradients are smooth."""
+        return self._hard or self._sigma is None
+
+    def set_sigma(self, sigma: float | None, *, hard: bool = False) -> None:
+        """Set the smoothness of the masks; updates the tables in place.
+
+        Args:
+            sigma: Smoothness, > 0; ``None`` is the exact boxcar.
+            hard: Multiply by the exact boxcar and smooth only its gradients. A matrix that lies within its budget is
+                then the one that is counted, where smooth masks would blur the edges of its intervals, by some
+                samples where the axis is longer than sigma.
+
+        Raises:
+            GBLRError: If masks are to be smoothed whose structure is frozen.
+        """
+        if (sigma, hard) == (self._sigma, self._hard):
             return
         if sigma is not None and self._structure_frozen:
             raise GBLRError("the structure is frozen as exact boxcars: its masks cannot be smoothed again")
-        self._sigma = sigma
+        self._sigma, self._hard = sigma, hard
         self._refresh_buffers()
 
     @torch.no_grad()
@@ -166,9 +184,10 @@ class GBLRLayer(nn.Module):
         for name, n in zip(("row_tables", "column_tables"), self.axis_lengths, strict=True):
             tables = getattr(self, name)
             if tables.device == self.widths.device:
-                tables.copy_(mask_tables(n, self._sigma, tables.dtype, tables.device))
+                tables.copy_(mask_tables(n, self._sigma, tables.dtype, tables.device, hard=self._hard))
             else:  # a meta layer whose parameters were assigned from a state dict
-                setattr(self, name, mask_tables(n, self._sigma, tables.dtype, self.widths.device))
+                setattr(self, name, mask_tables(n, self._sigma, tables.dtype, self.widths.device, hard=self._hard))
+        self.hard_masks.fill_(self._hard)
         self.smoothness.fill_(math.inf if self._sigma is None else self._sigma)
         self.frozen.fill_(self._structure_frozen)
 
@@ -202,7 +221,8 @@ class GBLRLayer(nn.Module):
     def _mark_frozen(self, frozen: bool, attached: bool = False) -> None:
         self._structure_frozen = frozen
         self._attached = attached
-        self._sigma = None if frozen else self._sigma
+        if frozen:
+            self._sigma, self._hard = None, False
         self._refresh_buffers()
         for parameter in (self.widths, self.locations):
             parameter.requires_grad_(attached or not frozen)
@@ -411,11 +431,13 @@ class GBLRLayer(nn.Module):
         saved = state_dict.setdefault(prefix + "ungauged", torch.zeros(self.U.shape[0], dtype=torch.bool))
         if saved.shape != self.ungauged.shape and saved.shape == self.U.shape[:1]:
             self.ungauged = self.ungauged.new_empty(saved.shape)
+        state_dict.setdefault(prefix + "hard_masks", torch.tensor(False))
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not self.smoothness.is_meta:
             self._gauge_is_free = bool(self.ungauged.any())
             value = float(self.smoothness)
             self._sigma = None if math.isinf(value) else value
+            self._hard = bool(self.hard_masks)
             if bool(self.frozen) != self._structure_frozen:
                 self._mark_frozen(bool(self.frozen))
             self._refresh_buffers()
