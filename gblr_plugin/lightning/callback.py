@@ -20,12 +20,14 @@ from ..selection import select_layers
 from .base import Callback
 from .checkpoint import match_checkpoint
 from .reporter import log_pictures, log_scalars, scalars
+from .resuming import Place
 from .statistics import layer_statistics, total_statistics
 
 __all__ = ["GBLRCallback"]
 
 _logger = logging.getLogger(__name__)
 
+_PLACE = "gblr_place"  # its key in a checkpoint
 _POOLED = "gblr"  # name of the one group when the budget is pooled
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
@@ -75,6 +77,8 @@ class GBLRCallback(Callback):
         non_finite: ``"stop"`` with an error that names the layer where gradients are NaN or infinite, or ``"skip"``
             that optimizer step; see :class:`~gblr_plugin.StructureLearner`. Details are saved in the Trainer's
             ``default_root_dir``.
+        replay: Whether going on within an epoch fetches the batches that it has had, and drops them, so that the data
+            go on where they stopped. Loaders with a ``state_dict`` need it not, and are left alone.
 
     Attributes:
         learner: The :class:`~gblr_plugin.StructureLearner` at work, or watched; ``None`` before fitting.
@@ -126,6 +130,7 @@ class GBLRCallback(Callback):
         compact: bool = False,
         freeze_at_end: bool = False,
         non_finite: str = "stop",
+        replay: bool = True,
     ) -> None:
         self.monitor_only = budget is None and threshold is None
         if not self.monitor_only:
@@ -179,6 +184,7 @@ class GBLRCallback(Callback):
         self._total_steps: int | None = None
         self._restored: dict[str, Any] | None = None
         self._checkpoint_hook: Any = None
+        self._place = Place(replay)
         self._last_step = 0
         self._last_logged = -1
         self._last_pictured = -1
@@ -257,6 +263,7 @@ class GBLRCallback(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Optimizers exist now, and a checkpoint's weights are loaded, but not yet its optimizer state."""
         self._release_checkpoint_hook()
+        self._place.fit_begins(trainer)
         restored, self._restored = self._restored, None
         if restored is not None:
             self.history = {
@@ -324,12 +331,17 @@ class GBLRCallback(Callback):
     # -- watching ----------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Log and draw where training starts."""
+        """Go on where a checkpoint stopped in the data; log and draw where training starts."""
+        self._place.training_begins(trainer)
         self._last_logged = self._last_pictured = -1
         self._last_step = trainer.global_step
         self._shown = False
         self._log(trainer)
         self._draw(trainer)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Remember how the epoch's data begin."""
+        self._place.epoch_begins(trainer)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """Keep the loss for the diagnostic of a training that diverges."""
@@ -454,6 +466,14 @@ class GBLRCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until fitting starts: the learner needs the optimizers."""
         self._restored = state_dict
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Add random numbers and the place in the data."""
+        checkpoint[_PLACE] = self._place.state(trainer)
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Kept until fitting starts."""
+        self._place.restore(checkpoint.get(_PLACE))
 
 
 def _patterns(what: str, given: Iterable[str | type[nn.Module]]) -> list[str]:

@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -117,9 +118,8 @@ def pair(folder: Path) -> None:
 
 
 def lightning(folder: Path) -> None:
-    """A Trainer with the callback and its own ModelCheckpoint; the module keeps order and random state."""
+    """A Trainer with the callback; data come from the module, which keeps their order and random numbers itself."""
     import pytorch_lightning as pl
-    from pytorch_lightning.callbacks import ModelCheckpoint
     from torch.utils.data import DataLoader, TensorDataset
 
     class Module(pl.LightningModule):
@@ -150,7 +150,43 @@ def lightning(folder: Path) -> None:
             self.order.load_state_dict(checkpoint["order"])
             self.random = checkpoint["random"]
 
-    module = Module()
+    fit(folder, Module())
+
+
+def epochs(folder: Path) -> None:
+    """The same with a shuffled loader and a validation, and nothing in the module that knows of checkpoints."""
+    import pytorch_lightning as pl
+    from torch.utils.data import DataLoader, TensorDataset
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch: list[torch.Tensor], index: int) -> None:
+            self.net(batch[0])
+
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(TensorDataset(*examples()), batch_size=12, shuffle=True)  # 4 steps an epoch
+
+        def val_dataloader(self) -> DataLoader:
+            return DataLoader(TensorDataset(*examples()), batch_size=24)
+
+        def configure_optimizers(self) -> object:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+            return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS // 4)]
+
+    fit(folder, Module())
+
+
+def fit(folder: Path, module: Any) -> None:
+    """Train a LightningModule with the callback and Lightning's own checkpoints, or go on from the last of these."""
+    import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
     callback = gblr.lightning.GBLRCallback(budget=0.3, warmup=4, cooldown=24, compact=True)
     saver = ModelCheckpoint(dirpath=folder / "steps", filename="{step:04d}", every_n_train_steps=EVERY, save_top_k=-1)
     torch.manual_seed(3)
@@ -270,7 +306,7 @@ def command(folder: Path) -> None:
     )
 
 
-JOBS = {job.__name__: job for job in (plain, pair, lightning, run, compare, compress, small, large, command)}
+JOBS = {job.__name__: job for job in (plain, pair, lightning, epochs, run, compare, compress, small, large, command)}
 
 # -- faults ------------------------------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ def killed_folders(server: Any, job: str, tmp_path: Path, seconds: float, count:
     return folders
 
 
-@pytest.mark.parametrize(("job", "kills"), [("plain", KILLS), ("pair", FEWER), ("lightning", KILLS)])
+@pytest.mark.parametrize(("job", "kills"), [("plain", KILLS), ("pair", FEWER), ("lightning", FEWER), ("epochs", KILLS)])
 def test_training_ends_at_the_same_bits(server: Any, tmp_path: Path, job: str, kills: int) -> None:
     seconds = server.finish(job, tmp_path / "whole")
     seconds = server.finish(job, tmp_path / "again")  # warm

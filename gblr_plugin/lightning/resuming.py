@@ -1,0 +1,129 @@
+"""Random numbers and the place in the data, which Lightning's checkpoints leave out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["Place", "random_state", "set_random_state"]
+
+
+def random_state() -> dict[str, Any]:
+    """State of the generators of Python, numpy and torch (all devices), as values that a checkpoint may hold."""
+    kind, key, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (str(kind), torch.from_numpy(np.asarray(key).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Draw what was drawn after :func:`random_state`; devices that are not there are left out."""
+    random.setstate(state["python"])
+    kind, key, *rest = state["numpy"]
+    np.random.set_state((kind, key.cpu().numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    for device, one in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(one.cpu(), device)
+
+
+class Place:
+    """Where a training in one process stands in its data, and with which random numbers.
+
+    Kept are the random state with which the loaders of this epoch were started, how many batches they have given, and
+    the random state now. To go on, the loaders are started alike, and as many batches are dropped. Loaders with a
+    ``state_dict`` of their own, which Lightning restores, are left alone.
+
+    Args:
+        replay: Whether batches that an unfinished epoch has had are fetched again and dropped.
+    """
+
+    def __init__(self, replay: bool = True) -> None:
+        self._replay = replay
+        self._restored: dict[str, Any] | None = None
+        self._begun: dict[str, Any] | None = None
+
+    def state(self, trainer: Any) -> dict[str, Any] | None:
+        """Of a checkpoint taken now, between two batches; ``None`` with several processes, or before fitting."""
+        if self._begun is None or trainer.world_size > 1:
+            return None
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        done = progress.current.processed
+        now = random_state()
+        if done and progress.is_last_batch:  # the next thing is the next epoch
+            return {**self._epoch(trainer, trainer.current_epoch + 1, now), "batches": 0, "random": now}
+        return {**self._begun, "batches": done, "random": now}
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on from there in the next fit."""
+        self._restored = state
+
+    def fit_begins(self, trainer: Any) -> None:
+        """Before loaders are asked for and started."""
+        if trainer.world_size > 1:
+            self._restored = None
+        if self._restored is None:
+            self._begun = {"epoch": trainer.current_epoch, "start": random_state(), "generators": None}
+            return
+        self._begun = {name: self._restored[name] for name in ("epoch", "start", "generators")}
+        set_random_state(self._begun["start"])
+
+    def training_begins(self, trainer: Any) -> None:
+        """After loaders were started for the first time, and before the first batch."""
+        restored, self._restored = self._restored, None
+        if restored is None:
+            return
+        loaders = trainer.fit_loop._combined_loader.flattened
+        if self._replay and not any(hasattr(loader, "load_state_dict") for loader in loaders):
+            self._start_again(trainer.fit_loop, trainer.current_epoch, restored["batches"])
+        if restored["batches"]:
+            set_random_state(restored["random"])
+
+    def epoch_begins(self, trainer: Any) -> None:
+        """Before the loaders are started for an epoch; not called for one that goes on."""
+        if self._begun is not None and trainer.current_epoch != self._begun["epoch"]:
+            self._begun = self._epoch(trainer, trainer.current_epoch, random_state())
+
+    def _start_again(self, loop: Any, epoch: int, batches: int) -> None:
+        assert self._begun is not None
+        fetcher, loaders = loop._data_fetcher, loop._combined_loader.flattened
+        if self._begun["generators"] is not None:  # not the first epoch of a fit, whose loaders are as they were made
+            set_random_state(self._begun["start"])
+            for generator, state in zip(_generators(loaders), self._begun["generators"], strict=False):
+                generator.set_state(state.cpu())
+            for loader in loaders:
+                for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+                    if sampler is not None and hasattr(sampler, "set_epoch"):
+                        sampler.set_epoch(epoch)
+            iter(fetcher)
+        source = getattr(fetcher, "iterator_wrapper", fetcher)  # the wrapper: modules that fetch batches themselves
+        try:
+            for _ in range(batches):
+                next(source)
+        except StopIteration:  # the data are others, and fewer
+            iter(fetcher)
+        else:
+            fetcher.fetched -= batches  # Lightning adds them
+
+    @staticmethod
+    def _epoch(trainer: Any, number: int, start: dict[str, Any]) -> dict[str, Any]:
+        generators = _generators(trainer.fit_loop._combined_loader.flattened)
+        return {"epoch": number, "start": start, "generators": [one.get_state() for one in generators]}
+
+
+def _generators(loaders: list[Any]) -> list[torch.Generator]:
+    """Of the loaders and their samplers, each once."""
+    found: dict[int, torch.Generator] = {}
+    for loader in loaders:
+        batches = getattr(loader, "batch_sampler", None)
+        for part in (loader, getattr(loader, "sampler", None), getattr(batches, "sampler", None)):
+            generator = getattr(part, "generator", None)
+            if isinstance(generator, torch.Generator):
+                found[id(generator)] = generator
+    return list(found.values())
