@@ -473,7 +473,7 @@ class GBLRCallback(Callback):
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Kept until fitting starts."""
-        self._place.restore(checkpoint.get(_PLACE))
+        self._place.restore(checkpoint.get(_PLACE, []))
 
 
 def _patterns(what: str, given: Iterable[str | type[nn.Module]]) -> list[str]:

@@ -34,7 +34,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 class Place:
-    """Where a training in one process stands in its data, and with which random numbers.
+    """Where a training stands in its data, and with which random numbers; each process for itself.
 
     Kept are the random state with which the loaders of this epoch were started, how many batches they have given, and
     the random state now. To go on, the loaders are started alike, and as many batches are dropped. Loaders with a
@@ -48,26 +48,36 @@ class Place:
         self._replay = replay
         self._restored: dict[str, Any] | None = None
         self._begun: dict[str, Any] | None = None
+        self._all: list[dict[str, Any]] = []
 
-    def state(self, trainer: Any) -> dict[str, Any] | None:
-        """Of a checkpoint taken now, between two batches; ``None`` with several processes, or before fitting."""
-        if self._begun is None or trainer.world_size > 1:
-            return None
+    def state(self, trainer: Any) -> list[dict[str, Any]]:
+        """Of a checkpoint taken now, between two batches: one for each process, all of which call this.
+
+        Empty before fitting.
+        """
+        if self._begun is None:
+            return []
         progress = trainer.fit_loop.epoch_loop.batch_progress
         done = progress.current.processed
         now = random_state()
         if done and progress.is_last_batch:  # the next thing is the next epoch
-            return {**self._epoch(trainer, trainer.current_epoch + 1, now), "batches": 0, "random": now}
-        return {**self._begun, "batches": done, "random": now}
+            own = {**self._epoch(trainer, trainer.current_epoch + 1, now), "batches": 0, "random": now}
+        else:
+            own = {**self._begun, "batches": done, "random": now}
+        if trainer.world_size == 1:
+            return [own]
+        everyone = [own] * trainer.world_size
+        torch.distributed.all_gather_object(everyone, own)
+        return everyone
 
-    def restore(self, state: dict[str, Any] | None) -> None:
-        """Go on from there in the next fit."""
-        self._restored = state
+    def restore(self, states: list[dict[str, Any]]) -> None:
+        """Go on from there in the next fit, if that has as many processes."""
+        self._all = states
 
     def fit_begins(self, trainer: Any) -> None:
         """Before loaders are asked for and started."""
-        if trainer.world_size > 1:
-            self._restored = None
+        self._restored = self._all[trainer.global_rank] if len(self._all) == trainer.world_size else None
+        self._all = []
         if self._restored is None:
             self._begun = {"epoch": trainer.current_epoch, "start": random_state(), "generators": None}
             return

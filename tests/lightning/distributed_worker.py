@@ -16,9 +16,11 @@ from gblr_plugin.sharding import whole
 
 try:
     import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import ModelCheckpoint
     from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 except ImportError:
     import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 
@@ -45,7 +47,14 @@ class Sharded(Plain):
             fully_shard(self.net, mesh=mesh)
 
 
-def fit(module, strategy, folder):
+class Noisy(Plain):
+    """Each process drops its own."""
+
+    def training_step(self, batch, index):
+        return super().training_step((nn.functional.dropout(batch[0], 0.3), batch[1]), index)
+
+
+def fit(module, strategy, folder, saver=None, path=None):
     generator = torch.Generator().manual_seed(0)
     data = torch.utils.data.TensorDataset(
         *(torch.randn(64, n, generator=generator, dtype=torch.float64) for n in (16, 12))
@@ -56,20 +65,34 @@ def fit(module, strategy, folder):
         devices=2,
         strategy=strategy,
         max_epochs=3,
-        callbacks=[callback],
+        callbacks=[callback, *([saver] if saver else [])],
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=saver is not None,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=8))
+    loader = torch.utils.data.DataLoader(data, batch_size=8, shuffle=isinstance(module, Noisy))
+    trainer.fit(module, loader, ckpt_path=path, weights_only=True)
     assert callback.learner.frozen
     return {
         "relative_flops": callback.learner.relative_flops,
         "steps": callback.learner.step_count,
         "parameters": {name: whole(parameter) for name, parameter in module.named_parameters()},
     }
+
+
+def going_on(folder, rank):
+    """From the second step of the second epoch, with other random numbers to begin with."""
+    strategy = DDPStrategy(process_group_backend="gloo")
+    torch.manual_seed(10 + rank)
+    whole_one = fit(
+        Noisy(), strategy, folder, ModelCheckpoint(f"{folder}/steps", "{step}", every_n_train_steps=6, save_top_k=-1)
+    )
+    torch.manual_seed(99)
+    strategy = DDPStrategy(process_group_backend="gloo")
+    resumed = fit(Noisy(), strategy, folder, path=f"{folder}/steps/step=6.ckpt")
+    return {"whole": whole_one["parameters"], "resumed": resumed["parameters"]}
 
 
 def main(folder: str, rank: int) -> None:
@@ -82,6 +105,7 @@ def main(folder: str, rank: int) -> None:
         "ddp": fit(Plain(), DDPStrategy(process_group_backend="gloo"), folder),
         "fsdp2": fit(Sharded(), ModelParallelStrategy(2, 1, process_group_backend="gloo"), folder),
     }
+    results["going on"] = going_on(folder, rank)
     torch.save(results, f"{folder}/results{rank}.pt")
     dist.barrier()  # nobody leaves while another still talks to it
     dist.destroy_process_group()

@@ -44,3 +44,9 @@ def test_all_end_with_one_structure_within_the_budget(both):
         assert result["parameters"].keys() == first["parameters"].keys()
         for name, value in first["parameters"].items():
             assert torch.allclose(result["parameters"][name], value, atol=1e-9), name
+
+
+def test_each_process_goes_on_with_its_random_numbers_and_data(both):
+    for result in both:
+        for name, value in result["going on"]["whole"].items():
+            assert torch.equal(result["going on"]["resumed"][name], value), name

@@ -184,7 +184,7 @@ def test_a_checkpoint_without_a_place_is_one_too(make_trainer, tmp_path):
     fit(make_trainer, Module("plain"), 0, more=[saved])
     path = tmp_path / "step=04.ckpt"
     content = torch.load(path, weights_only=True)
-    assert content.pop("gblr_place")["epoch"] == 1
+    assert content.pop("gblr_place")[0]["epoch"] == 1
     torch.save(content, path)
     assert len(fit(make_trainer, Module("plain"), 1, path).seen) == BATCHES
 

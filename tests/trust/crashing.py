@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,19 +103,77 @@ def plain(folder: Path, rank: int = 0, world: int = 1) -> None:
         finish(folder, model, learner=learner.state_dict(), optimizer=optimizer.state_dict())
 
 
-def pair(folder: Path) -> None:
-    """The same in two processes; the second goes when the first, which is killed, is no more."""
+def together(folder: Path, job: Callable[[Path, int, int], None]) -> None:
+    """In two processes; the second goes when the first, which is killed, is no more."""
     meeting = folder / f"meeting-{os.getpid()}"
     other = os.fork()
     rank = 0 if other else 1
     if rank == 1:
         LIBC.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    plain(folder, rank, 2)
+    job(folder, rank, 2)
     torch.distributed.barrier()
     if rank == 1:
         os._exit(0)
     os.waitpid(other, 0)
+
+
+def pair(folder: Path) -> None:
+    """The loop of one's own under DDP."""
+    together(folder, plain)
+
+
+def shards(folder: Path) -> None:
+    """A loop under FSDP2: sharded checkpoints in folders, which get their names when they are complete."""
+    together(folder, sharded)
+
+
+def sharded(folder: Path, rank: int, world: int) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    from gblr_plugin.sharding import whole
+
+    model, order = network(), Order()
+    layers = gblr.prepare(model)
+    model[1].p = 0.0
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world,))
+    for layer in layers.values():
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(gblr.param_groups(model, lr=1e-2))
+    goals = {name: gblr.LayerGoal(budget=0.3, group=0) for name in layers}
+    learner = gblr.StructureLearner(layers, goals, gblr.Schedule(4, 24))
+    learner.attach_all([optimizer])
+
+    def content() -> dict:
+        weights, states = get_state_dict(model, optimizer)
+        return {"model": weights, "optimizer": states, "learner": learner.state_dict(), "order": order.state_dict()}
+
+    step, saved = 0, sorted(folder.glob("steps-*"))
+    if saved:
+        step = int(saved[-1].name.removeprefix("steps-"))
+        state = content()
+        dcp.load(state, checkpoint_id=saved[-1])
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        learner.load_state_dict(state["learner"])
+        order.load_state_dict(state["order"])
+    x, y = examples()
+    while step < STEPS:
+        batch = order.next()[rank::world]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+        optimizer.step()
+        step += 1
+        if step % EVERY == 0:
+            dcp.save(content(), checkpoint_id=folder / "unfinished")
+            if rank == 0:
+                (folder / "unfinished").rename(folder / f"steps-{step:04d}")
+            torch.distributed.barrier()
+    ended = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    if rank == 0:
+        write_atomic(folder / "done.pt", lambda out: torch.save({"model": ended, "learner": learner.state_dict()}, out))
 
 
 def lightning(folder: Path) -> None:
@@ -306,7 +365,9 @@ def command(folder: Path) -> None:
     )
 
 
-JOBS = {job.__name__: job for job in (plain, pair, lightning, epochs, run, compare, compress, small, large, command)}
+JOBS = {
+    job.__name__: job for job in (plain, pair, shards, lightning, epochs, run, compare, compress, small, large, command)
+}
 
 # -- faults ------------------------------------------------------------------------------------------------------------
 
