@@ -1,3 +1,6 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +28,44 @@ def value_and_gradients(form, n, sigma, **options):
     weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (mask * weights).sum().backward()
     return mask.detach(), width.grad, location.grad
+
+
+def published(width, location, n, sigma):
+    """The formula of the paper (Sec. 3.2), one frequency after the other."""
+    samples = np.arange(n)
+    rows = []
+    for w, start in zip(width.tolist(), location.tolist(), strict=True):
+        row = np.full(n, w)
+        for k in range(1, n // 2 + 1):
+            gain = w * np.sinc(k * w) / np.sinc(k / n) * np.exp(1j * np.pi * k * (1 / n - w - 2 * start))
+            gain *= 1.0 if sigma is None else np.exp(-(k**2) / (2 * sigma**2))
+            wave = (gain * np.exp(2j * np.pi * k * samples / n)).real
+            row += wave if 2 * k == n else 2 * wave
+        rows.append(row)
+    return torch.from_numpy(np.stack(rows))
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("n", [1, 2, 7, 16])
+def test_both_forms_are_the_published_formula(n, sigma):
+    width, location = (part.detach() for part in draw(n))
+    found = gaudi_mask(width, location, n, sigma, straight_through=False)
+    torch.testing.assert_close(found, published(width, location, n, sigma), rtol=1e-9, atol=1e-9)
+    rounded = integer_widths(width, n).double() / n, integer_locations(location, n).double() / n
+    torch.testing.assert_close(gaudi_mask(width, location, n, sigma), published(*rounded, n, sigma))
+
+
+@pytest.mark.parametrize("n", [1, 6, 9])
+def test_tables_are_running_sums_over_three_periods(n):
+    boxcar = mask_tables(n, None, torch.float64)
+    assert torch.equal(boxcar[0], torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64).repeat_interleave(n))
+    smooth = mask_tables(n, 3.0, torch.float64)
+    torch.testing.assert_close(smooth[0, n:], smooth[0, :-n] + 1)
+    one = torch.tensor([1 / n], dtype=torch.float64)
+    torch.testing.assert_close(smooth[0, n : 2 * n].diff(), gaudi_mask(one, 0 * one, n, 3.0)[0, 1:])
+    hard = mask_tables(n, 3.0, torch.float64, hard=True)
+    assert torch.equal(hard[0], boxcar[0])
+    assert torch.equal(hard[1], smooth[1])
 
 
 @pytest.mark.parametrize("sigma", SIGMAS)
@@ -95,6 +136,25 @@ def test_alignment_reaches_every_multiple_and_the_whole_axis(n, align):
     assert bool(((starts >= 0) & (starts < n)).all())
 
 
+@pytest.mark.parametrize(("n", "align"), [(10, 4), (9, 4), (11, 4), (16, 4), (5, 8), (7, 1)])
+def test_rounding_takes_the_nearest(n, align):
+    value = torch.rand(997, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    allowed = torch.tensor([*range(0, n, align), n])
+    missed = (integer_widths(value, n, align) - value * n).abs()
+    torch.testing.assert_close(missed, (allowed - value[:, None] * n).abs().amin(1))
+    starts = torch.arange(0, n + align, align)
+    nearest = starts[(starts - value[:, None] * n).abs().argmin(1)]
+    assert torch.equal(integer_locations(value, n, align), torch.where(nearest < n, nearest, 0))
+    assert torch.equal(integer_locations(value - 3, n, align), integer_locations((value - 3) % 1, n, align))
+
+
+def test_rounding_stays_on_the_axis():
+    beyond = torch.tensor([-0.4, 1.4])
+    assert integer_widths(beyond, 5).tolist() == [0, 5]
+    assert integer_widths(beyond, torch.tensor(5.0, dtype=torch.float64)).tolist() == [0, 5]
+    assert integer_locations(torch.tensor([math.nan]), 5).item() in range(5)
+
+
 @pytest.mark.parametrize(("n", "align"), [(10, 4), (768, 1), (768, 16), (4096, 32), (5, 8)])
 def test_tensor_lengths_round_as_numbers_do(n, align):
     width = torch.rand(5000, generator=torch.Generator().manual_seed(0))
@@ -136,6 +196,99 @@ def test_bad_arguments_are_refused():
         gaudi_mask(good, good, 8, None, form="dft")
     with pytest.raises(ConfigError, match="align"):
         gaudi_mask(good, good, 8, None, align=0)
+
+
+def test_options_have_names():
+    with pytest.raises(TypeError, match="positional"):
+        gaudi_mask(torch.rand(3), torch.rand(3), 8, None, True)
+
+
+# -- mask times factor -------------------------------------------------------------------------------------------------
+
+
+def product_and_gradients(make, n, needed=("factor", "width", "location")):
+    """Of the product that ``make`` gives; gradients that are not needed are ``None``."""
+    given = dict(zip(("width", "location"), (part.detach() for part in draw(n)), strict=True))
+    generator = torch.Generator().manual_seed(2)
+    given["factor"], weights = torch.randn(2, 12, n, generator=generator, dtype=torch.float64)
+    for name, part in given.items():
+        part.requires_grad_(name in needed)
+    product = make(given["factor"], given["width"], given["location"])
+    (product * weights).sum().backward()
+    return [product.detach(), *(given[name].grad for name in ("factor", "width", "location"))]
+
+
+def product_of_forms(n, sigma):
+    return lambda factor, width, location: gaudi_mask(width, location, n, sigma, form="fft") * factor
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("cached", [0, 51, 1 << 17])  # one row, three rows, all rows at once
+@pytest.mark.parametrize("needed", [("factor", "width", "location"), ("factor",), ("width",), ("location",)])
+def test_product_is_mask_times_factor(monkeypatch, compiling, cached, needed):
+    n = 17
+    monkeypatch.setattr("gblr_plugin.mask._CACHED_ELEMENTS", cached)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: compiling)
+    for sigma in (5.0, None):
+        tables = mask_tables(n, sigma, torch.float64)
+        expected = product_and_gradients(product_of_forms(n, sigma), n, needed)
+        for make in (
+            lambda factor, width, location, tables=tables: masked_factor(factor, width, location, tables),
+            lambda factor, width, location, tables=tables: table_mask(width, location, tables) * factor,
+        ):
+            for found, wanted in zip(product_and_gradients(make, n, needed), expected, strict=True):
+                assert (found is None) == (wanted is None)
+                if wanted is not None:
+                    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_gradients_have_the_dtypes_of_their_parameters(dtypes):
+    tables = mask_tables(6, 3.0)
+    width, location = (torch.rand(4, dtype=dtype, requires_grad=True) for dtype in dtypes)
+    factor = torch.randn(4, 6, dtype=torch.bfloat16, requires_grad=True)
+    for product in (table_mask(width, location, tables), masked_factor(factor, width, location, tables)):
+        found = torch.autograd.grad(product.sum(), (width, location))
+        assert tuple(part.dtype for part in found) == dtypes
+    assert product.dtype == torch.bfloat16
+    assert torch.autograd.grad(masked_factor(factor, width, location, tables).sum(), factor)[0].dtype == torch.bfloat16
+
+
+def test_second_derivatives_are_refused():
+    tables = mask_tables(6, 3.0)
+    width, location, factor = (torch.rand(*shape, requires_grad=True) for shape in ((4,), (4,), (4, 6)))
+    for product in (table_mask(width, location, tables), masked_factor(factor, width, location, tables)):
+        (first,) = torch.autograd.grad(product.square().sum(), width, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.sum().backward()
+
+
+def test_neither_mask_nor_its_gradient_is_kept():
+    kept = []
+    tables = mask_tables(6, 3.0)
+    width, location, factor = (torch.rand(*shape, requires_grad=True) for shape in ((4,), (4,), (4, 6)))
+    with torch.autograd.graph.saved_tensors_hooks(lambda part: kept.append(part) or part, lambda part: part):
+        masked_factor(factor, width, location, tables)
+    assert [part.data_ptr() for part in kept if part.shape == factor.shape] == [factor.data_ptr()]
+
+
+def test_compiled_kernels_are_asked_for_what_pays(monkeypatch):
+    """The number of elements decides; where only some gradients are wanted, torch's operations are cheaper."""
+    sizes = []
+    monkeypatch.setattr("gblr_plugin.mask.mask_kernels", lambda tables, size, others: sizes.append(size))
+    tables = mask_tables(6, 3.0)
+
+    def backward_sizes(*needed):
+        parts = [torch.rand(shape) for shape in ((4, 6), 4, 4)]
+        product = masked_factor(*(part.requires_grad_(want) for part, want in zip(parts, needed, strict=True)), tables)
+        sizes.clear()
+        product.sum().backward()
+        return sizes[:1]
+
+    table_mask(torch.rand(4), torch.rand(4, requires_grad=True), tables).sum().backward()
+    assert sizes == [24, 24]
+    assert backward_sizes(True, True, True) == backward_sizes(True, True, False) == [24]
+    assert backward_sizes(False, True, True) == []
 
 
 # -- compiled kernels --------------------------------------------------------------------------------------------------
