@@ -276,9 +276,12 @@ class Job:
             self._record(method.name, network, data, start, seed, unfinished)
 
     def _compressor(
-        self, method: Method, network: nn.Module, seed: int, calibrated: bool = True
+        self, method: Method, network: nn.Module, seed: int, calibrated: bool = True, label: str | None = None
     ) -> tuple[Any, ClassifierModule, GBLRCallback]:
-        """A method's compressor, bound to an evaluator, the module it works on, and what watches its structure."""
+        """A method's compressor, bound to an evaluator, the module it works on, and what watches its structure.
+
+        Its TensorBoard events go by the label, which is the method's name if there is none.
+        """
         training = method.training or self.settings.finetune
         data = self._data(seed, training)
         batches = len(data.train_dataloader())
@@ -293,7 +296,7 @@ class Job:
         if method.name in ("gblr", "movement"):
             options.setdefault("warmup_step", round(method.warmup * steps))
             options.setdefault("cooldown_begin_step", max(round((1 - method.cooldown) * steps), 1))
-        evaluator = LightningEvaluator(self._trainer(training, watching, seed, method.name), data)
+        evaluator = LightningEvaluator(self._trainer(training, watching, seed, label or method.name), data)
         calibration = method.calibration or self.settings.calibration
         if calibrated and calibration is not None and method.options.get("pruner", method.name) in _CALIBRATED:
             options.setdefault("calibration", calibration)
@@ -315,30 +318,48 @@ class Job:
             train: Whether it is fine-tuned; for methods that are one-shot starts.
         """
         if method.starts:
-            method = self._with_best_start(method, network, seed)
-        compressor, module, monitor = self._compressor(method, network.train(), seed, calibrated)
-        training = method.training or self.settings.finetune
-        if train:
-            compress_and_train(method.name, compressor, training.epochs)
-        self.histories.setdefault(method.name, monitor.history)
-        return convert(module.network).eval()
+            return self._compress_from_best_start(method, network, seed)
+        network, history = self._compress(method, network, seed, calibrated=calibrated, train=train)
+        self.histories.setdefault(method.name, history)
+        return network
 
-    def _with_best_start(self, method: Method, network: nn.Module, seed: int) -> Method:
-        """The method with that one of its starts which fits the training data best after a short training."""
+    def _compress(
+        self,
+        method: Method,
+        network: nn.Module,
+        seed: int,
+        *,
+        calibrated: bool = True,
+        train: bool = True,
+        label: str | None = None,
+    ) -> tuple[nn.Module, dict[str, list[tuple[int, float]]]]:
+        """The compressed network, and how its structure formed."""
+        compressor, module, monitor = self._compressor(method, network.train(), seed, calibrated, label)
+        if train:
+            compress_and_train(method.name, compressor, (method.training or self.settings.finetune).epochs)
+        return convert(module.network).eval(), monitor.history
+
+    def _compress_from_best_start(self, method: Method, network: nn.Module, seed: int) -> nn.Module:
+        """The network from that one of the method's starts which fits the training data best after its trial."""
         training = (method.training or self.settings.finetune).shortened(method.trial)
         sample = self._data(seed, training).train_sample()
         losses: dict[str, float] = {}
+        best, found = "", None
         kept = torch.get_rng_state()
         for start in method.starts:
             torch.set_rng_state(kept)
             short = replace(self._starting(method, start), training=training)
-            tried = self.compress(short, copy.deepcopy(network), seed)
-            losses[start] = evaluate(tried, sample, self.task.metric)["loss"]
-        torch.set_rng_state(kept)
-        best = min(losses, key=losses.__getitem__)
-        found = ", ".join(f"{start} {loss:.4f}" for start, loss in losses.items())
-        self._console.line(f"seed {seed}  {method.name}  starts from {best!r}; training loss after a trial: {found}")
-        return self._starting(method, best)
+            tried = self._compress(short, copy.deepcopy(network), seed, label=f"{method.name}-from-{start}")
+            losses[start] = evaluate(tried[0], sample, self.task.metric)["loss"]
+            if found is None or losses[start] < losses[best]:
+                best, found = start, tried
+        shown = ", ".join(f"{start} {loss:.4f}" for start, loss in losses.items())
+        self._console.line(f"seed {seed}  {method.name}  starts from {best!r}; training loss after a trial: {shown}")
+        if found is None or method.trial < 1:
+            torch.set_rng_state(kept)
+            return self.compress(self._starting(method, best), network, seed)
+        self.histories.setdefault(method.name, found[1])
+        return found[0]
 
     def _starting(self, method: Method, start: str) -> Method:
         """The method from one start."""

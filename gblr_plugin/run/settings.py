@@ -63,7 +63,9 @@ class Training:
     def shortened(self, share: float) -> Training:
         """The same, in ``share`` of the steps."""
         epochs = max(round(share * self.epochs), 1)
-        return replace(self, epochs=epochs, limit_train_batches=min(share * self.epochs / epochs, 1.0))
+        return replace(
+            self, epochs=epochs, limit_train_batches=min(self.limit_train_batches * share * self.epochs / epochs, 1.0)
+        )
 
 
 @dataclass
@@ -81,7 +83,7 @@ class Method:
         compact: Whether dead components are dropped at the freeze, for a cheaper cool-down (gblr).
         starts: Initialisers to choose from (gblr): each is trained for the share ``trial`` of the steps, and the one
             that then fits the training data best is trained in full. Default: the one of the config list.
-        trial: That share.
+        trial: That share; with 1 all starts are trained in full, and the best of the networks is kept.
         calibration: Of the one-shot start; default the run's.
         options: Further arguments of the compressor.
     """

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -145,7 +146,8 @@ def test_a_family_that_keeps_modules_of_its_own_comes_back_from_its_file(project
     assert figures["reloaded_accuracy"] == figures["accuracy"]
 
 
-def test_the_start_that_fits_best_after_a_trial_is_trained(project, capfd):
+@pytest.mark.parametrize("trial", [0.5, 1.0])
+def test_the_start_that_fits_best_after_a_trial_is_trained(project, capfd, trial):
     chosen = []
 
     class Watched(Job):
@@ -161,22 +163,35 @@ def test_the_start_that_fits_best_after_a_trial_is_trained(project, capfd):
         seeds=[0],
         dense=Training(epochs=1, batch_size=128),
         finetune=Training(epochs=2, batch_size=128),
-        methods=[Method("gblr", starts=starts, trial=0.5)],
+        methods=[Method("gblr", starts=starts, trial=trial)],
         latency_batch=[1],
     )
     job = Watched(settings)
     job.check()
     chosen.clear()
     job.run(project, Console())
-    line = next(line for line in capfd.readouterr().out.splitlines() if "starts from" in line)
+    lines = capfd.readouterr().out.splitlines()
+    line = next(line for line in lines if "starts from" in line)
     found = line.split("trial: ")[1].split(", ")
     losses = {name: float(loss) for name, loss in (entry.split() for entry in found)}
     assert list(losses) == starts
     best = min(losses, key=losses.get)
     assert f"starts from {best!r}" in line
-    short = settings.finetune.shortened(0.5)
-    assert chosen == [*((name, short) for name in starts), (best, None)]
+    tried = [(name, settings.finetune.shortened(trial)) for name in starts]
+    assert chosen == (tried if trial == 1 else [*tried, (best, None)])
     assert best != "random"
+    events = {folder.name for folder in project.glob("tensorboard/*/*")}
+    assert events >= {f"seed0-gblr-from-{name}" for name in starts}
+    assert ("seed0-gblr" in events) == (trial < 1)
+    if trial == 1:  # the network is the one that was trained from that start alone
+        chosen.clear()
+        alone = Watched(replace(settings, methods=[job._starting(settings.methods[0], best)]))
+        alone.check()
+        alone.run(project / "alone", Console())
+        for a, b in zip(*(run.networks["gblr"].parameters() for run in (job, alone)), strict=True):
+            a, b = (part.to_dense() if isinstance(part, GBLRTensor) else part for part in (a, b))
+            assert torch.equal(a, b)
+        assert job.histories == alone.histories
 
 
 def test_a_start_that_cannot_work_is_refused_before_training(project, capfd):

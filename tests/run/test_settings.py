@@ -69,3 +69,4 @@ def test_a_shortened_training_takes_its_share_of_the_steps(epochs, share, steps)
     assert short.steps(10) == steps
     assert short.lr == 0.5
     assert training.steps(10) == 10 * epochs
+    assert Training(epochs=epochs, limit_train_batches=0.5).shortened(share).steps(20) == steps
