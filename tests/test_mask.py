@@ -148,6 +148,10 @@ def test_rounding_takes_the_nearest(n, align):
     assert torch.equal(integer_locations(value - 3, n, align), integer_locations((value - 3) % 1, n, align))
 
 
+def test_between_a_tile_and_the_whole_axis_the_tile_wins():
+    assert integer_widths(torch.tensor(0.9, dtype=torch.float64), 10, 4) == 8  # 9 samples
+
+
 def test_rounding_stays_on_the_axis():
     beyond = torch.tensor([-0.4, 1.4])
     assert integer_widths(beyond, 5).tolist() == [0, 5]
@@ -182,8 +186,9 @@ def test_float32_stays_close_to_float64():
 
 def test_bad_arguments_are_refused():
     good = torch.rand(3)
-    with pytest.raises(ConfigError, match=r"must be \(K,\)"):
-        gaudi_mask(torch.rand(2), good, 8, None)
+    for width, location in ((torch.rand(2), good), (good, torch.rand(2)), (torch.rand(()), torch.rand(()))):
+        with pytest.raises(ConfigError, match=r"must be \(K,\)"):
+            gaudi_mask(width, location, 8, None)
     with pytest.raises(ConfigError, match="must be"):
         gaudi_mask(torch.rand(3, 1), torch.rand(3, 1), 8, None)
     with pytest.raises(ConfigError, match="sigma must be positive"):
@@ -283,11 +288,13 @@ def test_compiled_kernels_are_asked_for_what_pays(monkeypatch):
         product = masked_factor(*(part.requires_grad_(want) for part, want in zip(parts, needed, strict=True)), tables)
         sizes.clear()
         product.sum().backward()
-        return sizes[:1]
+        return list(sizes)
 
     table_mask(torch.rand(4), torch.rand(4, requires_grad=True), tables).sum().backward()
     assert sizes == [24, 24]
-    assert backward_sizes(True, True, True) == backward_sizes(True, True, False) == [24]
+    # For all gradients at once, and, as there was none, for that of the factor.
+    assert backward_sizes(True, True, True) == backward_sizes(True, True, False) == [24, 24]
+    assert backward_sizes(True, False, False) == [24]
     assert backward_sizes(False, True, True) == []
 
 
