@@ -128,8 +128,9 @@ def _walk(node: yaml.Node, path: tuple[Any, ...], places: dict[tuple[Any, ...], 
             _walk(value, inner, places, source)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            places[(*path, index)] = f"{source}:{value.start_mark.line + 1}"
-            _walk(value, (*path, index), places, source)
+            inner = (*path, index)
+            places[inner] = f"{source}:{value.start_mark.line + 1}"
+            _walk(value, inner, places, source)
 
 
 def parse_overrides(located: Located, overrides: list[str]) -> None:
