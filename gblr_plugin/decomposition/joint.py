@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels.fused import solve_kernel
+
 __all__ = ["conjugate_gradient", "supported_solve"]
 
 CHUNK_ENTRIES = 1 << 22
@@ -43,6 +45,9 @@ def supported_solve(
     ridge = RIDGE if dtype == torch.float32 else RIDGE * 1e-4
     gram = gram + torch.diag(ridge * gram.diagonal().mean() + torch.zeros(num, dtype=dtype, device=device))
     gram = gram + torch.diag((gram.diagonal() <= 0).to(dtype))
+    kernel = solve_kernel(gram, int(support.sum()))
+    if kernel is not None:
+        return kernel(gram, right, support, want_gains)  # type: ignore[no-any-return]  # of an optional module
     # A component of zeros stands where an index has fewer than its neighbours.
     padded, padded_right = F.pad(gram, (0, 1, 0, 1)), F.pad(right.T, (0, 1))
     counts = support.sum(0)

@@ -20,7 +20,15 @@ from numba.core.ccallback import CFunc
 
 __all__ = ["compiled", "worker"]
 
-_SOURCES = ("simd.py", "simd_bfloat16.py", "numba_cpu.py", "numba_bfloat16.py", "numba_masks.py", "numba_team.py")
+_SOURCES = (
+    "simd.py",
+    "simd_bfloat16.py",
+    "numba_cpu.py",
+    "numba_bfloat16.py",
+    "numba_masks.py",
+    "numba_solve.py",
+    "numba_team.py",
+)
 _REORDER = {"reassoc", "contract", "nsz"}  # sums may be reordered, which vector lanes need
 _logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Which fused kernels serve masks and the proximal step: numba's on the CPU, triton's on CUDA, or none."""
+"""Which fused kernels serve masks, the proximal step and fits: numba's on the CPU, triton's on CUDA, or none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["mask_kernels", "proximal_kernel"]
+__all__ = ["mask_kernels", "proximal_kernel", "solve_kernel"]
 
 _WORTH = 1 << 15  # elements of all masks from which on a kernel pays on the CPU; importing numba takes a second
 _PLAIN = Tensor, torch.nn.Parameter
@@ -56,3 +56,16 @@ def proximal_kernel(parameters: Sequence[Tensor]) -> Any:
         return None
     module = _module("triton", "proximal")
     return None if module is None else module.prox_and_clip
+
+
+def solve_kernel(gram: Tensor, size: int) -> Any:
+    """Least squares on submatrices of a (K, K) Gram matrix, or ``None`` for torch operations.
+
+    Args:
+        gram: Float32 or float64.
+        size: Number of unknowns of all problems together.
+    """
+    if gram.device.type != "cpu" or size < _WORTH or type(gram) not in _PLAIN:
+        return None
+    module = _module("numba", "solve")
+    return None if module is None else module.solve

@@ -7,6 +7,7 @@ import torch
 
 from gblr_plugin.decomposition import joint
 from gblr_plugin.decomposition.joint import conjugate_gradient, supported_solve
+from gblr_plugin.kernels.fused import solve_kernel
 
 
 @pytest.fixture
@@ -19,11 +20,15 @@ def setting() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return factors, target, support
 
 
-@pytest.mark.parametrize("chunk", [1, 64, 1 << 22])
+@pytest.mark.parametrize("chunk", [1, 64, 1 << 22, None])
 def test_supported_solve_is_least_squares(
-    setting: tuple[torch.Tensor, ...], chunk: int, monkeypatch: pytest.MonkeyPatch
+    setting: tuple[torch.Tensor, ...], chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(joint, "CHUNK_ENTRIES", chunk)
+    if chunk is None:
+        kernels = pytest.importorskip("gblr_plugin.kernels.numba_solve")
+        monkeypatch.setattr(joint, "solve_kernel", lambda gram, size: kernels.solve)
+    else:
+        monkeypatch.setattr(joint, "CHUNK_ENTRIES", chunk)
     factors, target, support = setting
     x, gains = supported_solve(factors @ factors.T, factors @ target.T, support, want_gains=True)
     plain, none = supported_solve(factors @ factors.T, factors @ target.T, support)
@@ -68,3 +73,33 @@ def test_conjugate_gradient_solves_the_masked_normal_equations() -> None:
     assert float((gram @ x @ moment - right)[support].abs().max()) < 1e-5 * float(right.abs().max())
     full = torch.kron(gram, moment)[support.flatten()][:, support.flatten()]
     torch.testing.assert_close(x[support], torch.linalg.solve(full, right[support]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("want_gains", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_compiled_and_batched_solves_agree(
+    dtype: torch.dtype, tolerance: float, want_gains: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("numba")
+    before = torch.get_num_threads()
+    g = torch.Generator().manual_seed(1)
+    factors = torch.randn(150, 260, generator=g, dtype=dtype)
+    gram, right = factors @ factors.T, torch.randn(150, 600, generator=g, dtype=dtype)
+    # Every number of unknowns from none to all, so that rows are left over of each group of four.
+    support = torch.rand(150, 600, generator=g) < torch.linspace(-0.02, 1.02, 600)
+    taken = solve_kernel(gram, int(support.sum()))
+    assert taken is not None
+    assert solve_kernel(gram, 10) is None
+    torch.set_num_threads(threads)
+    try:
+        compiled = supported_solve(gram, right, support, want_gains=want_gains)
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(joint, "solve_kernel", lambda gram, size: None)
+    batched = supported_solve(gram, right, support, want_gains=want_gains)
+    assert (compiled[1] is None) == (not want_gains)
+    for a, b in zip(compiled, batched, strict=True):
+        if a is not None and b is not None:
+            assert not a[~support].any()
+            assert float((a - b).norm() / b.norm()) < tolerance
