@@ -8,6 +8,7 @@ them to a tile. What is printed is measured at once, in one process, calls takin
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import os
@@ -125,6 +126,8 @@ class Row:
         goal: What the figure should reach; None where there is no goal.
         group: Rows of one goal.
         details: Kernel, blocks, padding and memory.
+        control: The first dense layer's time over that of a second one, measured in turn with the others: as far as it
+            is from 1, a speed-up is noise. None where there was none.
     """
 
     section: str
@@ -137,6 +140,7 @@ class Row:
     goal: float | None
     group: str
     details: str = ""
+    control: float | None = None
 
     def __str__(self) -> str:
         goal = "" if self.goal is None else f"{self.goal:.2f}"
@@ -203,17 +207,17 @@ def _layer_rows(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Row
         if matrix.relative_flops >= 1:
             continue
         dense = nn.Linear(n, m, dtype=dtype)
-        ours = frozen_like(dense, matrix, plan=options.plan)
+        twin, ours = copy.deepcopy(dense), frozen_like(dense, matrix, plan=options.plan)
+        weight: Any = ours.weight
+        memory = weight.nbytes_stored / (matrix.stored * weight.factors.itemsize)
         for count in options.tokens:
             x = torch.randn(count, n, dtype=dtype)
 
             def call(module: nn.Module, x: Tensor = x) -> Callable[[], object]:
                 return lambda: module(x)
 
-            times = interleaved_medians(
-                [call(dense), call(ours)], x.device, options.seconds, least=5, clock=_clock(options)
-            )
-            weight: Any = ours.weight
+            turns = [call(dense), call(ours), call(twin)]
+            times = interleaved_medians(turns, x.device, options.seconds, least=5, clock=_clock(options))
             yield Row(
                 "layers",
                 f"{m}x{n}, {count} tokens",
@@ -224,7 +228,9 @@ def _layer_rows(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Row
                 times[0] / times[1],
                 None if options.quick else LAYER,
                 f"layers, {m}x{n}",
-                f"{weight.plan.kernel(count)} {weight.plan.block_rows}x{weight.plan.block_cols}",
+                f"{weight.plan.kernel(count)} {weight.plan.block_rows}x{weight.plan.block_cols}, memory {memory:.2f}, "
+                f"control {times[0] / times[2]:.2f}",
+                times[0] / times[2],
             )
 
 
@@ -354,10 +360,14 @@ def _summary(rows: list[Row]) -> list[str]:
         if row.goal is not None:
             groups.setdefault(row.group, []).append(row)
     for group, members in groups.items():
+        controls = [row.control for row in members if row.control is not None]
+        noise = f"; dense against dense {min(controls):.2f} to {max(controls):.2f}" if controls else ""
         worst = min(members, key=lambda row: row.figure)
         median = statistics.median(row.figure for row in members)
         reached = "" if worst.figure >= members[0].goal else "  below the goal"  # type: ignore[operator]  # not None
-        lines.append(f"{group:>38} {members[0].goal:>5.2f} {median:>7.2f} {worst.figure:>6.2f}  {worst.name}{reached}")
+        lines.append(
+            f"{group:>38} {members[0].goal:>5.2f} {median:>7.2f} {worst.figure:>6.2f}  {worst.name}{reached}{noise}"
+        )
     return lines if groups else []
 
 

@@ -208,7 +208,7 @@ class GBLRTensor(TorchAOBaseTensor):
             raise ConfigError(
                 f"GBLR tensor: block_cols of a convolution must be a multiple of its {taps} taps, got {plan.block_cols}"
             )
-        layout, values, index = pack_for(matrix, plan.block_rows, plan.block_cols)
+        layout, values, index = pack_for(matrix, plan.block_rows, plan.block_cols, plan.even and len(shape) == 2)
         weight = cls(values, index, layout, plan, shape)
         return weight.with_matrix() if factor_dtype is None else weight.quantize()
 

@@ -14,7 +14,7 @@ def structure_at_work(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     Tests of plans as users get them ask for the fixture ``true_plans``.
     """
     if "true_plans" not in request.fixturenames:
-        monkeypatch.setattr(plan, "_dense_pays", lambda *_: False)
+        monkeypatch.setattr(plan, "_slowness", lambda *_: lambda tokens: 0.0)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,8 @@ def test_summary_names_the_worst_case() -> None:
     _, line = bench._summary(rows)
     assert line.split() == ["group", "0.85", "0.90", "0.50", "slow", "below", "the", "goal"]
     assert bench._summary(rows[3:]) == []
+    controls = [replace(row, control=control) for row, control in zip(rows[:2], (0.98, 1.04), strict=True)]
+    assert bench._summary(controls)[1].endswith("slow  below the goal; dense against dense 0.98 to 1.04")
 
 
 def test_every_section_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,25 +11,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .layout import Block, Layout, all_lists, block_list, block_values
+from .layout import Batch, Block, Layout, all_lists, batch_values, batches, block_list, block_values
 
 __all__ = ["CHUNK", "convolution", "linear", "linear_inference"]
 
 CHUNK = 256  # tokens per pass: z^T of a few thousand components then stays in the caches
 
 
-def _accumulate(z: Tensor, part: Tensor, lists: Tensor, block: Block, dim: int) -> None:
-    part = part.to(z.dtype)
+def _accumulate(z: Tensor, part: Tensor, lists: Tensor, block: Block | Batch, dim: int) -> None:
+    if part.dtype is not z.dtype:
+        part = part.to(z.dtype)
     if block.first >= 0:
         z.narrow(dim, block.first, block.size).add_(part)
     else:
         z.index_add_(dim, block_list(lists, block), part)
 
 
-def _select(z: Tensor, lists: Tensor, block: Block, dim: int) -> Tensor:
+def _select(z: Tensor, lists: Tensor, block: Block | Batch, dim: int) -> Tensor:
     if block.first >= 0:
         return z.narrow(dim, block.first, block.size)
     return z.index_select(dim, block_list(lists, block))
+
+
+def _columns(x: Tensor, batch: Batch) -> Tensor:
+    """The part of x (tokens, n) that meets a batch, (blocks, tokens, width)."""
+    part: Tensor = x.narrow(1, batch.start, batch.blocks * batch.width).unflatten(1, (batch.blocks, batch.width))
+    return part.transpose(0, 1)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -48,46 +55,72 @@ def linear(
     x: Tensor, values: Tensor, index: Tensor, layout: Layout, bias: Tensor | None, scales: Tensor | None = None
 ) -> Tensor:
     """``x @ W.T + bias`` for x (tokens, n); returns (tokens, m). Differentiable in x and bias; static shapes."""
-    x_t, lists = x.t(), all_lists(layout, index)
+    lists = all_lists(layout, index)
     # Without components the empty z is cut from x, to keep the result in its graph.
     num = layout.num_components
-    z = x.new_zeros(num, x.shape[0], dtype=_sum_dtype(x.dtype)) if num else x_t[:0]
-    for block in layout.col_blocks:
-        if block.size:
-            part = block_values(values, block).to(x.dtype) @ x_t.narrow(0, block.start, block.stop - block.start)
-            _accumulate(z, part, lists, block, 0)
+    z = x.new_zeros(num, x.shape[0], dtype=_sum_dtype(x.dtype)) if num else x.t()[:0]
+    for batch in batches(layout.col_blocks):
+        if batch.size:
+            part = batch_values(values, batch).to(x.dtype) @ _columns(x, batch).transpose(1, 2)
+            _accumulate(z, part.flatten(0, 1), lists, batch, 0)
     z = _scaled(z, scales, x.dtype, 0)
-    y = torch.cat([_select(z, lists, b, 0).t() @ block_values(values, b).to(x.dtype) for b in layout.row_blocks], dim=1)
+    parts = []
+    for batch in batches(layout.row_blocks):
+        own = _select(z, lists, batch, 0).unflatten(0, (batch.blocks, batch.size)).transpose(1, 2)
+        parts.append((own @ batch_values(values, batch).to(x.dtype)).transpose(0, 1).flatten(1))
+    y = torch.cat(parts, dim=1)
     return y if bias is None else y + bias
 
 
 def linear_inference(
     x: Tensor, values: Tensor, index: Tensor, layout: Layout, bias: Tensor | None, scales: Tensor | None = None
 ) -> Tensor:
-    """As :func:`linear` without gradients: chunks of tokens, results written in place."""
-    tokens, m, lists = x.shape[0], layout.shape[0], all_lists(layout, index)
-    y = x.new_empty(tokens, m)
+    """As :func:`linear` without gradients: chunks of tokens, results written in place, few calls of torch."""
+    tokens, m, dtype = x.shape[0], layout.shape[0], x.dtype
+    y, sums = x.new_empty(tokens, m), _sum_dtype(dtype)
+    lists = all_lists(layout, index).narrow(0, 0, layout.list_entries).long()
     for at in range(0, tokens, CHUNK):
-        x_chunk, y_chunk = x[at : at + CHUNK], y[at : at + CHUNK]
-        z = x.new_zeros(layout.num_components, x_chunk.shape[0], dtype=_sum_dtype(x.dtype))
-        x_t = x_chunk.t()
-        for block in layout.col_blocks:
-            if not block.size:
-                continue
-            x_part, factor = x_t[block.start : block.stop], block_values(values, block).to(x.dtype)
-            if block.first >= 0 and z.dtype == x.dtype:
-                z[block.first : block.first + block.size].addmm_(factor, x_part)
-            else:
-                _accumulate(z, factor @ x_part, lists, block, 0)
-        z = _scaled(z, scales, x.dtype, 0)
-        for block in layout.row_blocks:
-            z_t, factor = _select(z, lists, block, 0).t(), block_values(values, block).to(x.dtype)
-            target = y_chunk[:, block.start : block.stop]
+        count = min(CHUNK, tokens - at)
+        z = x.new_zeros(layout.num_components, count, dtype=sums)
+        for batch in layout.col_batches:
+            if batch.size:
+                _add_columns(z, _part(x, at, count, batch), _factors(values, batch, dtype), lists, batch)
+        if scales is not None or sums is not dtype:
+            z = _scaled(z, scales, dtype, 0)
+        for batch in layout.row_batches:
+            own = _select(z, lists, batch, 0).view(batch.blocks, batch.size, count).transpose(1, 2)
+            target = _part(y, at, count, batch)
             if bias is None:
-                torch.mm(z_t, factor, out=target)
+                torch.bmm(own, _factors(values, batch, dtype), out=target)
             else:
-                torch.addmm(bias[block.start : block.stop], z_t, factor, out=target)
+                part = bias.narrow(0, batch.start, batch.blocks * batch.width).view(batch.blocks, 1, batch.width)
+                torch.baddbmm(part, own, _factors(values, batch, dtype), out=target)
     return y
+
+
+def _part(x: Tensor, at: int, count: int, batch: Batch) -> Tensor:
+    """As :func:`_columns` for some tokens, in one call."""
+    row, column = x.stride()
+    place = x.storage_offset() + at * row + batch.start * column
+    return x.as_strided((batch.blocks, count, batch.width), (batch.width * column, row, column), place)
+
+
+def _factors(values: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """As :func:`batch_values` in the dtype of x, in one call where it is theirs."""
+    size, width = batch.size, batch.width
+    place = values.storage_offset() + batch.data_at
+    factors = values.as_strided((batch.blocks, size, width), (size * width, width, 1), place)
+    return factors if values.dtype is dtype else factors.to(dtype)
+
+
+def _add_columns(z: Tensor, x: Tensor, factor: Tensor, lists: Tensor, batch: Batch) -> None:
+    """``z[list] += V x^T`` for a batch of column blocks and x (blocks, tokens, width)."""
+    if batch.first >= 0 and z.dtype == x.dtype:
+        z.narrow(0, batch.first, batch.size).addmm_(factor[0], x[0].t())
+    elif x.shape[1] == 1:  # torch adds to vectors faster than to matrices of one column
+        _accumulate(z.view(-1), torch.bmm(x, factor.mT).view(-1), lists, batch, 0)
+    else:
+        _accumulate(z, torch.bmm(factor, x.mT).view(-1, x.shape[1]), lists, batch, 0)
 
 
 def convolution(

@@ -8,8 +8,9 @@ block multiples).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,22 +20,23 @@ from ..errors import ConfigError
 from ..structure import Intervals, StructuredMatrix
 
 __all__ = [
+    "Batch",
     "Block",
     "Layout",
+    "active_counts",
     "all_lists",
+    "batch_values",
+    "batches",
     "block_list",
     "block_values",
-    "count_blocks",
     "edges",
     "interval_facts",
     "is_narrow",
     "narrowed",
     "pack",
     "pack_for",
-    "padded_entries",
     "quantize",
     "to_dense",
-    "touched_blocks",
     "unpack",
 ]
 
@@ -52,6 +54,30 @@ class Block(NamedTuple):
     list_at: int  # first entry of the list in `Packed.index`
     data_at: int  # first entry of the (count, stop - start) factors in the flat values
     first: int  # first component where the list is one run of consecutive numbers, else -1
+
+
+class Batch(NamedTuple):
+    """Blocks of one shape, one after the other in the axis, the lists and the factors."""
+
+    start: int
+    blocks: int
+    width: int  # of each block
+    size: int  # active components of each
+    list_at: int
+    data_at: int
+    first: int  # as of a block; -1 for more than one
+
+
+def batches(blocks: tuple[Block, ...]) -> list[Batch]:
+    """The blocks of an axis in as few batches as there can be; each is one product of torch."""
+    found: list[Batch] = []
+    for block in blocks:
+        width, last = block.stop - block.start, found[-1] if found else None
+        if last is not None and (last.width, last.size) == (width, block.size):
+            found[-1] = last._replace(blocks=last.blocks + 1, first=-1)
+        else:
+            found.append(Batch(block.start, 1, width, block.size, block.list_at, block.data_at, block.first))
+    return found
 
 
 @dataclass(frozen=True)
@@ -104,6 +130,25 @@ class Layout:
         """Stored entries over those inside the intervals; 1.0 when every interval ends on block borders."""
         return self.entries / self.stored if self.stored else 1.0
 
+    @cached_property
+    def row_batches(self) -> list[Batch]:
+        """:func:`batches` of the rows."""
+        return batches(self.row_blocks)
+
+    @cached_property
+    def col_batches(self) -> list[Batch]:
+        """:func:`batches` of the columns."""
+        return batches(self.col_blocks)
+
+    @cached_property
+    def list_entries(self) -> int:
+        """Length of all lists together; they come first in the index buffer."""
+        return sum(block.size for block in (*self.row_blocks, *self.col_blocks))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     def t(self) -> Layout:
         """Layout of the transposed matrix over the same buffers."""
         return replace(
@@ -135,31 +180,41 @@ def _touches(intervals: Intervals, block: int) -> Tensor:
     return (width > 0) & (((begin < stops) & (end > starts)) | (starts < end - n))
 
 
-def count_blocks(length: int, block: int) -> int:
-    """Number of blocks of one axis."""
-    return -(-length // block)
+def _meets(intervals: Intervals, block: int, split_sizes: tuple[int, ...], even: bool) -> Tensor:
+    """Which component is active in which block of its own split, (K, splits * blocks) bool.
 
-
-def touched_blocks(intervals: Intervals, block: int) -> int:
-    """Sum over the blocks of the number of components that meet them."""
-    return int(_touches(intervals, block).sum())
-
-
-def padded_entries(intervals: Intervals, block: int) -> int:
-    """Entries that blocks of this size store for one factor, padding included."""
-    n = intervals.length
-    sizes = torch.tensor([b - a for a, b in edges(n, block)], device=intervals.width.device)
-    return int((_touches(intervals, block).sum(0) * sizes).sum())
-
-
-def _pack_axis(
-    factor: Tensor, intervals: Intervals, block: int, split_sizes: tuple[int, ...], list_at: int, data_at: int
-) -> tuple[list[Block], list[Tensor], list[Tensor], Tensor]:
-    """Blocks of one factor, their lists and entries, and which component meets which block, (K, blocks)."""
+    ``even`` adds components to blocks of the full width until all of those have as many, where their splits have them:
+    torch then takes all blocks in one product.
+    """
     touches = _touches(intervals, block)
     split = torch.repeat_interleave(torch.tensor(split_sizes, device=touches.device))
     own = split[:, None] == torch.arange(len(split_sizes), device=touches.device)
-    touches = (own[:, :, None] & touches[:, None, :]).flatten(1)  # a component meets the blocks of its split alone
+    meets = (own[:, :, None] & touches[:, None, :]).flatten(1)
+    whole = [number for number, (a, b) in enumerate(edges(intervals.length, block)) if b - a == block]
+    if even and whole:
+        counts = meets.sum(0).view(len(split_sizes), -1)
+        missing = counts[:, whole].max() - counts
+        for part in range(len(split_sizes)):
+            for number in whole:
+                at = part * counts.shape[1] + number
+                spare = (own[:, part] & ~meets[:, at]).nonzero()[:, 0]
+                meets[spare[: int(missing[part, number])], at] = True
+    return meets
+
+
+def active_counts(
+    intervals: Intervals, block: int, split_sizes: tuple[int, ...], even: bool = False
+) -> list[tuple[int, int]]:
+    """(width, active components) of every block that :func:`pack` makes of one axis; arguments as there."""
+    counts = _meets(intervals, block, split_sizes, even).sum(0).tolist()
+    widths = [b - a for a, b in edges(intervals.length, block)] * len(split_sizes)
+    return list(zip(widths, counts, strict=True))
+
+
+def _pack_axis(
+    factor: Tensor, intervals: Intervals, block: int, touches: Tensor, list_at: int, data_at: int
+) -> tuple[list[Block], list[Tensor], list[Tensor]]:
+    """Blocks of one factor, their lists and entries, from what is active where, (K, splits * blocks)."""
     blocks, lists, data = [], [], []
     part_edges = edges(intervals.length, block)
     for number in range(touches.shape[1]):
@@ -174,7 +229,7 @@ def _pack_axis(
         data.append(factor[active, start:stop].reshape(-1))
         list_at += count
         data_at += count * (stop - start)
-    return blocks, lists, data, touches
+    return blocks, lists, data
 
 
 def _groups(blocks: list[Block], touches: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,13 +280,17 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts, out=room)
 
 
-def pack(matrix: StructuredMatrix, block_rows: int, block_cols: int) -> tuple[Layout, Tensor, Tensor]:
+def pack(
+    matrix: StructuredMatrix, block_rows: int, block_cols: int, even: bool = False
+) -> tuple[Layout, Tensor, Tensor]:
     """Store a matrix in blocks; ``block_rows = 0`` stores the dense matrix itself.
 
     Args:
         matrix: Any GBLR matrix; components without cost are dropped.
         block_rows: Block size of the rows (within a split), or 0 for dense storage.
         block_cols: Block size of the columns.
+        even: Give the blocks of an axis as many components each, with zeros for factors, so that torch multiplies by
+            all of them at once (see :func:`batches`).
 
     Returns:
         The layout, the flat values (floating point) and the index buffer (int32: lists, then intervals).
@@ -252,12 +311,12 @@ def pack(matrix: StructuredMatrix, block_rows: int, block_cols: int) -> tuple[La
         matrix.u[order], matrix.v[order], matrix.rows.select(order), matrix.cols.select(order), matrix.split_sizes
     )
     num = matrix.num_components
-    col_blocks, col_lists, col_data, col_touches = _pack_axis(matrix.v, matrix.cols, block_cols, (num,), 0, 0)
+    col_touches = _meets(matrix.cols, block_cols, (num,), even)
+    row_touches = _meets(matrix.rows, block_rows, matrix.split_sizes, even)
+    col_blocks, col_lists, col_data = _pack_axis(matrix.v, matrix.cols, block_cols, col_touches, 0, 0)
     list_at = col_blocks[-1].list_at + col_blocks[-1].size
     data_at = sum(part.numel() for part in col_data)
-    row_blocks, row_lists, row_data, row_touches = _pack_axis(
-        matrix.u, matrix.rows, block_rows, matrix.split_sizes, list_at, data_at
-    )
+    row_blocks, row_lists, row_data = _pack_axis(matrix.u, matrix.rows, block_rows, row_touches, list_at, data_at)
     facts = [matrix.rows.width, matrix.rows.start, matrix.cols.width, matrix.cols.start, order]
     table = [(b.start, b.stop - b.start, b.size, b.list_at, b.data_at) for b in (*col_blocks, *row_blocks)]
     words = [*col_lists, *row_lists, *facts, torch.tensor(table, device=matrix.u.device).reshape(-1)]
@@ -291,15 +350,24 @@ def block_values(values: Tensor, block: Block) -> Tensor:
     return values.narrow(0, block.data_at, block.size * width).view(block.size, width)
 
 
+def batch_values(values: Tensor, batch: Batch) -> Tensor:
+    """(blocks, size, width) view of the factors of a batch."""
+    entries = values.narrow(0, batch.data_at, batch.blocks * batch.size * batch.width)
+    return entries.view(batch.blocks, batch.size, batch.width)
+
+
 def all_lists(layout: Layout, index: Tensor) -> Tensor:
     """The index buffer as :func:`block_list` reads it."""
     return index.view(torch.int16) if layout.narrow else index
 
 
-def block_list(lists: Tensor, block: Block) -> Tensor:
-    """(count,) int32 components of a block, from :func:`all_lists`."""
-    own = lists.narrow(0, block.list_at, block.size)
-    return own.int() if own.dtype == torch.int16 else own
+def block_list(lists: Tensor, block: Block | Batch) -> Tensor:
+    """Components of a block, or of a batch's blocks one after the other, (count,) int64, from :func:`all_lists`.
+
+    Adding at places named by int32 takes torch ten times as long.
+    """
+    count = block.blocks * block.size if isinstance(block, Batch) else block.size
+    return lists.narrow(0, block.list_at, count).long()
 
 
 def interval_facts(layout: Layout, index: Tensor) -> Tensor:
@@ -340,9 +408,11 @@ def narrowed(layout: Layout, index: Tensor) -> tuple[Layout, Tensor]:
     return moved, torch.cat([lists, facts, index[ends : min(layout.col_groups_at, layout.row_groups_at)]])
 
 
-def pack_for(matrix: StructuredMatrix, block_rows: int, block_cols: int) -> tuple[Layout, Tensor, Tensor]:
+def pack_for(
+    matrix: StructuredMatrix, block_rows: int, block_cols: int, even: bool = False
+) -> tuple[Layout, Tensor, Tensor]:
     """As :func:`pack`, with the lists that the kernels of the matrix's device take: narrow ones on the CPU."""
-    layout, values, index = pack(matrix, block_rows, block_cols)
+    layout, values, index = pack(matrix, block_rows, block_cols, even)
     if values.is_cpu:
         layout, index = narrowed(layout, index)
     return layout, values, index
@@ -391,7 +461,7 @@ def _unpack_axis(blocks: tuple[Block, ...], num: int, length: int, values: Tenso
     factor = values.new_zeros(num, length)
     for block in blocks:
         at = block.start % length
-        rows = block_list(lists, block).long()
+        rows = block_list(lists, block)
         factor[rows, at : at + block.stop - block.start] = block_values(values, block)
     return factor
 

@@ -93,13 +93,13 @@ def _key(matrix: StructuredMatrix) -> tuple[object, ...]:
 
 
 def _storages(matrix: StructuredMatrix, int8: bool) -> list[Plan]:
-    """Storages to time; a storage serves every kernel."""
-    plans: dict[tuple[int, int], Plan] = {}
+    """Storages to time: most of them for the compiled kernel, where there is one."""
     kernels = ["compiled"] if compiled.available(matrix.u.device, matrix.u.dtype) else []
-    for kernel in [*kernels, "blocks"]:
-        for plan in candidates(matrix, kernel=kernel, int8=int8)[: KEEP if kernel == "compiled" or not kernels else 1]:
-            plans.setdefault((plan.block_rows, plan.block_cols), plan)
-    return list(plans.values())
+    return [
+        plan
+        for kernel in [*kernels, "blocks"]
+        for plan in candidates(matrix, kernel=kernel, int8=int8)[: KEEP if kernel == "compiled" or not kernels else 1]
+    ]
 
 
 @torch.no_grad()
@@ -126,21 +126,22 @@ def _measure(matrix: StructuredMatrix, buckets: tuple[int, ...], int8: bool) -> 
     device, dtype = matrix.u.device, matrix.u.dtype
     facts = circumstances(device, dtype)
     dense = matrix.to_dense()
-    packed = [(plan, *pack_for(matrix, plan.block_rows, plan.block_cols)) for plan in _storages(matrix, int8)]
-    names = ["compiled", "blocks"] if compiled.available(device, dtype) else ["blocks"]
+    plans = _storages(matrix, int8)
+    packed = [(plan, *pack_for(matrix, plan.block_rows, plan.block_cols, plan.even)) for plan in plans]
+    kernels = [("blocks",) if plan.even else ("compiled", "blocks") for plan in plans]  # of each storage
     small = not int8 and dense.nbytes <= MATRIX
     slack = 1.0 if small else 1.05  # a large matrix is kept beside its factors for a clear gain alone
     ratios: list[list[tuple[float, str]]] = [[] for _ in packed]  # best (time over dense, kernel) per bucket
     for tokens in buckets:
         x = torch.randn(tokens, matrix.shape[1], device=device, dtype=dtype)
         calls: list[Callable[[], object]] = [lambda x=x: F.linear(x, dense)]  # type: ignore[misc]  # binds x
-        for _, layout, factors, lists in packed:
+        for (_, layout, factors, lists), names in zip(packed, kernels, strict=True):
             calls += [_call(x, factors, lists, layout, name) for name in names]
         reference, *times = interleaved_medians(calls, device, SECONDS)
-        for number in range(len(packed)):
-            own = times[number * len(names) : (number + 1) * len(names)]
-            fastest = min((taken / reference, name) for taken, name in zip(own, names, strict=True))
-            ratios[number].append(fastest if fastest[0] < slack else (1.0, "dense"))
+        left = iter(times)
+        for per_bucket, names in zip(ratios, kernels, strict=True):
+            fastest = min((next(left) / reference, name) for name in names)
+            per_bucket.append(fastest if fastest[0] < slack else (1.0, "dense"))
     means = [math.exp(statistics.fmean(math.log(ratio) for ratio, _ in per_bucket)) for per_bucket in ratios]
     best = min(range(len(packed)), key=means.__getitem__)
     return replace(

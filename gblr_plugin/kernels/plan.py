@@ -6,39 +6,71 @@ A plan comes from the cost model alone (same structure, same plan; nothing is ti
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
-
-import torch
+from typing import NamedTuple
 
 from ..errors import ConfigError
 from ..structure import Intervals, StructuredMatrix
 from .compiled import WIDEST, available
-from .layout import GROUP, Layout, count_blocks, is_narrow, padded_entries, touched_blocks
+from .layout import GROUP, Layout, active_counts, is_narrow
 from .product import KERNELS
 
 __all__ = ["BUCKETS", "Plan", "candidates", "dense_plan", "fixed_plan", "predicted_cost"]
 
 BLOCKS = (16, 32, 64, 128, 256, 512)
-BUCKETS = (1, 4, 16, 64, 256, 1024)  # tokens; a kernel is chosen for each
-# Bytes of a layout over those of the bare factors; many small calls of torch would cost more than some padding.
-MEMORY = {"compiled": 1.15, "blocks": 1.4}
-MATRIX = 1 << 20  # bytes of a dense matrix that may lie beside the factors for some numbers of tokens
-# Costs in multiply-adds, 50 to a nanosecond, as measured on a processor with AVX-512. Of a token: moving one element of
-# z at a block of rows and at one of columns, where it is written too; one more block (20 us a call at 256 tokens).
-MOVE = {"compiled": {4: (0.5, 1.5), 2: (4.0, 3.0)}, "blocks": {8: (4.0, 4.0), 4: (8.0, 8.0), 2: (16.0, 16.0)}}
-CALL = {"compiled": 50.0, "blocks": 4096.0}
-# Of a multiply-add of ours where the library's are faster.
-RATE = {torch.bfloat16: 1.25}
-# What a structured product must save to pay, at 1 token, from 4 and from 16: torch's way to a tensor subclass, and our
-# kernel's start.
-STARTS = (45e3, 110e3, 150e3)
-# The same in bfloat16: products of up to so many multiply-adds, and larger ones, which torch itself starts slowly.
-SLOW_STARTS, SLOW_FROM = (2e3, -5e5), 8192
-# Of one element of x or y, which our kernel lays out anew.
-EDGE = 15.0
-# Of one element that a convolution unfolds, or only copies where it is pointwise.
-UNFOLD, COPY = 150.0, 80.0
+BUCKETS = (1, 2, 4, 16, 64, 256, 1024)  # tokens; a kernel is chosen for each
+# Bytes of a layout over those of the bare factors; torch needs as many components in every block.
+MEMORY = {"compiled": 1.15, "blocks": 1.55}
+MATRIX = 1 << 20  # bytes of a dense matrix that one launch multiplies by as fast as two launches by its factors
+# Of a token, in multiply-adds: moving one element of z at a block of rows and at one of columns, where it is written
+# too; one more block.
+MOVE = {"compiled": {4: (0.5, 1.5), 2: (12.0, 12.0)}, "blocks": {8: (25.0, 25.0), 4: (50.0, 50.0), 2: (65.0, 65.0)}}
+CALL = 50.0
+# Dense is taken from this predicted time of the structured product over its time on; the matrix is kept for one above
+# the second number, at some number of tokens.
+DOUBT, LOSS = 0.95, 1.03
+FAR = 3 << 20  # bytes from which on a weight comes from beyond the second-level cache
+TILE = 16  # tokens that the compiled kernel takes together
+
+
+class _Speed(NamedTuple):
+    """Times of a product in microseconds, fitted to measurements on one thread of a processor with AVX-512."""
+
+    start: float
+    near: float  # a thousand stored entries, read once; the same from beyond the second-level cache
+    far: float
+    token: float = 0.0  # a thousand entries, each token
+    lists: float = 0.0  # a thousand entries of lists, once and each token
+    listed: float = 0.0
+    edge: float = 0.0  # a thousand elements of x and y, laid out anew
+
+    def time(self, entries: int, nbytes: int, tokens: float, listed: int = 0, edges: int = 0) -> float:
+        read = self.far if nbytes > FAR else self.near
+        once, each = entries * read + listed * self.lists, entries * self.token + listed * self.listed
+        return self.start + (once + tokens * (each + edges * self.edge)) / 1000
+
+
+# By bytes of an element: of one token, and of more.
+DENSE = {
+    8: (_Speed(6.4, 0.2, 0.4), _Speed(6.4, 0.33, 0.5, 0.044)),
+    4: (_Speed(6.4, 0.1, 0.2), _Speed(6.4, 0.168, 0.25, 0.0222)),
+    2: (_Speed(28.4, 0.127, 0.16, 0.0101), _Speed(28.4, 0.127, 0.16, 0.0101)),
+}
+OURS = {
+    "compiled": {
+        4: (_Speed(9.35, 0.066, 0.13, lists=0.6), _Speed(9.4, 0.022, 0.06, 0.0209, 0.0, 0.0155, 0.18)),
+        2: (_Speed(13.0, 0.028, 0.07, lists=1.8), _Speed(13.9, 0.046, 0.2, 0.0087, 0.0, 0.106, 0.124)),
+    },
+    "blocks": {
+        8: (_Speed(75.0, 0.6, 0.6), _Speed(110.0, 0.6, 0.6, 0.043, 10.4, 1.1)),
+        4: (_Speed(75.0, 0.33, 0.33), _Speed(110.0, 0.3, 0.3, 0.0213, 10.4, 1.07)),
+        2: (_Speed(150.0, 0.28, 0.28, lists=7.0), _Speed(200.0, 0.27, 0.27, 0.0108, 6.1, 0.7)),
+    },
+}
+TINY = 8192, 6.5  # multiply-adds of a product in bfloat16 up to which torch starts in so many microseconds
+# Of a thousand elements that a convolution unfolds, or only copies where it is pointwise; of a block of torch's.
+UNFOLD, COPY, CONVOLVE = 3.0, 1.6, 20.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +142,12 @@ class Plan:
         return self.kernels[first - 1][0] if first else 0, self.kernels[last][0] if last + 1 < len(names) else None
 
     @property
+    def even(self) -> bool:
+        """Are a linear weight's blocks given as many components each, so that torch takes them all in one product."""
+        names = {name for _, name in self.kernels}
+        return "blocks" in names and "compiled" not in names
+
+    @property
     def keeps_matrix(self) -> bool:
         """Does it take the dense matrix beside factors in blocks."""
         return self.block_rows > 0 and any(name == "dense" for _, name in self.kernels)
@@ -160,9 +198,9 @@ class _Axis:
     blocks: int
 
 
-def _cost(entries: int, block: int, blocks: int, kernel: str, move: float) -> float:
+def _cost(entries: int, block: int, blocks: int, move: float) -> float:
     """Multiply-adds that one axis costs a token, overheads included."""
-    return entries * (1 + move / block) + CALL[kernel] * blocks
+    return entries * (1 + move / block) + CALL * blocks
 
 
 def predicted_cost(layout: Layout, kernel: str, itemsize: int) -> float:
@@ -179,22 +217,22 @@ def predicted_cost(layout: Layout, kernel: str, itemsize: int) -> float:
     cost = 0.0
     for move, axis in zip(MOVE[kernel][itemsize], (layout.row_blocks, layout.col_blocks), strict=True):
         entries = sum(block.size * (block.stop - block.start) for block in axis)
-        cost += _cost(entries, axis[0].stop - axis[0].start, len(axis), kernel, move)
+        cost += _cost(entries, axis[0].stop - axis[0].start, len(axis), move)
     return cost / (m * n)
 
 
-def _axis(intervals: Intervals, splits: int, unit: int) -> list[_Axis]:
+def _axis(intervals: Intervals, split_sizes: tuple[int, ...], unit: int, even: bool) -> list[_Axis]:
     sizes = sorted({max(block // unit, 1) * unit for block in BLOCKS})  # whole channels of a convolution
     sizes = sizes[: 1 + sum(size < intervals.length for size in sizes)]
     if intervals.width.is_cuda and sizes[0] <= WIDEST:
         sizes = [size for size in sizes if size <= WIDEST]
     result = []
     for size in sizes:
-        blocks = splits * count_blocks(intervals.length, size)
-        touched = touched_blocks(intervals, size)
+        found = active_counts(intervals, size, split_sizes, even)
+        entries, touched = sum(width * count for width, count in found), sum(count for _, count in found)
         groups = -(-intervals.num_components // GROUP)
-        words = 2 * groups + 5 * min(touched, groups * blocks)
-        result.append(_Axis(size, padded_entries(intervals, size), touched, words, blocks))
+        words = 2 * groups + 5 * min(touched, groups * len(found))
+        result.append(_Axis(size, entries, touched, words, len(found)))
     return result
 
 
@@ -221,16 +259,18 @@ def _all_full(matrix: StructuredMatrix) -> bool:
 def _whole_plan(matrix: StructuredMatrix) -> Plan:
     """One block per axis (and row split), without padding."""
     m, n = matrix.shape
-    cost = matrix.stored + CALL["blocks"] * (matrix.row_splits + 1)
+    cost = matrix.stored + CALL * (matrix.row_splits + 1)
     return Plan(m // matrix.row_splits, n, ((BUCKETS[-1], "blocks"),), predicted=cost / (m * n))
 
 
-def candidates(matrix: StructuredMatrix, unit: int = 1, kernel: str | None = None, int8: bool = False) -> list[Plan]:
+def candidates(
+    matrix: StructuredMatrix, unit: int | None = None, kernel: str | None = None, int8: bool = False
+) -> list[Plan]:
     """Block plans within the memory limit, cheapest first by the cost model; the leanest one if none is within it.
 
     Args:
         matrix: The weight.
-        unit: Column blocks are multiples of this (``prod(kernel)`` of a convolution, so that they hold whole channels).
+        unit: Of a convolution, ``prod(kernel)``: its column blocks hold whole channels; ``None`` for a linear weight.
         kernel: ``"compiled"`` or ``"blocks"``; ``None`` for the compiled one where device, dtype and installed
             packages have it.
         int8: The factors will be int8, which counts for the memory.
@@ -242,7 +282,9 @@ def candidates(matrix: StructuredMatrix, unit: int = 1, kernel: str | None = Non
     if _all_full(matrix) and (kernel == "blocks" or matrix.u.is_cuda):
         # Two plain products per split; a library's are the fastest there are.
         return [_whole_plan(matrix)]
-    rows, cols = _axis(matrix.rows, matrix.row_splits, 1), _axis(matrix.cols, 1, unit)
+    even = kernel == "blocks" and unit is None
+    rows = _axis(matrix.rows, matrix.split_sizes, 1, even)
+    cols = _axis(matrix.cols, (matrix.num_components,), unit or 1, even)
     pairs = [(r, c) for r in rows for c in cols]
     lean = [(r, c) for r, c in pairs if _memory(matrix, r, c, int8) <= MEMORY[kernel]]
     lean = lean or [min(pairs, key=lambda pair: _memory(matrix, pair[0], pair[1], int8))]
@@ -252,8 +294,7 @@ def candidates(matrix: StructuredMatrix, unit: int = 1, kernel: str | None = Non
             c.block,
             ((BUCKETS[-1], kernel),),
             predicted=sum(
-                _cost(a.entries, a.block, a.blocks, kernel, move)
-                for a, move in zip((r, c), MOVE[kernel][item], strict=True)
+                _cost(a.entries, a.block, a.blocks, move) for a, move in zip((r, c), MOVE[kernel][item], strict=True)
             )
             / (m * n),
             padding=(r.entries + c.entries) / max(matrix.stored, 1),
@@ -263,23 +304,38 @@ def candidates(matrix: StructuredMatrix, unit: int = 1, kernel: str | None = Non
     return sorted(plans, key=lambda plan: plan.predicted)
 
 
-def _dense_pays(plan: Plan, matrix: StructuredMatrix, tokens: int, taps: int | None) -> bool:
-    """Is the dense product of this many tokens foreseen to be faster; ``taps`` of a convolution."""
-    (m, n), dtype, kernel = matrix.shape, matrix.u.dtype, plan.kernels[-1][1]
-    if matrix.u.is_cuda:  # two launches for one, and nothing measured
-        return m * n * dtype.itemsize <= MATRIX
-    cost = plan.predicted
-    if kernel == "compiled":
-        start = STARTS[(tokens >= 4) + (tokens >= 16)]
-        if dtype == torch.bfloat16:
-            start = SLOW_STARTS[m * n * tokens > SLOW_FROM]
-        cost = cost * RATE.get(dtype, 1.0) + EDGE / m + EDGE / n
-    else:  # calls do not depend on the number of tokens
-        calls = CALL[kernel] * (-(-m // plan.block_rows) + -(-n // plan.block_cols))
-        start, cost = calls * 256, cost - calls / (m * n)
-    if taps is not None:
-        cost += (UNFOLD if taps > 1 else COPY) / m
-    return (1 - cost) * m * n * tokens < start
+def _slowness(plan: Plan, matrix: StructuredMatrix, taps: int | None) -> Callable[[int], float]:
+    """What time the structured product of so many tokens is foreseen to take over the dense one's.
+
+    Args:
+        plan: Storage, and the kernel of many tokens.
+        matrix: The weight.
+        taps: Of a convolution, ``prod(kernel)``; ``None`` for a linear weight.
+    """
+    matrix, kernel = matrix.live(), plan.kernels[-1][1]
+    (m, n), item, even = matrix.shape, matrix.u.element_size(), plan.even and taps is None
+    if matrix.u.is_cuda:  # nothing measured
+        return lambda tokens: 2.0 if m * n * item <= MATRIX else 0.0
+    rows = active_counts(matrix.rows, plan.block_rows, matrix.split_sizes, even)
+    cols = active_counts(matrix.cols, plan.block_cols, (matrix.num_components,), even)
+    entries = sum(width * count for width, count in (*rows, *cols))
+    whole = max(len(rows), len(cols)) == 1  # all components in one block: nothing to gather
+    listed = 0 if whole else sum(count for _, count in (*rows, *cols))
+
+    def slowness(tokens: int) -> float:
+        many = tokens > 1
+        dense = DENSE[item][many].time(m * n, m * n * item, tokens)
+        if item == 2 and m * n * tokens <= TINY[0]:
+            dense = TINY[1]
+        run = (tokens + -(-tokens // TILE) * TILE) / 2 if many and kernel == "compiled" else tokens
+        ours = OURS[kernel][item][many].time(entries, entries * item, run, listed, m + n)
+        if taps is not None and kernel == "compiled":
+            ours += (UNFOLD if taps > 1 else COPY) * n * tokens / 1000
+        elif taps is not None:
+            ours += CONVOLVE * (len(rows) + len(cols))
+        return ours / dense
+
+    return slowness
 
 
 def fixed_plan(matrix: StructuredMatrix, taps: int | None = None, int8: bool = False, beside: bool = True) -> Plan:
@@ -289,8 +345,8 @@ def fixed_plan(matrix: StructuredMatrix, taps: int | None = None, int8: bool = F
         matrix: The weight.
         taps: Of a convolution, ``prod(kernel)``; ``None`` for a linear weight.
         int8: As in :func:`candidates`. Factors are made so for the memory, and nothing lies beside them.
-        beside: Let the matrix lie beside the factors: where it is small, for numbers of tokens at which structure saves
-            less than a structured product takes to start; where it is large, if dense is foreseen to be faster at many.
+        beside: Let the matrix lie beside the factors, where it is foreseen to be faster at some number of tokens. It
+            then is taken wherever structure saves nothing worth speaking of.
 
     Returns:
         Blocks; dense storage where the factors cost no less than the dense matrix.
@@ -298,22 +354,22 @@ def fixed_plan(matrix: StructuredMatrix, taps: int | None = None, int8: bool = F
     m, n = matrix.shape
     if matrix.stored >= m * n:
         return dense_plan()
-    best = candidates(matrix, taps or 1, int8=int8)[0]
+    best = candidates(matrix, taps, int8=int8)[0]
     if int8 or not beside:
         return best
-    many, kernel = BUCKETS[-1], best.kernels[-1][1]
-    if taps is not None:
-        names = [(many, "dense" if _dense_pays(best, matrix, many, taps) else kernel)]
-    else:  # what pays at a number of tokens is taken up to the next
-        found = ["dense" if _dense_pays(best, matrix, tokens, None) else kernel for tokens in BUCKETS]
-        limits = [*(tokens - 1 for tokens in BUCKETS[1:]), many]
-        names = [
-            (limit, name)
-            for number, (limit, name) in enumerate(zip(limits, found, strict=True))
-            if number + 1 == len(found) or found[number + 1] != name
-        ]
-    kept = m * n * matrix.u.element_size() <= MATRIX or names[-1][1] == "dense"
-    return replace(best, kernels=tuple(names)) if kept else best
+    slowness, many, kernel = _slowness(best, matrix, taps), BUCKETS[-1], best.kernels[-1][1]
+    buckets = BUCKETS if taps is None else (many,)
+    found = [slowness(tokens) for tokens in buckets]
+    if max(found) <= LOSS:
+        return best
+    names = ["dense" if slow > DOUBT else kernel for slow in found]
+    limits = [*(tokens - 1 for tokens in buckets[1:]), many]  # what pays at a number of tokens is taken up to the next
+    kernels = [
+        (limit, name)
+        for number, (limit, name) in enumerate(zip(limits, names, strict=True))
+        if number + 1 == len(names) or names[number + 1] != name
+    ]
+    return replace(best, kernels=tuple(kernels))
 
 
 def dense_plan() -> Plan:

@@ -1,4 +1,4 @@
-"""The short way from ``F.linear`` to the compiled CPU kernel, for inference: microseconds count at one token.
+"""The short way from ``F.linear`` to the kernels of a CPU, for inference: microseconds count at one token.
 
 What depends on the weight alone is decided once (:func:`launcher`); what depends on the call is asked of torch in a
 handful of questions. Whatever is not plain inference gets None for an answer, and takes the long way
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from . import compiled
+from . import blocks, compiled
 from .layout import Layout
 from .plan import Plan
 
@@ -27,7 +27,7 @@ Launcher = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tens
 
 
 def launcher(layout: Layout, plan: Plan, factors: Tensor, scales: Tensor | None) -> Launcher | None:
-    """A call for products by one weight, None where its plan or its device never takes the compiled CPU kernel.
+    """A call for products by one weight, None where its plan never takes the factors or its device is no CPU.
 
     Args:
         layout: Where everything lies.
@@ -40,37 +40,26 @@ def launcher(layout: Layout, plan: Plan, factors: Tensor, scales: Tensor | None)
         the long way: gradients, tracing, autocast, dispatch modes, other devices, dtypes, strides or kernels.
     """
     dtype = factors.dtype if scales is None else scales.dtype
-    if (
-        layout.dense
-        or type(factors) is not Tensor
-        or not factors.is_cpu
-        or (scales is not None and dtype != torch.float32)
-        or not compiled.available(factors.device, dtype)
-        or not compiled.fits(layout, factors.device, dtype)
-    ):
+    names = {name for _, name in plan.kernels} - {"dense"}
+    if layout.dense or not names or type(factors) is not Tensor or not factors.is_cpu:
         return None
-    tokens_of_compiled = [limit for limit, kernel in plan.kernels if kernel == "compiled"]
-    if not tokens_of_compiled:
-        return None
-    from .numba_team import WORTH_THREADS, kernel_for, run_product  # numba takes a second to import
-
-    m, n = layout.shape
-    places = (
-        layout.col_table_at,
-        len(layout.col_blocks),
-        layout.row_table_at,
-        len(layout.row_blocks),
-        layout.num_components,
+    has_compiled = (
+        (scales is None or dtype == torch.float32)
+        and compiled.available(factors.device, dtype)
+        and compiled.fits(layout, factors.device, dtype)
     )
-    always, kernel_of, narrow = len(tokens_of_compiled) == len(plan.kernels), plan.kernel, layout.narrow
-    run, alone = kernel_for(dtype, scales is not None, layout.narrow), WORTH_THREADS // max(layout.entries, 1)
+    if has_compiled and "compiled" in names:
+        names, run = {"compiled"}, _compiled(layout, dtype, scales is not None)
+    else:
+        run = _blocks(layout)
+    m, n = layout.shape
+    always, kernel_of = all(name in names for _, name in plan.kernels), plan.kernel
     is_tracing, autocast, dispatch_modes = (
         torch._C._is_tracing,
         torch._C._is_any_autocast_enabled,
         torch._C._len_torch_dispatch_stack,
     )
     functorch, grad_mode = torch._C._functorch.peek_interpreter_stack, torch.is_grad_enabled
-    threads = torch.get_num_threads
 
     def call(x: Tensor, factors: Tensor, lists: Tensor, scales: Tensor | None, bias: Tensor | None) -> Tensor | None:
         if (
@@ -88,22 +77,60 @@ def launcher(layout: Layout, plan: Plan, factors: Tensor, scales: Tensor | None)
         shape = x.shape
         if not shape or shape[-1] != n:
             return None
-        bias_at = 0
-        if bias is not None:
-            if type(bias) not in _PLAIN or bias.dtype is not dtype or not bias.is_contiguous() or bias.numel() != m:
-                return None
-            bias_at = bias.data_ptr()
+        if bias is not None and (
+            type(bias) not in _PLAIN or bias.dtype is not dtype or not bias.is_contiguous() or bias.numel() != m
+        ):
+            return None
         if (x.requires_grad or (bias is not None and bias.requires_grad)) and grad_mode():
             return None
         tokens = shape[0] if len(shape) == 2 else prod(shape[:-1])
-        if not always and kernel_of(tokens) != "compiled":
+        if not always and kernel_of(tokens) not in names:
             return None
-        y = x.new_empty(tokens, m) if len(shape) == 2 else x.new_empty(*shape[:-1], m)
+        return run(x, tokens, factors, lists, scales, bias)
+
+    return call
+
+
+_Run = Callable[[Tensor, int, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+def _compiled(layout: Layout, dtype: torch.dtype, int8: bool) -> _Run:
+    from .numba_team import WORTH_THREADS, kernel_for, run_product  # numba takes a second to import
+
+    m, n = layout.shape
+    places = (
+        layout.col_table_at,
+        len(layout.col_blocks),
+        layout.row_table_at,
+        len(layout.row_blocks),
+        layout.num_components,
+    )
+    product, narrow = kernel_for(dtype, int8, layout.narrow), layout.narrow
+    alone, threads = WORTH_THREADS // max(layout.entries, 1), torch.get_num_threads
+
+    def run(
+        x: Tensor, tokens: int, factors: Tensor, lists: Tensor, scales: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        y = x.new_empty(tokens, m) if x.dim() == 2 else x.new_empty(*x.shape[:-1], m)
+        bias_at = 0 if bias is None else bias.data_ptr()
         if tokens > alone and threads() > 1:
             run_product(x, n, 1, tokens, n, factors, lists, places, scales, bias_at, y, narrow)
             return y
         at = (x.data_ptr(), n, 1, tokens, n, factors.data_ptr(), lists.data_ptr())
-        run(*at, *places, 0 if scales is None else scales.data_ptr(), bias_at, y.data_ptr(), m)
+        product(*at, *places, 0 if scales is None else scales.data_ptr(), bias_at, y.data_ptr(), m)
         return y
 
-    return call
+    return run
+
+
+def _blocks(layout: Layout) -> _Run:
+    m, n = layout.shape
+
+    def run(
+        x: Tensor, tokens: int, factors: Tensor, lists: Tensor, scales: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        with torch.no_grad():  # results are written in place
+            y = blocks.linear_inference(x.view(tokens, n), factors, lists, layout, bias, scales)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], m)
+
+    return run

@@ -181,7 +181,7 @@ def _unflatten(
         raise _UnsoundError
     if matrix.live().rows.num_components != matrix.rows.num_components:
         raise _UnsoundError
-    layout, values, lists = pack(matrix, plan.block_rows, plan.block_cols)
+    layout, values, lists = pack(matrix, plan.block_rows, plan.block_cols, plan.even and len(shape) == 2)
     if scales is not None:
         if scales.shape != (layout.num_components,):
             raise _UnsoundError

@@ -7,12 +7,15 @@ import torch
 
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.kernels.layout import (
+    active_counts,
     all_lists,
+    batch_values,
+    batches,
     block_list,
+    block_values,
     interval_facts,
     narrowed,
     pack,
-    padded_entries,
     quantize,
     to_dense,
     unpack,
@@ -61,10 +64,47 @@ def test_blocks_of_one_index_store_the_intervals_exactly() -> None:
     assert pack(original, 1, 1)[0].entries == original.stored
 
 
-def test_padded_entries_foretell_the_storage() -> None:
-    original = matrix().live()
-    layout, _, _ = pack(original, 7, 11)
-    assert padded_entries(original.rows, 7) + padded_entries(original.cols, 11) == layout.entries
+@pytest.mark.parametrize("even", [False, True])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_active_counts_foretell_the_storage(even: bool, splits: int) -> None:
+    original = matrix(splits=splits).live()
+    layout, _, _ = pack(original, 7, 11, even)
+    for intervals, block, sizes, blocks in (
+        (original.rows, 7, original.split_sizes, layout.row_blocks),
+        (original.cols, 11, (original.num_components,), layout.col_blocks),
+    ):
+        counts = active_counts(intervals, block, sizes, even)
+        assert counts == [(b.stop - b.start, b.size) for b in blocks]
+
+
+@pytest.mark.parametrize("blocks", [(16, 16), (7, 11), (48, 80)])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_even_blocks_are_few_products_of_the_same_matrix(blocks: tuple[int, int], splits: int) -> None:
+    original = matrix(splits=splits).live()
+    plain, (layout, values, index) = pack(original, *blocks), pack(original, *blocks, even=True)
+    for length, block, found, parts in (
+        (original.shape[0] // splits, blocks[0], layout.row_blocks, splits),
+        (original.shape[1], blocks[1], layout.col_blocks, 1),
+    ):
+        assert len(batches(found)) <= (2 * parts if length % block else 1)
+    assert values.numel() == layout.entries >= plain[0].entries
+    torch.testing.assert_close(to_dense(layout, values, index), original.to_dense())
+    back = unpack(layout, values, index)
+    assert torch.equal(back.u, original.u)
+    assert torch.equal(back.v, original.v)
+
+
+def test_batches_hold_the_factors_of_their_blocks() -> None:
+    layout, values, index = pack(matrix().live(), 12, 24, even=True)
+    for axis in (layout.row_blocks, layout.col_blocks):
+        left = list(axis)
+        for batch in batches(axis):
+            for factor, block in zip(batch_values(values, batch), left[: batch.blocks], strict=True):
+                assert torch.equal(factor, block_values(values, block))
+            own = torch.cat([block_list(index, block) for block in left[: batch.blocks]])
+            assert torch.equal(block_list(index, batch), own)
+            del left[: batch.blocks]
+        assert not left
 
 
 def test_lists_are_the_components_that_meet_the_block() -> None:
@@ -110,7 +150,7 @@ def test_narrow_lists_are_the_same_in_half_the_words(blocks: tuple[int, int], sp
     assert words.numel() < index.numel()
     for block in (*layout.row_blocks, *layout.col_blocks):
         mine, true = block_list(all_lists(small, words), block), block_list(all_lists(layout, index), block)
-        assert mine.dtype == torch.int32
+        assert mine.dtype == torch.int64
         assert torch.equal(mine, true)
     for place in ("col_table_at", "row_table_at"):
         blocks_of = layout.col_blocks if place[0] == "c" else layout.row_blocks

@@ -46,7 +46,8 @@ def test_candidates_keep_the_memory_limit_and_foretell_the_storage(align: int, k
     plans = candidates(original, kernel=kernel)
     assert [plan.predicted for plan in plans] == sorted(plan.predicted for plan in plans)
     for plan in plans[:3]:
-        layout, values, index = pack_for(original, plan.block_rows, plan.block_cols)
+        assert plan.even == (kernel == "blocks")
+        layout, values, index = pack_for(original, plan.block_rows, plan.block_cols, plan.even)
         assert values.nbytes + index.nbytes <= MEMORY[kernel] * original.stored * 4
         assert layout.padding == pytest.approx(plan.padding)
 
@@ -149,7 +150,7 @@ def test_plans_measured_elsewhere_are_stale(change: dict[str, object]) -> None:
 def test_the_storage_costs_what_the_plan_predicted(kernel: str) -> None:
     original = matrix()
     for plan in candidates(original, kernel=kernel):
-        layout, _, _ = pack(original, plan.block_rows, plan.block_cols)
+        layout, _, _ = pack(original, plan.block_rows, plan.block_cols, plan.even)
         assert predicted_cost(layout, kernel, 4) == pytest.approx(plan.predicted)
     assert predicted_cost(pack(original, 0, 0)[0], "dense", 4) == 1.0
 

@@ -32,12 +32,13 @@ CASES = [(20, 48, 64, 1), (31, 57, 33, 3), (40, 301, 257, 1), (0, 5, 4, 1), (70,
 KERNELS = ["blocks", pytest.param("compiled", marks=needs_numba)]
 
 
+@pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("blocks", [(16, 16), (64, 32), (33, 50)])
 @pytest.mark.parametrize(("k", "m", "n", "splits"), CASES)
-def test_values(k: int, m: int, n: int, splits: int, blocks: tuple[int, int], kernel: str) -> None:
+def test_values(k: int, m: int, n: int, splits: int, blocks: tuple[int, int], kernel: str, even: bool) -> None:
     original = matrix(k, m, n, splits)
-    layout, factors, lists = pack(original, *blocks)
+    layout, factors, lists = pack(original, *blocks, even=even)
     dense, bias = original.to_dense().double(), torch.randn(m)
     for tokens in (0, 1, 2, 3, 7, 16, 17, 37, 64, 130):
         for x in (torch.randn(tokens, n), torch.randn(n, tokens).t(), torch.randn(tokens, 2 * n)[:, ::2]):
@@ -52,7 +53,7 @@ def test_values(k: int, m: int, n: int, splits: int, blocks: tuple[int, int], ke
 @pytest.mark.parametrize(("k", "m", "n", "splits"), CASES)
 def test_gradients(k: int, m: int, n: int, splits: int, kernel: str) -> None:
     original = matrix(k, m, n, splits)
-    layout, factors, lists = pack(original, 16, 32)
+    layout, factors, lists = pack(original, 16, 32, even=kernel == "blocks")
     x, bias, weight = torch.randn(19, n, requires_grad=True), torch.randn(m, requires_grad=True), torch.randn(19, m)
     y = product.linear(x, factors, lists, layout, bias, kernel)
     mine = torch.autograd.grad((y * weight).sum(), (x, bias))
