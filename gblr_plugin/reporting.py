@@ -43,6 +43,7 @@ class LayerReport:
         predicted: Cost of a token by the plan's cost model, padding and overheads included, over the dense product's.
         note: Why a layer stayed dense, if it was asked not to.
         output_embedding: Whether its weight is that of an embedding too: the output layer of a language model.
+        matrix_bytes: Of the dense matrix that the plan of a converted weight keeps beside its factors; mostly 0.
     """
 
     name: str
@@ -59,6 +60,7 @@ class LayerReport:
     predicted: float = 1.0
     note: str = ""
     output_embedding: bool = False
+    matrix_bytes: int = 0
 
     @property
     def relative_flops(self) -> float:
@@ -210,6 +212,7 @@ class Report:
         for layer in self.layers:
             if layer.kernel:
                 facts = f"{layer.kernel}, padding {layer.padding:.3f}, predicted cost {layer.predicted:.3f}"
+                facts += f", matrix {_short(layer.matrix_bytes)}B" if layer.matrix_bytes else ""
                 lines.append(f"  {_shortened(layer.name, _COLUMNS - len(facts) - 4)}: {facts}")
         return ["plans (kernels, entries stored over those needed, cost over dense):", *lines] if lines else []
 
@@ -265,7 +268,7 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
 
 def _layer_report(name: str, module: nn.Module, positions: int, embeddings: set[int]) -> LayerReport:
     m, n = weight_shape(module)
-    stored, components, structure, kernel, padding, predicted = m * n, 0, "dense", "", 1.0, 1.0
+    stored, components, structure, kernel, padding, predicted, beside = m * n, 0, "dense", "", 1.0, 1.0, 0
     weight: Any = None if hasattr(module, "matrix_shape") else getattr(module, "weight", None)
     if hasattr(module, "matrix_shape"):
         measured: Any = module
@@ -275,6 +278,7 @@ def _layer_report(name: str, module: nn.Module, positions: int, embeddings: set[
         stored, components, structure = int(weight.stored), int(weight.num_components), "gblr"
         kernel = ", ".join(dict.fromkeys(name for _, name in weight.plan.kernels))
         padding, predicted = float(weight.packing.padding), float(weight.predicted_cost)
+        beside = 0 if weight.matrix is None else int(weight.matrix.nbytes)
     elif hasattr(module, "structure_name"):
         structure = str(module.structure_name)
     dense = m * n
@@ -293,6 +297,7 @@ def _layer_report(name: str, module: nn.Module, positions: int, embeddings: set[
         predicted=predicted,
         note=str(getattr(module, "gblr_note", "")),
         output_embedding=id(weight) in embeddings,
+        matrix_bytes=beside,
     )
 
 

@@ -59,6 +59,16 @@ def test_structured_layers_count_their_intervals():
     assert f"0: {converted.layers[0].kernel}, padding {padding:.3f}, predicted cost {predicted:.3f}" in saved
 
 
+@pytest.mark.usefixtures("true_plans")
+def test_a_matrix_beside_the_factors_is_shown():
+    model = nn.Sequential(nn.Linear(16, 24))
+    prepare(model, settings=HALF)
+    found = report(convert(model), torch.randn(7, 16))
+    assert found.layers[0].matrix_bytes == 4 * 16 * 24
+    assert ", matrix 1.54kB\n" in str(found)
+    assert found.layers[0].parameters < 16 * 24
+
+
 def test_a_layer_used_twice_counts_twice_and_is_stored_once():
     class Twice(nn.Module):
         def __init__(self):
