@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..conversion import LayerSettings, prepare_layers
 from ..errors import ConfigError
@@ -29,6 +30,7 @@ _logger = logging.getLogger(__name__)
 
 _PLACE = "gblr_place"  # its key in a checkpoint
 _POOLED = "gblr"  # name of the one group when the budget is pooled
+_AVERAGING = {"WeightAveraging", "StochasticWeightAveraging"}
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
 
@@ -185,6 +187,7 @@ class GBLRCallback(Callback):
         self._restored: dict[str, Any] | None = None
         self._checkpoint_hook: Any = None
         self._place = Place(replay)
+        self._frozen_at: list[tuple[Tensor, Tensor]] = []
         self._last_step = 0
         self._last_logged = -1
         self._last_pictured = -1
@@ -211,6 +214,11 @@ class GBLRCallback(Callback):
             strategy = type(trainer.strategy).__name__
             if strategy in _SHARDED:
                 raise ConfigError(f"callback: {strategy} shards parameters, which structure learning cannot follow")
+            averaging = [kind for other in trainer.callbacks if (kind := _averaging(other))]
+            if self._compact and averaging:
+                raise ConfigError(
+                    f"callback: {averaging[0]} holds parameters of the shapes before compaction; leave compact off"
+                )
             pl_module.configure_model()  # a model that is built there; Lightning asks that a second call does nothing
             self._layers = self._existing(pl_module)
             if not self._layers and strategy == "ModelParallelStrategy":
@@ -218,7 +226,14 @@ class GBLRCallback(Callback):
                     "callback: under ModelParallelStrategy call gblr_plugin.prepare, then fully_shard, in "
                     "configure_model"
                 )
-            self._layers = self._layers or self._prepare(pl_module)
+            if not self._layers:
+                before = [_averaging(other) for other in trainer.callbacks[: trainer.callbacks.index(self)]]
+                if any(before):
+                    raise ConfigError(
+                        f"callback: {next(filter(None, before))} copies the model before it is structured; put "
+                        "GBLRCallback before it"
+                    )
+                self._layers = self._prepare(pl_module)
         if self._checkpoint_hook is None:
             align = self._settings["align"]
             self._checkpoint_hook = pl_module.register_load_state_dict_pre_hook(
@@ -336,6 +351,7 @@ class GBLRCallback(Callback):
         self._last_logged = self._last_pictured = -1
         self._last_step = trainer.global_step
         self._shown = False
+        self._keep_frozen()
         self._log(trainer)
         self._draw(trainer)
 
@@ -355,6 +371,8 @@ class GBLRCallback(Callback):
             return
         before, self._was_frozen = self._was_frozen, self._frozen()
         froze = self._was_frozen and not before
+        if froze:
+            self._keep_frozen()
         first, self._shown = not self._shown, True
         due = _due(self._last_step, step, self._log_every_n_steps or trainer.log_every_n_steps)
         draw = froze or _due(self._last_step, step, self._picture_every_n_steps)
@@ -381,6 +399,7 @@ class GBLRCallback(Callback):
             schedule = learner.schedule
             if self._freeze_at_end:
                 learner.freeze()
+                self._keep_frozen()
             elif schedule is not None:
                 _logger.warning(
                     "training ended at step %d, before the cool-down at step %d: the structure is not frozen and the "
@@ -391,6 +410,20 @@ class GBLRCallback(Callback):
                 )
         self._log(trainer)
         self._draw(trainer)
+
+    @torch.no_grad()
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Put a frozen structure back, which callbacks that average weights have averaged too."""
+        for layer, (widths, locations) in zip(self._layers.values(), self._frozen_at, strict=False):
+            layer.widths.copy_(widths)
+            layer.locations.copy_(locations)
+        self._frozen_at = []
+
+    def _keep_frozen(self) -> None:
+        if not self.monitor_only and self._frozen():
+            self._frozen_at = [
+                (layer.widths.detach().clone(), layer.locations.detach().clone()) for layer in self._layers.values()
+            ]
 
     def _frozen(self) -> bool:
         return all(layer.structure_frozen for layer in self._layers.values())
@@ -474,6 +507,11 @@ class GBLRCallback(Callback):
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Kept until fitting starts."""
         self._place.restore(checkpoint.get(_PLACE, []))
+
+
+def _averaging(callback: Any) -> str | None:
+    """Its name, where it is one of Lightning's that put an average of the weights in their place."""
+    return type(callback).__name__ if _AVERAGING & {kind.__name__ for kind in type(callback).__mro__} else None
 
 
 def _patterns(what: str, given: Iterable[str | type[nn.Module]]) -> list[str]:
