@@ -203,7 +203,14 @@ def test_bad_arguments_are_refused():
         gaudi_mask(good, good, 8, None, align=0)
 
 
+def test_tables_are_ones_own():
+    mask_tables(6, 2.0, torch.float64).zero_()
+    assert bool((mask_tables(6, 2.0, torch.float64) != 0).any())
+
+
 def test_options_have_names():
+    with pytest.raises(TypeError, match="positional"):
+        mask_tables(8, 2.0, None, None, True)
     with pytest.raises(TypeError, match="positional"):
         gaudi_mask(torch.rand(3), torch.rand(3), 8, None, True)
 
@@ -228,7 +235,8 @@ def product_of_forms(n, sigma):
 
 
 @pytest.mark.parametrize("compiling", [False, True])
-@pytest.mark.parametrize("cached", [0, 51, 1 << 17])  # one row, three rows, all rows at once
+@pytest.mark.parametrize("cached", [0, 85, 1 << 17])  # one row, five rows, all rows at once
+@pytest.mark.filterwarnings("error")  # scratch memory of another shape is made anew, with a warning
 @pytest.mark.parametrize("needed", [("factor", "width", "location"), ("factor",), ("width",), ("location",)])
 def test_product_is_mask_times_factor(monkeypatch, compiling, cached, needed):
     n = 17
