@@ -17,12 +17,12 @@ __all__ = ["conjugate_gradient", "supported_solve"]
 
 CHUNK_ENTRIES = 1 << 22
 """Largest number of Gram entries gathered at once."""
-RIDGE = 1e-6
+RIDGE = {torch.float32: 1e-6, torch.float64: 1e-10}
 """Added to the diagonal of Gram matrices, relative to its mean: two components may be parallel on an index."""
 
 
 def supported_solve(
-    gram: Tensor, right: Tensor, support: Tensor, *, want_gains: bool = False
+    gram: Tensor, right: Tensor, support: Tensor, *, want_gains: bool = False, ridge: float | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Solve ``gram[S, S] x[S] = right[S]`` for every column of ``right`` on its own support S.
 
@@ -31,6 +31,7 @@ def supported_solve(
         right: (K, N).
         support: (K, N) bool.
         want_gains: Also return what each unknown is worth.
+        ridge: Added to the diagonal of ``gram``, relative to its mean; default :data:`RIDGE`.
 
     Returns:
         x (K, N), zero off the support, and (with ``want_gains``) the joint gains x^2 / (gram[S, S]^-1)_kk: by so much
@@ -42,7 +43,7 @@ def supported_solve(
     gains = torch.zeros_like(right) if want_gains else None
     if num == 0:
         return solution, gains
-    ridge = RIDGE if dtype == torch.float32 else RIDGE * 1e-4
+    ridge = RIDGE[dtype] if ridge is None else ridge
     gram = gram + torch.diag(ridge * gram.diagonal().mean() + torch.zeros(num, dtype=dtype, device=device))
     gram = gram + torch.diag((gram.diagonal() <= 0).to(dtype))
     kernel = solve_kernel(gram, int(support.sum()))

@@ -35,6 +35,9 @@ LARGE = 1 << 22
 """Entries from which fewer rounds are made: each takes many seconds, and the last ones gain least."""
 MODEST = 1 << 18
 """Entries up to which several shares of the low-rank part are tried in a metric."""
+TRAINABLE_RIDGE = 1e-4
+"""Of the last fit where factors will be trained: components on few indices may nearly cancel at thousands of times
+the size of what is left, and tear apart in training. Costs 2e-4 of the error."""
 WIDE = 512
 """Columns from which the gains in a metric use a lower bound instead of an inverse of the moment on the interval."""
 
@@ -136,6 +139,7 @@ class _Pursuit:
         self.moment = None if metric.moment is None else metric.moment.to(dtype)
         self.spare = None if metric.moment is None else 1 / torch.linalg.inv(metric.moment).diagonal().to(dtype)
         self.price = 0.0
+        self.ridge: float | None = None
         self.free = False  # whether components on a whole axis are fitted, and may shrink, like any other
 
     def whiten(self, v: Tensor) -> Tensor:
@@ -276,7 +280,7 @@ class _Pursuit:
             spans, worth = self._choose(gains, spans.grid, other_cost, mode == "exact", spent)
             live = worth > 0
             spans, gram, right = spans.select(live), gram[live][:, live], right[live]
-        factors, _ = supported_solve(gram, right, spans.support())
+        factors, _ = supported_solve(gram, right, spans.support(), ridge=self.ridge)
         return spans, worth, factors, target @ basis.T - factors.T @ shared[worth > 0]
 
     def _fit_weighted_cols(self, state: _State, mode: str) -> _State:
@@ -478,6 +482,7 @@ class _Pursuit:
 def _finished(problem: Problem, state: _State, rank: int, gauged: bool) -> StructuredMatrix | None:
     """Blocks and gauged low-rank part in one matrix, fitted once more in float64; ``None`` where the gauge fails."""
     exact = _Pursuit(problem, rank, 0, Effort(), torch.float64)
+    exact.ridge = TRAINABLE_RIDGE if problem.trains else None
     state = state.to(torch.float64)
     state = replace(state, left=_orthonormal(state.left), right=_orthonormal(state.right.T).T)
     state = exact.fit_cols(exact.fit_rows(state, "fixed"), "fixed")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from gblr_plugin.decomposition.metric import Metric
 from gblr_plugin.decomposition.problem import Grid, Problem
-from gblr_plugin.decomposition.pursuit import Effort, pursuit
+from gblr_plugin.decomposition.pursuit import Effort, _finished, _State, pursuit
+from gblr_plugin.decomposition.spans import Spans
 from gblr_plugin.decomposition.trapezoid import trapezoid
 
 
@@ -49,6 +52,25 @@ def test_metric_counts_only_where_inputs_are() -> None:
     task = problem(64, 64, 0.25, metric=Metric.from_moment(x.T @ x / 300))
     plain = problem(64, 64, 0.25)
     assert task.error(pursuit(task)) < 0.8 * task.error(pursuit(plain))
+
+
+@pytest.mark.parametrize(("trains", "least", "most"), [(False, 1000.0, float("inf")), (True, 0.0, 50.0)])
+def test_factors_that_will_be_trained_do_not_cancel(trains: bool, least: float, most: float) -> None:
+    task = replace(problem(64, 64, 0.3), trains=trains)
+    # Two components on two rows, almost parallel: any mixture of them fits these rows as well.
+    u = torch.zeros(2, 64, dtype=torch.float64)
+    u[0, :2], u[1, :2] = torch.tensor([1.0, 1.0]), torch.tensor([1.0, 1.0 + 1e-4])
+    v = torch.ones(2, 64, dtype=torch.float64)
+    v[0, ::2] = 1 + 1e-4
+    rows = Spans(torch.tensor([2, 2]), torch.tensor([0, 0]), task.rows)
+    cols = Spans(torch.tensor([64, 64]), torch.tensor([0, 0]), task.cols)
+    none = torch.zeros(64, 0, dtype=torch.float64)
+    state = _State(u, v, rows, cols, none, none.T, v, torch.ones(2, dtype=torch.float64))
+    found = _finished(task, state, 0, True)
+    assert found is not None
+    size = (found.u.abs().amax(1) * found.v.abs().amax(1)).max() / task.weight[:2].abs().max()
+    assert least < float(size) < most
+    assert float((found.to_dense() - task.weight)[:2].norm() / task.weight[:2].norm()) < 0.7
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
