@@ -383,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.layers = options.shapes or [(64, 64)] * options.quick or LAYERS
     options.layer_flops = LAYER_FLOPS[1:2] if options.quick else LAYER_FLOPS
     options.shapes = options.shapes or [(256, 384)] * options.quick or [(3072, 768), (4096, 4096)]
-    options.tokens = options.tokens or [1, 16] * options.quick or [1, 4, 16, 64, 256, 1024]
+    options.tokens = options.tokens or [1, 16] * options.quick or [1, 2, 4, 16, 64, 256, 1024]
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:

@@ -45,6 +45,31 @@ def test_plans_take_dense_where_structure_saves_too_little() -> None:
     assert fixed_plan(random_structure(24, 32, 0.25), int8=True).structured_tokens == (0, None)
 
 
+@pytest.mark.parametrize("flops", [0.25, 0.75])
+def test_without_a_compiled_kernel_dense_is_taken_more_often(flops: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = random_structure(1024, 1024, flops)
+    before = {tokens for tokens in BUCKETS if fixed_plan(matrix).kernel(tokens) == "dense"}
+    monkeypatch.setattr("gblr_plugin.kernels.compiled.available", lambda *_: False)
+    monkeypatch.setattr("gblr_plugin.kernels.plan.available", lambda *_: False)
+    plan = fixed_plan(matrix)
+    dense = {tokens for tokens in BUCKETS if plan.kernel(tokens) == "dense"}
+    assert before < dense or len(before) == len(BUCKETS)
+    assert plan.kernel(1) == "dense"
+    assert (plan.kernel(1024) == "dense") == (flops > 0.5)
+    layer = frozen_like(nn.Linear(1024, 1024), matrix)
+    assert layer.weight.matrix is not None
+    for tokens in (1, 64, 300):
+        x = torch.randn(tokens, 1024)
+        torch.testing.assert_close(layer(x), F.linear(x, matrix.to_dense(), layer.bias), rtol=1e-3, atol=1e-3)
+
+
+@needs_numba
+def test_no_matrix_where_structure_loses_nowhere() -> None:
+    for size in (256, 512, 768):
+        assert GBLRTensor.from_structured(random_structure(size, size, 0.25)).matrix is None
+    assert fixed_plan(random_structure(512, 512, 0.75)).keeps_matrix
+
+
 @needs_numba
 def test_large_weights_keep_the_matrix_only_where_it_is_faster_throughout() -> None:
     if compiled.available(torch.device("cpu"), torch.bfloat16):

@@ -6,6 +6,7 @@ transposed matrix: the block tables change places.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
@@ -26,7 +27,8 @@ WIDEST = 128  # largest block that the triton kernels take
 
 @lru_cache
 def _installed(kind: str) -> bool:
-    return kind in _MODULES and find_spec(_MODULES[kind]) is not None
+    wanted = os.environ.get("GBLR_COMPILED", "1") != "0"
+    return wanted and kind in _MODULES and find_spec(_MODULES[kind]) is not None
 
 
 @lru_cache
@@ -38,7 +40,10 @@ def _has_bfloat16() -> bool:
 
 @torch.compiler.assume_constant_result
 def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Is there a compiled kernel for this device and dtype (an optional dependency may be missing)."""
+    """Is there a compiled kernel for this device and dtype: an optional dependency may be missing, or unwanted.
+
+    ``GBLR_COMPILED=0`` in the environment multiplies by torch operations alone.
+    """
     if dtype not in _DTYPES.get(device.type, ()) or not _installed(device.type):
         return False
     return device.type != "cpu" or dtype != torch.bfloat16 or _has_bfloat16()
