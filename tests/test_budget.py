@@ -1,4 +1,5 @@
 import math
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -172,6 +173,7 @@ def test_only_live_widths_are_counted_on_to_grow():
     specs = [spec(64, 64)]
     widths = draw(specs) * 0.4
     widths[0, ::2] = 0.0  # half of the components are dead
+    widths[1, ::4] = -0.01  # by their last step
     widths[1, 1::8] = 1.0  # some cannot grow
     budget = WidthBudget(specs, [0])
     target = 1.5 * counted(specs, widths)[0]
@@ -308,3 +310,53 @@ def test_pinned_components_stay_beside_others_that_take_all_there_is():
 def test_settle_raises_one_side_where_the_other_is_full():
     settled = WidthBudget([spec(10, 10, num=1)], [0]).settle(torch.tensor([[0.1], [1.0]]), torch.tensor([17.0]))
     assert settled.tolist() == [[7], [10]]
+
+
+def test_a_target_that_is_met_asks_for_nothing():
+    widths = draw(SPECS)
+    budget = WidthBudget(SPECS, [0, 0, 0, 0])
+    assert budget.thresholds(widths, torch.tensor([float(sum(counted(SPECS, widths)))])).tolist() == [0.0] * 4
+
+
+def test_upper_bounds_alone():
+    specs = [spec(16, 16), spec(16, 16)]
+    widths = draw(specs)
+    budget = WidthBudget(specs, [0, 0], upper=[60.0, 90.0])
+    costs = counted(specs, apply_thresholds(specs, widths, budget.thresholds(widths, torch.tensor([1e4]))))
+    assert 40 < costs[0] <= 60
+    assert 70 < costs[1] <= 90
+
+
+def test_one_cost_may_be_both_bounds():
+    specs = [spec(16, 16)]
+    widths = draw(specs)
+    budget = WidthBudget(specs, [0], lower=[100.0], upper=[100.0])
+    shrunk = apply_thresholds(specs, widths, budget.thresholds(widths, torch.tensor([1e4])))
+    assert 90 < counted(specs, shrunk)[0] <= 100
+    assert int(multiply_adds(*budget.settle(shrunk, torch.tensor([1e4]))).sum()) == 100
+
+
+def test_settle_keeps_a_layer_within_its_bound_where_the_group_has_more():
+    specs = [spec(64, 64, num=1, align=(16, 16)), spec(10, 10, num=1)]
+    budget = WidthBudget(specs, [0, 0], upper=[32.0, math.inf])
+    settled = budget.settle(torch.tensor([[0.36, 0.5], [0.36, 0.5]]), torch.tensor([200.0]))
+    assert settled.sum(0).tolist() == [32, 20]
+
+
+def test_settle_uses_the_target_of_each_group_up():
+    specs = [spec(32, 32), spec(32, 32), spec(32, 32)]
+    widths = draw(specs) * 0.5
+    targets = torch.tensor([1500.0, 1200.0])
+    settled = WidthBudget(specs, [0, 1, 0]).settle(widths, targets)
+    costs = [int(multiply_adds(*part).sum()) for part in settled.split([32, 32, 32], dim=1)]
+    assert [costs[0] + costs[2], costs[1]] == targets.tolist()
+
+
+def test_settle_leaves_a_width_below_zero_at_zero():
+    settled = WidthBudget([spec(10, 10, num=1)], [0]).settle(torch.tensor([[-0.01], [0.5]]), torch.tensor([20.0]))
+    assert settled.tolist() == [[0], [5]]
+
+
+def test_an_axis_does_not_change():
+    with pytest.raises(FrozenInstanceError):
+        spec(4, 4).dense = 3
