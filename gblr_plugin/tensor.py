@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode, return_and_correct_aliasing
 
 from .errors import ConfigError, GBLRError
+from .frozen import ALWAYS
 from .kernels import product
 from .kernels.layout import Block, Layout, narrowed, pack_for, quantize, to_dense, unpack
 from .kernels.measure import is_stale, measured_plan
@@ -66,7 +67,7 @@ class GBLRTensor(TorchAOBaseTensor):
     outer_shape: tuple[int, ...]
     scales: Tensor | None
     matrix: Tensor | None
-    structured_elements: tuple[float, float] | None
+    dense_elements: tuple[tuple[float, float], ...]
     _launcher: Launcher | None = None
     _launches: tuple[Layout, Plan] | None = None  # what the launcher was made for
 
@@ -107,20 +108,19 @@ class GBLRTensor(TorchAOBaseTensor):
         self.outer_shape = tuple(outer_shape)
         self.scales = scales
         self.matrix = matrix
-        self.structured_elements = self._structured_elements()
+        self.dense_elements = self._dense_elements()
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and files carry: all but the launcher and the matrix, which are made anew."""
-        left_out = ("_launcher", "_launches", "matrix", "structured_elements")
+        left_out = ("_launcher", "_launches", "matrix", "dense_elements")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
-    def _structured_elements(self) -> tuple[float, float] | None:
-        """Elements of an input above which, and up to which, it may meet the factors; ``None`` if it never does."""
-        tokens = self.plan.structured_tokens
-        if tokens is None:
-            return None
-        n, (above, to) = prod(self.outer_shape[1:]), tokens
-        return float(above * n), float("inf") if to is None else float(to * n)
+    def _dense_elements(self) -> tuple[tuple[float, float], ...]:
+        """(above, up to) the elements of inputs that meet the matrix, where there is one beside the factors."""
+        n, spans = prod(self.outer_shape[1:]), self.plan.dense_tokens
+        if spans == ((-1, None),):
+            return ALWAYS
+        return tuple((float(above * n), float("inf") if to is None else float(to * n)) for above, to in spans)
 
     def _own_matrix(self) -> Tensor | None:
         """The matrix, where the plan multiplies by it beside factors that can be multiplied out."""
@@ -312,7 +312,7 @@ class GBLRTensor(TorchAOBaseTensor):
 def _set_state(weight: GBLRTensor, state: dict[str, Any]) -> None:
     """Take what ``__getstate__`` gave, or an older file that knows no scales."""
     weight.__dict__.update({"scales": None, **state})
-    weight.matrix, weight.structured_elements = weight._own_matrix(), weight._structured_elements()
+    weight.matrix, weight.dense_elements = weight._own_matrix(), weight._dense_elements()
 
 
 GBLRTensor.__setstate__ = _set_state  # torchao puts its own in place of a class's

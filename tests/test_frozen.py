@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import gblr_plugin as gblr
+from gblr_plugin import frozen
 from gblr_plugin.bench import random_structure
 from gblr_plugin.conversion import frozen_like
 from gblr_plugin.frozen import FrozenConv1d, FrozenConv2d, FrozenLinear, hasten
@@ -32,17 +34,17 @@ def tiny(**options: object) -> nn.Module:
 
 @needs_numba
 def test_plans_take_dense_where_structure_saves_too_little() -> None:
-    assert fixed_plan(random_structure(24, 32, 0.25)).structured_tokens is None
+    assert fixed_plan(random_structure(24, 32, 0.25)).dense_tokens == ((-1, None),)
     middle = fixed_plan(random_structure(160, 160, 0.25))
-    assert middle.structured_tokens is not None
-    above, to = middle.structured_tokens
-    assert 0 < above < BUCKETS[-1]
-    assert to is None
+    ((above, to),) = middle.dense_tokens
+    assert above == -1
+    assert to is not None
+    assert 0 < to < BUCKETS[-1]
     assert middle.kernel(1) == "dense"
     assert middle.kernel(1000) == "compiled"
-    assert fixed_plan(random_structure(1024, 1024, 0.25)).structured_tokens == (0, None)
-    assert fixed_plan(random_structure(24, 32, 0.25), beside=False).structured_tokens == (0, None)
-    assert fixed_plan(random_structure(24, 32, 0.25), int8=True).structured_tokens == (0, None)
+    assert fixed_plan(random_structure(1024, 1024, 0.25)).dense_tokens == ()
+    assert fixed_plan(random_structure(24, 32, 0.25), beside=False).dense_tokens == ()
+    assert fixed_plan(random_structure(24, 32, 0.25), int8=True).dense_tokens == ()
 
 
 @pytest.mark.parametrize("flops", [0.25, 0.75])
@@ -109,7 +111,7 @@ def test_frozen_modules_equal_dense_ones(shape: tuple[int, ...], bias: bool) -> 
 def test_both_sides_of_the_limit_agree() -> None:
     matrix = random_structure(160, 160, 0.25)
     layer = frozen_like(nn.Linear(160, 160), matrix)
-    limit, _ = layer.weight.plan.structured_tokens
+    ((_, limit),) = layer.weight.plan.dense_tokens
     x = torch.randn(limit + 1, 160)
     expected = F.linear(x, matrix.to_dense(), layer.bias)
     for tokens in (limit, limit + 1):
@@ -165,24 +167,27 @@ def test_compiled_and_exported_modules_agree() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernels", "span"),
+    ("kernels", "spans"),
     [
-        (((1024, "dense"),), None),
-        (((1024, "blocks"),), (0, None)),
-        (((3, "dense"), (1024, "compiled")), (3, None)),
-        (((15, "compiled"), (1024, "dense")), (0, 15)),
-        (((3, "dense"), (63, "compiled"), (1024, "dense")), (3, 63)),
-        (((3, "compiled"), (63, "dense"), (1024, "blocks")), (0, None)),
+        (((1024, "dense"),), ((-1, None),)),
+        (((1024, "blocks"),), ()),
+        (((1, "dense"), (1024, "dense")), ((-1, None),)),
+        (((3, "dense"), (1024, "compiled")), ((-1, 3),)),
+        (((15, "compiled"), (1024, "dense")), ((15, None),)),
+        (((3, "dense"), (63, "compiled"), (1024, "dense")), ((-1, 3), (63, None))),
+        (((3, "compiled"), (7, "dense"), (15, "dense"), (1024, "blocks")), ((3, 15),)),
     ],
 )
-def test_spans_hold_all_that_is_structured(kernels: Any, span: object) -> None:
+def test_spans_hold_all_that_is_dense(kernels: Any, spans: object) -> None:
     plan = Plan(16, 16, kernels)
-    assert plan.structured_tokens == span
+    assert plan.dense_tokens == spans
     matrix = random_structure(24, 32, 0.25)
     layer = frozen_like(nn.Linear(32, 24), matrix, plan=plan)
     for tokens in (1, 3, 4, 16, 64):
         x = torch.randn(tokens, 32)
         torch.testing.assert_close(layer(x), F.linear(x, matrix.to_dense(), layer.bias), rtol=1e-4, atol=1e-4)
+        taken = frozen._direct(layer.weight, x)
+        assert (taken is layer.weight.matrix) == (plan.kernel(tokens) == "dense")
 
 
 def test_factors_alone_where_asked_and_where_int8() -> None:
@@ -193,6 +198,15 @@ def test_factors_alone_where_asked_and_where_int8() -> None:
     if layer.weight.matrix is not None:
         assert layer.weight.quantize().matrix is None
         assert not layer.weight.quantize().plan.keeps_matrix
+
+
+def test_parametrized_weights_are_found() -> None:
+    layer = tiny()
+    dense = layer.weight.to_dense().detach()
+    layer.weight = nn.Parameter(dense.clone())
+    parametrize.register_parametrization(layer, "weight", nn.Tanh())
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(layer(x), F.linear(x, dense.tanh(), layer.bias))
 
 
 def test_modules_that_keep_no_matrix_keep_their_class() -> None:

@@ -134,14 +134,18 @@ class Plan:
         return self.kernels[-1][1]
 
     @property
-    def structured_tokens(self) -> tuple[int, int | None] | None:
-        """(above, up to) the numbers of tokens between which no more than these take structure; ``None`` if none do."""
-        names = [name for _, name in self.kernels]
-        found = [number for number, name in enumerate(names) if name != "dense"]
-        if not found:
-            return None
-        first, last = found[0], found[-1]
-        return self.kernels[first - 1][0] if first else 0, self.kernels[last][0] if last + 1 < len(names) else None
+    def dense_tokens(self) -> tuple[tuple[int, int | None], ...]:
+        """(above, up to) the numbers of tokens that take the dense matrix, in increasing order; from -1, up to None."""
+        spans: list[tuple[int, int | None]] = []
+        above = -1
+        for number, (limit, name) in enumerate(self.kernels):
+            to = limit if number + 1 < len(self.kernels) else None
+            if name == "dense" and spans and spans[-1][1] == above:
+                spans[-1] = spans[-1][0], to
+            elif name == "dense":
+                spans.append((above, to))
+            above = limit
+        return tuple(spans)
 
     @property
     def even(self) -> bool:
