@@ -28,7 +28,7 @@ from .serialization.model import flatten_model
 from .serialization.weights import part_names, unflatten_weight
 from .swap import replace_modules, structurable, weight_matrix
 
-with quiet_import("gblr_plugin.hf", "transformers 5", "transformers>=5,<6"):
+with quiet_import("gblr_plugin.hf", "transformers 5.14", "transformers>=5.14,<6"):
     import transformers
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.base import HfQuantizer

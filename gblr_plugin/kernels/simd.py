@@ -15,6 +15,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from ..quiet import check_version
+
 __all__ = [
     "LANES",
     "Emitter",
@@ -28,6 +30,8 @@ __all__ = [
     "tile",
     "widen_tile",
 ]
+
+check_version("gblr_plugin.kernels", "numba>=0.62,<1")  # older ones know no dot products of bfloat16
 
 LANES = 16
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))

@@ -266,7 +266,8 @@ BRIDGES = [
     ("torchao", "0.17.0", "gblr_plugin.tensor", "gblr_plugin.GBLRTensor needs torchao>=0.18,<0.19, and torchao 0.17"),
     ("nni", "2.10", "gblr_plugin.nni", "gblr_plugin.nni needs nni>=3.0,<4, and nni 2.10"),
     ("pytorch-lightning", "1.9.5", "gblr_plugin.lightning.base", "gblr_plugin.lightning needs pytorch-lightning>=2.6"),
-    ("transformers", "4.57.3", "gblr_plugin.hf", "gblr_plugin.hf needs transformers>=5,<6, and transformers 4.57.3"),
+    ("transformers", "5.13.1", "gblr_plugin.hf", "gblr_plugin.hf needs transformers>=5.14,<6, and transformers 5.13.1"),
+    ("numba", "0.61.2", "gblr_plugin.kernels.simd", "gblr_plugin.kernels needs numba>=0.62,<1, and numba 0.61.2"),
 ]
 
 
