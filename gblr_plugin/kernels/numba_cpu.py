@@ -183,6 +183,7 @@ def functions(int8: bool, narrow: bool) -> _Functions:
                 for k in range(num):
                     z[k] *= load_float32(scales + k * 4)
             stage_two(factors, lists, row_table, 0, rows, 1, z.ctypes.data, 1, 0, 1, y, y_stride, bias)
+            z[0] = 0.0  # numba frees an array after its last use, and does not know of addresses
             return
         tiles = (min(tokens, CHUNK) + LANES - 1) // LANES
         packed = np.empty(tiles * n * LANES, np.float32)
@@ -212,5 +213,6 @@ def functions(int8: bool, narrow: bool) -> _Functions:
         packed = np.empty(tiles * n * LANES, np.float32)
         _pack(x, x_row, x_column, tokens, tiles, n, packed)
         stage_one(factors, lists, table, cols, packed.ctypes.data, n, z, num, tiles)
+        packed[0] = 0.0  # as above
 
     return _Functions(whole, first_part, stage_two)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from .compile_cache import worker
@@ -71,6 +72,17 @@ def _token_worker(variant: str, whole: Callable[..., None]) -> Any:
     return by_tokens
 
 
+@njit(nogil=True)
+def _components(entries, width, count):
+    """How many of a block's components end within so many of its entries, whole tiles where that is not all of them.
+
+    The border of two parts is asked for by both.
+    """
+    if entries <= 0:
+        return 0
+    return count if entries >= count * width else entries // width // 8 * 8
+
+
 @cache
 def _block_workers(int8: bool, narrow: bool) -> tuple[Any, Any]:
     run = functions(int8, narrow)
@@ -98,9 +110,7 @@ def _block_workers(int8: bool, narrow: bool) -> tuple[Any, Any]:
             for b in range(cols):
                 row = table + b * TABLE
                 width, count = load_int32(row + 4), load_int32(row + 8)
-                # In whole tiles of components: both neighbours round a common end alike.
-                first = min(max((begin - before) // width // 8 * 8, 0), count)
-                last = count if end >= before + count * width else max((end - before) // width // 8 * 8, 0)
+                first, last = _components(begin - before, width, count), _components(end - before, width, count)
                 before += count * width
                 if first < last:
                     own[blocks, 0], own[blocks, 1], own[blocks, 2] = load_int32(row), width, last - first
@@ -119,10 +129,10 @@ def _block_workers(int8: bool, narrow: bool) -> tuple[Any, Any]:
         parts, sums, pieces = load_int64(data + 8), load_int64(data + 8 * _SUMS), rows * PIECES
         lanes = 1 if tokens == 1 else (tokens + LANES - 1) // LANES * LANES
         wide = min(lanes, LANES)
-        z = np.empty(num * lanes + 1, np.float32)
         own = take_ticket(data)
         if own >= pieces:
             return
+        z = np.empty(num * lanes + 1, np.float32)
         for i in range(num * lanes):
             z[i] = load_float32(sums + i * 4)
         for part in range(1, parts):
@@ -138,6 +148,7 @@ def _block_workers(int8: bool, narrow: bool) -> tuple[Any, Any]:
         while own < pieces:
             stage_two(factors, lists, table, own, own + 1, PIECES, z_at, wide, num * wide, tokens, y, y_row, bias)
             own = take_ticket(data)
+        z[0] = 0.0  # numba frees an array after its last use, and does not know of addresses
 
     return by_entries, by_pieces
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -165,6 +168,65 @@ def test_threads_share_the_work(threads: int, team: bool, monkeypatch: pytest.Mo
             torch.testing.assert_close(y, x @ rounded.t() + bias, rtol=1e-4, atol=1e-4)
     finally:
         torch.set_num_threads(before)
+
+
+@needs_numba
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_share_blocks_whose_components_are_no_whole_tiles(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gblr_plugin.kernels import numba_team
+
+    monkeypatch.setattr(numba_team, "WORTH_ROUNDS", 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for k in (10, 15, 17, 50):  # the border of two threads falls where a block ends, or just behind
+            g = torch.Generator().manual_seed(k)
+            u, v, x = (torch.randn(size, generator=g) for size in ((k, 48), (k, 64), (5, 64)))
+            low_rank = StructuredMatrix.from_factors(u, v, Intervals.full(k, 48), Intervals.full(k, 64), (k,))
+            layout, factors, lists = pack(low_rank, 16, 16)
+            for tokens in (1, 5):
+                y = product.linear(x[:tokens], factors, lists, layout, None, "compiled")
+                torch.testing.assert_close(y, x[:tokens] @ v.t() @ u, rtol=1e-4, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+FREED = """
+import torch
+from gblr_plugin.kernels import compiled, numba_team, product
+from gblr_plugin.kernels.layout import narrowed, pack, quantize, to_dense
+from gblr_plugin.structure import Intervals, StructuredMatrix
+
+numba_team.WORTH_THREADS = numba_team.WORTH_ROUNDS = 0
+u, v, bias = torch.randn(100, 128), torch.randn(100, 96), torch.randn(128)
+whole = StructuredMatrix.from_factors(u, v, Intervals.full(100, 128), Intervals.full(100, 96), (100,))
+for dtype in (torch.float32, torch.bfloat16):
+    if not compiled.available(torch.device("cpu"), dtype):
+        continue
+    layout, factors, lists = pack(whole.to(dtype), 32, 32)
+    weights = [(factors, None, layout, lists)]
+    if dtype == torch.float32:
+        weights.append((*quantize(layout, factors, lists), *narrowed(layout, lists)))
+    for factors, scales, layout, lists in weights:
+        dense = to_dense(layout, factors, lists, scales).float()
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for tokens in (1, 5, 70):
+                x = torch.randn(tokens, 96).to(dtype)
+                y = product.linear(x, factors, lists, layout, bias.to(dtype), "compiled", scales)
+                expected = x.float() @ dense.t() + bias
+                error = float((y - expected).norm() / expected.norm())
+                assert error < (1e-5 if dtype == torch.float32 else 2e-2), (dtype, threads, tokens, error)
+"""
+
+
+@needs_numba
+def test_no_kernel_reads_memory_that_it_gave_back() -> None:
+    environment = {**os.environ, "MALLOC_PERTURB_": "165"}  # glibc overwrites what is freed
+    run = subprocess.run([sys.executable, "-c", FREED], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
 
 
 @needs_numba
