@@ -221,7 +221,8 @@ def predicted_cost(layout: Layout, kernel: str, itemsize: int) -> float:
     if layout.dense or kernel == "dense":
         return 1.0
     cost = 0.0
-    for move, axis in zip(MOVE[kernel][itemsize], (layout.row_blocks, layout.col_blocks), strict=True):
+    moves = MOVE[kernel].get(itemsize, MOVE["blocks"][itemsize])  # torch operations serve where nothing is compiled
+    for move, axis in zip(moves, (layout.row_blocks, layout.col_blocks), strict=True):
         entries = sum(block.size * (block.stop - block.start) for block in axis)
         cost += _cost(entries, axis[0].stop - axis[0].start, len(axis), move)
     return cost / (m * n)

@@ -14,6 +14,7 @@ from gblr_plugin.kernels.layout import narrowed, pack, pack_for, quantize
 from gblr_plugin.kernels.measure import circumstances, interleaved_medians, is_stale, measured_plan
 from gblr_plugin.kernels.plan import MEMORY, Plan, candidates, fixed_plan, predicted_cost
 from gblr_plugin.structure import Intervals, StructuredMatrix
+from gblr_plugin.tensor import GBLRTensor
 
 
 def matrix(m: int = 256, n: int = 384, k: int = 60, align: int = 1) -> StructuredMatrix:
@@ -153,6 +154,8 @@ def test_the_storage_costs_what_the_plan_predicted(kernel: str) -> None:
         layout, _, _ = pack(original, plan.block_rows, plan.block_cols, plan.even)
         assert predicted_cost(layout, kernel, 4) == pytest.approx(plan.predicted)
     assert predicted_cost(pack(original, 0, 0)[0], "dense", 4) == 1.0
+    wide = GBLRTensor.from_structured(original, plan=Plan(16, 16)).to(torch.float64)  # no kernel is compiled for it
+    assert wide.predicted_cost == predicted_cost(wide.packing, "blocks", 8)
 
 
 def test_interleaved_medians_call_in_turns() -> None:
