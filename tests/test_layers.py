@@ -151,6 +151,9 @@ class LayerCase:
         older = {name: value for name, value in self.create(sigma=3.0).state_dict().items() if name != "hard_masks"}
         twin.load_state_dict(older)  # written before there were any
         assert (twin.sigma, twin.hard) == (3.0, False)
+        missing, _ = layer.load_state_dict({}, strict=False)  # a state of other layers
+        assert {"U", "hard_masks", "ungauged"} <= set(missing)
+        assert (layer.sigma, layer.hard) == (20.0, True)
         layer.set_sigma(20.0)
         assert not layer.hard
         assert not torch.allclose(layer.structure().to_dense(), layer.to_dense())

@@ -428,10 +428,12 @@ class GBLRLayer(nn.Module):
                 continue
             if saved.shape[dim] % self.row_splits == 0 and saved.shape[1 - dim] == parameter.shape[1 - dim]:
                 replace_storage(parameter, parameter.new_empty(saved.shape))
-        saved = state_dict.setdefault(prefix + "ungauged", torch.zeros(self.U.shape[0], dtype=torch.bool))
-        if saved.shape != self.ungauged.shape and saved.shape == self.U.shape[:1]:
+        if prefix + "U" in state_dict:  # older states lack these; one of other layers says nothing about them
+            state_dict.setdefault(prefix + "ungauged", torch.zeros(self.U.shape[0], dtype=torch.bool))
+            state_dict.setdefault(prefix + "hard_masks", torch.tensor(False))
+        saved = state_dict.get(prefix + "ungauged")
+        if saved is not None and saved.shape != self.ungauged.shape and saved.shape == self.U.shape[:1]:
             self.ungauged = self.ungauged.new_empty(saved.shape)
-        state_dict.setdefault(prefix + "hard_masks", torch.tensor(False))
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not self.smoothness.is_meta:
             self._gauge_is_free = bool(self.ungauged.any())
