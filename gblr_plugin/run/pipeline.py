@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -351,7 +352,7 @@ class Job:
             short = replace(self._starting(method, start), training=training)
             tried = self._compress(short, copy.deepcopy(network), seed, label=f"{method.name}-from-{start}")
             losses[start] = evaluate(tried[0], sample, self.task.metric)["loss"]
-            if found is None or losses[start] < losses[best]:
+            if found is None or losses[start] < losses[best] or math.isnan(losses[best]):
                 best, found = start, tried
         shown = ", ".join(f"{start} {loss:.4f}" for start, loss in losses.items())
         self._console.line(f"seed {seed}  {method.name}  starts from {best!r}; training loss after a trial: {shown}")

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from gblr_plugin import GBLRTensor, load, report
 from gblr_plugin.cli import main
 from gblr_plugin.layers import GBLRLayer
+from gblr_plugin.run import pipeline
 from gblr_plugin.run.console import Console
 from gblr_plugin.run.measure import evaluate
 from gblr_plugin.run.pipeline import Job
@@ -192,6 +193,20 @@ def test_the_start_that_fits_best_after_a_trial_is_trained(project, capfd, trial
             a, b = (part.to_dense() if isinstance(part, GBLRTensor) else part for part in (a, b))
             assert torch.equal(a, b)
         assert job.histories == alone.histories
+
+
+def test_a_start_whose_trial_diverges_is_not_taken(monkeypatch, capfd):
+    class Tried(Job):
+        def _compress(self, method, network, seed, **options):
+            return network, {}
+
+    losses = iter([math.nan, 2.0, 1.0, math.nan])
+    monkeypatch.setattr(pipeline, "evaluate", lambda *args: {"loss": next(losses)})
+    starts = ["gblr", "block_sparse", "random", "svd"]
+    method = Method("gblr", starts=starts, trial=1.0)
+    job = Tried(RunSettings("digits_vit", budget=0.5, model={"dim": 16, "depth": 1, "heads": 2}, methods=[method]))
+    job.compress(method, job.task.network(), 0)
+    assert "starts from 'random'" in capfd.readouterr().out
 
 
 def test_a_start_that_cannot_work_is_refused_before_training(project, capfd):
