@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,9 @@ def run_parts(work: Callable[[int], None], parts: Sequence[int]) -> None:
     if pool is None:
         pool = _pools.setdefault(len(others), ThreadPoolExecutor(len(others), thread_name_prefix="gblr"))
     futures = [pool.submit(work, part) for part in others]
-    work(first)
+    try:
+        work(first)
+    finally:
+        wait(futures)  # interrupted, the caller frees the memory that they write to
     for future in futures:
         future.result()
