@@ -135,18 +135,21 @@ def _measure(matrix: StructuredMatrix, buckets: tuple[int, ...], int8: bool) -> 
     for tokens in buckets:
         x = torch.randn(tokens, matrix.shape[1], device=device, dtype=dtype)
         calls: list[Callable[[], object]] = [lambda x=x: F.linear(x, dense)]  # type: ignore[misc]  # binds x
-        for (_, layout, factors, lists), names in zip(packed, kernels, strict=True):
-            calls += [_call(x, factors, lists, layout, name) for name in names]
+        for (_, layout, factors, lists), tried in zip(packed, kernels, strict=True):
+            calls += [_call(x, factors, lists, layout, name) for name in tried]
         reference, *times = interleaved_medians(calls, device, SECONDS)
         left = iter(times)
-        for per_bucket, names in zip(ratios, kernels, strict=True):
-            fastest = min((next(left) / reference, name) for name in names)
+        for per_bucket, tried in zip(ratios, kernels, strict=True):
+            fastest = min((next(left) / reference, name) for name in tried)
             per_bucket.append(fastest if fastest[0] < slack else (1.0, "dense"))
     means = [math.exp(statistics.fmean(math.log(ratio) for ratio, _ in per_bucket)) for per_bucket in ratios]
     best = min(range(len(packed)), key=means.__getitem__)
+    names = [name for _, name in ratios[best]]
+    if "blocks" in names and "compiled" in kernels[best] and "compiled" not in names:
+        names[names.index("blocks")] = "compiled"  # else the weight would be packed evenly, unlike what was timed
     return replace(
         packed[best][0],
-        kernels=tuple((tokens, name) for tokens, (_, name) in zip(buckets, ratios[best], strict=True)),
+        kernels=tuple(zip(buckets, names, strict=True)),
         speedups=tuple((tokens, 1 / ratio) for tokens, (ratio, _) in zip(buckets, ratios[best], strict=True)),
         **facts,  # type: ignore[arg-type]  # keys are fields of Plan
     )

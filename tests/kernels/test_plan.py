@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gblr_plugin.errors import ConfigError
-from gblr_plugin.kernels import product
+from gblr_plugin.kernels import measure, product
 from gblr_plugin.kernels.layout import narrowed, pack, pack_for, quantize
 from gblr_plugin.kernels.measure import circumstances, interleaved_medians, is_stale, measured_plan
 from gblr_plugin.kernels.plan import MEMORY, Plan, candidates, fixed_plan, predicted_cost
@@ -130,6 +130,21 @@ def test_measured_plans_are_kept_per_structure() -> None:
     assert first.machine
     assert measured_plan(matrix(), buckets=(1, 4)) is first
     assert first.block_rows == 0 or [limit for limit, _ in first.kernels] == [1, 4]
+
+
+def test_a_measured_storage_is_packed_as_it_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = [plan for plan in measure._storages(matrix(), False) if not plan.even]
+    if not stored:
+        pytest.skip("no compiled kernel here")
+
+    def times(calls: list[object], *options: object) -> list[float]:
+        """Of dense, of both kernels on each storage of the compiled one, of torch's storage."""
+        return [1.0, *[0.2, 0.1] * len(stored), 0.5]
+
+    monkeypatch.setattr(measure, "interleaved_medians", times)
+    plan = measure._measure(matrix(), (1, 16, 256), False)
+    assert [name for _, name in plan.kernels] == ["compiled", "blocks", "blocks"]
+    assert not plan.even
 
 
 @pytest.mark.parametrize(
