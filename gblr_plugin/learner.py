@@ -480,7 +480,7 @@ class StructureLearner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume; the layers' own state must have been loaded too."""
+        """Resume; the layers' own state must be loaded too, before or after this."""
         self.step_count = int(state["step_count"])
         self.progress = float(state["progress"])
         self.frozen = bool(state["frozen"])
@@ -489,5 +489,5 @@ class StructureLearner:
         if self.frozen:
             for layer in self.layers.values():
                 layer.freeze_structure()
-        elif self._start_costs is not None:
-            self._set_sigma()  # whichever of layers and learner is loaded first
+        elif self._start_costs is not None and not any(layer.structure_frozen for layer in self.layers.values()):
+            self._set_sigma()  # where layers are yet to be loaded and frozen, their own state sets it

@@ -493,6 +493,28 @@ def test_resume_of_a_compacted_run(stop):
         assert torch.equal(a, b[1]), name
 
 
+@pytest.mark.parametrize("learner_first", [False, True])
+def test_a_frozen_training_goes_back_to_an_earlier_state(learner_first: bool) -> None:
+    model = build(sizes=(24, 32))
+    optimizer = SGD(model.parameters(), lr=0.01)
+    learner = StructureLearner(layers_of(model), {"0": LayerGoal(budget=0.5)}, Schedule(1, 6))
+    learner.attach_all([optimizer])
+    train(model, optimizer, 3)
+    states = copy.deepcopy((model.state_dict(), learner.state_dict()))
+    sigma = learner.sigma
+    train(model, optimizer, 5, first=3)
+    end = copy.deepcopy(model.state_dict())
+    assert learner.frozen
+    pairs = list(zip((model, learner), states, strict=True))
+    for part, state in pairs[::-1] if learner_first else pairs:
+        part.load_state_dict(state)
+    assert (learner.frozen, learner.sigma) == (False, sigma)
+    train(model, optimizer, 5, first=3)
+    assert learner.frozen
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, end[name]), name
+
+
 def test_a_start_within_its_budget_has_hard_masks() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 24))
