@@ -21,6 +21,7 @@ from numba.core.ccallback import CFunc
 __all__ = ["compiled", "worker"]
 
 _SOURCES = (
+    "compile_cache.py",
     "simd.py",
     "simd_bfloat16.py",
     "numba_cpu.py",

@@ -14,7 +14,7 @@ from .simd import LANES, Emitter, tile
 
 __all__ = ["dot_tile", "expand_tile", "pair_tile", "reduce_tile", "weave_tile"]
 
-_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_I16, _I32 = ir.IntType(16), ir.IntType(32)
 _SUMS = ir.VectorType(ir.FloatType(), LANES)
 _WORDS = ir.VectorType(_I32, LANES)
 _HALVES = ir.VectorType(_I16, LANES)
