@@ -138,6 +138,7 @@ class StructureLearner:
         self._start_costs: list[float] | None = None
         self._hooks: list[StepHook] = []
         self._budget: WidthBudget | None = None
+        self._budget_made_for: tuple[torch.device, int, list[bool]] | None = None
         self._last_lambdas: Tensor | None = None
         self._last_lr = 0.0
         self._check_bounds()
@@ -308,7 +309,9 @@ class StructureLearner:
 
     def _width_budget(self, device: torch.device) -> WidthBudget:
         total = sum(layer.U.shape[0] for layer in self.layers.values())
-        if self._budget is None or (self._budget.device, self._budget.num_components) != (device, total):
+        gauges = [layer.pinned is not None for layer in self.layers.values()]
+        made_for = device, total, gauges
+        if self._budget is None or self._budget_made_for != made_for:
             specs = [
                 AxisSpec(layer.axis_lengths, layer.align, layer.U.shape[0], math.prod(layer.matrix_shape))
                 for layer in self.layers.values()
@@ -316,6 +319,7 @@ class StructureLearner:
             lower = [goal.min_flops * spec.dense for goal, spec in zip(self.goals.values(), specs, strict=True)]
             upper = [goal.max_flops * spec.dense for goal, spec in zip(self.goals.values(), specs, strict=True)]
             self._budget = WidthBudget(specs, self._group_ids, lower, upper, device, self._pinned(device))
+            self._budget_made_for = made_for
         return self._budget
 
     def _pinned(self, device: torch.device) -> Tensor | None:

@@ -546,3 +546,14 @@ def test_cancelling_components_outlive_an_interval_that_grows() -> None:
     with torch.no_grad():
         layer.widths[0, 0] = 3 / n
     torch.testing.assert_close(layer.to_dense().detach(), before, rtol=0, atol=0)
+
+
+def test_a_gauge_that_is_fixed_by_hand_is_noticed() -> None:
+    layers = prepare_layers(nn.Sequential(nn.Linear(24, 32)), {"0": LayerSettings("trapezoid", budget=0.5)})
+    learner = StructureLearner(layers, {"0": LayerGoal(budget=0.5)}, Schedule(2, 20))
+    learner.begin()
+    assert layers["0"].free_gauge() > 0
+    pinned = learner._width_budget(torch.device("cpu"))
+    assert learner._width_budget(torch.device("cpu")) is pinned
+    layers["0"].fix_gauge()
+    assert learner._width_budget(torch.device("cpu")) is not pinned

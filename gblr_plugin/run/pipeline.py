@@ -24,6 +24,7 @@ from ..errors import ConfigError
 from ..families import convert
 from ..files import write_atomic, write_text
 from ..lightning import GBLRCallback
+from ..lightning.resuming import random_state, set_random_state
 from ..nni import LightningEvaluator, create_compressor
 from ..progress import shown_by
 from ..reporting import Report, report
@@ -346,9 +347,9 @@ class Job:
         sample = self._data(seed, training).train_sample()
         losses: dict[str, float] = {}
         best, found = "", None
-        kept = torch.get_rng_state()
+        kept = random_state()
         for start in method.starts:
-            torch.set_rng_state(kept)
+            set_random_state(kept)
             short = replace(self._starting(method, start), training=training)
             tried = self._compress(short, copy.deepcopy(network), seed, label=f"{method.name}-from-{start}")
             losses[start] = evaluate(tried[0], sample, self.task.metric)["loss"]
@@ -356,11 +357,12 @@ class Job:
                 best, found = start, tried
         shown = ", ".join(f"{start} {loss:.4f}" for start, loss in losses.items())
         self._console.line(f"seed {seed}  {method.name}  starts from {best!r}; training loss after a trial: {shown}")
-        if found is None or method.trial < 1:
-            torch.set_rng_state(kept)
-            return self.compress(self._starting(method, best), network, seed)
-        self.histories.setdefault(method.name, found[1])
-        return found[0]
+        if method.trial == 1 and found is not None:
+            self.histories.setdefault(method.name, found[1])
+            return found[0]
+        del tried, found  # their memory is free while the chosen start is trained in full
+        set_random_state(kept)
+        return self.compress(self._starting(method, best), network, seed)
 
     def _starting(self, method: Method, start: str) -> Method:
         """The method from one start."""
