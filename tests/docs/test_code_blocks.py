@@ -125,7 +125,8 @@ def test_command(place, words):
     elif program.endswith("tox"):
         tox = configparser.ConfigParser()
         tox.read(ROOT / "tox.ini")
-        assert f"testenv:{arguments[arguments.index('-e') + 1]}" in tox
+        for name in arguments[arguments.index("-e") + 1].split(","):
+            assert f"testenv:{name}" in tox
     elif program.endswith("pip"):
         extras = re.findall(r"\[(.+)\]", arguments[-1])
         known = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)

@@ -117,7 +117,7 @@ def test_an_interrupted_search_leaves_no_process_and_nothing_half_written(search
             pytest.fail(error)
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=120)
     assert (process.returncode, error) == (1, "gblr: interrupted\n")
     assert left_over(project) == []
     assert list((project / "out/trials").iterdir()) == []
