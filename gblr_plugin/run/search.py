@@ -169,8 +169,6 @@ def _follow(spec: ServiceSpec, output: Path, console: Console) -> Iterator[list[
         service.stdin.flush()
         for line in service.stdout:
             event = json.loads(line)
-            if "alive" in event:
-                continue
             if "failed" in event:
                 raise GBLRError(f"NNI's service failed: {event['failed']} (details in {log})")
             if "port" in event:

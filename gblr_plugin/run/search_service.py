@@ -1,9 +1,9 @@
 """NNI's service for `gblr search`, in a process of its own: ``python -m gblr_plugin.run.search_service``.
 
 It reads one line of JSON from standard input, a :class:`ServiceSpec`, and writes one JSON table a line to standard
-output: ``{"port", "private"}`` once, then ``{"trials": [...]}`` whenever something changed, ``{"alive": true}`` every
-other second, and ``{"failed": why}`` if the service cannot start. When standard input ends, however its writer ended,
-everything that it started is killed and the folders of unfinished trials are removed.
+output: ``{"port", "private"}`` once, then ``{"trials": [...]}`` whenever something changed, and ``{"failed": why}`` if
+the service cannot start. When standard input ends, however its writer ended, everything that it started is killed and
+the folders of unfinished trials are removed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ _STATES = {
 }
 _ATTEMPTS = 3  # NNI gives its manager three seconds to start
 _POLL_SECONDS = 0.5
-_ALIVE_SECONDS = 2.0  # a reader that waits for news misses an interrupt that comes just before it begins to wait
 _LATE_SECONDS = 10.0  # a final result may arrive after the end of its trial, a last trial after the last proposal
 
 
@@ -138,11 +137,7 @@ class _Service:
         if not self._start():
             return
         idle_since: float | None = None
-        told = time.monotonic()
         while not self._stop.wait(_POLL_SECONDS):
-            if time.monotonic() - told > _ALIVE_SECONDS:
-                told = time.monotonic()
-                self._tell({"alive": True})
             status = self._experiment.get_status()
             self._tell_rows()
             if status == "ERROR":

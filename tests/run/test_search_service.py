@@ -51,7 +51,15 @@ def search(project):
     def start(*options):
         command = [sys.executable, "-m", "gblr_plugin.cli", "search", "search.yaml", "--output", "out", *options]
         env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+            # Ignored, and inherited so, where a shell runs the tests in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         started.append(process)
         return process
 
@@ -117,7 +125,7 @@ def test_an_interrupted_search_leaves_no_process_and_nothing_half_written(search
             pytest.fail(error)
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (1, "gblr: interrupted\n")
     assert left_over(project) == []
     assert list((project / "out/trials").iterdir()) == []
