@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode, return_and_c
 from .errors import ConfigError, GBLRError
 from .frozen import ALWAYS
 from .kernels import product
+from .kernels.compiled import available
 from .kernels.layout import Block, Layout, narrowed, pack_for, quantize, to_dense, unpack
 from .kernels.measure import is_stale, measured_plan
 from .kernels.plan import BUCKETS, Plan, fixed_plan, predicted_cost
@@ -235,8 +236,9 @@ class GBLRTensor(TorchAOBaseTensor):
         """The weight with a plan for where it is: itself, or measured anew if its plan was measured elsewhere.
 
         Elsewhere is another device, processor, dtype or number of threads. Plans that were not measured, or are
-        :meth:`~gblr_plugin.kernels.plan.Plan.pinned`, stay as they are. Files are loaded, and weights move between
-        kinds of devices, by way of this.
+        :meth:`~gblr_plugin.kernels.plan.Plan.pinned`, stay as they are, unless they name the compiled kernel where it
+        is missing: torch would take their blocks one by one, and a fixed plan is made anew. Files are loaded, and
+        weights move between kinds of devices, by way of this.
         """
         splits = self.packing.transposed and len(self.packing.split_sizes) > 1  # these cannot be taken apart
         real = type(self.factors) is Tensor and not self.factors.is_meta
@@ -244,6 +246,8 @@ class GBLRTensor(TorchAOBaseTensor):
             return self
         if is_stale(self.plan, self.device, self.dtype):
             return self.replan("auto")
+        if "compiled" in dict(self.plan.kernels).values() and not available(self.device, self.dtype):
+            return self.replan("fixed")
         if self.packing.narrow and self.scales is None and not self.factors.is_cpu:
             return self.replan(self.plan)  # kernels there take wide lists
         return self

@@ -489,6 +489,30 @@ def test_the_short_way_is_taken_by_plain_inference_alone(kernel: str) -> None:
     assert calls[-1] is not None
 
 
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("factor_dtype", [None, "int8"])
+def test_plans_whose_kernel_is_missing_are_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: bool, factor_dtype: str | None
+) -> None:
+    facts = circumstances(torch.device("cpu"), torch.float32) if measured else {}
+    plan = dataclasses.replace(Plan(16, 16), **facts)
+    model = nn.Sequential(nn.Linear(80, 96)).eval()
+    weight = GBLRTensor.from_structured(random_matrix(20, 96, 80), plan=plan, factor_dtype=factor_dtype)
+    model[0].weight = nn.Parameter(weight, requires_grad=False)
+    save(model, tmp_path / "model.safetensors")
+    x = torch.randn(3, 80)
+    expected = F.linear(x, weight.to_dense(), model[0].bias)
+    for room in ("tensor", "kernels.plan", "kernels.compiled"):  # as on a machine without numba
+        monkeypatch.setattr(f"gblr_plugin.{room}.available", lambda *_: False)
+    again = load(tmp_path / "model.safetensors", nn.Sequential(nn.Linear(80, 96)))
+    names = set(dict(again[0].weight.plan.kernels).values())
+    assert names <= {"blocks", "dense"}
+    assert names == {"blocks"} or factor_dtype is None  # nothing lies beside int8 factors
+    assert again[0].weight.factor_dtype == factor_dtype
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_a_changed_plan_or_buffer_is_noticed() -> None:
     layer, x = linear_module(), torch.randn(3, 75)
     with torch.no_grad():

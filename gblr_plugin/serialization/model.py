@@ -48,7 +48,7 @@ def load(
     """Load a saved model.
 
     A plan that was measured on another processor, or with another number of threads, is measured anew; one that was not
-    measured, or is :meth:`~gblr_plugin.kernels.plan.Plan.pinned`, is kept.
+    measured, or is :meth:`~gblr_plugin.kernels.plan.Plan.pinned`, is kept, unless its compiled kernel is missing here.
 
     Args:
         path: File written by :func:`save` (also by earlier versions), or a folder in the Hugging Face layout with a
