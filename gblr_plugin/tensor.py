@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode, return_and_c
 from .errors import ConfigError, GBLRError
 from .frozen import ALWAYS
 from .kernels import product
-from .kernels.compiled import available
+from .kernels.compiled import missing
 from .kernels.layout import Block, Layout, narrowed, pack_for, quantize, to_dense, unpack
 from .kernels.measure import is_stale, measured_plan
 from .kernels.plan import BUCKETS, Plan, fixed_plan, predicted_cost
@@ -246,7 +246,7 @@ class GBLRTensor(TorchAOBaseTensor):
             return self
         if is_stale(self.plan, self.device, self.dtype):
             return self.replan("auto")
-        if "compiled" in dict(self.plan.kernels).values() and not available(self.device, self.dtype):
+        if "compiled" in dict(self.plan.kernels).values() and missing(self.device, self.dtype):
             return self.replan("fixed")
         if self.packing.narrow and self.scales is None and not self.factors.is_cpu:
             return self.replan(self.plan)  # kernels there take wide lists

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .layout import Block, Layout
 
-__all__ = ["available", "linear"]
+__all__ = ["available", "linear", "missing"]
 
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 _MODULES = {"cpu": "numba", "cuda": "triton"}
@@ -47,6 +47,11 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     if dtype not in _DTYPES.get(device.type, ()) or not _installed(device.type):
         return False
     return device.type != "cpu" or dtype != torch.bfloat16 or _has_bfloat16()
+
+
+def missing(device: torch.device, dtype: torch.dtype) -> bool:
+    """Is there a compiled kernel for this device and dtype elsewhere, but not here?"""
+    return dtype in _DTYPES.get(device.type, ()) and not available(device, dtype)
 
 
 @lru_cache
