@@ -19,7 +19,10 @@ from ..files import write_atomic
 from ..progress import track
 from .places import existing_folder, missing
 
-__all__ = ["TokenFile", "Windows", "encode", "labelled_lines", "text_parts"]
+__all__ = ["STRETCH", "TokenFile", "Windows", "encode", "labelled_lines", "text_parts"]
+
+STRETCH = 64
+"""Neighbouring windows or lines that go to the same part when a text is divided: windows overlap."""
 
 _LINES = 4096  # encoded together
 _WIKITEXT = {"train": "wiki.train.raw", "held_out": "wiki.valid.raw", "test": "wiki.test.raw"}

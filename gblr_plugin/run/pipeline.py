@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,7 +23,6 @@ from ..errors import ConfigError
 from ..families import convert
 from ..files import write_atomic, write_text
 from ..lightning import GBLRCallback
-from ..lightning.resuming import random_state, set_random_state
 from ..nni import LightningEvaluator, create_compressor
 from ..progress import shown_by
 from ..reporting import Report, report
@@ -35,6 +33,7 @@ from ..tensor import GBLRTensor
 from .console import Console
 from .measure import METRICS, evaluate, interleaved_latency
 from .settings import Method, RunSettings, Training
+from .starting import Fold, best_start
 from .summary import MethodResult, RunReport
 from .training import check_comparable, compress_and_train
 from .unfinished import Unfinished
@@ -42,6 +41,8 @@ from .unfinished import Unfinished
 __all__ = ["DENSE", "Job", "config_list_of", "environment", "make_task", "prepare_run"]
 
 DENSE = "dense"
+Compressed = tuple[nn.Module, dict[str, list[tuple[int, float]]]]
+"""A compressed network, and relative FLOPs, sigma and others over the steps."""
 _CALIBRATED = ("agp", "gblr_fixed", "linear", *families.names())  # compressors that project dense weights
 _LEARNED = ("gblr", "agp", "linear")  # compressors under which a structure changes while it trains
 
@@ -117,7 +118,9 @@ class Job:
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
             raise ConfigError(f"model: the network does not take the data of its task: {_one_line(error)}") from error
         for method in self.settings.methods:
-            for one in [self._starting(method, start) for start in method.starts] or [method]:
+            if method.folds:
+                self.on(Fold(self.task, 0, method.folds), "fold0").data(seed, method.training)
+            for one in [self.starting(method, start) for start in method.starts] or [method]:
                 check_comparable(method.name, self._compressor(one, copy.deepcopy(network), seed)[0])
 
     def _dense_network(self) -> nn.Module:
@@ -209,7 +212,7 @@ class Job:
         if len(plain.held_out) < 1:
             raise ConfigError("data: there is no held-out example to evaluate on")
         return make(  # type: ignore[no-any-return]  # untyped host
-            plain.train_set, plain.held_out, training.batch_size, seed, plain.workers, plain.evaluation
+            plain.train_set, plain.held_out, training.batch_size, seed, plain.workers, plain.evaluation, plain.stretch
         )
 
     def show_on(self, console: Console, events: Path) -> None:
@@ -221,9 +224,9 @@ class Job:
         """
         self._console, self._events = console, events
 
-    def data(self, seed: int) -> PairsDataModule:
-        """The data of a seed in the batches of the fine-tuning phase."""
-        return self._data(seed, self.settings.finetune)
+    def data(self, seed: int, training: Training | None = None) -> PairsDataModule:
+        """The data of a seed in the batches of a phase; default the fine-tuning."""
+        return self._data(seed, training or self.settings.finetune)
 
     def train_dense(
         self,
@@ -319,13 +322,17 @@ class Job:
             calibrated: Whether a one-shot start is fitted to the calibration batches, if the settings have some.
             train: Whether it is fine-tuned; for methods that are one-shot starts.
         """
+        found = None
         if method.starts:
-            return self._compress_from_best_start(method, network, seed)
-        network, history = self._compress(method, network, seed, calibrated=calibrated, train=train)
+            best, found = best_start(self, method, network, seed)
+            method = self.starting(method, best)
+        if found is None:
+            found = self.compress_once(method, network, seed, calibrated=calibrated, train=train)
+        network, history = found
         self.histories.setdefault(method.name, history)
         return network
 
-    def _compress(
+    def compress_once(
         self,
         method: Method,
         network: nn.Module,
@@ -334,43 +341,30 @@ class Job:
         calibrated: bool = True,
         train: bool = True,
         label: str | None = None,
-    ) -> tuple[nn.Module, dict[str, list[tuple[int, float]]]]:
-        """The compressed network, and how its structure formed."""
+    ) -> Compressed:
+        """The compressed network and how its structure formed, from one start; as :meth:`compress` otherwise."""
         compressor, module, monitor = self._compressor(method, network.train(), seed, calibrated, label)
         if train:
             compress_and_train(method.name, compressor, (method.training or self.settings.finetune).epochs)
         return convert(module.network).eval(), monitor.history
 
-    def _compress_from_best_start(self, method: Method, network: nn.Module, seed: int) -> nn.Module:
-        """The network from that one of the method's starts which fits the training data best after its trial."""
-        training = (method.training or self.settings.finetune).shortened(method.trial)
-        sample = self._data(seed, training).train_sample()
-        losses: dict[str, float] = {}
-        best, found = "", None
-        kept = random_state()
-        for start in method.starts:
-            set_random_state(kept)
-            short = replace(self._starting(method, start), training=training)
-            tried = self._compress(short, copy.deepcopy(network), seed, label=f"{method.name}-from-{start}")
-            losses[start] = evaluate(tried[0], sample, self.task.metric)["loss"]
-            if found is None or losses[start] < losses[best] or math.isnan(losses[best]):
-                best, found = start, tried
-        shown = ", ".join(f"{start} {loss:.4f}" for start, loss in losses.items())
-        self._console.line(f"seed {seed}  {method.name}  starts from {best!r}; training loss after a trial: {shown}")
-        if method.trial == 1 and found is not None:
-            self.histories.setdefault(method.name, found[1])
-            return found[0]
-        del tried, found  # their memory is free while the chosen start is trained in full
-        set_random_state(kept)
-        return self.compress(self._starting(method, best), network, seed)
-
-    def _starting(self, method: Method, start: str) -> Method:
+    def starting(self, method: Method, start: str) -> Method:
         """The method from one start."""
         entries = config_list_of(method, self.settings, self.task)
         for entry in entries:
             entry.pop("gblr_initialiser", None)
             entry["gblr"] = {**entry.get("gblr", {}), "initialiser": start}
-        return replace(method, starts=[], config_list=entries)
+        return replace(method, starts=[], folds=0, config_list=entries)
+
+    def on(self, task: Any, name: str) -> Job:
+        """The same job on another task; its TensorBoard events go to a folder of that name."""
+        other = copy.copy(self)
+        other.task, other._events = task, self._events / name
+        return other
+
+    def say(self, line: str) -> None:
+        """A line for the console and the log."""
+        self._console.line(line)
 
     def _record(
         self, name: str, network: nn.Module, data: PairsDataModule, start: float, seed: int, unfinished: Unfinished

@@ -84,6 +84,9 @@ class Method:
         starts: Initialisers to choose from (gblr): each is trained for the share ``trial`` of the steps, and the one
             that then fits the training data best is trained in full. Default: the one of the config list.
         trial: That share; with 1 all starts are trained in full, and the best of the networks is kept.
+        folds: Parts of the training data, 2 or more, for a choice that asks what generalises: each in turn is kept from
+            a dense network trained for this and from trials that start there, and judges them. Then the start of the
+            lowest mean loss is trained in full on all training data. 0: the loss on training data decides.
         calibration: Of the one-shot start; default the run's.
         options: Further arguments of the compressor.
     """
@@ -99,6 +102,7 @@ class Method:
     compact: bool = False
     starts: list[str] = field(default_factory=list)
     trial: float = 0.2
+    folds: int = 0
 
     def __post_init__(self) -> None:
         if self.starts and self.name != "gblr":
@@ -108,6 +112,10 @@ class Method:
             raise ConfigError(f"starts must be among {', '.join(INITIALISERS)}, got {unknown[0]!r}")
         if not 0 < self.trial <= 1:
             raise ConfigError(f"trial must be a share of the steps in (0, 1], got {self.trial}")
+        if self.folds < 0 or self.folds == 1:
+            raise ConfigError(f"folds must be 0 or at least 2, got {self.folds}")
+        if self.folds and not self.starts:
+            raise ConfigError("folds judge starts: give the starts to choose from")
         if self.start not in ("trained", "initial"):
             raise ConfigError(f"start must be 'trained' or 'initial', got {self.start!r}")
         for name in ("warmup", "cooldown"):
@@ -168,6 +176,10 @@ class RunSettings:
             raise ConfigError(f"seeds must be different whole numbers from 0 to 2^31 - 1, got {self.seeds}")
         if self.weights is not None and len(self.seeds) > 1:
             raise ConfigError("weights has seen the training data of one seed: give seeds with that one alone")
+        if self.weights is not None and any(method.folds and method.start == "trained" for method in self.methods):
+            raise ConfigError(
+                "methods: folds need training data that the dense network has not seen; weights has seen all"
+            )
         if min(self.latency_batch) < 1:
             raise ConfigError(f"latency_batch: batch sizes must be at least 1, got {self.latency_batch}")
         names = [method.name for method in self.methods]

@@ -173,6 +173,8 @@ class PairsDataModule(pl.LightningDataModule):
         seed: Of the shuffling.
         workers: Processes that load; 0 loads in the training process.
         evaluation: Size of evaluation batches over that of training batches.
+        stretch: Neighbours in the training set that belong together, as overlapping windows of a text do: parts of the
+            training set are made of stretches of this many.
     """
 
     def __init__(
@@ -183,11 +185,29 @@ class PairsDataModule(pl.LightningDataModule):
         seed: int,
         workers: int = 0,
         evaluation: int = 4,
+        stretch: int = 1,
     ) -> None:
         super().__init__()
         self.train_set, self.held_out = train, held_out
         self.batch_size, self.seed = batch_size, seed
-        self.workers, self.evaluation = workers, evaluation
+        self.workers, self.evaluation, self.stretch = workers, evaluation, stretch
+
+    def fold(self, index: int, count: int) -> PairsDataModule:
+        """The training set without one of ``count`` parts, which is held out in place of the held-out set.
+
+        Every ``count``-th stretch of neighbours belongs to one part, so that parts of a set sorted by class have all.
+
+        Args:
+            index: Of the part, from 0.
+            count: Number of parts, at least 2.
+        """
+        sized: Any = self.train_set
+        parts = [place // self.stretch % count for place in range(len(sized))]
+        train, held_out = (
+            Subset(self.train_set, [place for place, part in enumerate(parts) if (part == index) == held])
+            for held in (False, True)
+        )
+        return PairsDataModule(train, held_out, self.batch_size, self.seed, self.workers, self.evaluation, self.stretch)
 
     def _loader(self, examples: Dataset[Any], batch_size: int, **options: Any) -> DataLoader[Any]:
         pinned = torch.cuda.is_available()  # copied to the GPU while it computes

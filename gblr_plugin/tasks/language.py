@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from ..data.text import TokenFile, Windows, encode, labelled_lines, text_parts
+from ..data.text import STRETCH, TokenFile, Windows, encode, labelled_lines, text_parts
 from ..errors import ConfigError
 from .base import IGNORED, ClassifierModule, PairsDataModule, TrainSettings
 from .hf import HFNetwork, Logits, load_tokenizer
@@ -89,7 +89,7 @@ class LanguageTask:
 
     def _loaders(self, train: Dataset[Any], held_out: Dataset[Any], batch_size: int, seed: int) -> PairsDataModule:
         # Logits over a whole vocabulary are large: evaluation takes no more examples at once than training.
-        return PairsDataModule(train, held_out, batch_size, seed, workers=self.workers, evaluation=1)
+        return PairsDataModule(train, held_out, batch_size, seed, workers=self.workers, evaluation=1, stretch=STRETCH)
 
     def module(self, network: nn.Module, training: TrainSettings, steps: int) -> ClassifierModule:
         """Cross-entropy training."""

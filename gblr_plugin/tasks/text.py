@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..data.text import Windows
+from ..data.text import STRETCH, Windows
 from ..errors import ConfigError
 from .base import ClassifierModule, PairsDataModule, TrainSettings
 from .transformer import Block, check_dropout, check_sizes
@@ -120,6 +120,7 @@ class TextTask:
             Windows(held_out, self.context, self.context),
             batch_size,
             seed,
+            stretch=STRETCH,
         )
 
     def example_input(self, batch: int = 1) -> Tensor:

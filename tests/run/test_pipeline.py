@@ -3,17 +3,20 @@
 import copy
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from safetensors import safe_open
 
 from gblr_plugin import GBLRTensor, load, report
 from gblr_plugin.cli import main
+from gblr_plugin.errors import ConfigError
 from gblr_plugin.layers import GBLRLayer
-from gblr_plugin.run import pipeline
+from gblr_plugin.run import starting
 from gblr_plugin.run.console import Console
 from gblr_plugin.run.measure import evaluate
 from gblr_plugin.run.pipeline import Job
@@ -186,7 +189,7 @@ def test_the_start_that_fits_best_after_a_trial_is_trained(project, capfd, trial
     assert ("seed0-gblr" in events) == (trial < 1)
     if trial == 1:  # the network is the one that was trained from that start alone
         chosen.clear()
-        alone = Watched(replace(settings, methods=[job._starting(settings.methods[0], best)]))
+        alone = Watched(replace(settings, methods=[job.starting(settings.methods[0], best)]))
         alone.check()
         alone.run(project / "alone", Console())
         for a, b in zip(*(run.networks["gblr"].parameters() for run in (job, alone)), strict=True):
@@ -197,16 +200,105 @@ def test_the_start_that_fits_best_after_a_trial_is_trained(project, capfd, trial
 
 def test_a_start_whose_trial_diverges_is_not_taken(monkeypatch, capfd):
     class Tried(Job):
-        def _compress(self, method, network, seed, **options):
+        def compress_once(self, method, network, seed, **options):
             return network, {}
 
     losses = iter([math.nan, 2.0, 1.0, math.nan])
-    monkeypatch.setattr(pipeline, "evaluate", lambda *args: {"loss": next(losses)})
+    monkeypatch.setattr(starting, "evaluate", lambda *args: {"loss": next(losses)})
     starts = ["gblr", "block_sparse", "random", "svd"]
     method = Method("gblr", starts=starts, trial=1.0)
     job = Tried(RunSettings("digits_vit", budget=0.5, model={"dim": 16, "depth": 1, "heads": 2}, methods=[method]))
     job.compress(method, job.task.network(), 0)
     assert "starts from 'random'" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("trial", [0.5, 1.0])
+def test_folds_judge_starts_on_data_that_neither_network_has_seen(monkeypatch, capfd, tmp_path, trial):
+    digits = {"dim": 16, "depth": 1, "heads": 2, "held_out": 0.5}
+    starts = ["gblr", "block_sparse"]
+    method = Method("gblr", starts=starts, trial=trial, folds=2)
+    settings = RunSettings(
+        "digits_vit",
+        budget=0.5,
+        model=digits,
+        dense=Training(epochs=1, batch_size=128),
+        finetune=Training(epochs=2, batch_size=128),
+        methods=[method],
+    )
+    trained, judged = [], []
+
+    class Watched(Job):
+        def train_dense(self, seed, *args):
+            return seen(super().train_dense(seed, *args), self.data(seed), "dense", None)
+
+        def compress_once(self, method, network, seed, **options):
+            begun = network.home
+            found = super().compress_once(method, network, seed, **options)
+            seen(found[0], self.data(seed), method.config_list[0]["gblr"]["initialiser"], method.training)
+            found[0].begun = begun
+            return found
+
+    def seen(network, data, kind, training):
+        indices = getattr(data.train_set, "indices", None)
+        network.home = kind, None if indices is None else tuple(indices)
+        trained.append((kind, network.home[1], training))
+        return network
+
+    def loss(network, loader, metric):
+        kind, part = network.home
+        judged.append((kind, part, network.begun, tuple(loader.dataset.indices)))
+        return {"loss": {"gblr": 2.0, "block_sparse": 1.0}[kind]}
+
+    monkeypatch.setattr(starting, "evaluate", loss)
+    job = Watched(settings)
+    job.check()
+    job.show_on(Console(), tmp_path)
+    begun = job.task.network()
+    begun.home = "dense", None
+    pl.seed_everything(1000)
+    found = job.compress(method, copy.deepcopy(begun), 0)
+    count = len(job.data(0).train_set)
+    assert sorted(index for _, _, _, part in judged[:: len(starts)] for index in part) == list(range(count))
+    for _, part, (_, dense_part), unseen in judged:
+        assert part == dense_part
+        assert set(part) | set(unseen) == set(range(count))
+        assert not set(part) & set(unseen)
+    assert [kind for kind, *_ in judged] == starts * 2
+    assert [kind for kind, *_ in trained] == ["dense", *starts, "dense", *starts, "block_sparse"]
+    assert [training for *_, training in trained[1:3]] == [settings.finetune.shortened(trial)] * 2
+    assert found.home == ("block_sparse", None)
+    assert found.begun == ("dense", None)
+    assert (
+        "starts from 'block_sparse'; loss on 2 unseen parts after a trial: gblr 2.0000, block" in capfd.readouterr().out
+    )
+    pl.seed_everything(1000)
+    alone = Job(replace(settings, methods=[job.starting(method, "block_sparse")]))
+    alone.show_on(Console(), tmp_path)
+    again = alone.compress(alone.settings.methods[0], begun, 0)
+    for a, b in zip(found.parameters(), again.parameters(), strict=True):
+        a, b = (part.to_dense() if isinstance(part, GBLRTensor) else part for part in (a, b))
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"folds": 1}, "folds must be 0 or at least 2, got 1"),
+        ({"folds": -2}, "folds must be 0 or at least 2, got -2"),
+        ({"folds": 2, "starts": []}, "folds judge starts: give the starts to choose from"),
+    ],
+)
+def test_folds_that_cannot_be(options, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Method("gblr", **{"starts": ["gblr", "svd"], **options})
+
+
+def test_folds_need_data_that_is_left(project, capfd):
+    methods = "methods=[{name: gblr, starts: [gblr, svd], folds: 2}]"
+    assert main(["run", "config.yaml", *OWN, "--set", methods, "--set", "finetune.batch_size=64"]) == 2
+    assert "data: 32 training examples are less than one batch of 64" in capfd.readouterr().err
+    assert main(["run", "config.yaml", *OWN, "--set", methods, "--set", "weights=dense.pt"]) == 2
+    assert "folds need training data that the dense network has not seen" in capfd.readouterr().err
 
 
 def test_a_start_that_cannot_work_is_refused_before_training(project, capfd):

@@ -33,6 +33,21 @@ def test_a_built_in_task_fits_together(name):
     )
 
 
+@pytest.mark.parametrize(("name", "stretch"), [("digits_vit", 1), ("byte_gpt", 64)])
+def test_folds_divide_the_training_set_by_stretches(name, stretch):
+    data = get_task(name)(**SMALL[name]).data(seed=1, batch_size=8)
+    folds = [data.fold(index, 3) for index in range(3)]
+    held = [fold.held_out.indices for fold in folds]
+    assert sorted(index for part in held for index in part) == list(range(len(data.train_set)))
+    for fold, part in zip(folds, held, strict=True):
+        assert not set(part) & set(fold.train_set.indices)
+        assert len(part) + len(fold.train_set.indices) == len(data.train_set)
+        assert all(b == a + 1 for a, b in pairwise(part) if b % stretch)  # neighbours stay together
+        assert (fold.batch_size, fold.seed, fold.stretch) == (data.batch_size, data.seed, stretch)
+    if name == "digits_vit":
+        assert {int(target) for _, target in folds[0].held_out} == set(range(10))
+
+
 class _Training:
     epochs, lr, weight_decay, warmup_fraction, batch_size, label_smoothing = 1, 1e-3, 0.0, 0.1, 8, 0.0
 
