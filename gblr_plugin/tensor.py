@@ -35,6 +35,7 @@ __all__ = ["GBLRTensor"]
 
 aten = torch.ops.aten
 FACTOR_DTYPES = (None, "int8")
+_MOST_UNPACKED = 64  # times the factors: what the matrix made of a file may take
 
 
 class GBLRTensor(TorchAOBaseTensor):
@@ -316,7 +317,9 @@ class GBLRTensor(TorchAOBaseTensor):
 def _set_state(weight: GBLRTensor, state: dict[str, Any]) -> None:
     """Take what ``__getstate__`` gave, or an older file that knows no scales."""
     weight.__dict__.update({"scales": None, **state})
-    weight.matrix, weight.dense_elements = weight._own_matrix(), weight._dense_elements()
+    # A file may claim any shape; where dense is faster, the factors are a good part of the matrix.
+    believable = prod(weight.packing.shape) <= _MOST_UNPACKED * max(weight.factors.numel(), 4096)
+    weight.matrix, weight.dense_elements = weight._own_matrix() if believable else None, weight._dense_elements()
 
 
 GBLRTensor.__setstate__ = _set_state  # torchao puts its own in place of a class's

@@ -113,7 +113,9 @@ class Plan:
             )
         if not self.kernels or list(self.kernels) != sorted(self.kernels):
             raise ConfigError(f"plan: kernels must be (tokens, name) pairs in increasing order, got {self.kernels}")
-        for _, name in self.kernels:
+        for tokens, name in self.kernels:
+            if not isinstance(tokens, int):
+                raise ConfigError(f"plan: numbers of tokens must be integers, got {tokens!r}")
             if name not in KERNELS:
                 raise ConfigError(f"plan: unknown kernel {name!r}, allowed are {', '.join(KERNELS)}")
 

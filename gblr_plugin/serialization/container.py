@@ -22,6 +22,8 @@ INDEX = "model.safetensors.index.json"
 """Name of the index of a sharded folder, as Hugging Face writes it."""
 
 _CHECKSUM = "gblr_crc32"
+_HEADER_CHECKSUM = "gblr_header_crc32"  # of the header's text, with zeros in its place
+_ZEROS = "0" * 8
 _MAX_INDEX_BYTES = 100_000_000  # as safetensors limits its headers
 _NAMES = {
     torch.float64: "F64",
@@ -66,7 +68,7 @@ def write_container(
     metadata: Mapping[str, str],
     read: Callable[[str], Tensor],
 ) -> None:
-    """Write a safetensors file that also holds a checksum of its data, one tensor in memory at a time.
+    """Write a safetensors file that also holds checksums of its data and header, one tensor in memory at a time.
 
     Args:
         path: Written whole or not at all.
@@ -78,7 +80,7 @@ def write_container(
         ConfigError: If a dtype has no place in such files.
         OSError: If the file cannot be written.
     """
-    header: dict[str, Any] = {"__metadata__": {**metadata, _CHECKSUM: "0" * 8}}
+    header: dict[str, Any] = {"__metadata__": {**metadata, _CHECKSUM: _ZEROS, _HEADER_CHECKSUM: _ZEROS}}
     order = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))  # wide first: all lie aligned
     at = 0
     for name in order:
@@ -101,9 +103,23 @@ def write_container(
             data = _bytes(tensor)
             checksum = zlib.crc32(data, checksum)
             file.write(data)
-        place = text.index(f'"{_CHECKSUM}":"'.encode()) + len(_CHECKSUM) + 4
-        file.seek(8 + place)
-        file.write(f"{checksum:08x}".encode())
+        text = _with_value(text, _CHECKSUM, f"{checksum:08x}")
+        file.seek(8)
+        file.write(_with_value(text, _HEADER_CHECKSUM, f"{zlib.crc32(text):08x}"))
+
+
+def _with_value(text: bytes, key: str, value: str) -> bytes:
+    """A header with another text of eight characters at one key of its metadata."""
+    at = text.index(f'"{key}":"'.encode()) + len(key) + 4
+    return text[:at] + value.encode() + text[at + 8 :]
+
+
+def _check_header(path: str, found: str) -> None:
+    """Raise a ValueError unless the header's text has this checksum."""
+    with open(path, "rb") as file:
+        text = file.read(int.from_bytes(file.read(8), "little"))  # sound, as the file could be opened
+    if f"{zlib.crc32(_with_value(text, _HEADER_CHECKSUM, _ZEROS)):08x}" != found:
+        raise ValueError("its header does not match its checksum")
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -124,7 +140,7 @@ class Container:
         metadata: Texts of its header.
 
     Raises:
-        ConfigError: If it is missing, unreadable, cut short or no safetensors file.
+        ConfigError: If it is missing, unreadable, cut short, altered in its header, or no safetensors file.
     """
 
     def __init__(self, path: str | os.PathLike[str], who: str = "load") -> None:
@@ -136,6 +152,8 @@ class Container:
             opened: Any = safetensors.safe_open(self.path, framework="pt", backend="pread")
             self._file = opened.__enter__()
             self.metadata: dict[str, str] = self._file.metadata() or {}
+            if _HEADER_CHECKSUM in self.metadata:  # files of before have none
+                _check_header(self.path, self.metadata[_HEADER_CHECKSUM])
             names = self._file.offset_keys()
             parts = {name: self._file.get_slice(name) for name in names}
             self.entries = {

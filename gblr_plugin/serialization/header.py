@@ -106,8 +106,8 @@ def read_headers(containers: Iterable[Container], who: str = "load") -> Header:
 
 
 def _is_sound(values: Mapping[str, Any]) -> bool:
-    like = Header()
-    if any(type(value) is not type(getattr(like, key, None)) for key, value in values.items()):
+    like = vars(Header())
+    if any(key not in like or type(value) is not type(like[key]) for key, value in values.items()):
         return False
     header = Header(**values)
     return (

@@ -18,7 +18,7 @@ from ..tensor import GBLRTensor
 from .container import Container, entries_of, shard_paths, write_container
 from .families import family_record, restore_matrix
 from .header import NOTES, Header, read_headers
-from .version1 import read_torch, read_version1
+from .version1 import read_torch, read_version1, repacked
 from .weights import flatten_weight, part_names, plan_record, unflatten_weight
 
 __all__ = ["flatten_model", "load", "read_state", "save"]
@@ -78,7 +78,8 @@ def load(
         raise ConfigError(f"load: option {next(iter(options))!r} is for folders that transformers loads")
     if os.path.isfile(place) and _is_torch_file(place):
         state, header = read_version1(place)
-        return _fill(_skeleton(model, header), state, header, place)
+        skeleton = _skeleton(model, header)
+        return _fill(skeleton, repacked(state, skeleton, place), header, place)
     containers = [Container(part) for part in (shard_paths(place) if os.path.isdir(place) else [place])]
     header = read_headers(containers)
     skeleton = _skeleton(model, header)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..kernels.layout import unpack
@@ -13,7 +14,7 @@ from ..tensor import GBLRTensor
 from .header import FORMAT, Header, sound_notes
 from .weights import flatten_weight, plan_record, unflatten_weight
 
-__all__ = ["read_torch", "read_version1"]
+__all__ = ["read_torch", "read_version1", "repacked"]
 
 
 def read_torch(path: str, who: str) -> Any:
@@ -37,7 +38,7 @@ def read_torch(path: str, who: str) -> Any:
 
 
 def read_version1(path: str) -> tuple[dict[str, Tensor], Header]:
-    """The state of a version 1 file, its structured weights packed anew by the kernels of today.
+    """The state of a version 1 file, its structured weights as they are there: :func:`repacked` makes them usable.
 
     Raises:
         ConfigError: If it is damaged or not such a file.
@@ -54,18 +55,35 @@ def read_version1(path: str) -> tuple[dict[str, Tensor], Header]:
         or not sound_notes(notes)
     ):
         raise ConfigError(f"load: {path!r} is damaged, or not a gblr_plugin model file")
+    return state, Header(linear=linear, notes=notes)
+
+
+def repacked(state: dict[str, Tensor], skeleton: nn.Module, path: str) -> dict[str, Tensor]:
+    """The state with its structured weights packed anew by the kernels of today.
+
+    Raises:
+        ConfigError: If one of them is damaged, or of another shape than the network's.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict(keep_vars=True).items()}
     for name, value in state.items():
         if isinstance(value, GBLRTensor):
+            if shapes.get(name) != tuple(value.outer_shape):
+                raise ConfigError(
+                    f"load: {path!r} does not fit the network: {name!r} has shape {tuple(value.outer_shape)}, "
+                    f"the network's has {shapes.get(name)}"
+                )
             try:
                 state[name] = _repacked(name, value)
             except Exception as error:  # whatever comes of indices that do not fit
                 raise ConfigError(f"load: {path!r} is damaged: the indices of {name!r} do not fit together") from error
-    return state, Header(linear=linear, notes=notes)
+    return state
 
 
 def _repacked(name: str, weight: GBLRTensor) -> GBLRTensor:
     """The same weight, with indices made here: those of the file are only used to read its components."""
     layout = weight.packing
+    if tuple(layout.shape) != (weight.outer_shape[0], prod(weight.outer_shape[1:])):
+        raise ValueError("a layout of another shape")
     if not layout.dense and 5 * layout.num_components > weight.lists.numel():
         raise ValueError("more components than entries")
     tensors, record = flatten_weight(name, weight)

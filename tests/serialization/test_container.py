@@ -41,6 +41,7 @@ def parts(path):
 
 def write(path, header, said, data, checksum=False):
     header["__metadata__"]["gblr"] = json.dumps(said)
+    header["__metadata__"].pop("gblr_header_crc32", None)
     if not checksum:
         del header["__metadata__"]["gblr_crc32"]
     text = json.dumps(header).encode()
@@ -123,6 +124,19 @@ def test_one_flipped_bit_anywhere_is_noticed(path, at, bit):
     assert all(torch.equal(a, b) for a, b in zip(matrices(loaded), matrices(sound), strict=True))
 
 
+def test_one_flipped_bit_of_the_header_is_noticed(path):
+    """In particular of a family's pattern, where another sound pattern is another matrix."""
+    data = path.read_bytes()
+    pattern = data.index(b"pattern")
+    for at in range(pattern, data.index(b"}", pattern)):
+        for bit in range(8):
+            changed = bytearray(data)
+            changed[at] ^= 1 << bit
+            altered = path.with_name("altered.safetensors")
+            altered.write_bytes(changed)
+            assert "damaged" in refused(altered)
+
+
 def matrices(model):
     return [model[0].weight.to_dense(), model[0].bias, model[2].weight]
 
@@ -158,6 +172,7 @@ def test_records_that_lie(path, change):
         {"block_rows": "16", "block_cols": 16},
         {"block_rows": 16, "block_cols": 16, "kernels": [[1, "rm -rf"]]},
         {"block_rows": 16, "block_cols": 16, "kernels": 5},
+        {"block_rows": 16, "block_cols": 16, "kernels": [[[], "dense"]]},
         {"block_rows": 0, "block_cols": 0},
         {},
         {"__class__": "os.system"},
@@ -229,6 +244,7 @@ def test_families_that_lie(path, change):
         lambda said: said.update(tied={"a": "b"}),
         lambda said: said.update(tied={"0.bias": 3}),
         lambda said: said.update(unknown={}),
+        lambda said: said.update(unknown=None),
         lambda said: said["weights"].update({"9.weight": {"shape": [2, 2], "plan": 0}}),
         lambda said: said.update(torchao={"0.bias": "{}"}),
     ],

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,23 @@ def test_indices_that_do_not_fit_together(tmp_path, content, change):
     )
     torch.save(content, tmp_path / "altered.pt")
     assert "the indices of '4.weight' do not fit" in refused(tmp_path / "altered.pt")
+
+
+@pytest.mark.parametrize("rows", [3 << 20, 3 << 40])
+@pytest.mark.parametrize("outer", [True, False])
+@pytest.mark.parametrize("kernel", ["blocks", "dense"])
+def test_shapes_that_lie_are_refused_before_anything_is_allocated(tmp_path, content, monkeypatch, rows, outer, kernel):
+    weight = content["state"]["4.weight"]
+    weight.packing = dataclasses.replace(weight.packing, shape=(rows, 64))
+    weight.plan = dataclasses.replace(weight.plan, kernels=((1024, kernel),))
+    if outer:
+        weight.outer_shape = (rows, 64)
+    torch.save({**content, "state": {"4.weight": weight}}, tmp_path / "lies.pt")
+
+    def allocated(*args):
+        raise AssertionError("unpacked")
+
+    monkeypatch.setattr("gblr_plugin.tensor.to_dense", allocated)
+    monkeypatch.setattr("gblr_plugin.serialization.weights.unpack", allocated)
+    message = refused(tmp_path / "lies.pt")
+    assert ("'4.weight' has shape" if outer else "the indices of '4.weight' do not fit") in message
