@@ -70,8 +70,10 @@ class Intervals:
 
     def support(self) -> Tensor:
         """Indicator of the covered indices, (K, length) bool."""
-        index = torch.arange(self.length, device=self.width.device)
-        return (index - self.start[:, None]) % self.length < self.width[:, None]
+        index = torch.arange(self.length, dtype=torch.int32, device=self.width.device)
+        start, width = self.start.to(torch.int32)[:, None], self.width.to(torch.int32)[:, None]
+        end = start + width
+        return ((index >= start) & (index < end)) | (index < end - self.length)
 
     def select(self, index: Tensor) -> Intervals:
         """The intervals at ``index`` ((J,) int64 or (K,) bool)."""

@@ -18,19 +18,23 @@ from .problem import Grid, Problem
 from .pursuit import pursuit
 from .random import random
 from .svd import svd
-from .trapezoid import trapezoid
+from .trapezoid import least_error, trapezoid
 
 __all__ = ["METHODS", "decompose", "initialise"]
 
 
 def _best(problem: Problem) -> StructuredMatrix:
     """Interval pursuit, or trapezoids where they are better in the metric of the problem."""
-    return min((trapezoid(problem), _pursuit(problem)), key=problem.error)
+    found = _pursuit(problem)
+    if problem.error(found) <= least_error(problem):
+        return found
+    return min((trapezoid(problem), found), key=problem.error)
 
 
 def _pursuit(problem: Problem) -> StructuredMatrix:
     """Local blocks are chosen by their gains over inputs alone."""
-    return pursuit(replace(problem, metric=problem.metric.of_inputs()))
+    plain = problem.metric.gradient is None  # the same problem then, whose singular triplets are at hand
+    return pursuit(problem if plain else replace(problem, metric=problem.metric.of_inputs()))
 
 
 METHODS: dict[str, Callable[[Problem], StructuredMatrix]] = {

@@ -46,7 +46,7 @@ def supported_solve(
     ridge = RIDGE[dtype] if ridge is None else ridge
     gram = gram + torch.diag(ridge * gram.diagonal().mean() + torch.zeros(num, dtype=dtype, device=device))
     gram = gram + torch.diag((gram.diagonal() <= 0).to(dtype))
-    kernel = solve_kernel(gram, int(support.sum()))
+    kernel = solve_kernel(gram, support.numel())
     if kernel is not None:
         return kernel(gram, right, support, want_gains)  # type: ignore[no-any-return]  # of an optional module
     # A component of zeros stands where an index has fewer than its neighbours.

@@ -22,7 +22,7 @@ from .joint import conjugate_gradient, supported_solve
 from .problem import Grid, Problem
 from .search import find_blocks
 from .shortest import shortest
-from .spans import Spans, best_spans, cell_sums
+from .spans import Spans, best_spans, cell_sums, joint_gains
 from .trapezoid import gauge_trapezoids, trapezoid
 from .windows import best_windows
 
@@ -31,6 +31,10 @@ __all__ = ["Effort", "pursuit"]
 CG_STEPS = 12
 CHEAPER = 16
 """Cuts of the price, by a third each, that are tried where blocks cost less than the budget allows."""
+PRICES = 10
+"""Prices tried between one that is too low and one that is not."""
+NEAR = 2e-4
+"""Part of the budget that may be left."""
 LARGE = 1 << 22
 """Entries from which fewer rounds are made: each takes many seconds, and the last ones gain least."""
 MODEST = 1 << 18
@@ -140,6 +144,7 @@ class _Pursuit:
         self.spare = None if metric.moment is None else 1 / torch.linalg.inv(metric.moment).diagonal().to(dtype)
         self.price = 0.0
         self.ridge: float | None = None
+        self.explained = 0.0  # squares of the target that the last fit accounts for
         self.free = False  # whether components on a whole axis are fitted, and may shrink, like any other
 
     def whiten(self, v: Tensor) -> Tensor:
@@ -153,47 +158,58 @@ class _Pursuit:
         """The low-rank part turned towards the leading singular vectors of what the blocks leave."""
         if state.left.shape[1] == 0:
             return state
-        rest = self.residual(state)
-        left = _orthonormal(rest @ state.right.T)
-        right = _orthonormal(rest.T @ left)
-        return replace(state, left=_orthonormal(rest @ right), right=right.T)
+        seen, u, v = self.seen, state.u, self.whiten(state.v)
+        left = seen @ state.right.T - u.T @ (v @ state.right.T)
+        right = _orthonormal(seen.T @ left - v.T @ (u @ left))
+        return replace(state, left=_orthonormal(seen @ right - u.T @ (v @ right)), right=right.T)
 
     def _choose(self, gains: Tensor, grid: Grid, other: Tensor, exact: bool, spent: int = 0) -> tuple[Spans, Tensor]:
         """Intervals at the present price, or at the price at which all together cost no more than is allowed.
 
+        Args:
+            gains: (K, cells) of covering each cell.
+            grid: The axis.
+            other: (K,) widths on the other axis.
+            exact: Whether to find the price.
+            spent: What else is paid for from the budget.
+
         Returns:
             The intervals, and the (K,) worth of each component, which stays where that is positive.
         """
-        sums = cell_sums(gains, grid)
 
         def at(price: float) -> tuple[Spans, Tensor, int]:
-            spans, net = best_spans(sums, grid, price)
+            spans, net = best_spans(gains, grid, price)
             worth = net - price * other
             return spans, worth, spent + int(((spans.widths() + other) * (worth > 0)).sum())
 
-        spans, worth, cost = at(self.price)
-        if exact:
-            low = high = self.price
-            while cost > self.allowed:
-                low, high = high, high * 1.3
-                spans, worth, cost = at(high)
-            for _ in range(CHEAPER if low == high else 0):  # what is left of the budget buys wider intervals
-                low /= 1.5
-                trial = at(low)
-                if trial[2] > self.allowed:
-                    break
-                high = low
-                spans, worth, cost = trial
-            for _ in range(10):
-                middle = math.sqrt(low * high)
-                trial = at(middle)
-                if trial[2] > self.allowed:
-                    low = middle
-                else:
-                    high = middle
-                    spans, worth, cost = trial
-            self.price = high
-        return spans, worth
+        best = at(self.price)
+        if not exact:
+            return best[:2]
+        low = high = self.price
+        above = below = best[2]  # costs at either price
+        while below > self.allowed:
+            low, above, high = high, below, high * 1.3
+            best = at(high)
+            below = best[2]
+        for _ in range(CHEAPER if low == high else 0):  # what is left of the budget buys wider intervals
+            low /= 1.5
+            trial = at(low)
+            above = trial[2]
+            if above > self.allowed:
+                break
+            high, below, best = low, above, trial
+        for step in range(PRICES):
+            if below >= (1 - NEAR) * self.allowed or above <= self.allowed:
+                break
+            share = (above - self.allowed) / (above - below) if step % 2 else 0.5
+            middle = low * (high / low) ** min(max(share, 0.05), 0.95)
+            trial = at(middle)
+            if trial[2] > self.allowed:
+                low, above = middle, trial[2]
+            else:
+                high, below, best = middle, trial[2], trial
+        self.price = high
+        return best[:2]
 
     def fit_rows(self, state: _State, mode: str) -> _State:
         """Row factors of the blocks and columns of the low-rank part, jointly, given the column factors."""
@@ -275,12 +291,13 @@ class _Pursuit:
             support = spans.support()
             fitted, inside = supported_solve(gram, right, support, want_gains=True)
             assert inside is not None
-            outside = (right - gram @ fitted).square() / gram.diagonal().clamp(min=1e-12)[:, None]
-            gains = torch.where(support, inside, outside)
+            scale = 1 / gram.diagonal().clamp(min=1e-12)
+            gains = joint_gains(inside, right, gram @ fitted, support, scale, spans.grid)
             spans, worth = self._choose(gains, spans.grid, other_cost, mode == "exact", spent)
             live = worth > 0
             spans, gram, right = spans.select(live), gram[live][:, live], right[live]
         factors, _ = supported_solve(gram, right, spans.support(), ridge=self.ridge)
+        self.explained = float((factors * right).sum() + (target @ basis.T).square().sum())
         return spans, worth, factors, target @ basis.T - factors.T @ shared[worth > 0]
 
     def _fit_weighted_cols(self, state: _State, mode: str) -> _State:
@@ -300,12 +317,11 @@ class _Pursuit:
             inside = v.square() * level * self.spare
             narrow = state.cols.widths() <= WIDE
             if bool(narrow.any()):
-                _, gains = supported_solve(self.moment, self.moment @ v[narrow].T, support[narrow].T, want_gains=True)
-                assert gains is not None
-                inside[narrow] = gains.T * level[narrow]
-            spans, worth = self._choose(
-                torch.where(support, inside, outside), state.cols.grid, state.rows.widths(), mode == "exact"
-            )
+                _, worth = supported_solve(self.moment, self.moment @ v[narrow].T, support[narrow].T, want_gains=True)
+                assert worth is not None
+                inside[narrow] = worth.T * level[narrow]
+            gains = cell_sums(torch.where(support, inside, outside), state.cols.grid)
+            spans, worth = self._choose(gains, state.cols.grid, state.rows.widths(), mode == "exact")
             live = worth > 0
             state = replace(replace(state, worth=worth).select(live), cols=spans.select(live))
             gram, right, v = gram[live][:, live], right[live], v[live]
@@ -461,21 +477,19 @@ class _Pursuit:
         """
         effort = self.effort
         chosen = ["exact"] * effort.settle
-        momentum, last = 0.0, math.inf
+        momentum, last = 0.0, 0.0
         for index, mode in enumerate(["fixed"] * 2 + chosen + ["fixed"] * effort.polish):
             self.free = 2 + effort.settle // 2 <= index < 2 + effort.settle
             if index in (4, 6):
                 state = self.add(state, self.count, self.problem.seed + effort.rounds + index)
-                momentum, last = 0.0, math.inf
+                momentum, last = 0.0, 0.0
             trial = self.sweep(state, mode, momentum)
-            error = float(self.residual(trial).square().sum())
-            if error > last and momentum > 0:
+            if self.explained < last and momentum > 0:
                 momentum = 0.0
                 trial = self.sweep(state, mode, momentum)
-                error = float(self.residual(trial).square().sum())
             else:
                 momentum = min(effort.momentum, momentum + 0.2)
-            state, last = trial, error
+            state, last = trial, self.explained
         return state
 
 

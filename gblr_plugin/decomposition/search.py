@@ -7,12 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.fused import search_kernels
+from ..structure import Intervals
 from .problem import Grid
 from .spans import Spans, best_spans, cell_sums
 
 __all__ = ["Blocks", "find_blocks"]
 
 POWER_STEPS = 3
+TINY = 1e-30
+"""Norms below this count as this."""
 MAX_CANDIDATES = 4096
 """Bounds the quadratic cost of comparing candidates; what does not fit is found in a later round."""
 CONFINE = 3
@@ -30,7 +34,7 @@ class Blocks:
 
 
 def _unit(rows: Tensor) -> Tensor:
-    unit: Tensor = rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=1e-30)
+    unit: Tensor = rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=TINY)
     return unit
 
 
@@ -43,34 +47,47 @@ def _tile_vectors(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Leading right vector (T, width), squared singular value, first row and first column (T,) of each tile."""
     down, across = _stride(height, rows.tile), _stride(width, cols.tile)
+    kernels = search_kernels(residual)
+    if kernels is not None:
+        v, energy = kernels.tile_vectors(residual, height, width, down, across, POWER_STEPS, TINY)
+        per_row = (residual.shape[1] - width) // across + 1
+        index = torch.arange(len(v))
+        return v, energy, index // per_row * down, index % per_row * across
     tiles = residual.unfold(0, height, down).unfold(1, width, across)
     per_row = tiles.shape[1]
     flat = tiles.reshape(-1, height, width)
     v = flat.gather(1, flat.square().sum(2).argmax(1)[:, None, None].expand(-1, 1, width)).transpose(1, 2)
     for _ in range(POWER_STEPS):
         u = flat @ v
-        u = u / torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp(min=1e-30)
+        u = u / torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp(min=TINY)
         v = flat.transpose(1, 2) @ u
     index = torch.arange(len(flat), device=residual.device)
     return v[:, :, 0], v.square().sum((1, 2)), index // per_row * down, index % per_row * across
 
 
-def _apart(rows: Tensor, cols: Tensor, overlap: float) -> Tensor:
-    """Which of K candidates, best first, stay when each yields to a better one that it overlaps too much.
+def _apart(rows: Intervals, cols: Intervals, overlap: float, count: int, residual: Tensor) -> Tensor:
+    """Positions of those of K candidates, best first, that do not overlap a better one too much.
 
     Args:
-        rows: (K, m) bool supports.
-        cols: (K, n) bool supports.
+        rows: K row intervals.
+        cols: K column intervals.
         overlap: Largest shared part of the smaller of two candidates.
+        count: Largest number of them.
+        residual: The matrix that they are from.
     """
-    inter = (rows.float() @ rows.float().T) * (cols.float() @ cols.float().T)
+    kernels = search_kernels(residual)
+    if kernels is not None:
+        starts, widths = torch.stack([rows.start, cols.start]), torch.stack([rows.width, cols.width])
+        return kernels.apart(starts, widths, (rows.length, cols.length), overlap, count)  # type: ignore[no-any-return]
+    on_rows, on_cols = rows.support().float(), cols.support().float()
+    inter = (on_rows @ on_rows.T) * (on_cols @ on_cols.T)
     area = inter.diagonal()
     yields = torch.tril(inter > overlap * torch.minimum(area, area[:, None]), -1)
-    keep = torch.ones(len(area), dtype=torch.bool, device=rows.device)
+    keep = torch.ones(len(area), dtype=torch.bool, device=area.device)
     while True:  # each pass settles at least the best candidate that is unsettled
         kept = ~(yields & keep).any(1)
         if bool((kept == keep).all()):
-            return keep
+            return keep.nonzero()[:count, 0]
         keep = kept
 
 
@@ -132,7 +149,7 @@ def find_blocks(
     order = torch.argsort(net, descending=True, stable=True)
     order = order[(net[order] > 0) & (row_spans.cells[order] > 0) & (col_spans.cells[order] > 0)]
     row_spans, col_spans = row_spans.select(order), col_spans.select(order)
-    keep = _apart(row_spans.support(), col_spans.support(), overlap).nonzero()[:count, 0]
+    keep = _apart(row_spans.intervals(), col_spans.intervals(), overlap, count, residual)
     return Blocks(u[order[keep]], v[order[keep]], row_spans.select(keep), col_spans.select(keep))
 
 
@@ -140,6 +157,4 @@ def _widened(spans: Spans) -> Tensor:
     """(K, cells) bool indicator of the neighbourhood in which a candidate may grow."""
     count = spans.grid.cells
     cells = (spans.cells * CONFINE).clamp(max=count)
-    start = spans.start - (cells - spans.cells) // 2
-    index = torch.arange(count, device=cells.device)
-    return (index - start[:, None]) % count < cells[:, None]
+    return Intervals(cells, (spans.start - (cells - spans.cells) // 2) % count, count).support()

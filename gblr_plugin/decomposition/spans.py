@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels.fused import span_kernels
 from ..structure import Intervals
 from .problem import Grid
 
-__all__ = ["Spans", "best_spans", "cell_sums"]
+__all__ = ["Spans", "best_spans", "cell_sums", "joint_gains"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,26 @@ def cell_sums(values: Tensor, grid: Grid) -> Tensor:
     return sums
 
 
+def joint_gains(inside: Tensor, right: Tensor, image: Tensor, support: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """What covering each cell is worth: the gain of what is covered, and of what is not, were it fitted alone.
+
+    Args:
+        inside: (K, length) gains of the covered indices.
+        right: (K, length) products of the fixed factors with the target.
+        image: (K, length) the same with the present fit, so that ``right - image`` is what is left.
+        support: (K, length) bool, which indices are covered.
+        scale: (K,) one over the squared norms of the fixed factors.
+        grid: The axis.
+
+    Returns:
+        (K, cells).
+    """
+    kernels = span_kernels(inside)
+    if kernels is not None:
+        return kernels.joint_gains(inside, right, image, support, scale, grid.tile)  # type: ignore[no-any-return]
+    return cell_sums(torch.where(support, inside, (right - image).square() * scale[:, None]), grid)
+
+
 def best_spans(gains: Tensor, grid: Grid, price: float) -> tuple[Spans, Tensor]:
     """The interval of each component that maximises its gains less its price.
 
@@ -78,6 +99,10 @@ def best_spans(gains: Tensor, grid: Grid, price: float) -> tuple[Spans, Tensor]:
     Returns:
         The intervals (of 0 cells where nothing pays) and their (K,) net gains.
     """
+    kernels = span_kernels(gains)
+    if kernels is not None:
+        cells, start, net = kernels.best_spans(gains, price * grid.tile, grid.cyclic)
+        return Spans(cells, start, grid), net
     count = gains.shape[1]
     prefix = F.pad((gains - price * grid.tile).cumsum(1), (1, 0))
     low, low_at = prefix[:, :-1].cummin(1)

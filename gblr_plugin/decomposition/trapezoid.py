@@ -17,7 +17,7 @@ from ..structure import Intervals, StructuredMatrix
 from .problem import Grid, Problem
 from .svd import low_rank_factors
 
-__all__ = ["gauge_trapezoids", "lu_no_pivot", "trapezoid"]
+__all__ = ["gauge_trapezoids", "least_error", "lu_no_pivot", "trapezoid"]
 
 MAX_GROWTH = 1e6
 """Largest accepted growth of the factors: past it float32 copies of them would lose the product."""
@@ -104,11 +104,20 @@ def gauge_trapezoids(left: Tensor, right: Tensor, problem: Problem) -> Structure
     return None if best is None else best[1]
 
 
+def _rank(problem: Problem) -> int:
+    return int((problem.trapezoid_cost() <= problem.allowed).sum()) - 1
+
+
+def least_error(problem: Problem) -> float:
+    """Relative error, in the metric of the problem, of :func:`trapezoid` where its gauge exists; else it has more."""
+    energy = problem.triplets[1].square()
+    return float((energy[_rank(problem) :].sum() / energy.sum().clamp(min=1e-300)).sqrt())
+
+
 def trapezoid(problem: Problem) -> StructuredMatrix:
     """The best low-rank matrix whose trapezoids the budget pays; never above the SVD of equal cost."""
     m, n = problem.weight.shape
-    cost = problem.trapezoid_cost()
-    rank = int((cost <= problem.allowed).sum()) - 1
+    rank = _rank(problem)
     left, right = low_rank_factors(problem, rank)
     if rank == 0:
         return StructuredMatrix.from_factors(left.T.contiguous(), right.contiguous())

@@ -27,7 +27,9 @@ _SOURCES = (
     "numba_cpu.py",
     "numba_bfloat16.py",
     "numba_masks.py",
+    "numba_search.py",
     "numba_solve.py",
+    "numba_spans.py",
     "numba_team.py",
 )
 _REORDER = {"reassoc", "contract", "nsz"}  # sums may be reordered, which vector lanes need

@@ -1,4 +1,4 @@
-"""Which fused kernels serve masks, the proximal step and fits: numba's on the CPU, triton's on CUDA, or none."""
+"""Which fused kernels serve masks, proximal steps and decompositions: numba's on the CPU, triton's on CUDA, or none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["mask_kernels", "proximal_kernel", "solve_kernel"]
+__all__ = ["mask_kernels", "proximal_kernel", "search_kernels", "solve_kernel", "span_kernels"]
 
 _WORTH = 1 << 15  # elements of all masks from which on a kernel pays on the CPU; importing numba takes a second
 _PLAIN = Tensor, torch.nn.Parameter
@@ -63,9 +63,24 @@ def solve_kernel(gram: Tensor, size: int) -> Any:
 
     Args:
         gram: Float32 or float64.
-        size: Number of unknowns of all problems together.
+        size: K times the number of problems.
     """
-    if gram.device.type != "cpu" or size < _WORTH or type(gram) not in _PLAIN:
-        return None
-    module = _module("numba", "solve")
+    module = _on_cpu("solve", gram, size)
     return None if module is None else module.solve
+
+
+def span_kernels(gains: Tensor) -> Any:
+    """A module with ``best_spans`` and ``joint_gains`` for (K, N) gains, or ``None`` for torch operations."""
+    return _on_cpu("spans", gains, gains.numel())
+
+
+def search_kernels(residual: Tensor) -> Any:
+    """A module with ``tile_vectors`` and ``apart`` for an (m, n) residual, or ``None`` for torch operations."""
+    return _on_cpu("search", residual, residual.numel())
+
+
+def _on_cpu(name: str, like: Tensor, size: int) -> Any:
+    """Kernels of numba for a plain tensor on the CPU, where the work is worth their import."""
+    if like.device.type != "cpu" or size < _WORTH or type(like) not in _PLAIN:
+        return None
+    return _module("numba", name)

@@ -103,3 +103,33 @@ def test_compiled_and_batched_solves_agree(
         if a is not None and b is not None:
             assert not a[~support].any()
             assert float((a - b).norm() / b.norm()) < tolerance
+
+
+@pytest.mark.parametrize("tile", [1, 16])
+@pytest.mark.parametrize("ridge", [1e-10, 1e-6, 1e-3])
+def test_inverses_kept_along_the_axis_stay_exact(tile: int, ridge: float) -> None:
+    """Components come and go 400 times; every index is compared with a dense solve of its own."""
+    kernels = pytest.importorskip("gblr_plugin.kernels.numba_solve")
+    g = torch.Generator().manual_seed(2)
+    factors = torch.randn(200, 150, generator=g, dtype=torch.float64)
+    factors[100:] = factors[:100] + 1e-3 * factors[100:]  # pairs that are nearly parallel
+    gram = factors @ factors.T + ridge * 150 * torch.eye(200, dtype=torch.float64)
+    right = factors @ torch.randn(150, 320, generator=g, dtype=torch.float64)
+    start, width = (torch.randint(20, (2, 200, 1), generator=g) * 16) // tile * tile
+    support = (torch.arange(320) - start) % 320 < width + 8 // tile
+    support[:, 100:110] = False
+    found, none = kernels.solve(gram, right, support, False)
+    assert none is None
+    quick, gains = kernels.solve(gram, right, support, True)
+    for j in range(0, 320, 7):
+        on = support[:, j]
+        inverse = torch.linalg.inv(gram[on][:, on])
+        expected = torch.linalg.solve(gram[on][:, on], right[on, j])
+        # What an error in the unknowns adds to the squared error.
+        for x, tolerance in ((found, 1e-15), (quick, 1e-5)):
+            wrong = x[on, j] - expected
+            assert float(wrong @ gram[on][:, on] @ wrong) <= tolerance * float(expected @ right[on, j])
+        if ridge > 1e-10:  # else the matrix may be singular to rounding, and what is dropped costs nothing
+            torch.testing.assert_close(gains[on, j], expected.square() / inverse.diagonal(), rtol=1e-3, atol=1e-5)
+    assert not found[~support].any()
+    assert not gains[~support].any()

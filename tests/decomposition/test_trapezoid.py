@@ -7,7 +7,7 @@ import torch
 
 from gblr_plugin.decomposition.metric import Metric
 from gblr_plugin.decomposition.problem import Grid, Problem
-from gblr_plugin.decomposition.trapezoid import gauge_trapezoids, lu_no_pivot, trapezoid
+from gblr_plugin.decomposition.trapezoid import gauge_trapezoids, least_error, lu_no_pivot, trapezoid
 
 
 def problem(m: int, n: int, allowed: int, tile: int = 1, seed: int = 0) -> Problem:
@@ -65,3 +65,8 @@ def test_trapezoid_is_the_best_low_rank_matrix_of_its_rank() -> None:
     values = torch.linalg.svdvals(task.weight)
     expected = float((values[rank:].square().sum() / values.square().sum()).sqrt())
     assert task.error(found) == pytest.approx(expected, rel=1e-9)
+
+
+def test_least_error_is_that_of_the_trapezoids() -> None:
+    task = problem(40, 30, 500)
+    assert task.error(trapezoid(task)) == pytest.approx(least_error(task), rel=1e-9)
