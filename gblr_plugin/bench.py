@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .bench_networks import GPT, ViT, replace_weights
+from .cli import OneLineParser
 from .conversion import frozen_like
 from .errors import ConfigError
 from .files import write_text
@@ -326,7 +327,7 @@ def _section(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gblr bench", description="Time structured products against dense ones.")
+    parser = OneLineParser(prog="gblr bench", description="Time structured products against dense ones.")
     parser.add_argument("sections", nargs="*", type=_section, metavar="SECTION", help=f"{', '.join(SECTIONS)}: all")
     parser.add_argument("--shapes", nargs="+", type=_shape, default=None, metavar="MxN", help="of products and layers")
     parser.add_argument("--tokens", nargs="+", type=int, default=None, help="of products and layers")

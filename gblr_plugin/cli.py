@@ -17,20 +17,25 @@ from .errors import ConfigError, GBLRError
 if TYPE_CHECKING:
     from .run.yaml_config import Located
 
-__all__ = ["main"]
+__all__ = ["OneLineParser", "main"]
 
 S = TypeVar("S")
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
     def error(self, message: str) -> None:  # type: ignore[override]  # argparse prints its usage over several lines
+        """Exit with code 2."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="gblr", description="Learned structured matrices: compress networks that really run faster.")
+    parser = OneLineParser(
+        prog="gblr", description="Learned structured matrices: compress networks that really run faster."
+    )
     parser.add_argument("--version", action="version", version=f"gblr-plugin {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser, metavar="COMMAND")
     run = commands.add_parser("run", help="train or load, compress, fine-tune, convert, report")
     run.add_argument("config", type=Path, metavar="CONFIG.yaml")
     run.add_argument(

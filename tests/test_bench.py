@@ -123,7 +123,9 @@ def test_decoding_sees_the_tokens_before() -> None:
 def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(arguments)
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:

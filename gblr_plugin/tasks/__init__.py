@@ -18,6 +18,7 @@ TASKS = {
     "gpt2": ("gblr_plugin.tasks.language", "GPT2Task"),
     "bert": ("gblr_plugin.tasks.language", "BertTask"),
 }
+_METHODS = ("network", "module", "data", "example_input")
 
 
 def get_task(name: str) -> Any:
@@ -37,6 +38,10 @@ def get_task(name: str) -> Any:
     except (ImportError, ValueError, SyntaxError) as error:
         raise ConfigError(f"task: cannot import {module!r}: {error}") from error
     kind = getattr(found, attribute, None)
-    if not callable(kind):
+    if not isinstance(kind, type):
         raise ConfigError(f"task: {module!r} has no class {attribute!r}")
+    # Before it is called with the config's arguments, which another class may take for a command.
+    missing = next((method for method in _METHODS if not callable(getattr(kind, method, None))), None)
+    if missing is not None:
+        raise ConfigError(f"task: {name!r} is no task, it has no method {missing!r} (need {', '.join(_METHODS)})")
     return kind

@@ -137,6 +137,8 @@ def test_bad_arguments(name, arguments, message):
         ("no_such_module:Task", "cannot import 'no_such_module'"),
         ("gblr_plugin.tasks.digits:Digit", "'gblr_plugin.tasks.digits' has no class 'Digit'"),
         (":Task", "cannot import ''"),
+        ("os:system", "'os' has no class 'system'"),
+        ("subprocess:Popen", "'subprocess:Popen' is no task, it has no method 'network'"),
     ],
 )
 def test_unknown_tasks(name, message):
