@@ -162,6 +162,13 @@ def test_sensitivity_is_the_second_order_rise_of_the_loss() -> None:
     assert capped["0"] == pytest.approx(0.3)
 
 
+def test_frozen_parameters_are_as_sensitive(net: Net, layers: dict[str, nn.Module], calibration: Calibration) -> None:
+    expected = allocate(net, layers, 0.4, "sensitivity", calibration=calibration)
+    net.requires_grad_(False)
+    assert allocate(net, layers, 0.4, "sensitivity", calibration=calibration) == expected
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+
+
 def test_families_take_an_allocation(net: Net, layers: dict[str, nn.Module], calibration: Calibration) -> None:
     shares = allocate(net, {n: layers[n] for n in ("low", "full")}, 0.5, "output", calibration=calibration)
     new = families.replace(net, ["low", "full"], "low_rank", 0.5, calibration=calibration, allocation="output")

@@ -342,6 +342,8 @@ def layer_moments(
         moments[name].add(rows, mask=fitting_mask(present, rows))
         if not gradients:
             return output
+        if not output.requires_grad:  # nothing before it trains: frozen parameters
+            output.requires_grad_()
         outputs.append((name, output))
         return output.clone()  # what follows may change it in place
 
