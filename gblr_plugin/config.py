@@ -78,7 +78,19 @@ class GBLRConfig(AOBaseConfig):
 
 @register_quantize_module_handler(GBLRConfig)
 def _gblr_transform(module: nn.Module, config: GBLRConfig) -> nn.Module:
-    """Handler of quantize_: returns the module to put in place."""
+    """Handler of quantize_: the module itself, turned into what it becomes.
+
+    quantize_ would put another module in one of its places only; one that is used twice is to stay one.
+    """
+    new = _transformed(module, config)
+    if new is not module:
+        module.__class__ = new.__class__
+        vars(module).clear()
+        vars(module).update(vars(new))
+    return module
+
+
+def _transformed(module: nn.Module, config: GBLRConfig) -> nn.Module:
     if isinstance(module, GBLRLayer):
         return module if config.step == "prepare" else _frozen(module, config)
     # Converted layers, and kinds that cannot be structured, are not ours to touch; quantize_ selects subclasses too.

@@ -113,3 +113,22 @@ def test_nan_weights_are_refused():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ConfigError, match=message):
         GBLRConfig(**arguments)
+
+
+@pytest.mark.parametrize("config", [GBLRConfig(step="prepare"), GBLRConfig(step="convert", budget=0.5)])
+def test_a_module_used_twice_stays_one(config):
+    torch.manual_seed(0)
+    shared = nn.Linear(32, 32)
+    model = nn.Sequential(shared, nn.ReLU(), shared, nn.Sequential(shared))
+    quantize_(model, config)
+    assert model[0] is model[2] is model[3][0]
+    layer = model[0]
+    expected = model[0](torch.relu(layer(torch.ones(2, 32))))
+    assert torch.equal(model(torch.ones(2, 32)), layer(expected))
+    assert isinstance(layer, GBLRLinear) or isinstance(layer.weight, GBLRTensor)
+
+
+def test_a_lone_layer_is_turned_into_another():
+    layer = nn.Linear(32, 32)
+    quantize_(layer, GBLRConfig(step="convert", budget=0.5))
+    assert isinstance(layer.weight, GBLRTensor)
