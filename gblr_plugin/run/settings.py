@@ -85,8 +85,8 @@ class Method:
             that then fits the training data best is trained in full. Default: the one of the config list.
         trial: That share; with 1 all starts are trained in full, and the best of the networks is kept.
         folds: Parts of the training data, 2 or more, for a choice that asks what generalises: each in turn is kept from
-            a dense network trained for this and from trials that start there, and judges them. Then the start of the
-            lowest mean loss is trained in full on all training data. 0: the loss on training data decides.
+            a dense network trained for this and from trials that start there, and judges them by the task's figure.
+            Then the best start is trained in full on all training data. 0: the loss on training data decides.
         calibration: Of the one-shot start; default the run's.
         options: Further arguments of the compressor.
     """

@@ -42,11 +42,11 @@ class Fold:
 
 
 def best_start(job: Job, method: Method, network: nn.Module, seed: int) -> tuple[str, Compressed | None]:
-    """The start of the lowest loss after its trial, and the network of that trial where it was a whole training.
+    """The start that is best after its trial, and the network of that trial where it was a whole training.
 
-    Without folds the loss is that on training data. With folds it is the mean over parts of the training data, each of
-    which neither the trial nor the dense network that it starts from has seen: one is trained for every fold. Held-out
-    data is not looked at. Every trial draws the same random numbers.
+    Without folds the best has the lowest loss on training data. With folds it has the best figure of the task in the
+    mean over parts of the training data, each of which neither the trial nor the dense network that it starts from has
+    seen: one is trained for every fold. Held-out data is not looked at. Every trial draws the same random numbers.
 
     Args:
         job: The run.
@@ -55,24 +55,30 @@ def best_start(job: Job, method: Method, network: nn.Module, seed: int) -> tuple
         seed: Of the split.
     """
     training = (method.training or job.settings.finetune).shortened(method.trial)
-    losses = dict.fromkeys(method.starts, 0.0)
+    judged = job.task.metric if method.folds else "loss"
+    sign = -1 if method.folds and job.task.higher_is_better else 1
+    figures = dict.fromkeys(method.starts, 0.0)
     best, found = method.starts[0], None
     kept = random_state()
+
+    def worse(start: str) -> float:
+        return math.inf if math.isnan(figures[start]) else sign * figures[start]
+
     for part, begun in _parts(job, method, network, seed):
-        sample = job.data(seed, training).train_sample() if part is job else part.data(seed, training).test_dataloader()
+        data = part.data(seed, training)
+        sample = data.test_dataloader() if method.folds else data.train_sample()
         for start in method.starts:
             set_random_state(kept)
             short = replace(job.starting(method, start), training=training)
             tried = part.compress_once(short, copy.deepcopy(begun), seed, label=f"{method.name}-from-{start}")
-            loss = evaluate(tried[0], sample, job.task.metric)["loss"] / max(method.folds, 1)
-            losses[start] += math.inf if math.isnan(loss) else loss
-            if method.trial == 1 and not method.folds and (found is None or losses[start] < losses[best]):
+            figures[start] += evaluate(tried[0], sample, job.task.metric)[judged] / max(method.folds, 1)
+            if method.trial == 1 and not method.folds and (found is None or worse(start) < worse(best)):
                 best, found = start, tried
-    best = min(losses, key=losses.__getitem__)
+    best = min(method.starts, key=worse)
     set_random_state(kept)
-    shown = ", ".join(f"{start} {loss:.4f}" for start, loss in losses.items())
-    judged = f"loss on {method.folds} unseen parts" if method.folds else "training loss"
-    job.say(f"seed {seed}  {method.name}  starts from {best!r}; {judged} after a trial: {shown}")
+    shown = ", ".join(f"{start} {figure:.4f}" for start, figure in figures.items())
+    name = f"{judged} on {method.folds} unseen parts" if method.folds else f"training {judged}"
+    job.say(f"seed {seed}  {method.name}  starts from {best!r}; {name} after a trial: {shown}")
     return best, found
 
 

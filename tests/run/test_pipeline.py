@@ -247,7 +247,7 @@ def test_folds_judge_starts_on_data_that_neither_network_has_seen(monkeypatch, c
     def loss(network, loader, metric):
         kind, part = network.home
         judged.append((kind, part, network.begun, tuple(loader.dataset.indices)))
-        return {"loss": {"gblr": 2.0, "block_sparse": 1.0}[kind]}
+        return {"loss": {"gblr": 1.0, "block_sparse": 2.0}[kind], metric: {"gblr": 50.0, "block_sparse": 60.0}[kind]}
 
     monkeypatch.setattr(starting, "evaluate", loss)
     job = Watched(settings)
@@ -269,7 +269,7 @@ def test_folds_judge_starts_on_data_that_neither_network_has_seen(monkeypatch, c
     assert found.home == ("block_sparse", None)
     assert found.begun == ("dense", None)
     assert (
-        "starts from 'block_sparse'; loss on 2 unseen parts after a trial: gblr 2.0000, block" in capfd.readouterr().out
+        "starts from 'block_sparse'; accuracy on 2 unseen parts after a trial: gblr 50" in capfd.readouterr().out
     )
     pl.seed_everything(1000)
     alone = Job(replace(settings, methods=[job.starting(method, "block_sparse")]))
