@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import ConfigError
+from .frozen import FROZEN
 from .layers import GBLRLayer
 from .swap import can_gain, check_structurable, structurable
 
@@ -29,7 +30,7 @@ def _obstacle(modules: dict[str, nn.Module]) -> str:
     for name, module in modules.items():
         if isinstance(module, GBLRLayer):
             return f"layer {name!r} is structured already"
-        if structurable(module):
+        if structurable(module) or isinstance(module, FROZEN):
             try:
                 check_structurable(module, name)
             except ConfigError as error:

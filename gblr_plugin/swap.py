@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .errors import ConfigError
+from .frozen import FROZEN
 from .layers import GBLRConv1d, GBLRConv2d, GBLRLayer, GBLRLinear
 from .structure import StructuredMatrix
 
@@ -57,6 +58,8 @@ def check_structurable(module: nn.Module, name: str) -> None:
     computed = isinstance(module.__dict__.get("weight"), Tensor)  # the old weight_norm and spectral_norm
     if computed or parametrize.is_parametrized(module):
         raise ConfigError(f"layer {name!r}: its weight is parametrized; remove the parametrization first")
+    if isinstance(module, FROZEN):
+        raise ConfigError(f"layer {name!r} is converted already")
     if not structurable(module):
         raise ConfigError(
             f"layer {name!r}: a {type(module).__name__} cannot be structured; allowed are Linear, Conv1d, Conv2d and "

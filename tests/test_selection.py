@@ -3,7 +3,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from gblr_plugin import ConfigError, convert, prepare
+from gblr_plugin import ConfigError, LayerSettings, convert, prepare
+from gblr_plugin.frozen import FrozenLinear
 from gblr_plugin.selection import select_layers
 
 
@@ -117,3 +118,14 @@ def test_preparing_twice_says_so():
     convert(model)
     with pytest.raises(ConfigError, match="layer '0': its weight is a GBLRTensor, need a plain tensor"):
         prepare(model)
+
+
+@pytest.mark.usefixtures("true_plans")
+def test_converting_before_preparing_says_so_of_a_layer_that_keeps_its_matrix():
+    model = nn.Sequential(nn.Linear(64, 64))
+    prepare(model, settings=LayerSettings("trapezoid", budget=0.5))
+    convert(model)
+    assert type(model[0]) is FrozenLinear
+    for include in (None, ["0"]):
+        with pytest.raises(ConfigError, match="layer '0' is converted already"):
+            prepare(model, include)
