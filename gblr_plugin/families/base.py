@@ -168,9 +168,12 @@ class FamilyMatrix(ABC):
 
 
 def options_of(options: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A family's options for one layer: ``row_splits`` may be given by name, 1 where absent."""
-    splits = options.get("row_splits", 1)
-    return {**options, "row_splits": splits.get(name, 1) if isinstance(splits, Mapping) else splits}
+    """A family's options for one layer: ``row_splits`` and ``align`` may be given by name, 1 where absent."""
+    own = {**options, "row_splits": options.get("row_splits", 1)}
+    return {
+        key: value.get(name, 1) if key in ("row_splits", "align") and isinstance(value, Mapping) else value
+        for key, value in own.items()
+    }
 
 
 def check_weight(family: str, weight: Tensor, budget: float) -> Tensor:

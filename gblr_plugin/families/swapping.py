@@ -52,7 +52,7 @@ def replace(
         calibration: Training batches: the layers are then fitted to their outputs, with corrected biases, see
             :func:`~gblr_plugin.decomposition.sequential.fit_layers`.
         allocation: Rule by which one budget is split, see :func:`~gblr_plugin.allocation.allocate`.
-        options: The family's own; ``row_splits`` for all layers, or by name.
+        options: The family's own; ``row_splits`` and gblr's ``align`` for all layers, or by name.
 
     Returns:
         The new layers by name.

@@ -59,6 +59,8 @@ class FamilyCompressor:
         data = None if calibrated is None else calibration_data(evaluator, model, calibrated)
         kind = families.get(family)
         options.setdefault("row_splits", {name: layer.settings.row_splits for name, layer in plan.items()})
+        if family == "gblr":  # the others have no intervals, so that `granularity` means nothing to them
+            options.setdefault("align", {name: layer.settings.align for name, layer in plan.items()})
         budgets = _budgets(kind, plan, options)
         uniform = kind.budgets.__func__ is families.FamilyMatrix.budgets.__func__  # type: ignore[attr-defined]  # methods
         goals = {name: layer.goal.budget for name, layer in plan.items()}

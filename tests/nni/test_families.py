@@ -57,6 +57,19 @@ def test_a_family_has_no_lambda_and_needs_an_optimizer_that_holds_the_layer(kit:
     assert type(model.fc1) is nn.Linear
 
 
+def test_granularity_of_an_entry_aligns_the_one_shot_decomposition(kit: Any) -> None:
+    model = kit.MLP()
+    config: list[dict[str, Any]] = [
+        {"op_names": ["fc1"], "sparse_ratio": 0.5},
+        {"op_names": ["fc2"], "sparse_ratio": 0.5, "granularity": [4, 8]},
+    ]
+    create_compressor("gblr_fixed", model, config)
+    assert (model.fc1.align, model.fc2.align) == ((1, 1), (4, 8))
+    rows, cols = model.fc2.intervals()
+    assert not any(((part.width % tile) | (part.start % tile)).any() for part, tile in ((rows, 4), (cols, 8)))
+    create_compressor("low_rank", kit.MLP(), config)  # has no intervals
+
+
 @pytest.mark.parametrize("name", ["low_rank", "alds", "gblr_fixed"])
 def test_packed_rows_of_the_config_are_split_for_every_family(kit: Any, name: str) -> None:
     model = kit.MLP()
