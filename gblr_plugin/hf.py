@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .errors import ConfigError
 from .families.layers import FamilyLayer, layer_like
 from .files import write_text
+from .frozen import hasten
 from .quiet import quiet_import
 from .serialization.container import INDEX, Container, Entry, entries_of, shard_paths, write_container
 from .serialization.families import restore_matrix
@@ -303,7 +304,7 @@ class GBLRHfQuantizer(HfQuantizer):
         replacements: dict[int, nn.Module] = {}
         for module in model.modules():
             if isinstance(module, _Carrier):
-                replacements[id(module)] = _loaded(module, self._header.record(module.name))
+                replacements[id(module)] = hasten(_loaded(module, self._header.record(module.name)))
         replace_modules(model, replacements)
         modules = dict(model.named_modules(remove_duplicate=False))
         for name in self._header.families:

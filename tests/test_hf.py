@@ -6,6 +6,7 @@ import torch
 
 from gblr_plugin import ConfigError, GBLRTensor, convert, families, load, prepare, report
 from gblr_plugin.conversion import LayerSettings
+from gblr_plugin.frozen import FrozenLinear
 
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("gblr_plugin.hf")
@@ -60,6 +61,16 @@ def test_a_folder_comes_back_in_one_call(tmp_path, made, most):
     assert report(loaded, x) == report(model, x)
     if hasattr(model, "lm_head"):
         assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+@pytest.mark.usefixtures("true_plans")
+def test_small_layers_of_a_folder_take_the_matrix_that_they_keep(tmp_path):
+    model, x = gpt2()
+    hf.save_pretrained(model, tmp_path)
+    loaded = load(tmp_path)
+    assert any(isinstance(module, FrozenLinear) for module in loaded.modules())
+    assert [type(module) for module in loaded.modules()] == [type(module) for module in model.modules()]
+    assert report(loaded, x) == report(model, x)
 
 
 def test_transformers_reads_and_writes_it_by_itself(tmp_path):
