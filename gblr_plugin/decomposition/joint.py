@@ -13,12 +13,32 @@ from torch.nn import functional as F
 
 from ..kernels.fused import solve_kernel
 
-__all__ = ["conjugate_gradient", "supported_solve"]
+__all__ = ["conjugate_gradient", "gram_matrix", "supported_solve"]
 
 CHUNK_ENTRIES = 1 << 22
 """Largest number of Gram entries gathered at once."""
+GRAM_BLOCK = 128
+"""Rows up to which a Gram matrix is one product."""
 RIDGE = {torch.float32: 1e-6, torch.float64: 1e-10}
 """Added to the diagonal of Gram matrices, relative to its mean: two components may be parallel on an index."""
+
+
+def gram_matrix(rows: Tensor) -> Tensor:
+    """``rows @ rows.T`` of (K, N) rows, blocks above the diagonal being copies of those below it."""
+    num = len(rows)
+    gram = rows.new_empty(num, num)
+    pieces = [(0, num)]
+    while pieces:
+        begin, end = pieces.pop()
+        if end - begin <= GRAM_BLOCK:
+            gram[begin:end, begin:end] = rows[begin:end] @ rows[begin:end].T
+            continue
+        middle = (begin + end) // 2
+        corner = rows[middle:end] @ rows[begin:middle].T
+        gram[middle:end, begin:middle] = corner
+        gram[begin:middle, middle:end] = corner.T
+        pieces += [(begin, middle), (middle, end)]
+    return gram
 
 
 def supported_solve(
@@ -44,8 +64,9 @@ def supported_solve(
     if num == 0:
         return solution, gains
     ridge = RIDGE[dtype] if ridge is None else ridge
-    gram = gram + torch.diag(ridge * gram.diagonal().mean() + torch.zeros(num, dtype=dtype, device=device))
-    gram = gram + torch.diag((gram.diagonal() <= 0).to(dtype))
+    diagonal = gram.diagonal() + ridge * gram.diagonal().mean()
+    gram = gram.clone()
+    gram.diagonal().copy_(torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)))
     kernel = solve_kernel(gram, support.numel())
     if kernel is not None:
         return kernel(gram, right, support, want_gains)  # type: ignore[no-any-return]  # of an optional module

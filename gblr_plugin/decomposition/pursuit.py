@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..structure import Intervals, StructuredMatrix
-from .joint import conjugate_gradient, supported_solve
+from .joint import conjugate_gradient, gram_matrix, supported_solve
 from .problem import Grid, Problem
 from .search import find_blocks
 from .shortest import shortest
@@ -70,10 +70,10 @@ class Effort:
     """
 
     rank_share: float | None = None
-    rounds: int = 8
+    rounds: int = 6
     sweeps: int = 4
     settle: int = 8
-    polish: int = 4
+    polish: int = 8
     renew: float = 0.05
     crowd: float = 1.3
     price: float = 2.0
@@ -83,16 +83,18 @@ class Effort:
     tile_scale: float = 0.8
 
 
-BRISK = Effort(rounds=6, sweeps=2, renew=0.1, crowd=1.0, momentum=0.5)
+BRISK = Effort(rounds=6, sweeps=2, polish=4, renew=0.1, crowd=1.0, momentum=0.5)
 """Fewer sweeps, more renewal."""
+PLAIN = Effort(rounds=8, polish=4)
+"""More rounds, where the low-rank part stays and is not followed by many choices of intervals."""
 
 
 @dataclass(frozen=True)
 class _State:
-    """Local blocks u (K, m), v (K, n) and the orthonormal bases of the low-rank part.
+    """Local blocks u (K, m), v (K, n) and bases of the low-rank part.
 
-    ``left`` (m, r) spans its columns; ``right`` (r, n) spans its rows in whitened coordinates. ``last_v`` is v one
-    sweep ago, ``worth`` (K,) what the error would grow by without each block, less its price, at the last choice.
+    ``left`` (m, r) spans its columns; ``right`` (r, n), orthonormal, its rows in whitened coordinates. ``last_v`` is v
+    one sweep ago, ``worth`` (K,) what the error would grow by without each block, less its price, at the last choice.
     """
 
     u: Tensor
@@ -160,8 +162,7 @@ class _Pursuit:
             return state
         seen, u, v = self.seen, state.u, self.whiten(state.v)
         left = seen @ state.right.T - u.T @ (v @ state.right.T)
-        right = _orthonormal(seen.T @ left - v.T @ (u @ left))
-        return replace(state, left=_orthonormal(seen @ right - u.T @ (v @ right)), right=right.T)
+        return replace(state, left=left, right=_orthonormal(seen.T @ left - v.T @ (u @ left)).T)
 
     def _choose(self, gains: Tensor, grid: Grid, other: Tensor, exact: bool, spent: int = 0) -> tuple[Spans, Tensor]:
         """Intervals at the present price, or at the price at which all together cost no more than is allowed.
@@ -284,7 +285,7 @@ class _Pursuit:
             those of these only. The free side of the low-rank part, (N, r).
         """
         shared = other @ basis.T
-        gram = other @ other.T - shared @ shared.T
+        gram = gram_matrix(other) - shared @ shared.T
         right = other @ target.T - shared @ (basis @ target.T)
         worth = other.new_ones(len(other))
         if mode != "fixed":
@@ -295,7 +296,8 @@ class _Pursuit:
             gains = joint_gains(inside, right, gram @ fitted, support, scale, spans.grid)
             spans, worth = self._choose(gains, spans.grid, other_cost, mode == "exact", spent)
             live = worth > 0
-            spans, gram, right = spans.select(live), gram[live][:, live], right[live]
+            if not bool(live.all()):
+                spans, gram, right = spans.select(live), gram[live][:, live], right[live]
         factors, _ = supported_solve(gram, right, spans.support(), ridge=self.ridge)
         self.explained = float((factors * right).sum() + (target @ basis.T).square().sum())
         return spans, worth, factors, target @ basis.T - factors.T @ shared[worth > 0]
@@ -427,36 +429,36 @@ class _Pursuit:
     def opened(self, state: _State) -> tuple[_Pursuit, _State] | None:
         """The low-rank part as components that leave out windows, where these save more than trapezoids.
 
-        They are ordinary components then, in a task of their own: their factors are far from orthogonal, so that it
-        works in float64.
+        They are ordinary components then, in a task of their own. Their factors are far from orthogonal, so that they
+        are computed in float64.
         """
         rank = state.left.shape[1]
         problem = self.problem
         if self.weighted or problem.trains or rank < 2 or self.target.numel() >= LARGE:
             return None
-        state = state.to(torch.float64)
-        task = _Pursuit(problem, 0, problem.allowed, self.effort, torch.float64)
+        task = _Pursuit(problem, 0, problem.allowed, self.effort, self.target.dtype)
         task.price = self.price
-        left = _orthonormal(state.left)
-        right, corner = torch.linalg.qr(task.residual(state).T @ left)  # what blocks leave is left corner^T right^T
+        state = state.to(torch.float64)
+        rest = problem.weight - state.u.T @ state.v
+        left = _orthonormal(rest @ state.right.T)
+        right, corner = torch.linalg.qr(rest.T @ left)  # what blocks leave is left corner^T right^T
         saved = rank * sum(self.target.shape) - int(problem.trapezoid_cost()[rank])
-        best: tuple[float, Tensor, Tensor, Spans, Spans] | None = None
-        for axis, factor in enumerate((left @ corner.T, right @ corner)):
-            grid, other = (problem.rows, problem.cols)[:: 1 if axis == 0 else -1]
-            windows = best_windows(factor, grid, self.price)
-            if windows is None or windows.net <= max(self.price * saved, best[0] if best else 0.0):
-                continue
-            # The other factor, full, fitted to the low-rank part.
-            fit = torch.linalg.pinv(windows.factor.T) @ factor
-            every = torch.zeros(rank, dtype=torch.int64, device=factor.device)
-            full = Spans(every + other.cells, every, other)
-            if axis == 0:
-                best = windows.net, windows.factor, fit @ right.T, windows.spans, full
-            else:
-                best = windows.net, fit @ left.T, windows.factor, full, windows.spans
-        if best is None:
+        factors, grids = (left @ corner.T, right @ corner), (problem.rows, problem.cols)
+        found = [best_windows(factor, grid, self.price) for factor, grid in zip(factors, grids, strict=True)]
+        net = [-math.inf if windows is None else windows.net for windows in found]
+        axis = 0 if net[0] >= net[1] else 1
+        windows = found[axis]
+        if windows is None or windows.net <= self.price * saved:
             return None
-        _, u, v, rows, cols = best
+        # The other factor, full, fitted to the low-rank part.
+        fit = torch.linalg.pinv(windows.factor.T) @ factors[axis]
+        other = grids[1 - axis]
+        every = torch.zeros(rank, dtype=torch.int64, device=fit.device)
+        full = Spans(every + other.cells, every, other)
+        if axis == 0:
+            u, v, rows, cols = windows.factor, fit @ right.T, windows.spans, full
+        else:
+            u, v, rows, cols = fit @ left.T, windows.factor, full, windows.spans
         size = _norms(u)
         v = v * size
         return task, _State(
@@ -468,7 +470,7 @@ class _Pursuit:
             v.new_zeros(0, v.shape[1]),
             torch.cat([v, state.v]),
             torch.cat([v.new_full((rank,), float("inf")), state.worth]),
-        )
+        ).to(self.target.dtype)
 
     def tightened(self, state: _State) -> _State:
         """Fits, then choices of intervals within the budget, blocks being added twice, then fits.
@@ -479,7 +481,7 @@ class _Pursuit:
         chosen = ["exact"] * effort.settle
         momentum, last = 0.0, 0.0
         for index, mode in enumerate(["fixed"] * 2 + chosen + ["fixed"] * effort.polish):
-            self.free = 2 + effort.settle // 2 <= index < 2 + effort.settle
+            self.free = 2 + effort.settle // 3 <= index < 2 + effort.settle
             if index in (4, 6):
                 state = self.add(state, self.count, self.problem.seed + effort.rounds + index)
                 momentum, last = 0.0, 0.0
@@ -488,7 +490,7 @@ class _Pursuit:
                 momentum = 0.0
                 trial = self.sweep(state, mode, momentum)
             else:
-                momentum = min(effort.momentum, momentum + 0.2)
+                momentum = min(effort.momentum, momentum + 0.4)
             state, last = trial, self.explained
         return state
 
@@ -532,7 +534,9 @@ def _default_effort(problem: Problem) -> Effort:
     """What is tried by default, by metric and size."""
     if problem.metric.root is not None:  # little is left for blocks, and each sweep takes longer
         return BRISK
-    return Effort(rounds=3, sweeps=2, polish=2) if problem.weight.numel() >= LARGE else Effort()
+    if problem.weight.numel() >= LARGE:
+        return Effort(rounds=3, sweeps=2, polish=2)
+    return PLAIN if problem.trains or not (problem.rows.cyclic or problem.cols.cyclic) else Effort()
 
 
 def _default_shares(problem: Problem) -> list[float]:
@@ -549,8 +553,7 @@ def _default_shares(problem: Problem) -> list[float]:
 def pursuit(problem: Problem, effort: Effort | None = None) -> StructuredMatrix:
     """Low rank plus interval pursuit within the budget; deterministic for a seed.
 
-    Works in float32 (float64 in a metric, whose whitening is badly conditioned, and once the low-rank part has become
-    components) and finishes in float64.
+    Works in float32 (float64 in a metric, whose whitening is badly conditioned) and finishes in float64.
 
     Args:
         problem: The matrix, its budget, grids, metric and seed.

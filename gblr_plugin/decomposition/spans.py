@@ -41,7 +41,11 @@ class Spans:
 
     def support(self) -> Tensor:
         """(K, length) bool indicator of the covered indices."""
-        return self.intervals().support()
+        intervals = self.intervals()
+        kernels = span_kernels(intervals.width, self.grid.length)
+        if kernels is None:
+            return intervals.support()
+        return kernels.supports(intervals.start, intervals.width, self.grid.length)  # type: ignore[no-any-return]
 
     def widths(self) -> Tensor:
         """(K,) int64 indices covered, which is what the interval costs."""

@@ -127,6 +127,7 @@ def best_windows(factor: Tensor, grid: Grid, price: float) -> Windows | None:
         if not bool(torch.isfinite(directions).all()):
             continue
         net = price * width * rank - _lost(factor, directions, ~support.T)
-        if best is None or net > best.net:
-            best = Windows((factor @ directions).T * support, spans, net)
+        if best is not None and net <= best.net:
+            break  # longer ones lose more still
+        best = Windows((factor @ directions).T * support, spans, net)
     return best

@@ -69,9 +69,14 @@ def solve_kernel(gram: Tensor, size: int) -> Any:
     return None if module is None else module.solve
 
 
-def span_kernels(gains: Tensor) -> Any:
-    """A module with ``best_spans`` and ``joint_gains`` for (K, N) gains, or ``None`` for torch operations."""
-    return _on_cpu("spans", gains, gains.numel())
+def span_kernels(like: Tensor, each: int = 1) -> Any:
+    """A module with ``best_spans``, ``joint_gains`` and ``supports``, or ``None`` for torch operations.
+
+    Args:
+        like: One of the tensors to work on.
+        each: What its number of elements is multiplied by.
+    """
+    return _on_cpu("spans", like, like.numel() * each)
 
 
 def search_kernels(residual: Tensor) -> Any:

@@ -168,6 +168,18 @@ def _solve(gram, right, support, tiny, refinements, inverse, known, who, vectors
                 gains[who[a], j] = found[a] * found[a] / inverse[a, a]
 
 
+@compiled("solve", keep=True)
+def _turned(support, into):
+    """The transpose of (K, N) flags; returns the largest number in a column."""
+    count = np.zeros(support.shape[1], np.int64)
+    for k in range(len(support)):
+        row = support[k]
+        for j in range(len(row)):
+            into[j, k] = row[j]
+            count[j] += row[j]
+    return count.max()
+
+
 def solve(gram: Tensor, right: Tensor, support: Tensor, want_gains: bool) -> tuple[Tensor, Tensor | None]:
     """As :func:`gblr_plugin.decomposition.joint.supported_solve`; the inverses are float64 in any case.
 
@@ -182,9 +194,11 @@ def solve(gram: Tensor, right: Tensor, support: Tensor, want_gains: bool) -> tup
     """
     solution = torch.zeros_like(right, memory_format=torch.contiguous_format)
     gains = torch.zeros_like(solution) if want_gains else solution.new_zeros(0, right.shape[1])
-    most, length = int(support.sum(0).max()), right.shape[1]
+    length = right.shape[1]
+    on = np.empty((length, len(gram)), np.bool_)
+    most = _turned(support.contiguous().numpy(), on)
     tiny = float(torch.finfo(gram.dtype).eps * gram.diagonal().mean())
-    matrix, known, on, found, worth = (part.contiguous().numpy() for part in (gram, right, support.T, solution, gains))
+    matrix, known, found, worth = (part.contiguous().numpy() for part in (gram, right, solution, gains))
     refinements = REFINEMENTS if gram.dtype == torch.float64 and not want_gains else 0
     share = min(max(SEGMENT[0], -(-length // 4)), SEGMENT[1])
     starts = range(0, length, share)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .compile_cache import compiled
 
-__all__ = ["best_spans", "joint_gains"]
+__all__ = ["best_spans", "joint_gains", "supports"]
 
 
 @compiled("spans")
@@ -91,3 +91,19 @@ def joint_gains(inside: Tensor, right: Tensor, image: Tensor, support: Tensor, s
     parts = [part.contiguous().numpy() for part in (inside, right, image, support, scale)]
     _joint_gains(*parts, tile, np.empty(inside.shape[1], parts[0].dtype), sums.numpy())
     return sums
+
+
+@compiled("spans", keep=True)
+def _supports(start, width, into):
+    length = into.shape[1]
+    for k in range(len(into)):
+        end = start[k] + width[k]
+        into[k, start[k] : min(end, length)] = True
+        into[k, : max(0, end - length)] = True
+
+
+def supports(start: Tensor, width: Tensor, length: int) -> Tensor:
+    """(K, length) bool indicator of cyclic intervals, (K,) int64 each."""
+    into = torch.zeros(len(start), length, dtype=torch.bool)
+    _supports(start.contiguous().numpy(), width.contiguous().numpy(), into.numpy())
+    return into
