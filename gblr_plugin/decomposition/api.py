@@ -23,10 +23,14 @@ from .trapezoid import least_error, trapezoid
 __all__ = ["METHODS", "decompose", "initialise"]
 
 
+_ROUNDING = 1e-7  # relative error of a matrix that is written exactly; single precision rounds by as much
+
+
 def _best(problem: Problem) -> StructuredMatrix:
     """Interval pursuit, or trapezoids where they are better in the metric of the problem."""
     found = _pursuit(problem)
-    if problem.error(found) <= least_error(problem):
+    # Blocks that are there are found at their cost; trapezoids may be nearer by rounding alone, and cost far more.
+    if problem.error(found) <= max(least_error(problem), _ROUNDING):
         return found
     return min((trapezoid(problem), found), key=problem.error)
 

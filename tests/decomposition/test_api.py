@@ -184,3 +184,16 @@ def test_a_budget_below_rank_one_keeps_a_block(method):
     assert 0 < matrix.stored <= 6
     assert float((matrix.to_dense() - weight).norm()) < float(weight.norm())
     assert float(matrix.to_dense()[0, 2]) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("budget", [116 / 4096, 0.1, 0.25, 0.5])
+def test_blocks_that_are_there_cost_no_more_where_the_budget_allows_more(dtype: torch.dtype, budget: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.zeros(64, 64, dtype=torch.float64)
+    for rows, cols in ((slice(4, 30), slice(10, 40)), (slice(20, 60), slice(30, 50))):
+        left, right = (torch.randn(part.stop - part.start, generator=generator).double() for part in (rows, cols))
+        weight[rows, cols] += torch.outer(left, right)
+    found = decompose(weight.to(dtype), budget)
+    assert found.stored == 116
+    assert float((found.to_dense() - weight).norm() / weight.norm()) < 1e-7
