@@ -181,7 +181,7 @@ class StructureLearner:
     def begin(self) -> None:
         """Set the starting smoothness and record the starting costs; a no-op once begun (also after a resume)."""
         if self._start_costs is None:
-            self._start_costs = [float(layer.stored) for layer in self.layers.values()]
+            self._start_costs = [float(layer.interval_multiply_adds) for layer in self.layers.values()]
             for layer, sharp in zip(self.layers.values(), self._sharp(), strict=True):
                 if not sharp:
                     layer.fix_gauge()  # all of it may have to shrink
@@ -271,23 +271,32 @@ class StructureLearner:
         """Whether a layer's group began within its budget: smoothing such a start would only destroy it."""
         if self._start_costs is None:
             return [False] * len(self.layers)
-        starts, ends = self._zeros(), self._zeros()
-        for goal, layer, cost, group in zip(
-            self.goals.values(), self.layers.values(), self._start_costs, self._group_ids, strict=True
-        ):
-            starts[group] += cost
-            ends[group] += -math.inf if goal.budget is None else goal.budget * math.prod(layer.matrix_shape)
-        return [starts[group] <= ends[group] for group in self._group_ids]
+        starts, ends = self._ways()
+        lambdas = [goal.budget is None for goal in self.goals.values()]
+        within = [starts[group] <= ends[group] for group in self._group_ids]
+        return [fits and not fixed for fits, fixed in zip(within, lambdas, strict=True)]
 
-    def _targets(self, device: torch.device) -> Tensor:
-        """(G,) multiply-adds that each group may cost now."""
-        targets, starts = self._zeros(), self._zeros()
+    def _ways(self) -> tuple[list[float], list[float]]:
+        """Multiply-adds at which each group begins, and those to end at; infinite where nothing is to shrink."""
+        starts, ends, dense = self._zeros(), self._zeros(), self._zeros()
+        bounded = [False] * len(ends)
         for goal, layer, cost, group in zip(
             self.goals.values(), self.layers.values(), self._started(), self._group_ids, strict=True
         ):
+            size = math.prod(layer.matrix_shape)
             starts[group] += cost
-            targets[group] += math.inf if goal.budget is None else goal.budget * math.prod(layer.matrix_shape)
-        now = [self._on_the_way(start, end) for start, end in zip(starts, targets, strict=True)]
+            dense[group] += size
+            ends[group] += math.inf if goal.budget is None else goal.budget * size
+            bounded[group] |= goal.max_flops < 1
+        for group, size in enumerate(dense):
+            # The whole budget: layers that cost more than their dense matrices are stored as these.
+            if ends[group] >= size <= starts[group] and not bounded[group]:
+                ends[group] = math.inf
+        return starts, ends
+
+    def _targets(self, device: torch.device) -> Tensor:
+        """(G,) multiply-adds that each group may cost now."""
+        now = [self._on_the_way(start, end) for start, end in zip(*self._ways(), strict=True)]
         return torch.tensor(now, dtype=torch.float64, device=device)
 
     def _upper_bounds(self) -> list[float]:

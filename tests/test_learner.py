@@ -557,3 +557,39 @@ def test_a_gauge_that_is_fixed_by_hand_is_noticed() -> None:
     assert learner._width_budget(torch.device("cpu")) is pinned
     layers["0"].fix_gauge()
     assert learner._width_budget(torch.device("cpu")) is not pinned
+
+
+@pytest.mark.parametrize("start", ["gblr", "svd"])
+@pytest.mark.parametrize("group", [None, "all"])
+@pytest.mark.parametrize("sizes", [(17, 31), (16, 16, 24)])
+def test_the_whole_budget_shrinks_nothing(start: str, group: str | None, sizes: tuple[int, ...]) -> None:
+    """Layers whose components cost more than the dense matrix are stored as that: there is nothing to win."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(n, m) for n, m in pairwise(sizes)))
+    x = torch.randn(5, sizes[0])
+    before = model(x).detach()
+    settings = LayerSettings(start, budget=None if start == "svd" else 1.0)
+    layers = prepare_layers(model, {str(i): settings for i in range(len(model))})
+    for layer in layers.values():
+        assert layer.relative_flops == 1.0
+        assert layer.interval_multiply_adds > math.prod(layer.matrix_shape)
+    optimizer = SGD(param_groups(model, lr=0.0))
+    learner = StructureLearner(layers, dict.fromkeys(layers, LayerGoal(1.0, group=group)), Schedule(1, 4))
+    learner.attach_all([optimizer])
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        torch.testing.assert_close(model(x), before, atol=1e-5, rtol=1e-4)
+    assert learner.frozen
+    assert learner.relative_flops <= 1.0
+
+
+def test_the_whole_budget_still_keeps_to_the_bounds_of_layers() -> None:
+    model = build()
+    layers = layers_of(model)
+    goals = {"0": LayerGoal(1.0, group="g", max_flops=0.5), "2": LayerGoal(1.0, group="g")}
+    optimizer = AdamW(param_groups(model, lr=1e-3))
+    StructureLearner(layers, goals, Schedule(1, 6)).attach_all([optimizer])
+    train(model, optimizer, 7)
+    assert layers["0"].relative_flops <= 0.5
