@@ -288,9 +288,9 @@ class StructureLearner:
             dense[group] += size
             ends[group] += math.inf if goal.budget is None else goal.budget * size
             bounded[group] |= goal.max_flops < 1
-        for group, size in enumerate(dense):
+        for group, most in enumerate(dense):
             # The whole budget: layers that cost more than their dense matrices are stored as these.
-            if ends[group] >= size <= starts[group] and not bounded[group]:
+            if ends[group] >= most <= starts[group] and not bounded[group]:
                 ends[group] = math.inf
         return starts, ends
 
