@@ -11,6 +11,7 @@ import argparse
 import copy
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -30,11 +31,13 @@ from .conversion import frozen_like
 from .errors import ConfigError
 from .files import write_text
 from .kernels.measure import interleaved_medians
+from .kernels.threads import MOST_THREADS
 from .structure import Intervals, StructuredMatrix
 from .tensor import GBLRTensor
 
 __all__ = ["Row", "main", "random_structure", "speed"]
 
+MOST = 1_000_000  # tokens, and indices of a tile
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -316,7 +319,9 @@ def _shape(text: str) -> tuple[int, int]:
     try:
         m, n = (int(part) for part in text.lower().split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"shape {text!r} must look like 3072x768") from None
+        m = n = 0
+    if min(m, n) < 1:
+        raise argparse.ArgumentTypeError(f"shape {text!r} must look like 3072x768")
     return m, n
 
 
@@ -326,22 +331,53 @@ def _section(text: str) -> str:
     return text
 
 
+def _number(kind: type, least: float, most: float) -> Callable[[str], Any]:
+    """A reader of numbers from ``least`` to ``most``."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} must be {what} from {least} to {most}")
+        return value
+
+    return read
+
+
+def _device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise argparse.ArgumentTypeError(f"{text!r} is no device that torch can use here") from error
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="gblr bench", description="Time structured products against dense ones.")
     parser.add_argument("sections", nargs="*", type=_section, metavar="SECTION", help=f"{', '.join(SECTIONS)}: all")
     parser.add_argument("--shapes", nargs="+", type=_shape, default=None, metavar="MxN", help="of products and layers")
-    parser.add_argument("--tokens", nargs="+", type=int, default=None, help="of products and layers")
-    parser.add_argument("--align", nargs="+", type=int, default=[32, 1], help="snap intervals to these tiles")
-    parser.add_argument("--relative-flops", type=float, default=0.25, help="of products and vit")
+    parser.add_argument("--tokens", nargs="+", type=_number(int, 1, MOST), default=None, help="of products and layers")
+    parser.add_argument(
+        "--align", nargs="+", type=_number(int, 1, MOST), default=[32, 1], help="snap intervals to these tiles"
+    )
+    parser.add_argument("--relative-flops", type=_number(float, 1e-3, 1), default=0.25, help="of products and vit")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of products and layers")
-    parser.add_argument("--device", default="cpu", help="of products")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", type=_device, default="cpu", help="of products")
+    parser.add_argument("--threads", type=_number(int, 1, MOST_THREADS), default=torch.get_num_threads())
     parser.add_argument("--plan", choices=("fixed", "factors", "auto"), default="fixed")
-    parser.add_argument("--seconds", type=float, default=0.3, help="time spent on each entry")
+    parser.add_argument("--seconds", type=_number(float, 0, 3600), default=0.3, help="time spent on each entry")
     parser.add_argument("--quick", action="store_true", help="small sizes: does everything run; no goals")
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds instead of wall time, for a busy machine")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
-    parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait before a section for a quiet machine")
+    parser.add_argument(
+        "--wait",
+        type=_number(float, 0, 3600),
+        default=60.0,
+        help="seconds to wait before a section for a quiet machine",
+    )
     return parser
 
 

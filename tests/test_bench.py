@@ -118,7 +118,16 @@ def test_decoding_sees_the_tokens_before() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["--shapes", "64by96"], "must look like"), (["nothing"], "must be one of products")]
+    ("arguments", "message"),
+    [
+        (["--shapes", "64by96"], "must look like"),
+        (["--shapes", "0x96"], "must look like"),
+        (["nothing"], "must be one of products"),
+        (["--threads", "0"], "'0' must be a whole number from 1 to 1024"),
+        (["--tokens", "16", "0"], "'0' must be a whole number from 1 to 1000000"),
+        (["--relative-flops", "2"], "'2' must be a number from 0.001 to 1"),
+        (["--device", "nope"], "'nope' is no device that torch can use here"),
+    ],
 )
 def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["run_parts", "run_team"]
+__all__ = ["MOST_THREADS", "run_parts", "run_team"]
+
+MOST_THREADS = 1024
+"""More than processors have cores; torch ends the process where the system has no more threads."""
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 _forked = False

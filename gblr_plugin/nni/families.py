@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from .optimizers import check_recorded, rename_recorded
 from .settings import LayerPlan, read_config
 
 __all__ = ["FamilyCompressor", "family_factory"]
+
+_logger = logging.getLogger(__name__)
 
 
 class FamilyCompressor:
@@ -59,14 +62,17 @@ class FamilyCompressor:
         data = None if calibrated is None else calibration_data(evaluator, model, calibrated)
         kind = families.get(family)
         options.setdefault("row_splits", {name: layer.settings.row_splits for name, layer in plan.items()})
-        if family == "gblr":  # the others have no intervals, so that `granularity` means nothing to them
+        if family == "gblr":
             options.setdefault("align", {name: layer.settings.align for name, layer in plan.items()})
+        elif any(layer.settings.align != (1, 1) for layer in plan.values()):
+            _logger.warning("%s has no intervals: granularity is left out", family)
         budgets = _budgets(kind, plan, options)
         uniform = kind.budgets.__func__ is families.FamilyMatrix.budgets.__func__  # type: ignore[attr-defined]  # methods
         goals = {name: layer.goal.budget for name, layer in plan.items()}
         budgets |= allocated_budgets(model, plan, goals, data, "sensitivity" if uniform else None)
         chosen = {name: layer.module for name, layer in plan.items()}
         modules = families.replace(model, chosen, family, budgets, calibration=data, **options)
+        _check_bounds(family, plan, modules)
         if evaluator is not None:
             rename_recorded(evaluator, {f"{name}.weight": _factor_names(name, new) for name, new in modules.items()})
         self.bound_model, self.evaluator = model, evaluator
@@ -100,6 +106,18 @@ def _budgets(kind: Any, plan: Mapping[str, LayerPlan], options: Mapping[str, Any
         weights: dict[str, Tensor] = {name: weight_matrix(plan[name].module) for name in members}
         budgets.update(kind.budgets(weights, plan[members[0]].goal.budget, **options))
     return budgets
+
+
+def _check_bounds(family: str, plan: Mapping[str, LayerPlan], modules: Mapping[str, Any]) -> None:
+    """Warn where whole ranks and blocks fall short of the least that a layer of a group was to keep."""
+    for name, module in modules.items():
+        least, kept = plan[name].goal.min_flops, module.relative_flops
+        if kept < least - 0.01:
+            _logger.warning(
+                "layer %r keeps %.3f of its multiply-adds, less than the %.3f that max_sparse_ratio leaves it: "
+                "%s has no matrix between that and its budget",
+                *(name, kept, least, family),
+            )
 
 
 def _factor_names(name: str, module: nn.Module) -> list[str]:

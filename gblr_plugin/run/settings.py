@@ -8,6 +8,7 @@ from typing import Any
 from ..allocation import check_rule
 from ..decomposition.calibration import CalibrationSettings
 from ..errors import ConfigError
+from ..kernels.threads import MOST_THREADS
 from ..starts import INITIALISERS
 
 __all__ = ["Method", "RunSettings", "Training"]
@@ -189,3 +190,5 @@ class RunSettings:
             raise ConfigError(f"methods: each name may stand once, got {', '.join(names)}")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads must be at least 1, got {self.threads}")
+        if self.threads is not None and self.threads > MOST_THREADS:  # torch ends the process where it gets no more
+            raise ConfigError(f"threads must be at most {MOST_THREADS}, got {self.threads}")

@@ -57,7 +57,7 @@ def test_a_family_has_no_lambda_and_needs_an_optimizer_that_holds_the_layer(kit:
     assert type(model.fc1) is nn.Linear
 
 
-def test_granularity_of_an_entry_aligns_the_one_shot_decomposition(kit: Any) -> None:
+def test_granularity_of_an_entry_aligns_the_one_shot_decomposition(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
     model = kit.MLP()
     config: list[dict[str, Any]] = [
         {"op_names": ["fc1"], "sparse_ratio": 0.5},
@@ -67,7 +67,28 @@ def test_granularity_of_an_entry_aligns_the_one_shot_decomposition(kit: Any) -> 
     assert (model.fc1.align, model.fc2.align) == ((1, 1), (4, 8))
     rows, cols = model.fc2.intervals()
     assert not any(((part.width % tile) | (part.start % tile)).any() for part, tile in ((rows, 4), (cols, 8)))
-    create_compressor("low_rank", kit.MLP(), config)  # has no intervals
+    assert not caplog.records
+    create_compressor("low_rank", kit.MLP(), config)
+    assert [record.getMessage() for record in caplog.records] == ["low_rank has no intervals: granularity is left out"]
+
+
+def test_a_family_that_falls_short_of_a_bound_says_so(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
+    bounds = {"min_sparse_ratio": 0.45, "max_sparse_ratio": 0.55, "global_group_id": 1}
+    config: list[dict[str, Any]] = [
+        {"op_names": ["fc1", "fc2"], "sparse_ratio": 0.5, **bounds, "gblr": {"allocation": "weight"}}
+    ]
+    create_compressor("gblr_fixed", kit.MLP(), config)
+    assert not caplog.records
+    model = kit.MLP()
+    create_compressor("block_diagonal", model, config)
+    short = [name for name in ("fc1", "fc2") if model.get_submodule(name).relative_flops < 0.44]
+    assert short
+    kept = model.get_submodule(short[0]).relative_flops
+    assert caplog.records[0].getMessage() == (
+        f"layer {short[0]!r} keeps {kept:.3f} of its multiply-adds, less than the 0.450 that max_sparse_ratio leaves "
+        "it: block_diagonal has no matrix between that and its budget"
+    )
+    assert len(caplog.records) == len(short)
 
 
 @pytest.mark.parametrize("name", ["low_rank", "alds", "gblr_fixed"])

@@ -268,9 +268,7 @@ def test_folds_judge_starts_on_data_that_neither_network_has_seen(monkeypatch, c
     assert [training for *_, training in trained[1:3]] == [settings.finetune.shortened(trial)] * 2
     assert found.home == ("block_sparse", None)
     assert found.begun == ("dense", None)
-    assert (
-        "starts from 'block_sparse'; accuracy on 2 unseen parts after a trial: gblr 50" in capfd.readouterr().out
-    )
+    assert "starts from 'block_sparse'; accuracy on 2 unseen parts after a trial: gblr 50" in capfd.readouterr().out
     pl.seed_everything(1000)
     alone = Job(replace(settings, methods=[job.starting(method, "block_sparse")]))
     alone.show_on(Console(), tmp_path)

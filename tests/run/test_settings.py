@@ -31,6 +31,7 @@ def test_budget_range(budget):
         ({"latency_batch": [0]}, "latency_batch: batch sizes must be at least 1"),
         ({"latency_batch": []}, "latency_batch must not be empty"),
         ({"threads": 0}, "threads must be at least 1"),
+        ({"threads": 1_000_000}, "threads must be at most 1024, got 1000000"),
         ({"weights": "dense.pt"}, "weights has seen the training data of one seed"),
     ],
 )
