@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import weakref
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -34,6 +35,7 @@ NON_FINITE = ("stop", "skip")
 _logger = logging.getLogger(__name__)
 _CUDA_CHECK_EVERY = 32
 _MOST_SKIPPED = 100  # in a row: then training stands still
+_DRIVING: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[StructureLearner]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -188,21 +190,39 @@ class StructureLearner:
             self._set_sigma()
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Run :meth:`after_step` after each real step of the optimizer that holds the structure parameters."""
+        """Run :meth:`after_step` after each real step of the optimizer that holds the structure parameters.
+
+        Raises:
+            ConfigError: If another learner is attached to it for one of the layers.
+        """
+        self._check_alone(optimizer)
+        _DRIVING.setdefault(optimizer, weakref.WeakSet()).add(self)
         self._hooks.append(
             StepHook(
                 optimizer, lambda: self.after_step(optimizer), self._before_step, lambda: self._is_usable(optimizer)
             )
         )
 
+    def _check_alone(self, optimizer: Optimizer) -> None:
+        others = [other for other in _DRIVING.get(optimizer, ()) if other is not self]
+        driven = {id(layer) for other in others for layer in other.layers.values()}
+        for name, layer in self.layers.items():
+            if id(layer) in driven:
+                raise ConfigError(
+                    f"layer {name!r}: another structure learner drives it with the same optimizer; detach() that one, "
+                    "or give each its own layers"
+                )
+
     def attach_all(self, optimizers: list[Optimizer]) -> None:
         """Attach to those optimizers that hold structure parameters, and begin.
 
         Raises:
-            ConfigError: If the widths of a layer are in none of them.
+            ConfigError: If the widths of a layer are in none of them, or another learner drives it with one of them.
         """
         if not self.frozen:
             check_optimized(self.layers, optimizers)
+        for optimizer in optimizers:
+            self._check_alone(optimizer)
         self.detach()
         self.begin()
         for optimizer in optimizers:
@@ -215,6 +235,7 @@ class StructureLearner:
         """Leave all optimizers as they were."""
         for hook in self._hooks:
             hook.remove()
+            _DRIVING.get(hook.optimizer, weakref.WeakSet()).discard(self)
         self._hooks.clear()
         if self.frozen and self._replicated():
             self._freeze_layers(attached=False)  # nobody takes the gradients of zero away any more

@@ -8,7 +8,7 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from .errors import ConfigError
 from .layers import GBLRLayer
@@ -122,9 +122,15 @@ def split_structure_group(
         Whether the optimizer holds any of the structure parameters.
 
     Raises:
-        ConfigError: If ``lr`` is given but the source group's rate is 0.
+        ConfigError: If ``lr`` is given but the source group's rate is 0, or the optimizer knows one group only.
     """
     ids = {id(parameter) for parameter in structure}
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if isinstance(optimizer, LBFGS) and ids & held:
+        raise ConfigError(
+            f"optimizer: {type(optimizer).__name__} has no parameter groups; structure parameters need a group of "
+            "their own"
+        )
     followers = [scheduler for scheduler in _all_schedulers(schedulers) if scheduler.optimizer is optimizer]
     for index, group in enumerate(list(optimizer.param_groups)):
         moved = [parameter for parameter in group["params"] if id(parameter) in ids]

@@ -593,3 +593,40 @@ def test_the_whole_budget_still_keeps_to_the_bounds_of_layers() -> None:
     StructureLearner(layers, goals, Schedule(1, 6)).attach_all([optimizer])
     train(model, optimizer, 7)
     assert layers["0"].relative_flops <= 0.5
+
+
+def test_a_second_learner_of_the_same_layers_is_refused() -> None:
+    model = build()
+    layers = layers_of(model)
+    optimizer = AdamW(param_groups(model, lr=1e-2))
+    first, again = (
+        StructureLearner(layers, dict.fromkeys(layers, LayerGoal(budget)), Schedule(1, 4)) for budget in (0.5, 0.2)
+    )
+    first.attach_all([optimizer])
+    sigma = layers["0"].sigma
+    for attach in (lambda: again.attach_all([optimizer]), lambda: again.attach(optimizer)):
+        with pytest.raises(ConfigError, match=r"layer '0': another structure learner drives it .* detach\(\) that one"):
+            attach()
+    assert layers["0"].sigma == sigma
+    first.detach()
+    again.attach_all([optimizer])
+    train(model, optimizer, 5)
+    assert again.relative_flops <= 0.2
+
+
+def test_a_second_round_says_what_to_do() -> None:
+    model = build()
+    layers = layers_of(model)
+    optimizer = AdamW(param_groups(model, lr=1e-2))
+    goals = dict.fromkeys(layers, LayerGoal(0.5))
+    first = StructureLearner(layers, goals, Schedule(1, 4))
+    first.freeze()
+    again = StructureLearner(layers, dict.fromkeys(layers, LayerGoal(0.2)), Schedule(1, 4))
+    with pytest.raises(GBLRError, match=r"for a second round call unfreeze_structure\(\) first"):
+        again.attach_all([optimizer])
+    for layer in layers.values():
+        layer.unfreeze_structure()
+    again = StructureLearner(layers, dict.fromkeys(layers, LayerGoal(0.2)), Schedule(1, 4))
+    again.attach_all([optimizer])
+    train(model, optimizer, 5)
+    assert again.relative_flops <= 0.2

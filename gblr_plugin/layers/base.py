@@ -183,7 +183,10 @@ class GBLRLayer(nn.Module):
         if (sigma, hard) == (self._sigma, self._hard):
             return
         if sigma is not None and self._structure_frozen:
-            raise GBLRError("the structure is frozen as exact boxcars: its masks cannot be smoothed again")
+            raise GBLRError(
+                "the structure is frozen as exact boxcars: its masks cannot be smoothed again; for a second round call "
+                "unfreeze_structure() first"
+            )
         self._sigma, self._hard = sigma, hard
         self._refresh_buffers()
 

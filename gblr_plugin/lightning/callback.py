@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Iterable, Mapping
@@ -52,7 +53,7 @@ class GBLRCallback(Callback):
         threshold: Alternatively a fixed lambda, as published.
         layers: Names, glob patterns over names (of the LightningModule's submodules), type names or module types.
             Default: every layer that can be structured and made cheaper. If the model has structured layers already
-            (from :func:`gblr_plugin.prepare`), those are driven as they are.
+            (from :func:`gblr_plugin.prepare`), those are driven as they are; frozen ones go on from their structure.
         exclude: The same kinds of patterns, taken away again.
         group: Whether the layers share one budget, so that the structure decides who spends it; else each has its own.
         warmup: Optimizer steps before anything shrinks; a float in [0, 1] is a fraction of the total number of steps.
@@ -91,7 +92,8 @@ class GBLRCallback(Callback):
     (fractions of the axis, over live components), ``gblr/sigma``, ``gblr/lambda`` (mean over layers), ``gblr/frozen``,
     and the same per layer as ``gblr_layers/<layer>/...``. The progress bar shows them as ``rel_flops`` and ``sigma``
     (infinite: exact boxcar); ``trainer.callback_metrics`` holds ``gblr/relative_flops`` and ``gblr/sigma`` for other
-    callbacks to monitor.
+    callbacks to monitor. Of several callbacks in one Trainer, each with its own ``layers`` (or ``exclude``) and budget,
+    the second's totals are ``gblr_2/...``.
 
     A checkpoint taken before the freeze holds a larger network with smooth masks: let ``ModelCheckpoint`` keep the last
     one, or compare only what came after. DDP needs no option. Under ``ModelParallelStrategy`` (FSDP2) prepare and shard
@@ -221,6 +223,10 @@ class GBLRCallback(Callback):
                 )
             pl_module.configure_model()  # a model that is built there; Lightning asks that a second call does nothing
             self._layers = self._existing(pl_module)
+            if self.learner is None or not _same(self.learner.layers, self._layers):
+                for layer in self._layers.values():  # before optimizers look which parameters train
+                    if layer.structure_frozen:
+                        layer.unfreeze_structure()
             if not self._layers and strategy == "ModelParallelStrategy":
                 raise ConfigError(
                     "callback: under ModelParallelStrategy call gblr_plugin.prepare, then fully_shard, in "
@@ -235,22 +241,34 @@ class GBLRCallback(Callback):
                     )
                 self._layers = self._prepare(pl_module)
         if self._checkpoint_hook is None:
-            align = self._settings["align"]
+            together = self._together(trainer)
+
+            def align(name: str, module: nn.Module) -> int | tuple[int, int]:
+                chooser = next((one for one in together if one._chooses(name, module)), self)
+                found: int | tuple[int, int] = chooser._settings["align"]
+                return found
+
             self._checkpoint_hook = pl_module.register_load_state_dict_pre_hook(
                 lambda module, state, *_: match_checkpoint(module, state, align)
             )
 
+    def _together(self, trainer: Any) -> list[GBLRCallback]:
+        """The Trainer's callbacks of this kind, each with layers of its own; the first does what is done once."""
+        return [one for one in trainer.callbacks if isinstance(one, GBLRCallback)] or [self]
+
+    def _chooses(self, name: str, module: nn.Module) -> bool:
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+
+        def matches(pattern: str) -> bool:
+            return fnmatchcase(name, pattern) or pattern in kinds
+
+        return (self._include is None or any(map(matches, self._include))) and not any(map(matches, self._exclude))
+
     def _existing(self, pl_module: nn.Module) -> dict[str, GBLRLayer]:
-        def chosen(name: str, module: nn.Module) -> bool:
-            kinds = {kind.__name__ for kind in type(module).__mro__}
-
-            def matches(pattern: str) -> bool:
-                return fnmatchcase(name, pattern) or pattern in kinds
-
-            return (self._include is None or any(map(matches, self._include))) and not any(map(matches, self._exclude))
-
         found = {
-            n: module for n, module in pl_module.named_modules() if isinstance(module, GBLRLayer) and chosen(n, module)
+            name: module
+            for name, module in pl_module.named_modules()
+            if isinstance(module, GBLRLayer) and self._chooses(name, module)
         }
         for name, layer in found.items():
             if not self.monitor_only and hasattr(layer, "_nni_wrapper"):
@@ -278,7 +296,8 @@ class GBLRCallback(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Optimizers exist now, and a checkpoint's weights are loaded, but not yet its optimizer state."""
         self._release_checkpoint_hook()
-        self._place.fit_begins(trainer)
+        if self._together(trainer)[0] is self:
+            self._place.fit_begins(trainer)
         restored, self._restored = self._restored, None
         if restored is not None:
             self.history = {
@@ -347,7 +366,8 @@ class GBLRCallback(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Go on where a checkpoint stopped in the data; log and draw where training starts."""
-        self._place.training_begins(trainer)
+        if self._together(trainer)[0] is self:
+            self._place.training_begins(trainer)
         self._last_logged = self._last_pictured = -1
         self._last_step = trainer.global_step
         self._shown = False
@@ -357,7 +377,8 @@ class GBLRCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Remember how the epoch's data begin."""
-        self._place.epoch_begins(trainer)
+        if self._together(trainer)[0] is self:
+            self._place.epoch_begins(trainer)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """Keep the loss for the diagnostic of a training that diverges."""
@@ -379,10 +400,11 @@ class GBLRCallback(Callback):
         self._last_step = step
         if froze or first or due:
             values = self._log(trainer)
-            for name, short in (("gblr/relative_flops", "rel_flops"), ("gblr/sigma", "sigma")):
-                value = values.get(name, math.inf)
-                pl_module.log(name, value, logger=False, batch_size=1)
-                pl_module.log(short, value, logger=False, prog_bar=True, batch_size=1)
+            number = self._number(trainer)
+            for name, short in (("relative_flops", "rel_flops"), ("sigma", "sigma")):
+                value = values.get(f"gblr{number}/{name}", math.inf)
+                pl_module.log(f"gblr{number}/{name}", value, logger=False, batch_size=1)
+                pl_module.log(f"{short}{number}", value, logger=False, prog_bar=True, batch_size=1)
         if draw:
             self._draw(trainer)
 
@@ -425,6 +447,11 @@ class GBLRCallback(Callback):
                 (layer.widths.detach().clone(), layer.locations.detach().clone()) for layer in self._layers.values()
             ]
 
+    def _number(self, trainer: Any) -> str:
+        """What tells the totals of a second callback from those of the first: "", "_2", ..."""
+        place = next(index for index, one in enumerate(self._together(trainer), start=1) if one is self)
+        return f"_{place}" if place > 1 else ""
+
     def _frozen(self) -> bool:
         return all(layer.structure_frozen for layer in self._layers.values())
 
@@ -433,35 +460,37 @@ class GBLRCallback(Callback):
         total = total_statistics(parts)
         sigma = next((layer.sigma for layer in self._layers.values() if layer.sigma is not None), None)
         lambdas = {} if self.learner is None else self.learner.lambdas()
-        values = scalars(parts, total, sigma, self._frozen(), lambdas)
+        totals = f"gblr{self._number(trainer)}/"
+        values = scalars(parts, total, sigma, self._frozen(), lambdas, totals=totals)
         step = trainer.global_step
         if step != self._last_logged:
             log_scalars(trainer.loggers, values, step)
-            self._remember(step if self.learner is None else self.learner.step_count, values)
+            own = {name.removeprefix(totals): value for name, value in values.items() if name.startswith(totals)}
+            self._remember(step if self.learner is None else self.learner.step_count, own)
         self._last_logged = step
         return values
 
     def _remember(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            if name.startswith("gblr/"):
-                curve = self.history.setdefault(name.removeprefix("gblr/"), [])
-                if curve and curve[-1][0] == step:  # a second fit starts where the first ended
-                    curve.pop()
-                curve.append((step, value))
+            curve = self.history.setdefault(name, [])
+            if curve and curve[-1][0] == step:  # a second fit starts where the first ended
+                curve.pop()
+            curve.append((step, value))
 
     def _draw(self, trainer: Any) -> None:
         step = trainer.global_step
         pictures = bool(self._picture_every_n_epochs or self._picture_every_n_steps)
-        if not pictures or step == self._last_pictured or not trainer.is_global_zero:
+        together = self._together(trainer)
+        if not pictures or step == together[0]._last_pictured or not trainer.is_global_zero:
             return
-        self._last_pictured = step
+        together[0]._last_pictured = step
         log_pictures(
             trainer.loggers,
-            self._layers,
+            {name: layer for one in together for name, layer in one._layers.items()},
             step,
             max_size=self._picture_size,
-            budget=self._budget,
-            lambdas=None if self.learner is None else self.learner.lambdas(),
+            budget={name: one._budget for one in together for name in one._layers},
+            lambdas={name: value for one in together if one.learner for name, value in one.learner.lambdas().items()},
         )
 
     # -- taking down -------------------------------------------------------------------------------------------------
@@ -486,6 +515,13 @@ class GBLRCallback(Callback):
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
+    @property
+    def state_key(self) -> str:
+        """What checkpoints keep the state under: two callbacks in one Trainer choose their layers by other patterns."""
+        if self._include is None and not self._exclude:
+            return type(self).__qualname__
+        return self._generate_state_key(layers=self._include, exclude=self._exclude)
+
     def state_dict(self) -> dict[str, Any]:
         """The learner's clock, the number of steps that fractions refer to, and the history."""
         if self._restored is not None:
@@ -502,11 +538,16 @@ class GBLRCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add random numbers and the place in the data."""
-        checkpoint[_PLACE] = self._place.state(trainer)
+        if self._together(trainer)[0] is self:
+            checkpoint[_PLACE] = self._place.state(trainer)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Kept until fitting starts."""
         self._place.restore(checkpoint.get(_PLACE, []))
+        own = type(self).__qualname__
+        saved = [state for key, state in checkpoint["callbacks"].items() if str(key).startswith(own)]
+        if len(saved) == len(self._together(trainer)) == 1:  # keyed by other patterns, or older
+            self.load_state_dict(copy.deepcopy(saved[0]))
 
 
 def _averaging(callback: Any) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ def _empty_structure(layer_shape: tuple[int, int], num: int, rows: int, like: Te
 
 
 @torch.no_grad()
-def match_checkpoint(model: nn.Module, state: Mapping[str, Any], align: int | tuple[int, int]) -> list[str]:
+def match_checkpoint(
+    model: nn.Module, state: Mapping[str, Any], align: Callable[[str, nn.Module], int | tuple[int, int]]
+) -> list[str]:
     """Before a state dict is loaded: structure the dense layers that are structured in it, and fit component counts.
 
     How many components a layer has may depend on the weight that it was initialised from, and a model that is only
@@ -32,7 +34,7 @@ def match_checkpoint(model: nn.Module, state: Mapping[str, Any], align: int | tu
     Args:
         model: Changed in place.
         state: State dict that will be loaded.
-        align: Of layers that are structured here.
+        align: Tile of a layer that is structured here, by its name and the dense module.
 
     Returns:
         Names of the layers that were changed.
@@ -61,7 +63,7 @@ def match_checkpoint(model: nn.Module, state: Mapping[str, Any], align: int | tu
             if weight.shape[0] % rows:
                 continue
             empty = _empty_structure((weight.shape[0], weight.shape[1]), num, rows, weight)
-            replace_modules(model, {id(module): structured_like(module, empty, align=align)})
+            replace_modules(model, {id(module): structured_like(module, empty, align=align(name, module))})
         else:
             continue
         changed.append(name)

@@ -13,19 +13,25 @@ __all__ = ["log_pictures", "log_scalars", "scalars"]
 
 
 def scalars(
-    parts: Mapping[str, Statistics], total: Statistics, sigma: float | None, frozen: bool, lambdas: Mapping[str, float]
+    parts: Mapping[str, Statistics],
+    total: Statistics,
+    sigma: float | None,
+    frozen: bool,
+    lambdas: Mapping[str, float],
+    *,
+    totals: str = "gblr/",
 ) -> dict[str, float]:
     """Everything that is logged at one step, by name.
 
-    ``gblr/<what>`` for all layers together, ``gblr_layers/<layer>/<what>`` for each: TensorBoard makes a section of the
-    first part of a name. ``sigma`` is left out once the masks are exact boxcars (it is infinite then).
+    ``<totals><what>`` for all layers together, ``gblr_layers/<layer>/<what>`` for each: TensorBoard makes a section
+    of the first part of a name. ``sigma`` is left out once the masks are exact boxcars (it is infinite then).
     """
-    values = {f"gblr/{what}": value for what, value in total.items().items()}
-    values["gblr/frozen"] = float(frozen)
+    values = {f"{totals}{what}": value for what, value in total.items().items()}
+    values[f"{totals}frozen"] = float(frozen)
     if sigma is not None:
-        values["gblr/sigma"] = sigma
+        values[f"{totals}sigma"] = sigma
     if lambdas:
-        values["gblr/lambda"] = sum(lambdas.values()) / len(lambdas)
+        values[f"{totals}lambda"] = sum(lambdas.values()) / len(lambdas)
     for name, part in parts.items():
         values |= {f"gblr_layers/{name}/{what}": value for what, value in part.items().items()}
         if name in lambdas:
@@ -51,7 +57,7 @@ def log_pictures(
     step: int,
     *,
     max_size: int,
-    budget: float | None = None,
+    budget: float | Mapping[str, float | None] | None = None,
     lambdas: Mapping[str, float] | None = None,
 ) -> None:
     """Draw each layer's structure, if a logger takes pictures.

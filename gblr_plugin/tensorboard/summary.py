@@ -34,7 +34,7 @@ def write_structure(
     layers: Mapping[str, Any],
     step: int,
     *,
-    budget: float | Mapping[str, float] | None = None,
+    budget: float | Mapping[str, float | None] | None = None,
     sigma: float | None = None,
     lambdas: Mapping[str, float] | None = None,
     loss: float | None = None,
@@ -67,7 +67,7 @@ def write_structure(
 def structure_summary(
     layers: Mapping[str, Any],
     *,
-    budget: float | Mapping[str, float] | None = None,
+    budget: float | Mapping[str, float | None] | None = None,
     sigma: float | None = None,
     lambdas: Mapping[str, float] | None = None,
     loss: float | None = None,

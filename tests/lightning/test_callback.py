@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+import csv
 import logging
 import pickle
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -438,3 +440,107 @@ def test_the_callback_can_be_copied_and_pickled(make_module, make_trainer):
     assert pickle.loads(pickle.dumps(callback)).state_dict() == callback.state_dict()
     make_trainer([callback]).fit(make_module())
     assert copy.deepcopy(callback).learner.step_count == 20
+
+
+# -- several callbacks, several rounds ---------------------------------------------------------------------------------
+
+
+def pair(**options):
+    return [
+        driver(budget=0.5, layers=["net.0"], cooldown=10, align=2, **options),
+        driver(budget=0.2, exclude=["net.0"], **options),
+    ]
+
+
+@pytest.mark.parametrize("stop", [5, 11, 17])
+def test_two_callbacks_over_different_layers_resume_to_the_bit(make_module, make_trainer, tmp_path, stop):
+    class Shuffled(make_module):
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(super().train_dataloader().dataset, batch_size=8, shuffle=True)
+
+    def fresh():
+        torch.manual_seed(3)
+        return Shuffled()
+
+    straight, callbacks = fresh(), pair()
+    make_trainer(callbacks, max_steps=24).fit(straight)
+    first, second = (callback.learner for callback in callbacks)
+    assert (first.layers.keys(), second.layers.keys()) == ({"net.0"}, {"net.2", "net.4"})
+    assert 0.48 < first.relative_flops <= 0.5
+    assert second.relative_flops <= 0.2
+    assert callbacks[0].history["relative_flops"] != callbacks[1].history["relative_flops"]
+
+    trainer = make_trainer(pair(), max_steps=stop)
+    trainer.fit(fresh())
+    trainer.save_checkpoint(tmp_path / "stop.ckpt")
+    resumed, callbacks = fresh(), pair()
+    torch.manual_seed(99)
+    make_trainer(callbacks, max_steps=24).fit(resumed, ckpt_path=tmp_path / "stop.ckpt")
+    assert [callback.learner.step_count for callback in callbacks] == [24, 24]
+    assert_identical(parameters_of(resumed), parameters_of(straight))
+
+
+def test_a_dense_model_evaluates_a_checkpoint_of_two_callbacks(make_module, make_trainer, tmp_path):
+    module = make_module()
+    trainer = make_trainer(pair())
+    trainer.fit(module)
+    trainer.save_checkpoint(tmp_path / "both.ckpt")
+    evaluated = make_module()
+    make_trainer(pair()).test(evaluated, ckpt_path=tmp_path / "both.ckpt", verbose=False)
+    assert {name: layer.align for name, layer in layers_of(evaluated).items()} == {
+        "net.0": (2, 2),
+        "net.2": (1, 1),
+        "net.4": (1, 1),
+    }
+    x = torch.randn(5, 16)
+    assert torch.equal(evaluated(x), module(x))
+
+
+@pytest.mark.parametrize("key", ["GBLRCallback", "GBLRCallback{'layers': ['net.0', 'net.2'], 'exclude': []}"])
+def test_checkpoints_under_an_older_key_are_resumed(make_module, make_trainer, tmp_path, key):
+    trainer = make_trainer([driver(layers=["net.[02]"])], max_steps=8)
+    trainer.fit(make_module())
+    trainer.save_checkpoint(tmp_path / "stop.ckpt")
+    checkpoint = torch.load(tmp_path / "stop.ckpt", weights_only=False)
+    (state,) = checkpoint["callbacks"].values()
+    torch.save(checkpoint | {"callbacks": {key: state}}, tmp_path / "older.ckpt")
+    callback = driver(layers=["net.[02]"])
+    make_trainer([callback], max_steps=10).fit(make_module(), ckpt_path=tmp_path / "older.ckpt")
+    assert callback.learner.step_count == 10
+
+
+def test_two_callbacks_log_beside_each_other(make_module, make_trainer, tmp_path):
+    logger = pl.loggers.CSVLogger(tmp_path)
+    trainer = make_trainer(pair(), logger=logger)
+    trainer.fit(make_module())
+    rows = csv.DictReader(Path(logger.experiment.metrics_file_path).read_text().splitlines())
+    last = {name: float(value) for row in rows for name, value in row.items() if value}
+    assert 0.48 < last["gblr/relative_flops"] <= 0.5
+    assert last["gblr_2/relative_flops"] <= 0.2
+    assert {"gblr_layers/net.0/relative_flops", "gblr_layers/net.4/relative_flops"} <= last.keys()
+    assert {"gblr/relative_flops", "gblr_2/relative_flops"} <= trainer.callback_metrics.keys()
+
+
+def test_two_callbacks_over_one_layer_are_an_error(make_module, make_trainer):
+    with pytest.raises(ConfigError, match=r"layer 'net.0': another structure learner drives it"):
+        make_trainer([driver(layers=["net.0"]), driver()]).fit(make_module())
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.9])
+def test_a_second_round_goes_on_from_the_frozen_structure(make_module, make_trainer, budget):
+    module = make_module()
+    make_trainer([driver()]).fit(module)
+    callback = driver(budget=budget)
+    make_trainer([callback]).fit(module)
+    assert callback.learner.frozen
+    assert callback.history["relative_flops"][0][1] <= 0.4
+    assert budget - 0.1 < callback.learner.relative_flops <= budget or budget == 0.9
+
+
+def test_lbfgs_is_an_error(make_module, make_trainer):
+    class Module(make_module):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters())
+
+    with pytest.raises(ConfigError, match="optimizer: LBFGS has no parameter groups; structure parameters need"):
+        make_trainer([driver()]).fit(Module())
