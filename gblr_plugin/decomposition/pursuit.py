@@ -64,6 +64,7 @@ class Effort:
         price: First price of a multiply-add over the mean square of the residual.
         overlap: Largest overlap of blocks added together, relative to the smaller.
         refine: Alternations on each candidate block before it is compared with the others.
+        spare: Candidates beyond the blocks wanted; ``None``: twice as many. On tiles many of them collide.
         momentum: Extrapolation of the column factors from sweep to sweep.
         tile_scale: Side of the smaller tiles searched over (mean width of a component that the budget allows)^(3/4);
             the larger ones have twice that side.
@@ -79,6 +80,7 @@ class Effort:
     price: float = 2.0
     overlap: float = 0.5
     refine: int = 2
+    spare: int | None = None
     momentum: float = 0.8
     tile_scale: float = 0.8
 
@@ -112,6 +114,11 @@ class _State:
     def to(self, dtype: torch.dtype) -> _State:
         names = ("u", "v", "left", "right", "last_v", "worth")
         return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
+
+    def live(self, worth: Tensor) -> _State:
+        """The blocks of positive worth."""
+        state, stays = replace(self, worth=worth), worth > 0
+        return state if bool(stays.all()) else state.select(stays)
 
     def select(self, index: Tensor) -> _State:
         rows, cols = self.rows.select(index), self.cols.select(index)
@@ -214,22 +221,21 @@ class _Pursuit:
 
     def fit_rows(self, state: _State, mode: str) -> _State:
         """Row factors of the blocks and columns of the low-rank part, jointly, given the column factors."""
-        size = _norms(self.whiten(state.v))
-        state = replace(state, v=state.v / size, u=state.u * size)
+        state = replace(state, v=state.v / _norms(self.whiten(state.v)))
         spans, worth, u, left = self._fit(
             self.seen, state.right, self.whiten(state.v), state.rows, state.cols.widths(), mode
         )
-        state = replace(state, worth=worth).select(worth > 0)
+        state = state.live(worth)
         return replace(state, u=u, rows=spans, left=_orthonormal(left))
 
     def fit_cols(self, state: _State, mode: str) -> _State:
         """Column factors of the blocks and rows of the low-rank part, jointly, given the row factors."""
         size = _norms(state.u)
-        state = replace(state, u=state.u / size, v=state.v * size)
+        state = replace(state, u=state.u / size)
         if self.weighted:
-            return self._fit_weighted_cols(state, mode)
+            return self._fit_weighted_cols(replace(state, v=state.v * size), mode)
         spans, worth, v, right = self._fit(self.seen.T, state.left.T, state.u, state.cols, state.rows.widths(), mode)
-        state = replace(state, worth=worth).select(worth > 0)
+        state = state.live(worth)
         return replace(state, v=v, cols=spans, right=_orthonormal(right).T)
 
     def _fit(
@@ -285,8 +291,9 @@ class _Pursuit:
             those of these only. The free side of the low-rank part, (N, r).
         """
         shared = other @ basis.T
-        gram = gram_matrix(other) - shared @ shared.T
-        right = other @ target.T - shared @ (basis @ target.T)
+        image = target @ basis.T
+        gram = gram_matrix(other).addmm_(shared, shared.T, alpha=-1)
+        right = (other @ target.T).addmm_(shared, image.T, alpha=-1)
         worth = other.new_ones(len(other))
         if mode != "fixed":
             support = spans.support()
@@ -299,8 +306,8 @@ class _Pursuit:
             if not bool(live.all()):
                 spans, gram, right = spans.select(live), gram[live][:, live], right[live]
         factors, _ = supported_solve(gram, right, spans.support(), ridge=self.ridge)
-        self.explained = float((factors * right).sum() + (target @ basis.T).square().sum())
-        return spans, worth, factors, target @ basis.T - factors.T @ shared[worth > 0]
+        self.explained = float((factors * right).sum() + image.square().sum())
+        return spans, worth, factors, image - factors.T @ shared[worth > 0]
 
     def _fit_weighted_cols(self, state: _State, mode: str) -> _State:
         """As `_fit` for columns that couple through the second moment: conjugate gradients on the normal equations."""
@@ -370,6 +377,7 @@ class _Pursuit:
             residual,
             *grids,
             count=room,
+            candidates=3 * room if self.effort.spare is None else min(3 * room, room + self.effort.spare),
             price=self.price,
             shapes=self._tiles(),
             refine=self.effort.refine,
@@ -400,7 +408,8 @@ class _Pursuit:
     def sweep(self, state: _State, mode: str, momentum: float | None = None) -> _State:
         """Both sides once; the column factors are extrapolated first, which speeds up the alternation."""
         momentum = self.effort.momentum if momentum is None else momentum
-        ahead = state.v + momentum * (state.v - state.last_v) * state.cols.support()
+        step = (state.v - state.last_v).mul_(state.cols.support())
+        ahead = state.v.add(step, alpha=momentum)
         state = replace(state, v=ahead, last_v=state.v)
         state = self.fit_cols(self.fit_rows(state, mode), mode)
         if mode != "fixed":
@@ -444,11 +453,12 @@ class _Pursuit:
         right, corner = torch.linalg.qr(rest.T @ left)  # what blocks leave is left corner^T right^T
         saved = rank * sum(self.target.shape) - int(problem.trapezoid_cost()[rank])
         factors, grids = (left @ corner.T, right @ corner), (problem.rows, problem.cols)
-        found = [best_windows(factor, grid, self.price) for factor, grid in zip(factors, grids, strict=True)]
-        net = [-math.inf if windows is None else windows.net for windows in found]
-        axis = 0 if net[0] >= net[1] else 1
-        windows = found[axis]
-        if windows is None or windows.net <= self.price * saved:
+        axis, windows = 0, best_windows(factors[0], grids[0], self.price, self.price * saved)
+        least = self.price * saved if windows is None else windows.net
+        better = best_windows(factors[1], grids[1], self.price, least)
+        if better is not None:
+            axis, windows = 1, better
+        if windows is None:
             return None
         # The other factor, full, fitted to the low-rank part.
         fit = torch.linalg.pinv(windows.factor.T) @ factors[axis]
@@ -536,7 +546,9 @@ def _default_effort(problem: Problem) -> Effort:
         return BRISK
     if problem.weight.numel() >= LARGE:
         return Effort(rounds=3, sweeps=2, polish=2)
-    return PLAIN if problem.trains or not (problem.rows.cyclic or problem.cols.cyclic) else Effort()
+    if problem.trains or not (problem.rows.cyclic or problem.cols.cyclic):
+        return PLAIN
+    return Effort(spare=None if max(problem.rows.tile, problem.cols.tile) > 1 else 300)
 
 
 def _default_shares(problem: Problem) -> list[float]:
@@ -564,7 +576,8 @@ def pursuit(problem: Problem, effort: Effort | None = None) -> StructuredMatrix:
         return whole
     effort = _default_effort(problem) if effort is None else effort
     shares = _default_shares(problem) if effort.rank_share is None else [effort.rank_share]
-    return min((_with_share(problem, effort, share) for share in shares), key=problem.error)
+    found = [_with_share(problem, effort, share) for share in shares]
+    return min(found, key=problem.error) if len(found) > 1 else found[0]
 
 
 def _with_share(problem: Problem, effort: Effort, share: float) -> StructuredMatrix:

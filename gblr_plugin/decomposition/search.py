@@ -97,6 +97,7 @@ def find_blocks(
     cols: Grid,
     *,
     count: int,
+    candidates: int,
     price: float,
     shapes: list[tuple[int, int]],
     refine: int,
@@ -110,6 +111,7 @@ def find_blocks(
         rows: Grid of the rows.
         cols: Grid of the columns.
         count: Largest number of blocks.
+        candidates: Number of tiles, those that gain most, whose blocks are settled and compared.
         price: Squared error that one multiply-add must save.
         shapes: Heights and widths of the tiles, in indices.
         refine: Alternations that settle a block's intervals by maximum sums, near its tile.
@@ -117,7 +119,7 @@ def find_blocks(
         offset: First row and column of the first tile; varying it between calls shows other tiles.
     """
     m, n = residual.shape
-    limit = min(3 * count, MAX_CANDIDATES)
+    limit = min(candidates, MAX_CANDIDATES)
     turned = residual.roll((-offset[0], -offset[1]), (0, 1)) if offset != (0, 0) else residual
     vectors, scores, places = [], [], []
     for height, width in shapes:

@@ -10,18 +10,20 @@ row on the directions that leave it out.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .joint import supported_solve
 from .problem import Grid
 from .spans import Spans
 
 __all__ = ["Windows", "best_windows"]
 
-LENGTHS = (1.0, 1.5, 2.0, 3.0)
-"""Lengths of the windows that are compared, over the rank."""
+LENGTHS = (1.5, 2.0, 3.0, 1.0)
+"""Lengths of the windows that are compared, over the rank, in this order."""
 ITERATIONS = 4
 """Of the inverse iteration that finds the smallest directions."""
 RIDGE = 1e-10
@@ -83,51 +85,45 @@ def _lost(factor: Tensor, directions: Tensor, left_out: Tensor) -> float:
     Args:
         factor: (N, r) in an orthonormal basis of the other side.
         directions: (r, r) unit columns.
-        left_out: (N, r) bool, which components leave out which index.
+        left_out: (r, N) bool, which components leave out which index.
     """
-    most = int(left_out.sum(1).max())
-    total = 0.0
-    member = torch.argsort(left_out.to(torch.int8), dim=1, descending=True, stable=True)[:, :most]
-    valid = left_out.gather(1, member)
-    step = max(1, CHUNK_ENTRIES // (most * factor.shape[1]))
-    for rows, who, real in zip(factor.split(step), member.split(step), valid.split(step), strict=True):
-        span = directions.T[who] * real[:, :, None]
-        gram = span @ span.transpose(1, 2)
-        gram.diagonal(dim1=1, dim2=2).add_((~real).to(gram.dtype) + RIDGE)
-        share = span @ rows[:, :, None]
-        total += float((share * torch.linalg.solve(gram, share)).sum())
-    return total
+    share = directions.T @ factor.T
+    fitted, _ = supported_solve(directions.T @ directions, share, left_out)
+    return float((fitted * share).sum())
 
 
-def best_windows(factor: Tensor, grid: Grid, price: float) -> Windows | None:
+def best_windows(factor: Tensor, grid: Grid, price: float, least: float = 0.0) -> Windows | None:
     """The windows that save most, among several lengths.
 
     Args:
         factor: (N, r) float64 factor of a product whose other factor has orthonormal rows.
         grid: The axis of length N, which must be cyclic: a window in the middle leaves an interval that wraps.
         price: Squared error that one multiply-add must save.
+        least: What the windows must save more than.
 
     Returns:
-        The windows, or ``None`` where the grid has no room for them.
+        The windows, or ``None`` where the grid has no room for them, or nothing is saved.
     """
     length, rank = factor.shape
     if not grid.cyclic or rank < 2:
         return None
     start, turn = (part.to(factor.device) for part in _starts(grid, rank))
     best: Windows | None = None
-    sizes = sorted({max(1, round(times * rank / grid.tile)) for times in LENGTHS})
-    for cells in sizes:
-        if 2 * cells > grid.cells:
-            break
+    longest, top = grid.cells // 2, -math.inf
+    for cells in dict.fromkeys(max(1, round(times * rank / grid.tile)) for times in LENGTHS):
         width = cells * grid.tile
+        if cells > longest or price * width * rank <= least:
+            continue
         zero = (start[:, None] * grid.tile + torch.arange(width, device=factor.device)) % length
         directions = _directions(factor, zero, turn)
         spans = Spans(torch.full_like(start, grid.cells - cells), (start + cells) % grid.cells, grid)
         support = spans.support()
         if not bool(torch.isfinite(directions).all()):
             continue
-        net = price * width * rank - _lost(factor, directions, ~support.T)
-        if best is not None and net <= best.net:
-            break  # longer ones lose more still
-        best = Windows((factor @ directions).T * support, spans, net)
+        net = price * width * rank - _lost(factor, directions, ~support)
+        if net <= top:
+            longest = cells  # longer ones lose more still
+        top = max(top, net)
+        if net > least:
+            best, least = Windows((factor @ directions).T * support, spans, net), net
     return best

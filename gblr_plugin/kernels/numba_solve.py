@@ -33,6 +33,14 @@ def _add(row, c, other):
 
 
 @compiled("solve", fast=True)
+def _largest(row):
+    largest = 0.0
+    for i in range(len(row)):
+        largest = max(largest, abs(row[i]))
+    return largest
+
+
+@compiled("solve", fast=True)
 def _dot_and_add(row, x, c, y):
     """``row @ x``, and ``c * row`` added to y, in one pass."""
     total = c * 0
@@ -43,34 +51,40 @@ def _dot_and_add(row, x, c, y):
 
 
 @compiled("solve", fast=True)
-def _two_dots_and_add(row0, row1, x, c0, c1, y):
-    total0 = total1 = c0 * 0
+def _four_dots_and_add(row0, row1, row2, row3, x, c0, c1, c2, c3, y):
+    total0 = total1 = total2 = total3 = c0 * 0
     for i in range(len(row0)):
         total0 += row0[i] * x[i]
         total1 += row1[i] * x[i]
-        y[i] += c0 * row0[i] + c1 * row1[i]
-    return total0, total1
-
-
-@compiled("solve", fast=True)
-def _largest(row):
-    largest = 0.0
-    for i in range(len(row)):
-        largest = max(largest, abs(row[i]))
-    return largest
+        total2 += row2[i] * x[i]
+        total3 += row3[i] * x[i]
+        y[i] += c0 * row0[i] + c1 * row1[i] + c2 * row2[i] + c3 * row3[i]
+    return total0, total1, total2, total3
 
 
 @compiled("solve", fast=True)
 def _product(lower, x, y, size):
-    """Into y the product A x of a symmetric A whose lower triangle is given; two rows at a time."""
-    for a in range(0, size - 1, 2):
-        row0, row1, x0, x1 = lower[a, :a], lower[a + 1, :a], x[a], x[a + 1]
-        y0, y1 = _two_dots_and_add(row0, row1, x[:a], x0, x1, y[:a])
-        corner = lower[a + 1, a]
-        y[a] = y0 + lower[a, a] * x0 + corner * x1
-        y[a + 1] = y1 + corner * x0 + lower[a + 1, a + 1] * x1
-    if size % 2:
-        a = size - 1
+    """Into y the product A x of a symmetric A whose lower triangle is given; four rows at a time."""
+    whole = size - size % 4
+    for a in range(0, whole, 4):
+        y[a], y[a + 1], y[a + 2], y[a + 3] = _four_dots_and_add(
+            lower[a, :a],
+            lower[a + 1, :a],
+            lower[a + 2, :a],
+            lower[a + 3, :a],
+            x[:a],
+            x[a],
+            x[a + 1],
+            x[a + 2],
+            x[a + 3],
+            y[:a],
+        )
+        for b in range(a, a + 4):
+            y[b] += lower[b, b] * x[b]
+            for c in range(a, b):
+                y[b] += lower[b, c] * x[c]
+                y[c] += lower[b, c] * x[b]
+    for a in range(whole, size):
         y[a] = lower[a, a] * x[a]
         y[a] += _dot_and_add(lower[a, :a], x[:a], x[a], y[:a])
 
