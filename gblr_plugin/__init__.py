@@ -34,6 +34,7 @@ _EXPORTS = {
     "load": "serialization",
     "param_groups": "optim",
     "prepare": "conversion",
+    "reorder": "reordering",
     "report": "reporting",
     "save": "serialization",
 }

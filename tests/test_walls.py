@@ -37,6 +37,7 @@ ROOMS = [
         "families",
         "hf",
         "onnx",
+        "reordering",
         "reporting",
         "selection",
         "serialization",

@@ -24,6 +24,7 @@ class ComparisonSettings:
             Default: the task's layers.
         calibration: Training batches to which the calibrated starts are fitted; methods are fine-tuned from there.
             Without it there is no calibrated phase.
+        reorder: As for ``gblr run``.
         model: Arguments of the task.
         seeds: One repetition each, of split, initialisation and training.
         dense: Training of the dense network.
@@ -36,6 +37,7 @@ class ComparisonSettings:
     budgets: list[float]
     config_list: list[dict[str, Any]] | None = None
     calibration: CalibrationSettings | None = None
+    reorder: list[Any] = field(default_factory=list)
     model: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     dense: Training = field(default_factory=Training)
@@ -68,6 +70,7 @@ class ComparisonSettings:
             budget=budget if entries is None else None,
             config_list=entries,
             calibration=self.calibration,
+            reorder=self.reorder,
             model=self.model,
             seeds=self.seeds,
             dense=self.dense,

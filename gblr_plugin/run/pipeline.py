@@ -25,6 +25,7 @@ from ..files import write_atomic, write_text
 from ..lightning import GBLRCallback
 from ..nni import LightningEvaluator, create_compressor
 from ..progress import shown_by
+from ..reordering import reorder
 from ..reporting import Report, report
 from ..serialization import load, read_state, save
 from ..tasks import get_task
@@ -292,6 +293,8 @@ class Job:
         batches = len(data.train_dataloader())
         steps = training.steps(batches)
         module = self._module(network, training, batches)
+        if self.settings.reorder:
+            reorder(module, self.settings.reorder, example_input=self.task.example_input())
         if training.distillation:
             module.learn_from(copy.deepcopy(network))
         monitor = GBLRCallback(budget=None, picture_every_n_epochs=max(training.epochs // 8, 1))

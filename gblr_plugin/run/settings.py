@@ -136,6 +136,8 @@ class RunSettings:
         config_list: NNI's compression config: which layers, and how far. Default: the task's layers at ``budget``.
         allocation: With ``budget``: the layers share it, split by this rule (:func:`gblr_plugin.allocation.allocate`).
         calibration: Training batches to which one-shot starts are fitted; default none.
+        reorder: Pairs of layers whose hidden units are brought into an order that suits blocks on intervals before
+            anything is compressed, by names or patterns as :func:`gblr_plugin.reorder` takes them.
         model: Arguments of the task: sizes of the network, the data's folder and split.
         seeds: One repetition each, of split, initialisation and training.
         weights: File with the weights of a trained dense network (``dense.pt`` of an earlier run, or a state dict), in
@@ -152,6 +154,7 @@ class RunSettings:
     config_list: list[dict[str, Any]] | None = None
     allocation: str | None = None
     calibration: CalibrationSettings | None = None
+    reorder: list[Any] = field(default_factory=list)
     model: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     weights: str | None = None

@@ -16,7 +16,8 @@ from gblr_plugin import GBLRTensor, load, report
 from gblr_plugin.cli import main
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.layers import GBLRLayer
-from gblr_plugin.run import starting
+from gblr_plugin.reordering import reorder
+from gblr_plugin.run import pipeline, starting
 from gblr_plugin.run.console import Console
 from gblr_plugin.run.measure import evaluate
 from gblr_plugin.run.pipeline import Job
@@ -318,3 +319,16 @@ def test_distillation_learns_from_the_dense_network(project, monkeypatch):
     saved = load(project / "out/dense.safetensors", lambda: copy.deepcopy(taught[-1][1]))
     for trained, parameter in zip(saved.parameters(), taught[-1][1].parameters(), strict=True):
         assert torch.equal(trained, parameter)
+
+
+def test_hidden_units_are_reordered_before_compression(project, capfd, monkeypatch):
+    orders = []
+    monkeypatch.setattr(pipeline, "reorder", lambda *args, **options: orders.append(reorder(*args, **options)))
+    once = ["--set", "dense.epochs=1", "--set", "methods=[{name: gblr_fixed}]", "--set", "finetune.epochs=1"]
+    pairs = ["--set", "reorder=[[network.0, network.3]]"]
+    assert main(["run", "config.yaml", *OWN, *once, *pairs, "--set", "budget=0.5", "--output", "out"]) == 0
+    assert sorted(orders[-1]["network.3"].tolist()) == list(range(32))
+    bad = ["--set", "reorder=[[network.3, network.0]]"]
+    assert main(["run", "config.yaml", *OWN, *once, *bad, "--set", "budget=0.5", "--output", "none"]) == 2
+    assert "reorder: 'network.3' makes 2 units and 'network.0' takes 8; need as many" in capfd.readouterr().err
+    assert not (project / "none").exists()
