@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from .allocation import allocate
@@ -58,17 +59,53 @@ class LayerSettings:
 
 
 def check_untied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    """Raise a ConfigError that names the layer if a chosen module's weight is also a parameter of another module."""
+    """Raise a ConfigError that names the layer if a chosen module's weight or bias is also a parameter of another.
+
+    The same parameter, or another in the same memory.
+    """
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    regions: list[tuple[tuple[Any, int, int], str, nn.Module]] = []
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((name, module))
+                if (region := _region(parameter)) is not None:
+                    regions.append((region, name, module))
+    before: list[tuple[tuple[Any, int, int], str, nn.Module]] = []
+    shared: dict[int, str] = {}  # name of another module by id of one, for memory that overlaps
+    for region, name, module in sorted(regions, key=lambda entry: (str(entry[0][0]), *entry[0][1:])):
+        device, begin, _ = region
+        before = [entry for entry in before if entry[0][0] == device and entry[0][2] > begin]
+        for _, other_name, other in before:
+            if other is not module:
+                shared.setdefault(id(module), other_name)
+                shared.setdefault(id(other), name)
+        before.append((region, name, module))
     for name, module in chosen.items():
-        weight: Any = module.weight
-        other = next((n for n, owner in owners[id(weight)] if owner is not module), None)
-        if other is not None:
-            raise ConfigError(f"layer {name!r}: its weight is tied to that of {other!r}; untie it or leave it out")
+        for part in ("weight", "bias"):
+            parameter = getattr(module, part, None)
+            found = (n for n, owner in owners.get(id(parameter), ()) if owner is not module)
+            other_owner = next(found, None)
+            if other_owner is not None:
+                raise ConfigError(
+                    f"layer {name!r}: its {part} is tied to that of {other_owner!r}; untie it or leave it out"
+                )
+        if id(module) in shared:
+            raise ConfigError(
+                f"layer {name!r}: it shares memory with a parameter of {shared[id(module)]!r}; clone one or leave it "
+                "out"
+            )
+
+
+def _region(parameter: Tensor) -> tuple[torch.device, int, int] | None:
+    """Device, begin and end of the memory that a plain tensor without holes fills; ``None``: nothing is known."""
+    if type(parameter.data) is not Tensor or parameter.is_meta or not parameter.numel():
+        return None
+    span = 1 + sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    if span != parameter.numel():
+        return None
+    begin = parameter.data_ptr()
+    return parameter.device, begin, begin + span * parameter.itemsize
 
 
 def prepare_layers(

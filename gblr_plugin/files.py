@@ -20,9 +20,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     folders.
 
     Raises:
-        OSError: If the folder cannot be written to or the disk is full.
+        OSError: If the folder cannot be written to, the disk is full, or ``path`` is a folder.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

@@ -514,7 +514,18 @@ class StructureLearner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume; the layers' own state must be loaded too, before or after this."""
+        """Resume; the layers' own state must be loaded too, before or after this.
+
+        Raises:
+            ConfigError: For anything but what :meth:`state_dict` gave, for as many layers.
+        """
+        wanted = self.state_dict().keys()
+        missing = [key for key in wanted if not isinstance(state, Mapping) or key not in state]
+        if missing:
+            raise ConfigError(f"structure learner: its state lacks {', '.join(missing)}; give what state_dict() gave")
+        costs = state["start_costs"]
+        if costs is not None and len(costs) != len(self.layers):
+            raise ConfigError(f"structure learner: the state is of {len(costs)} layers, these are {len(self.layers)}")
         self.step_count = int(state["step_count"])
         self.progress = float(state["progress"])
         self.frozen = bool(state["frozen"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 from .errors import ConfigError
 
@@ -21,7 +22,8 @@ class Schedule:
         sigma_end: Smoothness just before the cool-down; 100 is close to the boxcar.
 
     Raises:
-        ConfigError: Unless ``0 <= warmup_step < cooldown_begin_step`` and ``0 < sigma_start <= sigma_end``.
+        ConfigError: Unless all are numbers with ``0 <= warmup_step < cooldown_begin_step`` and
+            ``0 < sigma_start <= sigma_end``.
     """
 
     warmup_step: int
@@ -30,6 +32,10 @@ class Schedule:
     sigma_end: float = 100.0
 
     def __post_init__(self) -> None:
+        for name in ("warmup_step", "cooldown_begin_step", "sigma_start", "sigma_end"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise ConfigError(f"schedule: {name} must be a number, got {value!r}")
         if not 0 <= self.warmup_step < self.cooldown_begin_step:
             raise ConfigError(
                 f"schedule: need 0 <= warmup_step < cooldown_begin_step, got {self.warmup_step} and "

@@ -72,6 +72,8 @@ def check_structurable(module: nn.Module, name: str) -> None:
         raise ConfigError(f"layer {name!r}: its weight is a {type(weight.data).__name__}, need a plain tensor")
     if not weight.dtype.is_floating_point:
         raise ConfigError(f"layer {name!r}: its weight has dtype {weight.dtype}, need a floating point one")
+    if weight.dtype.itemsize < 2:
+        raise ConfigError(f"layer {name!r}: its weight has dtype {weight.dtype}, need half precision or more")
     if not weight.is_meta and not bool(torch.isfinite(weight.detach()).all()):
         raise ConfigError(f"layer {name!r}: its weight has NaN or infinite entries")
 

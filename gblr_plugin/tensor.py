@@ -465,8 +465,11 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
         self.scales.to(dtype=dtype, **options) if int8 else None,
         None if self.matrix is None else self.matrix.to(dtype=dtype, **options),
     )
-    if moved.device.type != self.device.type and not torch.compiler.is_compiling():
-        moved = moved.settled()
+    if not torch.compiler.is_compiling():
+        if moved.matrix is not None and moved.dtype.itemsize > self.dtype.itemsize:
+            moved.matrix = moved._own_matrix()  # the old one was rounded to the narrow dtype
+        if moved.device.type != self.device.type:
+            moved = moved.settled()
     return return_and_correct_aliasing(func, args, kwargs, moved)  # type: ignore[no-any-return]  # untyped in torch
 
 
@@ -493,11 +496,35 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
     return _transposed(func, args, kwargs)
 
 
+_copy_of_torchao = GBLRTensor._ATEN_OP_TABLE[GBLRTensor][aten.copy_.default]
+
+
+@implements(aten.copy_.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    target, source = args[:2]
+    if not isinstance(source, GBLRTensor):
+        raise GBLRError(
+            "GBLR tensor: a dense weight cannot be copied into a converted one; load it before convert(), or with "
+            "assign=True"
+        )
+    if not isinstance(target, GBLRTensor):
+        raise GBLRError(
+            "GBLR tensor: a converted weight cannot be copied into a dense one; load it with assign=True, or a file of "
+            "save() with load()"
+        )
+    try:
+        return _copy_of_torchao(func, types, args, kwargs)
+    except ValueError:
+        raise GBLRError(
+            "GBLR tensor: only a weight of the same structure and plan can be copied; load with assign=True"
+        ) from None
+
+
 @implements([aten.split.Tensor, aten.view.default])
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> NoReturn:
     raise GBLRError(
-        "GBLR tensor: it is neither cut nor flattened; for DistributedDataParallel and fully_shard see "
-        "keep_frozen_local and frozen_weights of gblr_plugin.distributed"
+        "GBLR tensor: it is neither cut nor flattened; of torchao's configs it takes Int8WeightOnlyConfig; for "
+        "DistributedDataParallel and fully_shard see keep_frozen_local and frozen_weights of gblr_plugin.distributed"
     )
 
 

@@ -107,6 +107,33 @@ def test_tied_weights_are_refused_before_the_model_is_touched():
     assert type(model["head"]) is nn.Linear
 
 
+def test_tied_biases_and_shared_memory_are_refused_before_the_model_is_touched():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].bias = model[0].bias
+    with pytest.raises(ConfigError, match="layer '0': its bias is tied to that of '1'; untie it or leave it out"):
+        prepare(model)
+    with pytest.raises(ConfigError, match="layer '1': its bias is tied to that of '0'"):
+        prepare(model, ["1"])
+    assert list(prepare(model, ["2"])) == ["2"]
+    for view in (lambda weight: weight, lambda weight: weight.T):
+        model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+        model[1].weight = nn.Parameter(view(model[0].weight.detach()))
+        with pytest.raises(
+            ConfigError, match="layer '1': it shares memory with a parameter of '0'; clone one or leave"
+        ):
+            prepare(model, ["1"])
+        assert type(model[1]) is nn.Linear
+        assert list(prepare(model, ["2"])) == ["2"]
+
+
+def test_slices_of_one_buffer_are_not_tied():
+    buffer = torch.randn(2, 16, 16)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    for layer, part in zip(model, buffer, strict=True):
+        layer.weight = nn.Parameter(part)
+    assert list(prepare(model)) == ["0", "1"]
+
+
 def test_too_small_layers_stay_dense_with_a_note(caplog):
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1))
     with caplog.at_level(logging.WARNING):

@@ -49,3 +49,11 @@ def test_file_then_folder_are_flushed_to_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(stat.S_ISDIR(os.fstat(handle).st_mode)))
     write_text(tmp_path / "file", "x")
     assert flushed == [False, True]
+
+
+def test_a_folder_is_no_file(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(IsADirectoryError, match="folder is a folder; give the name of a file"):
+        write_text(folder, "text")
+    assert list(tmp_path.iterdir()) == [folder]

@@ -630,3 +630,16 @@ def test_a_second_round_says_what_to_do() -> None:
     again.attach_all([optimizer])
     train(model, optimizer, 5)
     assert again.relative_flops <= 0.2
+
+
+def test_a_state_of_something_else_is_refused() -> None:
+    layers = layers_of(build())
+    learner = StructureLearner(layers, dict.fromkeys(layers, LayerGoal(0.5)), Schedule(1, 4))
+    learner.begin()
+    state = learner.state_dict()
+    for bad in ({"x": 1}, [1], None):
+        with pytest.raises(ConfigError, match=r"its state lacks step_count, .*; give what state_dict\(\) gave"):
+            learner.load_state_dict(bad)
+    with pytest.raises(ConfigError, match="the state is of 1 layers, these are 2"):
+        learner.load_state_dict({**state, "start_costs": [3.0]})
+    assert learner.state_dict() == state

@@ -20,6 +20,7 @@ from torchao.quantization import Int8WeightOnlyConfig, PerTensor, quantize_
 from torchao.testing import utils as ao
 
 from gblr_plugin.config import GBLRConfig
+from gblr_plugin.conversion import LayerSettings, convert, prepare
 from gblr_plugin.errors import ConfigError, GBLRError
 from gblr_plugin.kernels.measure import circumstances, is_stale
 from gblr_plugin.kernels.plan import Plan
@@ -524,3 +525,46 @@ def test_a_changed_plan_or_buffer_is_noticed() -> None:
         weight.plan = Plan(weight.plan.block_rows, weight.plan.block_cols, ((1024, "blocks"),))
         torch.testing.assert_close(layer(x) - layer.bias, 4 * (before - layer.bias), rtol=1e-4, atol=1e-4)
         assert weight._launcher is not made
+
+
+def test_states_of_another_kind_are_refused_with_what_to_do():
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(32, 32))
+
+    dense, converted, other = network(), network(), network()
+    for model, budget in ((converted, 0.3), (other, 0.5)):
+        prepare(model, settings=LayerSettings("gblr", budget=budget))
+        convert(model)
+    for target, source, message in (
+        (converted, dense, r"a dense weight cannot be copied into a converted one; load it before convert\(\)"),
+        (dense, converted, "a converted weight cannot be copied into a dense one; load it with assign=True"),
+        (converted, other, "only a weight of the same structure and plan can be copied; load with assign=True"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            target.load_state_dict(source.state_dict())
+        target = copy.deepcopy(target)
+        target.load_state_dict(source.state_dict(), assign=True)
+        x = torch.randn(3, 32)
+        torch.testing.assert_close(target(x), source(x))
+    copy.deepcopy(converted).load_state_dict(converted.state_dict())
+
+
+def test_other_configs_of_torchao_are_refused_by_name():
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model = nn.Sequential(nn.Linear(32, 32))
+    prepare(model, settings=LayerSettings("gblr", budget=0.3))
+    with pytest.raises(GBLRError, match="of torchao's configs it takes Int8WeightOnlyConfig"):
+        quantize_(convert(model), Int8DynamicActivationInt8WeightConfig())
+
+
+def test_a_wider_weight_multiplies_by_a_wider_matrix(true_plans: None) -> None:
+    matrix = StructuredMatrix.from_factors(torch.randn(4, 24), torch.randn(4, 16))
+    weight = GBLRTensor.from_structured(matrix)
+    assert weight.matrix is not None
+    wide = weight.to(torch.float64)
+    x = torch.randn(3, 16, dtype=torch.float64)
+    torch.testing.assert_close(F.linear(x, wide), x @ matrix.to(torch.float64).to_dense().T, rtol=1e-12, atol=1e-12)
+    narrow = weight.to(torch.bfloat16)
+    assert torch.equal(narrow.matrix, weight.matrix.to(torch.bfloat16))

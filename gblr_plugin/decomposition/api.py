@@ -56,6 +56,8 @@ def _check_weight(weight: Tensor, row_splits: int) -> None:
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.dtype.is_floating_point:
         what = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
         raise ConfigError(f"decompose: weight must be a 2-d floating-point tensor (m, n), got {what}")
+    if weight.dtype.itemsize < 2:
+        raise ConfigError(f"decompose: weight must have half precision or more, got {weight.dtype}")
     if min(weight.shape) < 1:
         raise ConfigError(f"decompose: weight must have rows and columns, got shape {tuple(weight.shape)}")
     if weight.is_meta:

@@ -111,7 +111,7 @@ class Calibration:
             forms use it (``low_rank``, and GBLR's trapezoids).
 
     Raises:
-        ConfigError: If there is no batch.
+        ConfigError: If there is no batch, or they come from a generator.
     """
 
     batches: Sequence[Any]
@@ -122,6 +122,11 @@ class Calibration:
     loss: bool = False
 
     def __post_init__(self) -> None:
+        if not hasattr(self.batches, "__len__"):
+            raise ConfigError(
+                f"calibration: batches are passed through the model more than once; give a list, not a "
+                f"{type(self.batches).__name__}"
+            )
         if not len(self.batches):
             raise ConfigError("calibration: there are no batches")
 

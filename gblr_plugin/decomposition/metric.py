@@ -51,8 +51,10 @@ class Metric:
         moment = moment.double()
         moment = (moment + moment.T) / 2
         level = float(moment.diagonal().mean())
-        if not level > 0:
+        if not bool(moment.any()):
             raise ConfigError("calibration: the second moment is zero, there is no output to preserve")
+        if not level > 0:
+            raise ConfigError("calibration: the second moment is not positive semi-definite")
         level *= damping
         moment = moment + level * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
         root, info = torch.linalg.cholesky_ex(moment)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gblr_plugin.conversion import prepare
 from gblr_plugin.decomposition import METHODS, decompose, initialise
 from gblr_plugin.errors import ConfigError
 
@@ -197,3 +198,14 @@ def test_blocks_that_are_there_cost_no_more_where_the_budget_allows_more(dtype: 
     found = decompose(weight.to(dtype), budget)
     assert found.stored == 116
     assert float((found.to_dense() - weight).norm() / weight.norm()) < 1e-7
+
+
+def test_less_than_half_precision_is_refused():
+    weight = torch.randn(16, 16).to(torch.float8_e4m3fn)
+    with pytest.raises(
+        ConfigError, match="decompose: weight must have half precision or more, got torch.float8_e4m3fn"
+    ):
+        decompose(weight, 0.5)
+    model = nn.Sequential(nn.Linear(16, 16)).to(torch.float8_e4m3fn)
+    with pytest.raises(ConfigError, match="layer '0': its weight has dtype torch.float8_e4m3fn, need half precision"):
+        prepare(model)

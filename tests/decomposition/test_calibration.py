@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gblr_plugin.decomposition.calibration import Moments, corrected_bias, corrected_target
+from gblr_plugin.decomposition.calibration import Calibration, Moments, corrected_bias, corrected_target
 from gblr_plugin.decomposition.metric import Metric
 from gblr_plugin.errors import ConfigError
 
@@ -86,3 +86,8 @@ def test_unchanged_inputs_keep_the_target() -> None:
     cross, square = moments.second()
     weight = torch.randn(4, 5)
     torch.testing.assert_close(corrected_target(weight, cross, Metric.from_moment(square)), weight.double())
+
+
+def test_a_generator_is_no_list_of_batches() -> None:
+    with pytest.raises(ConfigError, match="batches are passed .* more than once; give a list, not a generator"):
+        Calibration((torch.randn(2, 3) for _ in range(2)), lambda model, x: model(x))  # type: ignore[arg-type]

@@ -54,3 +54,11 @@ def test_outputs_weighed_by_gradients_give_the_best_low_rank_of_the_second_order
     ]
     assert errors[2] == min(errors[:2])
     assert metric.weighted(torch.zeros(12, 12)) is metric
+
+
+@pytest.mark.parametrize(
+    ("diagonal", "message"), [([0.0, 0.0], "is zero"), ([1.0, -1.0], "not positive semi-definite")]
+)
+def test_moments_that_are_none(diagonal: list[float], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"the second moment is {message}"):
+        Metric.from_moment(torch.diag(torch.tensor(diagonal)))
