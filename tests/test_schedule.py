@@ -51,5 +51,5 @@ def test_one_smoothness_throughout_and_a_ramp_of_any_schedule():
 
 @pytest.mark.parametrize("values", [("1", 2), (1, None), (0, 1, "a"), (0, True)])
 def test_what_is_no_number_is_refused(values):
-    with pytest.raises(ConfigError, match="schedule: .* must be a number, got"):
+    with pytest.raises(ConfigError, match=r"schedule: .* must be a number, got"):
         Schedule(*values)

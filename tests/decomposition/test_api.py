@@ -202,10 +202,8 @@ def test_blocks_that_are_there_cost_no_more_where_the_budget_allows_more(dtype: 
 
 def test_less_than_half_precision_is_refused():
     weight = torch.randn(16, 16).to(torch.float8_e4m3fn)
-    with pytest.raises(
-        ConfigError, match="decompose: weight must have half precision or more, got torch.float8_e4m3fn"
-    ):
+    with pytest.raises(ConfigError, match=r"must have half precision or more, got torch\.float8_e4m3fn"):
         decompose(weight, 0.5)
     model = nn.Sequential(nn.Linear(16, 16)).to(torch.float8_e4m3fn)
-    with pytest.raises(ConfigError, match="layer '0': its weight has dtype torch.float8_e4m3fn, need half precision"):
+    with pytest.raises(ConfigError, match=r"layer '0': its weight has dtype torch\.float8_e4m3fn, need half"):
         prepare(model)

@@ -89,5 +89,5 @@ def test_unchanged_inputs_keep_the_target() -> None:
 
 
 def test_a_generator_is_no_list_of_batches() -> None:
-    with pytest.raises(ConfigError, match="batches are passed .* more than once; give a list, not a generator"):
+    with pytest.raises(ConfigError, match=r"batches are passed .* more than once; give a list, not a generator"):
         Calibration((torch.randn(2, 3) for _ in range(2)), lambda model, x: model(x))  # type: ignore[arg-type]
