@@ -214,3 +214,14 @@ def test_modules_that_keep_no_matrix_keep_their_class() -> None:
     layer = tiny()
     layer.weight = nn.Parameter(torch.zeros(24, 32))  # put in its place
     assert torch.equal(layer(torch.randn(2, 32)), layer.bias.expand(2, 24))
+
+
+@needs_numba
+def test_a_symbolic_trace_asks_for_no_number_of_tokens() -> None:
+    model = nn.Sequential(frozen_like(nn.Linear(160, 160), random_structure(160, 160, 0.25)))
+    assert isinstance(model[0], FrozenLinear)
+    assert model[0].weight.dense_elements is not frozen.ALWAYS
+    traced = torch.fx.symbolic_trace(model)
+    for tokens in (1, 3, 1000):
+        x = torch.randn(tokens, 160)
+        assert torch.equal(traced(x), model(x))
