@@ -3,7 +3,8 @@
 Neighbouring indices of an axis meet nearly the same components, since these live on intervals: K intervals begin and
 end 2K times on the whole axis, once or twice an index. So the inverse of the submatrix is kept from index to index,
 and a component that begins or ends is bordered to it or taken out of it: s^2 operations each where a factorisation
-from the ground up takes s^3. Its diagonal, which gains need, is at hand.
+from the ground up takes s^3. Its diagonal, which gains need, is at hand. Both steps lose as many digits as a component
+depends on the others; where that is much, an index is factored from the ground up, and so is the one after it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ SEGMENT = 96, 192
 """Least and greatest number of indices between two inverses made from the ground up; a quarter of the axis between."""
 
 REFINEMENTS = 4
+DEPENDENT = 1e6
+"""Factor by which a component's dependence on the others raises its diagonal of the inverse, from which on the inverse
+is not carried to the next index."""
+
 ENOUGH = 1e-9
 """Change by a refinement, relative to the largest unknown, after which there is no other."""
 
@@ -138,10 +143,49 @@ def _join(k, size, gram, inverse, known, who, column, tiny):
     return size + 1
 
 
+@compiled("solve", fast=True)
+def _dot(x, y):
+    total = 0.0
+    for i in range(len(x)):
+        total += x[i] * y[i]
+    return total
+
+
+@compiled("solve", fast=True)
+def _from_the_ground_up(size, known, inverse, spare, tiny):
+    """The inverse by a Cholesky factorisation: L, then M = L^-1, then M^T M; lower triangles."""
+    for a in range(size):
+        for b in range(a):
+            inverse[a, b] = (known[a, b] - _dot(inverse[a, :b], inverse[b, :b])) / inverse[b, b]
+        inverse[a, a] = np.sqrt(max(known[a, a] - _dot(inverse[a, :a], inverse[a, :a]), tiny))
+    for a in range(size):
+        corner = 1 / inverse[a, a]
+        spare[a, : a + 1] = 0
+        spare[a, a] = corner
+        for c in range(a):
+            _add(spare[a, : c + 1], -corner * inverse[a, c], spare[c, : c + 1])
+    for a in range(size):
+        inverse[a, : a + 1] = 0
+        for c in range(a + 1):
+            _add(inverse[c, : c + 1], spare[a, c], spare[a, : c + 1])
+
+
+@compiled("solve", fast=True)
+def _dependence(size, known, inverse):
+    """Largest factor by which dependence on the others raises a diagonal of the inverse; infinite: it is none."""
+    largest = 1.0
+    for a in range(size):
+        factor = known[a, a] * inverse[a, a]
+        if not factor >= 0.5:  # 1 at least but for rounding; also what is not a number
+            return np.inf
+        largest = max(largest, factor)
+    return largest
+
+
 @compiled("solve", keep=True, fast=True)
-def _solve(gram, right, support, tiny, refinements, inverse, known, who, vectors, solution, gains):
+def _solve(gram, right, support, tiny, refinements, inverse, known, spare, who, vectors, solution, gains):
     """Problem j has the components of ``support[j]``; ``gains`` without rows are not wanted."""
-    size = 0
+    size, sound = 0, False  # whether the inverse may be carried on
     column, rhs, found, change = vectors
     before = np.zeros(len(gram), np.bool_)
     for j in range(len(support)):
@@ -153,16 +197,25 @@ def _solve(gram, right, support, tiny, refinements, inverse, known, who, vectors
             members = 0
             for k in range(len(on)):
                 members += on[k]
-            if 3 * changes > members:  # all anew
-                size = 0
-                before[:] = False
-            else:
+            if sound and 3 * changes <= members:
                 for slot in range(size - 1, -1, -1):
                     if not on[who[slot]]:
                         size = _leave(slot, size, inverse, known, who, column)
-            for k in range(len(on)):
-                if on[k] and not before[k]:
-                    size = _join(k, size, gram, inverse, known, who, column, tiny)
+                for k in range(len(on)):
+                    if on[k] and not before[k]:
+                        size = _join(k, size, gram, inverse, known, who, column, tiny)
+                sound = _dependence(size, known, inverse) < DEPENDENT
+            else:
+                sound, size = False, 0
+                for k in range(len(on)):
+                    if on[k]:
+                        who[size] = k
+                        for b in range(size + 1):
+                            known[size, b] = gram[k, who[b]]
+                        size += 1
+            if not sound:
+                _from_the_ground_up(size, known, inverse, spare, tiny)
+                sound = _dependence(size, known, inverse) < DEPENDENT
             before[:] = on
         for a in range(size):
             rhs[a] = right[who[a], j]
@@ -218,7 +271,7 @@ def solve(gram: Tensor, right: Tensor, support: Tensor, want_gains: bool) -> tup
     starts = range(0, length, share)
 
     def part(first: int) -> None:
-        buffers = np.empty((most, most)), np.empty((most, most)), np.empty(most, np.int64), np.empty((4, most))
+        buffers = *np.empty((3, most, most)), np.empty(most, np.int64), np.empty((4, most))
         for begin in starts[first :: min(threads, len(starts))]:
             inside = slice(begin, begin + share)
             _solve(

@@ -133,3 +133,33 @@ def test_inverses_kept_along_the_axis_stay_exact(tile: int, ridge: float) -> Non
             torch.testing.assert_close(gains[on, j], expected.square() / inverse.diagonal(), rtol=1e-3, atol=1e-5)
     assert not found[~support].any()
     assert not gains[~support].any()
+
+
+@pytest.mark.parametrize("near", [0.0, 1e-8, 1e-6, 1e-4])
+@pytest.mark.parametrize(("components", "length"), [(120, 60), (120, 200)])
+def test_components_that_depend_on_each_other_are_fitted_as_by_torch(
+    monkeypatch: pytest.MonkeyPatch, near: float, components: int, length: int
+) -> None:
+    pytest.importorskip("numba")
+    generator = torch.Generator().manual_seed(0)
+    other = torch.randn(components, length, generator=generator, dtype=torch.float64)
+    other[1::2] = other[::2] + near * other[1::2]  # pairs, of which now and then one begins or ends
+    target = torch.randn(900, length, generator=generator, dtype=torch.float64)
+    start = torch.randint(900, (components,), generator=generator)
+    width = torch.randint(20, 900, (components,), generator=generator)
+    support = (torch.arange(900) - start[:, None]) % 900 < width[:, None]
+    problem = other @ other.T, other @ target.T, support
+
+    def left(solution: torch.Tensor) -> float:
+        return float((target - solution.T @ other).norm() / target.norm())
+
+    assert joint.solve_kernel(problem[0], support.numel()) is not None
+    compiled, worth = joint.supported_solve(*problem, want_gains=True)
+    refined, _ = joint.supported_solve(*problem)
+    monkeypatch.setattr(joint, "solve_kernel", lambda *_: None)
+    by_torch, expected = joint.supported_solve(*problem, want_gains=True)
+    assert worth is not None
+    assert expected is not None
+    assert left(compiled) == pytest.approx(left(by_torch), rel=1e-7)
+    assert left(refined) == pytest.approx(left(by_torch), rel=1e-7)
+    torch.testing.assert_close(worth, expected, rtol=0, atol=1e-5 * float(expected.max()))
