@@ -183,7 +183,7 @@ class StructureLearner:
     def begin(self) -> None:
         """Set the starting smoothness and record the starting costs; a no-op once begun (also after a resume)."""
         if self._start_costs is None:
-            self._start_costs = [float(layer.interval_multiply_adds) for layer in self.layers.values()]
+            self._start_costs = [float(layer.stored) for layer in self.layers.values()]
             for layer, sharp in zip(self.layers.values(), self._sharp(), strict=True):
                 if not sharp:
                     layer.fix_gauge()  # all of it may have to shrink
@@ -471,8 +471,9 @@ class StructureLearner:
         """Warn about groups that end more than a point under their budget, because live components are too few."""
         cost, dense = self._zeros(), self._zeros()
         for layer, group in zip(self.layers.values(), self._group_ids, strict=True):
-            cost[group] += layer.stored
-            dense[group] += math.prod(layer.matrix_shape)
+            size = math.prod(layer.matrix_shape)
+            cost[group] += min(layer.stored, size)  # what costs more is stored as the dense matrix
+            dense[group] += size
         named = {group: name for name, group in zip(self.layers, self._group_ids, strict=True)}
         for group, name in named.items():
             asked = self.goals[name].budget

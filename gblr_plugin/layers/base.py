@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -132,18 +131,12 @@ class GBLRLayer(nn.Module):
         return multiply_adds(rows.width, cols.width)
 
     @property
-    def interval_multiply_adds(self) -> int:
-        """Sum of the components' multiply-adds, which learning shrinks (paper Eq. 4); above m * n for full widths."""
-        return int(self.component_multiply_adds.sum())
-
-    @property
     def stored(self) -> int:
-        """Entries inside the present intervals: multiply-adds of one matrix-vector product.
+        """Factor entries inside the present intervals: multiply-adds of one matrix-vector product (paper Eq. 4).
 
-        Where the masks are exact boxcars at most m * n, since :func:`gblr_plugin.convert` stores what costs more as the
-        dense matrix; smooth masks are on their way from there to a budget.
+        More than m * n for full widths; :func:`gblr_plugin.convert` stores such a layer as the dense matrix.
         """
-        return min(self.interval_multiply_adds, math.prod(self.matrix_shape) if self.hard else sys.maxsize)
+        return int(self.component_multiply_adds.sum())
 
     @property
     def num_components(self) -> int:
@@ -152,7 +145,7 @@ class GBLRLayer(nn.Module):
 
     @property
     def relative_flops(self) -> float:
-        """Multiply-adds over m * n; above 1 only while learning shrinks a full-rank start."""
+        """Multiply-adds over m * n; above 1 before learning has shrunk a full-rank start."""
         m, n = self.matrix_shape
         return self.stored / (m * n)
 

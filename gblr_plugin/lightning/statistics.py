@@ -58,7 +58,6 @@ def layer_statistics(layers: Mapping[str, GBLRLayer]) -> dict[str, Statistics]:
     for (name, layer), (cost, live, row, col) in zip(layers.items(), torch.stack(sums).tolist(), strict=True):
         m, n = layer.axis_lengths
         dense = math.prod(layer.matrix_shape)
-        cost = min(cost, dense) if layer.hard else cost  # as `GBLRLayer.stored`
         result[name] = Statistics(cost / dense, live, row / max(live * m, 1), col / max(live * n, 1), dense)
     return result
 
