@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..structure import Intervals, StructuredMatrix
+from .effort import LARGE, Effort, default_effort, default_shares
 from .joint import conjugate_gradient, gram_matrix, supported_solve
 from .problem import Grid, Problem
 from .search import find_blocks
@@ -26,7 +27,7 @@ from .spans import Spans, best_spans, cell_sums, joint_gains
 from .trapezoid import gauge_trapezoids, trapezoid
 from .windows import best_windows
 
-__all__ = ["Effort", "pursuit"]
+__all__ = ["pursuit"]
 
 CG_STEPS = 12
 CHEAPER = 16
@@ -35,60 +36,11 @@ PRICES = 10
 """Prices tried between one that is too low and one that is not."""
 NEAR = 2e-4
 """Part of the budget that may be left."""
-LARGE = 1 << 22
-"""Entries from which fewer rounds are made: each takes many seconds, and the last ones gain least."""
-MODEST = 1 << 18
-"""Entries up to which several shares of the low-rank part are tried in a metric."""
 TRAINABLE_RIDGE = 1e-4
 """Of the last fit where factors will be trained: components on few indices may nearly cancel at thousands of times
 the size of what is left, and tear apart in training. Costs 2e-4 of the error."""
 WIDE = 512
 """Columns from which the gains in a metric use a lower bound instead of an inverse of the moment on the interval."""
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much is tried.
-
-    Args:
-        rank_share: Rank of the low-rank part over the rank of the trapezoid that the budget buys; ``None``: 0.7, or
-            0.65 for large matrices, whose low-rank part stays. In a metric, where the spectrum decays and little is
-            left for local blocks, the best of 0.8, 0.9 and 1, where blocks use what whole ranks leave of the budget;
-            0.9 for matrices that are not small.
-        rounds: Times that blocks are added.
-        sweeps: Fits with a new choice of intervals after each, a round.
-        settle: Choices of intervals within the budget, once the low-rank part has become components.
-        polish: Last fits on fixed intervals.
-        renew: Share of the components that each round gives up for better ones.
-        crowd: Components of the first round over those of the result; those worth least leave round by round.
-        price: First price of a multiply-add over the mean square of the residual.
-        overlap: Largest overlap of blocks added together, relative to the smaller.
-        refine: Alternations on each candidate block before it is compared with the others.
-        spare: Candidates beyond the blocks wanted; ``None``: twice as many. On tiles many of them collide.
-        momentum: Extrapolation of the column factors from sweep to sweep.
-        tile_scale: Side of the smaller tiles searched over (mean width of a component that the budget allows)^(3/4);
-            the larger ones have twice that side.
-    """
-
-    rank_share: float | None = None
-    rounds: int = 6
-    sweeps: int = 4
-    settle: int = 8
-    polish: int = 8
-    renew: float = 0.05
-    crowd: float = 1.3
-    price: float = 2.0
-    overlap: float = 0.5
-    refine: int = 2
-    spare: int | None = None
-    momentum: float = 0.8
-    tile_scale: float = 0.8
-
-
-BRISK = Effort(rounds=6, sweeps=2, polish=4, renew=0.1, crowd=1.0, momentum=0.5)
-"""Fewer sweeps, more renewal."""
-PLAIN = Effort(rounds=8, polish=4)
-"""More rounds, where the low-rank part stays and is not followed by many choices of intervals."""
 
 
 @dataclass(frozen=True)
@@ -540,28 +492,6 @@ def _joined(first: StructuredMatrix, second: StructuredMatrix) -> StructuredMatr
     )
 
 
-def _default_effort(problem: Problem) -> Effort:
-    """What is tried by default, by metric and size."""
-    if problem.metric.root is not None:  # little is left for blocks, and each sweep takes longer
-        return BRISK
-    if problem.weight.numel() >= LARGE:
-        return Effort(rounds=3, sweeps=2, polish=2)
-    if problem.trains or not (problem.rows.cyclic or problem.cols.cyclic):
-        return PLAIN
-    return Effort(spare=None if max(problem.rows.tile, problem.cols.tile) > 1 else 300)
-
-
-def _default_shares(problem: Problem) -> list[float]:
-    """Shares of the low-rank part that are tried by default."""
-    size = problem.weight.numel()
-    if problem.metric.root is not None:
-        return [0.8, 0.9, 1.0] if size < MODEST else [0.9]
-    values = problem.triplets[1]
-    # A singular matrix may be made of blocks alone.
-    singular = [0.0] if bool(values[-1] <= 1e-6 * values[0]) else []
-    return [0.7 if size < LARGE else 0.65, *singular]
-
-
 def pursuit(problem: Problem, effort: Effort | None = None) -> StructuredMatrix:
     """Low rank plus interval pursuit within the budget; deterministic for a seed.
 
@@ -574,8 +504,8 @@ def pursuit(problem: Problem, effort: Effort | None = None) -> StructuredMatrix:
     whole = shortest(problem)
     if whole is not None:
         return whole
-    effort = _default_effort(problem) if effort is None else effort
-    shares = _default_shares(problem) if effort.rank_share is None else [effort.rank_share]
+    effort = default_effort(problem) if effort is None else effort
+    shares = default_shares(problem) if effort.rank_share is None else [effort.rank_share]
     found = [_with_share(problem, effort, share) for share in shares]
     return min(found, key=problem.error) if len(found) > 1 else found[0]
 

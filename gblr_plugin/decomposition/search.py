@@ -78,7 +78,7 @@ def _apart(rows: Intervals, cols: Intervals, overlap: float, count: int, residua
     kernels = search_kernels(residual)
     if kernels is not None:
         starts, widths = torch.stack([rows.start, cols.start]), torch.stack([rows.width, cols.width])
-        return kernels.apart(starts, widths, (rows.length, cols.length), overlap, count)  # type: ignore[no-any-return]
+        return kernels.apart(starts, widths, (rows.length, cols.length), overlap, count)  # type: ignore[no-any-return]  # optional
     on_rows, on_cols = rows.support().float(), cols.support().float()
     inter = (on_rows @ on_rows.T) * (on_cols @ on_cols.T)
     area = inter.diagonal()

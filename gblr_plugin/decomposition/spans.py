@@ -45,7 +45,7 @@ class Spans:
         kernels = span_kernels(intervals.width, self.grid.length)
         if kernels is None:
             return intervals.support()
-        return kernels.supports(intervals.start, intervals.width, self.grid.length)  # type: ignore[no-any-return]
+        return kernels.supports(intervals.start, intervals.width, self.grid.length)  # type: ignore[no-any-return]  # optional
 
     def widths(self) -> Tensor:
         """(K,) int64 indices covered, which is what the interval costs."""
@@ -85,7 +85,7 @@ def joint_gains(inside: Tensor, right: Tensor, image: Tensor, support: Tensor, s
     """
     kernels = span_kernels(inside)
     if kernels is not None:
-        return kernels.joint_gains(inside, right, image, support, scale, grid.tile)  # type: ignore[no-any-return]
+        return kernels.joint_gains(inside, right, image, support, scale, grid.tile)  # type: ignore[no-any-return]  # optional
     return cell_sums(torch.where(support, inside, (right - image).square() * scale[:, None]), grid)
 
 

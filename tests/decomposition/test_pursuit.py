@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gblr_plugin.decomposition.effort import Effort
 from gblr_plugin.decomposition.metric import Metric
 from gblr_plugin.decomposition.problem import Grid, Problem
-from gblr_plugin.decomposition.pursuit import Effort, _finished, _State, pursuit
+from gblr_plugin.decomposition.pursuit import _finished, _State, pursuit
 from gblr_plugin.decomposition.spans import Spans
 from gblr_plugin.decomposition.trapezoid import trapezoid
 

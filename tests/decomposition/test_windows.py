@@ -8,9 +8,10 @@ from torch import nn
 
 from gblr_plugin import decompose
 from gblr_plugin.conversion import LayerSettings
+from gblr_plugin.decomposition.effort import Effort
 from gblr_plugin.decomposition.metric import Metric
 from gblr_plugin.decomposition.problem import Grid, Problem
-from gblr_plugin.decomposition.pursuit import Effort, pursuit
+from gblr_plugin.decomposition.pursuit import pursuit
 from gblr_plugin.decomposition.windows import best_windows
 from gblr_plugin.starts import start
 from gblr_plugin.swap import structured_like
