@@ -142,7 +142,7 @@ class Comparison:
         if phase == "fine_tuned":
             network = job.compress(method, network, seed)
         else:
-            plain = replace(method, name=_FIXED[method.name], options={}, compact=False, starts=[])
+            plain = replace(method, name=_FIXED[method.name], options={}, compact=False, starts=[], folds=0)
             network = job.compress(plain, network, seed, calibrated=phase == "calibrated", train=False)
         share = _share_left(_named(network), chosen) if method.name not in _FIXED else None
         counted = report(network, job.task.example_input()).relative_flops if share is None else share

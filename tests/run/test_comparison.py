@@ -18,7 +18,7 @@ calibration: {batches: 2}
 dense: {epochs: 2, batch_size: 16}
 finetune: {epochs: 1, batch_size: 16}
 methods:
-  - {name: gblr}
+  - {name: gblr, starts: [gblr, svd], trial: 1.0, folds: 2}
   - {name: low_rank}
   - {name: l1}
 config_list:
