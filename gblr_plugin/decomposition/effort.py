@@ -39,10 +39,10 @@ class Effort:
     """
 
     rank_share: float | None = None
-    rounds: int = 6
+    rounds: int = 5
     sweeps: int = 4
-    settle: int = 8
-    polish: int = 8
+    settle: int = 7
+    polish: int = 6
     renew: float = 0.05
     crowd: float = 1.3
     price: float = 2.0
