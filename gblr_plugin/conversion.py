@@ -21,7 +21,7 @@ from .layers import GBLRLayer
 from .progress import track
 from .recompression import recompressed
 from .selection import select_layers
-from .starts import start
+from .starts import LEARNED_RANK, start
 from .structure import StructuredMatrix
 from .swap import can_gain, check_structurable, copy_hooks, replace_modules, structured_like, weight_matrix
 
@@ -42,7 +42,8 @@ class LayerSettings:
     Args:
         initialiser: ``"svd"`` (full widths, as published), ``"trapezoid"``, ``"interval"``, ``"random"``, or at
             ``budget`` a decomposition (``"pursuit"``, ``"gblr"``) or a family that GBLR contains
-            (``"block_low_rank"``, ``"block_sparse"``, ``"block_diagonal"``).
+            (``"block_low_rank"``, ``"block_sparse"``, ``"block_diagonal"``); ``"learned_rank"``: components of a full
+            SVD that are learned to be on or off as a whole, with no other settings.
         num_components: K per split; default min(m / s, n).
         row_splits: Number of matrices packed along the rows (packed query, key, value: 3).
         align: Tile of rows and columns to which intervals snap; an integer or a pair.
@@ -146,7 +147,11 @@ def prepare_layers(
         name, module = next(iter(kept.items()))
         shape = tuple(weight_matrix(module).shape)
         raise ConfigError(f"layer {name!r}: a {shape[0]} x {shape[1]} weight is too small to gain from structure")
-    fitted = {name: module for name, module in chosen.items() if name not in kept and settings[name].budget is not None}
+    fitted = {
+        name: module
+        for name, module in chosen.items()
+        if name not in kept and settings[name].budget is not None and settings[name].initialiser != LEARNED_RANK
+    }
     layers: dict[str, GBLRLayer] = {}
     if calibration is not None and fitted:
 
@@ -188,6 +193,8 @@ def structured_from(
         ConfigError: If the layer or a setting cannot be used.
     """
     try:
+        if setting.initialiser == LEARNED_RANK:
+            return _learned_rank(module, setting)
         matrix = start(weight_matrix(module) if target is None else target, setting, metric)
         tiles = setting.align if isinstance(setting.align, tuple) else (setting.align, setting.align)
         layer = structured_like(module, anchored(matrix, tiles), align=setting.align)
@@ -196,6 +203,16 @@ def structured_from(
     except ConfigError as error:
         message = str(error)
         raise ConfigError(message if message.startswith("layer ") else f"layer {name!r}: {message}") from error
+
+
+def _learned_rank(module: nn.Module, setting: LayerSettings) -> GBLRLayer:
+    from .families.learned_rank import learned_rank_like  # families convert
+
+    own = {"num_components": (None,), "row_splits": (1,), "align": (1, (1, 1))}
+    changed = next((name for name, plain in own.items() if getattr(setting, name) not in plain), None)
+    if changed is not None:
+        raise ConfigError(f"{LEARNED_RANK} begins at the full SVD, on whole axes: leave {changed} out")
+    return learned_rank_like(module)
 
 
 def prepare(

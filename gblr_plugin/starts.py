@@ -11,13 +11,19 @@ from .decomposition.metric import Metric
 from .errors import BudgetError, ConfigError
 from .structure import StructuredMatrix
 
-__all__ = ["EMBEDDED", "INITIALISERS", "StartSettings", "start"]
+__all__ = ["EMBEDDED", "INITIALISERS", "LEARNED_RANK", "UNBUDGETED", "StartSettings", "start"]
 
 EMBEDDED = ("block_low_rank", "block_sparse", "block_diagonal")
 """Families whose members are GBLR matrices as they stand (and low rank, which is ``"svd"`` at a budget)."""
 
-INITIALISERS = (*METHODS, *EMBEDDED)
+LEARNED_RANK = "learned_rank"
+"""A full SVD whose components are learned to be on or off as a whole: layers of their own, with no other settings."""
+
+INITIALISERS = (*METHODS, *EMBEDDED, LEARNED_RANK)
 """Names of all starts."""
+
+UNBUDGETED = ("svd", "random", LEARNED_RANK)
+"""Starts on full widths unless they are given a budget."""
 
 
 class StartSettings(Protocol):

@@ -19,6 +19,7 @@ from ..learner import NON_FINITE, LayerGoal, StructureLearner
 from ..optim import split_structure_group
 from ..schedule import Schedule
 from ..selection import select_layers
+from ..starts import INITIALISERS, UNBUDGETED
 from .base import Callback
 from .checkpoint import match_checkpoint
 from .reporter import log_pictures, log_scalars, scalars
@@ -146,7 +147,9 @@ class GBLRCallback(Callback):
         self._warmup, self._cooldown = _point("warmup", warmup), _point("cooldown", cooldown)
         if type(warmup) is type(cooldown) and warmup >= cooldown:
             raise ConfigError(f"callback: warmup must be less than cooldown, got {warmup} and {cooldown}")
-        if initial_budget is None and initialiser not in ("svd", "random"):
+        if initialiser not in INITIALISERS:
+            raise ConfigError(f"callback: initialiser must be one of {', '.join(INITIALISERS)}, got {initialiser!r}")
+        if initial_budget is None and initialiser not in UNBUDGETED:
             if budget is None and not self.monitor_only:
                 raise ConfigError(f"callback: initialiser {initialiser!r} needs an initial_budget")
             initial_budget = budget

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import families
 from ..decomposition.calibration import CalibrationSettings
 from ..errors import ConfigError
+from ..starts import LEARNED_RANK
 from ..swap import weight_matrix
 from .calibration import allocated_budgets, calibration_data
 from .optimizers import check_recorded, rename_recorded
@@ -55,6 +56,11 @@ class FamilyCompressor:
         fixed = next((name for name, layer in plan.items() if layer.goal.budget is None), None)
         if fixed is not None:
             raise ConfigError(f"layer {fixed!r}: {family} has no lambda; give sparse_ratio instead of sparse_threshold")
+        if options.get("learned_rank"):
+            raise ConfigError(
+                f"compressor {family!r}: a learned rank needs a schedule; take compressor 'gblr' with "
+                f"gblr: {{initialiser: {LEARNED_RANK}}}"
+            )
         if evaluator is not None:
             if not evaluator._initialization_complete:
                 evaluator._init_optimizer_helpers(model)

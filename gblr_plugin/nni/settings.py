@@ -22,9 +22,10 @@ from torch import nn
 from ..allocation import RULES
 from ..conversion import LayerSettings
 from ..errors import ConfigError
+from ..families.learned_rank import LearnedRankConv1d, LearnedRankConv2d, LearnedRankLinear
 from ..layers import GBLRConv1d, GBLRConv2d, GBLRLayer, GBLRLinear
 from ..learner import LayerGoal
-from ..starts import INITIALISERS
+from ..starts import INITIALISERS, UNBUDGETED
 
 __all__ = ["OWN_PREFIX", "LayerPlan", "Plan", "nni_schema", "read_config", "select_modules", "without_own_keys"]
 
@@ -133,7 +134,7 @@ _WEIGHT_SETTING: dict[str, Any] = {
     **{OWN_PREFIX + key: None for key in _OWN},
 }
 # NNI looks settings up by the module's type name. There is no bias target, and only activations can be quantized.
-for _kind in (GBLRLinear, GBLRConv1d, GBLRConv2d):
+for _kind in (GBLRLinear, GBLRConv1d, GBLRConv2d, LearnedRankLinear, LearnedRankConv1d, LearnedRankConv2d):
     PruningSetting.register(_kind.__name__, {"weight": _WEIGHT_SETTING})
     QuantizationSetting.register(_kind.__name__, QuantizationSetting.activation_setting)
 
@@ -365,7 +366,7 @@ def _layer_values(values: Mapping[str, Any], where: str) -> tuple[LayerGoal, Lay
     align = values.get("granularity", (1, 1))
     initialiser = values.get("initialiser", "svd")
     start = values.get("start_budget")
-    if start is None and initialiser not in ("svd", "random"):
+    if start is None and initialiser not in UNBUDGETED:
         start = goal.budget
         if start is None:
             raise ConfigError(f"{where}: initialiser {initialiser!r} with sparse_threshold needs start_budget")

@@ -425,6 +425,7 @@ def test_unknown_number_of_steps_is_an_error(make_module, make_trainer):
         ({"warmup": 10, "cooldown": 5}, "less than cooldown"),
         ({"layers": "net.0"}, "layers is a list"),
         ({"budget": None, "threshold": 1.0, "initialiser": "trapezoid"}, "initial_budget"),
+        ({"initialiser": "blast"}, "initialiser must be one of gblr, .*, got 'blast'"),
         ({"structure_lr": 0.0}, "structure_lr must be positive"),
         ({"log_every_n_steps": 0}, "log_every_n_steps"),
         ({"picture_size": 4}, "picture_size"),
