@@ -15,7 +15,7 @@ from torch import Tensor
 from .interval_finder import longest_run
 from .problem import Grid
 from .spans import Spans
-from .vanishing import by_cells, cancelled, longest_cancelled
+from .vanishing import WindowSearch, by_cells, cancelled, running_sums
 
 __all__ = ["Exchange", "Side"]
 
@@ -73,12 +73,17 @@ class Exchange:
         rows: Row factors (r, m); their intervals are found here.
         cols: Column factors (r, n) on their intervals.
         target: (m, n) the product.
+        row_grid: Axis of the rows.
         tolerance: What is smaller, relative to a factor, is zero.
+        most_work: Work, in multiply-adds (about), beyond which no further step is taken.
     """
 
-    def __init__(self, rows: Tensor, cols: Side, target: Tensor, row_grid: Grid, tolerance: float) -> None:
-        self.target, self.tolerance = target, tolerance
+    def __init__(
+        self, rows: Tensor, cols: Side, target: Tensor, row_grid: Grid, tolerance: float, most_work: int
+    ) -> None:
+        self.target, self.tolerance, self.most_work = target, tolerance, most_work
         self.work = 0
+        self.sums: dict[int, Tensor] = {}  # of either side, as long as its factors stay
         self.cols = cols
         self.rows = self._nested(rows, row_grid)
 
@@ -86,25 +91,37 @@ class Exchange:
         """Multiply-adds."""
         return int(self.rows.spans().widths().sum() + self.cols.spans().widths().sum())
 
-    def _bases(self, factors: Tensor, may: Tensor, last: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors that components ``last`` (B,) may take up, then their own.
+    def _longest(
+        self, factors: Tensor, sums: Tensor, may: Tensor, last: Tensor, grid: Grid, least: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Longest windows on which factors vanish once they have taken up others.
 
         Args:
             factors: (r, N) of norm 1.
+            sums: Their running sums.
             may: (r, B) bool, who may be taken up.
-            last: Components that take up others.
+            last: (B,) components that take up others.
             grid: The axis.
+            least: (B,) cells of windows that are known.
 
         Returns:
-            (B, d + 1, C, T) vectors, and (B, d) who the first d are and which are there at all.
+            First cell and number of cells, -1 and ``least`` where none is longer; (B, d) who the candidates were and
+            what share of them is taken up.
         """
         count = may.sum(0)
         most = int(count.max())
         who = torch.argsort(may.long(), dim=0, descending=True, stable=True)[:most].T
-        there = torch.arange(most, device=may.device) < count[:, None]
-        self.work += len(last) * grid.cells * (most + 1) ** 3
-        others = factors[who] * there[:, :, None]
-        return by_cells(torch.cat([others, factors[last][:, None]], 1), grid), who, there
+        there = torch.arange(most + 1, device=may.device) < count[:, None]
+        there[:, -1] = True
+        members = torch.cat([who, last[:, None]], 1)
+        search = WindowSearch(sums, members, there, self.tolerance, self.most_work - self.work)
+        start, length = search.longest(least)
+        self.work += search.work
+        shares, hit = factors.new_zeros(who.shape), start >= 0
+        if bool(hit.any()):
+            bases = by_cells(factors[members[hit]] * there[hit][:, :, None], grid)
+            shares[hit] = cancelled(bases, self.tolerance, start[hit], length[hit]) * there[hit, :-1]
+        return start, length, who, shares
 
     def _nested(self, factors: Tensor, grid: Grid) -> Side:
         """All row factors made short at once by those whose columns hold theirs, which costs no column anything."""
@@ -112,18 +129,18 @@ class Exchange:
         index = torch.arange(rank, device=factors.device)
         may = self.cols.growth() <= 0
         may &= ~(may & may.T & (index[:, None] <= index))  # an order: what is mixed can be unmixed
-        size = torch.linalg.vector_norm(factors, dim=1, keepdim=True)
+        size = torch.linalg.vector_norm(factors, dim=1, keepdim=True).clamp(min=1e-300)
         if bool(may.any()):
-            bases, who, there = self._bases(factors / size, may, index, grid)
-            found = longest_cancelled(bases, self.tolerance, torch.zeros_like(index))
-            shares = cancelled(bases, self.tolerance, *found) * there * size / size[who][:, :, 0]
+            unit = factors / size
+            _, _, who, shares = self._longest(unit, running_sums(unit, grid), may, index, grid, torch.zeros_like(index))
+            shares = shares * size / size[who][:, :, 0]
             mix = torch.eye(rank, dtype=factors.dtype, device=factors.device).scatter_add_(1, who, shares)
             self.cols.factors = torch.linalg.solve(mix.T, self.cols.factors) * self.cols.spans().support()
             factors = torch.linalg.lstsq(self.cols.factors.T, self.target.T).solution
         return Side.of(factors, grid, self.tolerance)
 
-    def run(self, most_work: int) -> None:
-        """Exchange until nothing pays any more, or until ``most_work`` multiply-adds (about) are done."""
+    def run(self) -> None:
+        """Exchange until nothing pays any more, or the work allowed is done."""
         sides = (self.rows, self.cols)
         everyone = torch.ones(len(self.rows.cells), dtype=torch.bool, device=self.target.device)
         pending = {(growth, turn): everyone for growth in GROWTH for turn in (0, 1)}
@@ -136,15 +153,18 @@ class Exchange:
                     pending[growth, turn] = torch.zeros_like(everyone)
                     gain, touched = self._exchange(one, other, growth, changed)
                     gained += gain
+                    if gain:
+                        self.sums.clear()
                     pending = {key: before | touched for key, before in pending.items()}
                 if gained:
                     break
-            if not gained or self.work > most_work:
+            if not gained:
                 return
             # Errors of exchanges do not add up: rows follow from columns.
             self.cols.factors = self.cols.factors * self.cols.spans().support()
             fitted = torch.linalg.lstsq(self.cols.factors.T, self.target.T).solution
             self.rows.factors = fitted * self.rows.spans().support()
+            self.sums.clear()
 
     def _exchange(self, one: Side, other: Side, growth: int, changed: Tensor) -> tuple[int, Tensor]:
         """Exchanges that shorten intervals of ``one`` and let those of ``other`` grow by up to ``growth`` cells.
@@ -155,17 +175,20 @@ class Exchange:
         grows = other.growth()
         may = (grows <= growth).fill_diagonal_(False)
         last = ((may & changed[:, None]).any(0) | (changed & may.any(0))).nonzero()[:, 0]
-        if not len(last):
+        if not len(last) or self.work > self.most_work:
             return 0, owned
         size = torch.linalg.vector_norm(one.factors, dim=1, keepdim=True).clamp(min=1e-300)
-        bases, who, there = self._bases(one.factors / size, may[:, last], last, one.grid)
-        start, length = longest_cancelled(bases, self.tolerance, one.grid.cells - one.cells[last])
+        unit = one.factors / size
+        if id(one) not in self.sums:
+            self.sums[id(one)] = running_sums(unit, one.grid)
+        start, length, who, shares = self._longest(
+            unit, self.sums[id(one)], may[:, last], last, one.grid, one.grid.cells - one.cells[last]
+        )
         hit = start >= 0
         if not bool(hit.any()):
             return 0, owned
-        last, who, there, start, length = last[hit], who[hit], there[hit], start[hit], length[hit]
-        shares = cancelled(bases[hit], self.tolerance, start, length)
-        used = (shares.abs() > 10 * self.tolerance) & there
+        last, who, shares, start, length = last[hit], who[hit], shares[hit], start[hit], length[hit]
+        used = shares.abs() > 10 * self.tolerance
         cells, begin = one.grid.cells - length, (start + length) % one.grid.cells
         lost = (grows[who, last[:, None]] * used).sum(1) * other.grid.tile
         gains = (one.cells[last] - cells) * one.grid.tile - lost

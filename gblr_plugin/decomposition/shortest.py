@@ -22,7 +22,7 @@ from .problem import Grid, Problem
 from .spans import Spans
 from .trapezoid import trapezoid
 from .triplets import singular_triplets
-from .vanishing import shortest_vectors
+from .vanishing import LEVELS, shortest_vectors
 
 __all__ = ["shortest"]
 
@@ -30,6 +30,8 @@ EXACT = 1e-5
 """Largest relative error of what is called the matrix itself."""
 SINGULAR = 1e-6
 """Singular values below this part of the first are rounding."""
+GAP = 1e-3
+"""Largest ratio of the first singular value of the rounding to the last before it."""
 INDEPENDENT = (1e-3, 1e-2, 1e-4)
 """From which part of its norm on a row is independent of others: rounding lies below, small coefficients above."""
 LARGEST_TABLE = 1 << 26
@@ -60,7 +62,7 @@ def _independent(vectors: Tensor, count: int, tolerance: float = 1e-3) -> list[i
 def _basis(space: Tensor, grid: Grid, noise: float, least: float) -> Side | None:
     """Vectors on the shortest intervals that span the same space as ``space`` (r, n)."""
     cells, start, coefficients = shortest_vectors(space, grid, noise, least)
-    order = torch.argsort(cells, stable=True)
+    order = torch.argsort(Side(coefficients, cells, start, grid).spans().widths(), stable=True)
     kept = order[_independent(coefficients[order], len(space))]
     if len(kept) < len(space):
         return None
@@ -107,18 +109,27 @@ def shortest(problem: Problem) -> StructuredMatrix | None:
     if not 0 < rank <= problem.max_components or rank >= min(m, n) or 2 * max(m, n) * rank**2 > LARGEST_TABLE:
         return None
     noise = float(values[rank] / values[rank - 1])
+    if noise > GAP:
+        return None
+    generic = set()
     work = 0
     for least, turned in product(INDEPENDENT, (False, True)):
         target, space = (problem.weight.T, left[:, :rank].T) if turned else (problem.weight, right[:rank])
         rows, cols = (problem.cols, problem.rows) if turned else (problem.rows, problem.cols)
         basis = _basis(space, cols, noise, least)
-        if basis is None or int(basis.spans().widths().sum()) + rank * rows.tile > problem.allowed:
+        work += cols.cells * min(cols.tile, LEVELS) * cols.cells.bit_length() * rank**3
+        if basis is not None and _unstructured(basis):
+            generic.add(turned)
+            if len(generic) == 2:  # trapezoids are the cheapest then, at whatever budget
+                return _accepted(problem, trapezoid(replace(problem, allowed=int(problem.trapezoid_cost()[rank]))))
             continue
-        if _unstructured(basis):
-            return _accepted(problem, trapezoid(replace(problem, allowed=int(problem.trapezoid_cost()[rank]))))
+        if work > LARGEST_WORK:
+            return None
+        if basis is None or int(basis.spans().widths().sum()) + rank * min(rows.tile, rows.length) > problem.allowed:
+            continue
         factors = torch.linalg.lstsq(basis.factors.T, target.T).solution
-        exchange = Exchange(factors, basis, target, rows, max(100 * noise, 1e-5))
-        exchange.run(LARGEST_WORK)
+        exchange = Exchange(factors, basis, target, rows, max(100 * noise, 1e-5), LARGEST_WORK - work)
+        exchange.run()
         work += exchange.work
         found = _accepted(problem, _fitted(exchange, turned)) if exchange.cost() <= problem.allowed else None
         if found is not None or work > LARGEST_WORK:

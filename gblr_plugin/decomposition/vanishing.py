@@ -14,12 +14,20 @@ from torch.nn import functional as F
 
 from .problem import Grid
 
-__all__ = ["by_cells", "cancelled", "longest_cancelled", "shortest_vectors"]
+__all__ = ["WindowSearch", "by_cells", "cancelled", "running_sums", "shortest_vectors"]
 
 LEVELS = 8
 """Most vectors that are looked for on intervals with a common last cell."""
 FLOOR = 1e-7
 """Least size that counts as more than rounding: Gram matrices in float64 hold no smaller ones."""
+PROBES = 16
+"""Starts of windows that are tried first, so that most others need not be."""
+CHUNK_ENTRIES = 1 << 21
+"""Largest number of Gram entries gathered at once."""
+PASSES = 100
+"""Passes over a Gram matrix that take as long as its elimination takes multiply-adds per entry."""
+STEP = 1 << 20
+"""Multiply-adds in the time that a step over next to no data takes."""
 
 
 def by_cells(vectors: Tensor, grid: Grid) -> Tensor:
@@ -57,62 +65,124 @@ def shortest_vectors(space: Tensor, grid: Grid, noise: float, least: float) -> t
     end = present.repeat_interleave(levels)
     level = torch.arange(levels, device=space.device).repeat(len(present))
 
-    def unspanned(length: Tensor) -> tuple[Tensor, Tensor]:
-        """Parts (., d, T) of the ends' rows that windows after them do not span, and their inner products (., T, T)."""
-        factor = torch.linalg.cholesky_ex(sums[end + 1 + length] - sums[end + 1] + damping)[0]
-        part = ridge * torch.cholesky_solve(rows[end], factor)
-        return part, rows[end].transpose(1, 2) @ part
+    def unspanned(which: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """Parts (., d, T) of ends' rows that windows after them do not span, and their inner products (., T, T)."""
+        after, own = end[which] + 1, rows[end[which]]
+        factor = torch.linalg.cholesky_ex(sums[after + length] - sums[after] + damping)[0]
+        part = ridge * torch.cholesky_solve(own, factor)
+        return part, own.transpose(1, 2) @ part
 
     low, high = torch.full_like(end, -1), torch.full_like(end, count - 1)
-    while bool((low < high).any()):
-        middle = (low + high + 1) // 2
-        values = torch.linalg.eigvalsh(unspanned(middle)[1]).flip(1).gather(1, level[:, None])[:, 0]
-        independent = values > (least * size[end]) ** 2
-        low, high = torch.where(independent, middle, low), torch.where(independent, high, middle - 1)
-    part, products = unspanned(low.clamp(min=0))
+    # Where there is no structure, windows are as long as their rows leave anything unspanned: that is tried first.
+    usual = (dim - 1 - level) // grid.tile
+    guesses = [usual, usual + 1]
+    while len(which := (low < high).nonzero()[:, 0]):
+        bottom, top = low[which], high[which]
+        middle = torch.clamp(guesses.pop()[which], bottom + 1, top) if guesses else (bottom + top + 1) // 2
+        values = torch.linalg.eigvalsh(unspanned(which, middle)[1]).flip(1).gather(1, level[which, None])[:, 0]
+        independent = values > (least * size[end[which]]) ** 2
+        low[which] = torch.where(independent, middle, bottom)
+        high[which] = torch.where(independent, top, middle - 1)
+    part, products = unspanned(torch.arange(len(end), device=space.device), low.clamp(min=0))
     vectors = (part @ torch.linalg.eigh(products)[1].flip(2)[:, :, :levels]).transpose(1, 2)  # (., J, d)
     there = (torch.arange(levels, device=space.device) <= level[:, None]) & (low >= 0)[:, None]
     which = there.nonzero()[:, 0]
     return (count - low)[which], ((end + 1 + low) % count)[which], vectors[there]
 
 
-def longest_cancelled(bases: Tensor, tolerance: float, least: Tensor) -> tuple[Tensor, Tensor]:
-    """Longest windows on which the last of some vectors is a combination of the others.
+def running_sums(factors: Tensor, grid: Grid) -> Tensor:
+    """(C + 1, r, r) Gram matrices of (r, N) factors on the first 0 .. C cells."""
+    cells = by_cells(factors, grid)
+    sums = torch.einsum("ict,jct->ijc", cells, cells).cumsum(2)  # along the last axis it is several times faster
+    return F.pad(sums.permute(2, 0, 1), (0, 0, 0, 0, 1, 0)).contiguous()
+
+
+class WindowSearch:
+    """Longest windows on which the last of some factors is a combination of the others.
+
+    What is not cancelled on a part of a window is not cancelled on the window. Ranges of starts are halved as long as
+    what their windows have in common is cancelled, so that few windows are looked at.
 
     Args:
-        bases: (B, d, C, T) vectors along an axis of C cells; those before the last may be zero (padding).
-        tolerance: What is smaller, relative to the last vector's norm, is zero.
-        least: (B,) cells of windows that are known already; only longer ones are looked for.
-
-    Returns:
-        First cells and numbers of cells, (B,) int64; -1 and ``least`` where no longer window was found.
+        sums: (C + 1, r, r) :func:`running_sums` of factors of norm 1.
+        members: (B, d) which of them are combined, the last one in each row being the one that is cancelled.
+        there: (B, d) bool, which of the members count.
+        tolerance: What is smaller is zero.
+        most_work: Multiply-adds (about) after which nothing more is taken for cancelled.
     """
-    batch, dim, count, _ = bases.shape
-    index = torch.arange(count, device=bases.device)
-    each = torch.arange(batch, device=bases.device)
-    known = (bases * (index < least[:, None])[:, None, :, None]).flatten(2)
-    gram = known @ known.transpose(1, 2)
-    damping = torch.diag(torch.full((dim,), tolerance**2, dtype=bases.dtype, device=bases.device))
-    own = torch.linalg.vector_norm(bases[:, -1], dim=(1, 2))
-    length, start = least.clone(), torch.full_like(least, -1)
-    first = torch.zeros_like(least)
 
-    def cell(at: Tensor) -> Tensor:
-        rows = bases[each, :, at % count]
-        return rows @ rows.transpose(1, 2)
+    def __init__(self, sums: Tensor, members: Tensor, there: Tensor, tolerance: float, most_work: int) -> None:
+        self.sums, self.members, self.there, self.tolerance = sums, members, there, tolerance
+        self.count = len(sums) - 1
+        self.work, self.most_work = 0, most_work
 
-    while True:
-        going = (first < count) & (length < count)
-        if not bool(going.any()):
-            return start, length
-        gram = gram + cell(first + length)
-        factor, info = torch.linalg.cholesky_ex(gram + damping)
-        # The last pivot is what the others leave of the last vector.
-        rest = torch.where(info > 0, torch.zeros_like(own), factor[:, -1, -1])
-        longer = (rest <= 2 * tolerance * own) & going
-        start, length = torch.where(longer, first, start), length + longer.long()
-        gram = gram - cell(first) * (~longer)[:, None, None]
-        first = first + (~longer).long()
+    def longest(self, least: Tensor) -> tuple[Tensor, Tensor]:
+        """First cells and numbers of cells, (B,) int64, of windows of more than ``least`` cells; -1 and ``least``."""
+        start, length = torch.full_like(least, -1), least.clone()
+        row = torch.arange(len(least), device=least.device).repeat_interleave(PROBES)
+        first = torch.arange(PROBES, device=least.device).repeat(len(least)) * self.count // PROBES
+        start, length = self._longest_from(row, first, start, length)
+        row = torch.arange(len(least), device=least.device)
+        first, size = torch.zeros_like(row), 1 << (self.count - 1).bit_length()
+        while True:
+            # Windows from ``size`` starts share what the first and the last of them do.
+            common = length[row] + 2 - size
+            keep = (first < self.count) & (length[row] < self.count)
+            tested = (keep & (common > 0)).nonzero()[:, 0]
+            keep[tested] = self._vanishes(row[tested], first[tested] + size - 1, common[tested])
+            row, first = row[keep], first[keep]
+            if size == 1:
+                order = torch.argsort(first)
+                return self._longest_from(row[order], first[order], start, length)
+            size //= 2
+            row, first = row.repeat(2), torch.cat([first, first + size])
+
+    def _longest_from(self, row: Tensor, first: Tensor, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """The longest windows, if longer than ``length``, of ``row`` that begin at ``first``."""
+        while True:
+            longer = length[row] < self.count
+            row, first = row[longer], first[longer]
+            longer = self._vanishes(row, first, length[row] + 1)
+            row, first = row[longer], first[longer]
+            if not len(row):
+                return start, length
+            # One start of each row is followed to the end; the others must be better still.
+            chosen, at = torch.unique(row, return_inverse=True)
+            index = torch.arange(len(row), device=row.device)
+            one = torch.zeros_like(chosen).scatter_reduce(0, at, index, "amin", include_self=False)
+            low, high = length[chosen] + 1, torch.full_like(chosen, self.count)
+            while bool((low < high).any()):
+                middle = (low + high + 1) // 2
+                longer = self._vanishes(chosen, first[one], middle)
+                low, high = torch.where(longer, middle, low), torch.where(longer, high, middle - 1)
+            start, length = start.index_copy(0, chosen, first[one]), length.index_copy(0, chosen, low)
+
+    def _vanishes(self, row: Tensor, begin: Tensor, length: Tensor) -> Tensor:
+        """Whether the last member of ``row`` is cancelled on windows of ``length`` cells from cell ``begin`` on."""
+        size = self.members.shape[1]
+        self.work += STEP + len(row) * size**2 * (size + PASSES)
+        if self.work > self.most_work:
+            return torch.zeros_like(row, dtype=torch.bool)
+        pieces = [part.split(max(1, CHUNK_ENTRIES // size**2)) for part in (row, begin % self.count, length)]
+        return torch.cat([self._vanish(*piece) for piece in zip(*pieces, strict=True)])
+
+    def _vanish(self, row: Tensor, begin: Tensor, length: Tensor) -> Tensor:
+        members, there = self.members[row], self.there[row]
+        end = begin + length
+        wraps = end > self.count
+        pairs = members[:, :, None] * self.sums.shape[1] + members[:, None]
+
+        def upto(cell: Tensor) -> Tensor:
+            return self.sums.take(pairs + cell[:, None, None] * self.sums[0].numel())
+
+        gram = upto(torch.where(wraps, end - self.count, end)) - upto(begin)
+        gram[wraps] += self.sums[-1].take(pairs[wraps])
+        gram *= there[:, :, None] & there[:, None]
+        gram.diagonal(dim1=1, dim2=2).add_(self.tolerance**2)
+        factor, info = torch.linalg.cholesky_ex(gram)
+        # The last pivot is what the others leave of the last factor.
+        vanish: Tensor = (info > 0) | (factor[:, -1, -1] <= 2 * self.tolerance)
+        return vanish
 
 
 def cancelled(bases: Tensor, tolerance: float, start: Tensor, length: Tensor) -> Tensor:

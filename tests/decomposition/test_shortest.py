@@ -9,7 +9,7 @@ from gblr_plugin.decomposition import decompose
 from gblr_plugin.decomposition.metric import Metric
 from gblr_plugin.decomposition.problem import Grid, Problem
 from gblr_plugin.decomposition.shortest import shortest
-from gblr_plugin.decomposition.vanishing import shortest_vectors
+from gblr_plugin.decomposition.vanishing import WindowSearch, running_sums, shortest_vectors
 from gblr_plugin.structure import Intervals, StructuredMatrix
 
 
@@ -137,3 +137,70 @@ def test_none_where_rank_or_cost_is_too_high() -> None:
     assert shortest(problem(blocks.to_dense(), cost // 2)) is None
     assert shortest(problem(torch.randn(12, 12, dtype=torch.float64), 144)) is None
     assert shortest(problem(torch.zeros(12, 12, dtype=torch.float64), 144)) is None
+
+
+def test_full_width_columns_of_blocks_of_rows_are_found() -> None:
+    """The columns alone look like low rank without structure; the rows tell."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.block_diag(*(torch.randn(10, 1, dtype=torch.float64, generator=g) for _ in range(4)))
+    weight = rows @ torch.randn(4, 30, dtype=torch.float64, generator=g)
+    for turned in (weight, weight.T):
+        task = problem(turned, 4 * (10 + 30))
+        found = shortest(task)
+        assert found is not None
+        assert found.stored <= task.allowed
+        assert task.error(found) < 1e-7
+
+
+def test_a_tile_larger_than_the_axis_costs_no_more_than_the_axis() -> None:
+    g = torch.Generator().manual_seed(0)
+    weight = torch.zeros(5, 60, dtype=torch.float64)
+    for cols in (slice(0, 12), slice(30, 42)):
+        weight[:, cols] = torch.outer(*(torch.randn(n, dtype=torch.float64, generator=g) for n in (5, 12)))
+    task = Problem(weight, 2 * (5 + 12), Grid(5, 64), Grid(60, 3), 5, Metric(), 0)
+    found = shortest(task)
+    assert found is not None
+    assert task.error(found) < 1e-7
+
+
+def test_nothing_is_searched_where_no_rank_stands_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Singular values that fall evenly past the rounding: each basis would be of a space cut anywhere."""
+
+    def never(*_: object) -> None:
+        raise AssertionError("searched")
+
+    x = torch.linspace(0, 1, 40, dtype=torch.float64)
+    task = problem(torch.exp(-3 * (x[:, None] - x).square()), 800)
+    monkeypatch.setattr("gblr_plugin.decomposition.shortest._basis", never)
+    assert shortest(task) is None
+
+
+def test_windows_are_the_longest() -> None:
+    """Against windows of every start and length, decided by ranks."""
+    length = 12
+    g = torch.Generator().manual_seed(3)
+    factors = torch.randn(5, length, dtype=torch.float64, generator=g)
+    factors[4, 9:] = factors[1, 9:] - 2 * factors[2, 9:]  # with the others cancelled on a window that wraps
+    factors[4, :4] = factors[1, :4] - 2 * factors[2, :4]
+    factors[3, 2:9] = 0
+    factors = factors / torch.linalg.vector_norm(factors, dim=1, keepdim=True)
+    members = torch.tensor([[0, 1, 2, 4], [1, 2, 0, 3], [0, 1, 2, 3]])
+    there = torch.tensor([[True] * 4, [True, False, False, True], [False, False, False, True]])
+    grid = Grid(length, 1)
+    search = WindowSearch(running_sums(factors, grid), members, there, 1e-6, 1 << 40)
+    start, found = search.longest(torch.zeros(3, dtype=torch.int64))
+
+    def cancelled(row: int, begin: int, cells: int) -> bool:
+        inside = (torch.arange(length) - begin) % length < cells
+        window = factors[members[row][there[row]]][:, inside]
+        return bool(torch.linalg.matrix_rank(window, atol=1e-9) == torch.linalg.matrix_rank(window[:-1], atol=1e-9))
+
+    for row in range(3):
+        best = max(cells for cells in range(1, length) for begin in range(length) if cancelled(row, begin, cells))
+        assert int(found[row]) == best
+        assert cancelled(row, int(start[row]), best)
+    none = search.longest(found)
+    assert none[0].tolist() == [-1, -1, -1]
+    assert torch.equal(none[1], found)
+    limited = WindowSearch(running_sums(factors, grid), members, there, 1e-6, 0)
+    assert limited.longest(torch.zeros(3, dtype=torch.int64))[0].tolist() == [-1, -1, -1]
