@@ -33,6 +33,10 @@ class _Dense(Protocol):
 M = TypeVar("M", bound=_Dense)
 
 
+PATCHES = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+"""What of a convolution decides which patches of its input it sees."""
+
+
 def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     """A layer's input as rows that its weight matrix multiplies.
 
@@ -134,12 +138,12 @@ def _inputs(
     return seen
 
 
-def _groups(seen: Mapping[str, Sequence[Tensor]]) -> list[list[str]]:
-    """Names whose inputs are the same tensors, in order of first execution: they share their moments."""
+def _groups(seen: Mapping[str, Sequence[Tensor]], layers: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Names whose inputs are the same rows, in order of first execution: they share their moments."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, inputs in seen.items():
-        key = tuple((x.data_ptr(), x.shape, x.stride()) for x in inputs)
-        groups.setdefault(key, []).append(name)
+        patches = tuple(getattr(layers[name], part, None) for part in PATCHES)
+        groups.setdefault((patches, *((x.data_ptr(), x.shape, x.stride()) for x in inputs)), []).append(name)
     return list(groups.values())
 
 
@@ -189,7 +193,7 @@ def fit_layers(
         if missing:
             raise ConfigError(f"calibration: layer {missing[0]!r} is never run by the model's forward pass")
         once = {name for name, inputs in seen.items() if len(inputs) == 1}
-        groups = _groups(seen)
+        groups = _groups(seen, layers)
         seen.clear()
         stages = [[group] for group in groups] if sequential else [groups]
         names = iter(track([name for group in groups for name in group], "decomposing"))
@@ -316,6 +320,8 @@ def layer_moments(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Second moments at the inputs and outputs of layers, over the original model.
 
+    Layers that share an input share its moments.
+
     Args:
         model: In any training mode; unchanged on return.
         layers: Its modules by name.
@@ -333,13 +339,21 @@ def layer_moments(
     moments: dict[str, Moments] = {}
     squares: dict[str, Tensor] = {}
     present: Tensor | None = None
+    with evaluating(model), torch.no_grad():
+        seen = _inputs(model, layers, lambda: calibration.forward(model, calibration.batches[0]), stop=False)
+    missing = [name for name in layers if name not in seen]
+    if missing:
+        raise ConfigError(f"calibration: layer {missing[0]!r} is never run by the model's forward pass")
+    groups = _groups(seen, layers)
+    seen.clear()
+    firsts = {group[0] for group in groups}
     outputs: list[tuple[str, Tensor]] = []
 
     def watch(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        rows = input_rows(module, args[0] if args else next(iter(kwargs.values())))
-        if name not in moments:
-            moments[name] = Moments(rows.shape[-1], rows.device)
-        moments[name].add(rows, mask=fitting_mask(present, rows))
+        if name in firsts:
+            rows = input_rows(module, args[0] if args else next(iter(kwargs.values())))
+            held = moments.setdefault(name, Moments(rows.shape[-1], rows.device))
+            held.add(rows, mask=fitting_mask(present, rows))
         if not gradients:
             return output
         if not output.requires_grad:  # nothing before it trains: frozen parameters
@@ -365,11 +379,13 @@ def layer_moments(
     finally:
         for handle in handles:
             handle.remove()
-    missing = [name for name in layers if name not in moments]
-    if missing:
-        raise ConfigError(f"calibration: layer {missing[0]!r} is never run by the model's forward pass")
-    centred = {name: module.bias is not None for name, module in layers.items()}
-    return {name: moments[name].second(centred=centred[name])[1] for name in layers}, squares
+    found: dict[str, Tensor] = {}
+    for group in groups:
+        for centred in (False, True):
+            alike = [name for name in group if (layers[name].bias is not None) == centred]
+            if alike:
+                found |= dict.fromkeys(alike, moments[group[0]].second(centred=centred)[1])
+    return {name: found[name] for name in layers}, squares
 
 
 def _output_rows(module: nn.Module, y: Tensor) -> Tensor:

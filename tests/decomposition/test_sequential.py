@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gblr_plugin.decomposition import decompose
-from gblr_plugin.decomposition.sequential import compress_sequentially, input_rows
+from gblr_plugin.decomposition.calibration import Calibration
+from gblr_plugin.decomposition.sequential import compress_sequentially, fit_layers, input_rows, layer_moments
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.progress import shown_by
 from gblr_plugin.structure import StructuredMatrix
@@ -160,3 +161,41 @@ def test_inputs_that_never_change_leave_the_weight_to_be_fitted(network: nn.Sequ
     torch.testing.assert_close(found.to_dense(), decompose(network[5].weight.detach(), 0.5).to_dense())
     constant = nn.functional.gelu(torch.zeros(40))
     torch.testing.assert_close(found.to_dense() @ constant + bias, network[5](constant))
+
+
+class Branches(nn.Module):
+    """Convolutions that see one input by other patches, as the two ways through a residual block do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3)
+        self.way = nn.Conv2d(16, 24, 3, padding=1)
+        self.twin = nn.Conv2d(16, 24, 3, padding=1)
+        self.short = nn.Conv2d(16, 24, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x).relu()
+        return (self.way(h) * self.twin(h) + self.short(h)).square().mean()
+
+
+@pytest.mark.parametrize("loss", [False, True])
+def test_convolutions_share_moments_only_where_they_see_the_same_patches(loss: bool) -> None:
+    torch.manual_seed(0)
+    model = Branches()
+    layers = {name: module for name, module in model.named_children() if name != "stem"}
+    batches = [torch.randn(4, 3, 8, 8) for _ in range(2)]
+    calibration = Calibration(batches, lambda net, batch: net(batch), loss=loss)
+    found = fit_layers(
+        model, layers, calibration, lambda _n, w, metric: decompose(w, 0.5, method="trapezoid", calibration=metric)
+    )
+    assert {name: tuple(matrix.to_dense().shape) for name, (matrix, _) in found.items()} == {
+        "way": (24, 144),
+        "twin": (24, 144),
+        "short": (24, 16),
+    }
+    inputs, slopes = layer_moments(model, layers, calibration, gradients=loss)
+    assert inputs["way"] is inputs["twin"]
+    assert inputs["short"].shape == (16, 16)
+    assert set(slopes) == (set(layers) if loss else set())
+    rows = torch.cat([input_rows(model.short, model.stem(x).relu()).flatten(0, 1) for x in batches]).double()
+    torch.testing.assert_close(inputs["short"], rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
