@@ -23,6 +23,8 @@ GROWTH = (0, 1, 2, 4)
 """By how many cells an interval may grow for the sake of the other side's."""
 ROUNDS = 60
 """More have not been seen to be needed."""
+SUMS = 16
+"""Multiply-adds in the time that an entry of running sums takes."""
 
 
 @dataclass
@@ -132,6 +134,7 @@ class Exchange:
         size = torch.linalg.vector_norm(factors, dim=1, keepdim=True).clamp(min=1e-300)
         if bool(may.any()):
             unit = factors / size
+            self.work += SUMS * unit.shape[1] * rank**2
             _, _, who, shares = self._longest(unit, running_sums(unit, grid), may, index, grid, torch.zeros_like(index))
             shares = shares * size / size[who][:, :, 0]
             mix = torch.eye(rank, dtype=factors.dtype, device=factors.device).scatter_add_(1, who, shares)
@@ -181,6 +184,7 @@ class Exchange:
         unit = one.factors / size
         if id(one) not in self.sums:
             self.sums[id(one)] = running_sums(unit, one.grid)
+            self.work += SUMS * unit.shape[1] * len(unit) ** 2
         start, length, who, shares = self._longest(
             unit, self.sums[id(one)], may[:, last], last, one.grid, one.grid.cells - one.cells[last]
         )

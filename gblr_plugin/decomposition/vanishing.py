@@ -8,6 +8,8 @@ single precision through: exact zeros and ranks, decided one index after the oth
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -92,9 +94,11 @@ def shortest_vectors(space: Tensor, grid: Grid, noise: float, least: float) -> t
 
 def running_sums(factors: Tensor, grid: Grid) -> Tensor:
     """(C + 1, r, r) Gram matrices of (r, N) factors on the first 0 .. C cells."""
-    cells = by_cells(factors, grid)
-    sums = torch.einsum("ict,jct->ijc", cells, cells).cumsum(2)  # along the last axis it is several times faster
-    return F.pad(sums.permute(2, 0, 1), (0, 0, 0, 0, 1, 0)).contiguous()
+    rows = by_cells(factors, grid).permute(1, 0, 2)
+    sums = F.pad(rows @ rows.transpose(1, 2), (0, 0, 0, 0, 1, 0))
+    for before, after in pairwise(sums):  # cumsum along the first axis takes ten times as long
+        after += before
+    return sums
 
 
 class WindowSearch:
