@@ -33,9 +33,10 @@ STEP = 1 << 20
 
 
 def by_cells(vectors: Tensor, grid: Grid) -> Tensor:
-    """(..., N) values as (..., cells, tile), with zeros past the end of the axis."""
-    padded = F.pad(vectors, (0, grid.cells * grid.tile - grid.length))
-    cells: Tensor = padded.unflatten(-1, (grid.cells, grid.tile))
+    """(..., N) values as (..., cells, tile), no tile being longer than the axis, with zeros past its end."""
+    tile = min(grid.tile, grid.length)
+    padded = F.pad(vectors, (0, grid.cells * tile - grid.length))
+    cells: Tensor = padded.unflatten(-1, (grid.cells, tile))
     return cells
 
 
@@ -63,6 +64,8 @@ def shortest_vectors(space: Tensor, grid: Grid, noise: float, least: float) -> t
     ridge = max(3 * noise, FLOOR) ** 2
     damping = ridge * torch.eye(dim, dtype=space.dtype, device=space.device)
     size = torch.linalg.vector_norm(rows, dim=1).amax(1)  # (C,)
+    if rows.shape[2] > dim:  # only what the rows of a cell span matters
+        rows = torch.linalg.qr(rows.transpose(1, 2), mode="r")[1].transpose(1, 2)
     present = (size > max(noise, FLOOR) * size.max()).nonzero()[:, 0]
     end = present.repeat_interleave(levels)
     level = torch.arange(levels, device=space.device).repeat(len(present))

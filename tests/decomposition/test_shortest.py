@@ -204,3 +204,12 @@ def test_windows_are_the_longest() -> None:
     assert torch.equal(none[1], found)
     limited = WindowSearch(running_sums(factors, grid), members, there, 1e-6, 0)
     assert limited.longest(torch.zeros(3, dtype=torch.int64))[0].tolist() == [-1, -1, -1]
+
+
+def test_one_tile_may_be_far_larger_than_the_matrix() -> None:
+    """Nothing is as large as the tile."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.outer(*(torch.randn(n, dtype=torch.float64, generator=g) for n in (6, 9)))
+    found = decompose(weight, 15 / 54, align=1 << 40)
+    assert found.stored == 15
+    torch.testing.assert_close(found.to_dense(), weight)
