@@ -141,7 +141,11 @@ def _solve(
         raise ConfigError(f"decompose: method must be one of {', '.join(METHODS)}, got {method!r}")
     if max_components is not None and (not isinstance(max_components, int) or max_components < 1):
         raise ConfigError(f"decompose: max_components must be a positive int, got {max_components!r}")
-    parts = weight.detach().double().chunk(row_splits)
+    # Entries of about 1, by a power of 4, which rounds nothing: sums of squares have their range too.
+    target = weight.detach().double()
+    size = float(target.abs().max()) if weight.numel() else 0.0
+    root = 2.0 ** (math.frexp(size)[1] // 2)
+    parts = (target / root / root).chunk(row_splits)
     m, n = parts[0].shape
     limit = min(m, n) if max_components is None else max_components
     allowed = limit * (m + n) if budget is None else math.floor(budget * m * n + 1e-6)
@@ -162,8 +166,8 @@ def _solve(
     solved = [_something(problem, solve(problem).live()) for problem in problems]
     dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
     return StructuredMatrix(
-        torch.cat([part.u for part in solved]).to(dtype),
-        torch.cat([part.v for part in solved]).to(dtype),
+        (torch.cat([part.u for part in solved]) * root).to(dtype),
+        (torch.cat([part.v for part in solved]) * root).to(dtype),
         Intervals(torch.cat([p.rows.width for p in solved]), torch.cat([p.rows.start for p in solved]), m),
         Intervals(torch.cat([p.cols.width for p in solved]), torch.cat([p.cols.start for p in solved]), n),
         tuple(part.rows.num_components for part in solved),

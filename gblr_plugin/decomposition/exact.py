@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..structure import StructuredMatrix
-from .problem import Problem
+from .exchange import Side
+from .problem import Grid, Problem
 
-__all__ = ["exact"]
+__all__ = ["exact", "lines"]
 
 
 def exact(problem: Problem) -> StructuredMatrix:
@@ -22,3 +24,33 @@ def exact(problem: Problem) -> StructuredMatrix:
     if by_rows:
         return StructuredMatrix.from_factors(unit, problem.weight.clone(), rows=narrow)
     return StructuredMatrix.from_factors(problem.weight.T.contiguous(), unit, cols=narrow)
+
+
+def lines(problem: Problem) -> StructuredMatrix | None:
+    """The matrix itself: its rows, or its columns, on the intervals of their entries; ``None`` beyond the budget.
+
+    Blocks of full rank that share no row or no column cost h w + min(h, w) so, which is the least that they can.
+    """
+    weight = problem.weight
+    found = [] if problem.rows.tile > 1 else [_rows(weight, problem.cols, problem)]
+    if problem.cols.tile == 1:
+        turned = _rows(weight.T, problem.rows, problem)
+        if turned is not None:
+            turned = StructuredMatrix.from_factors(turned.v, turned.u, turned.cols, turned.rows)
+        found.append(turned)
+    return min((one for one in found if one is not None), key=lambda one: one.stored, default=None)
+
+
+def _rows(weight: Tensor, cols: Grid, problem: Problem) -> StructuredMatrix | None:
+    present = weight.any(1).nonzero()[:, 0]
+    if not 0 < len(present) <= problem.max_components:
+        return None
+    if int(weight.count_nonzero()) + len(present) > problem.allowed:
+        return None
+    entries = weight[present]
+    spans = Side.of(entries, cols, 0.0).spans()
+    if int(spans.widths().sum()) + len(present) > problem.allowed:
+        return None
+    unit = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)[present]
+    narrow = Grid(len(weight), 1).intervals(torch.ones_like(present), present)
+    return StructuredMatrix.from_factors(unit, entries.contiguous(), rows=narrow, cols=spans.intervals())

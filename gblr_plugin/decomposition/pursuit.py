@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..structure import Intervals, StructuredMatrix
 from .effort import LARGE, Effort, default_effort, default_shares
+from .exact import lines
 from .joint import conjugate_gradient, gram_matrix, supported_solve
 from .problem import Grid, Problem
 from .search import find_blocks
@@ -501,7 +502,7 @@ def pursuit(problem: Problem, effort: Effort | None = None) -> StructuredMatrix:
         problem: The matrix, its budget, grids, metric and seed.
         effort: How much is tried; default by size.
     """
-    whole = shortest(problem)
+    whole = shortest(problem) or lines(problem)
     if whole is not None:
         return whole
     effort = default_effort(problem) if effort is None else effort

@@ -207,3 +207,13 @@ def test_less_than_half_precision_is_refused():
     model = nn.Sequential(nn.Linear(16, 16)).to(torch.float8_e4m3fn)
     with pytest.raises(ConfigError, match=r"layer '0': its weight has dtype torch\.float8_e4m3fn, need half"):
         prepare(model)
+
+
+@pytest.mark.parametrize("method", ["gblr", "trapezoid", "svd"])
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
+def test_the_scale_of_a_weight_changes_nothing(method: str, scale: float) -> None:
+    weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
+    plain = decompose(weight, 0.5, method=method)
+    scaled = decompose(weight * scale, 0.5, method=method)
+    assert torch.equal(scaled.rows.width, plain.rows.width)
+    assert torch.equal(scaled.to_dense() / scale, plain.to_dense())

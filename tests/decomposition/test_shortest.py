@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gblr_plugin.decomposition import decompose
+from gblr_plugin.decomposition.exact import lines
 from gblr_plugin.decomposition.metric import Metric
 from gblr_plugin.decomposition.problem import Grid, Problem
 from gblr_plugin.decomposition.shortest import shortest
@@ -213,3 +214,27 @@ def test_one_tile_may_be_far_larger_than_the_matrix() -> None:
     found = decompose(weight, 15 / 54, align=1 << 40)
     assert found.stored == 15
     torch.testing.assert_close(found.to_dense(), weight)
+
+
+@pytest.mark.parametrize(("height", "width", "shift"), [(8, 8, 0), (4, 12, 3), (12, 4, 0)])
+def test_dense_blocks_cost_their_area_and_shorter_side(height: int, width: int, shift: int) -> None:
+    """A matrix of full rank, made of blocks on the diagonal (or beside it, around the edge)."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.block_diag(*[torch.randn(height, width, generator=g) for _ in range(4)]).roll(shift, 1)
+    cost = 4 * (height * width + min(height, width))
+    found = decompose(weight, cost / weight.numel())
+    assert found.stored <= cost
+    assert torch.equal(found.to_dense(), weight)
+    assert found.num_components == 4 * min(height, width)
+
+
+def test_lines_keep_to_tiles_and_components() -> None:
+    weight = torch.block_diag(*[torch.randn(6, 6, dtype=torch.float64) for _ in range(3)])
+    assert lines(problem(weight, 3 * 42, tile=2)) is None
+    few = Problem(weight, 18 * 18, Grid(18, 1), Grid(18, 1), 17, Metric(), 0)
+    assert lines(few) is None
+    mixed = Problem(weight, 18 * 18, Grid(18, 1), Grid(18, 4), 18, Metric(), 0)
+    found = lines(mixed)
+    assert found is not None
+    assert bool((found.cols.width % 4 == 0).logical_or(found.cols.width == 18).all())
+    assert torch.equal(found.to_dense(), weight)
