@@ -13,7 +13,7 @@ from .errors import ConfigError
 from .layers import GBLRLayer
 from .quiet import quiet_import
 from .starts import INITIALISERS
-from .swap import can_gain, check_structurable, structurable, weight_matrix
+from .swap import can_gain, check_structurable, hooks_of, structurable, weight_matrix
 from .tensor import FACTOR_DTYPES, GBLRTensor
 
 with quiet_import("gblr_plugin.GBLRConfig", "torchao 0.18"):
@@ -84,9 +84,10 @@ def _gblr_transform(module: nn.Module, config: GBLRConfig) -> nn.Module:
     """
     new = _transformed(module, config)
     if new is not module:
+        own = {**vars(new), **hooks_of(module)}
         module.__class__ = new.__class__
         vars(module).clear()
-        vars(module).update(vars(new))
+        vars(module).update(own)
     return module
 
 

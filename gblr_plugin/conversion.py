@@ -23,7 +23,7 @@ from .recompression import recompressed
 from .selection import select_layers
 from .starts import LEARNED_RANK, start
 from .structure import StructuredMatrix
-from .swap import can_gain, check_structurable, copy_hooks, replace_modules, structured_like, weight_matrix
+from .swap import can_gain, check_structurable, replace_modules, structured_like, weight_matrix
 
 __all__ = ["LayerSettings", "check_untied", "convert", "frozen_like", "prepare", "prepare_layers", "with_bias"]
 
@@ -264,7 +264,7 @@ def frozen_like(
     boxes of it become dense blocks (``recompressed`` in ``recompression.py``).
 
     Args:
-        module: The dense or structured module whose geometry, bias, mode and hooks are taken over.
+        module: The dense or structured module whose geometry, bias and mode are taken over.
         matrix: Its (m, n) weight.
         plan: Passed to :meth:`GBLRTensor.from_structured`.
         factor_dtype: The same.
@@ -310,7 +310,6 @@ def frozen_like(
     if full:  # plain attributes, shown by the report
         new.structure_name, new.gblr_note = "full", "not cheaper than dense, stored dense"  # type: ignore[assignment]  # attributes
     new.train(module.training)
-    copy_hooks(module, new)
     return hasten(new)
 
 
@@ -335,7 +334,4 @@ def convert(model: nn.Module, *, plan: Any = None) -> nn.Module:
                 "training or call freeze_structure() before converting"
             )
     frozen = {id(layer): frozen_like(layer, layer.structure(), plan=plan) for layer in layers.values()}
-    if id(model) in frozen:
-        return frozen[id(model)]
-    replace_modules(model, frozen)
-    return model
+    return replace_modules(model, frozen)

@@ -140,8 +140,7 @@ def export_onnx(
         if isinstance(module._parameters.get("weight"), GBLRTensor)
         or (isinstance(module, FamilyLinear) and module.geometry.row_order is not None)
     }
-    plain = replaced.get(id(plain), plain)
-    replace_modules(plain, replaced)
+    plain = replace_modules(plain, replaced)
     path = Path(path)
     options = {"opset_version": 20, "verbose": False, **options}
     try:

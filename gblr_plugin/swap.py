@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from .structure import StructuredMatrix
 __all__ = [
     "can_gain",
     "check_structurable",
-    "copy_hooks",
+    "hooks_of",
     "replace_modules",
     "stored_weight",
     "structurable",
@@ -33,6 +34,11 @@ _HOOKS = (
     "_forward_hooks_always_called",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
 
 
@@ -100,8 +106,8 @@ def structured_like(module: nn.Module, matrix: StructuredMatrix, *, align: int |
         align: Tile of rows and columns to which intervals snap.
 
     Returns:
-        The structured module, with the dense module's bias, dtype, device, training mode, ``requires_grad`` flags, and
-        the caller's own forward and backward hooks.
+        The structured module, with the dense module's bias, dtype, device, training mode and ``requires_grad`` flags.
+        :func:`replace_modules` puts it in the dense module's place, and gives it the hooks.
 
     Raises:
         ConfigError: If the kind of module cannot be structured.
@@ -123,24 +129,41 @@ def structured_like(module: nn.Module, matrix: StructuredMatrix, *, align: int |
         for parameter in (layer.U, layer.V, layer.widths, layer.locations):
             parameter.requires_grad_(False)
     layer.train(module.training)
-    copy_hooks(module, layer)
     return layer
 
 
-def copy_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Give a module the caller's own forward and backward hooks of the one that it stands in for."""
-    for table in _HOOKS:
-        getattr(target, table).update(getattr(source, table))
+def hooks_of(module: nn.Module) -> dict[str, Any]:
+    """The module's hooks of every kind, by the attribute that holds them.
+
+    A handle that ``register_..._hook`` returned refers to these very dictionaries, so that a module which holds them
+    runs the hooks until the caller removes them.
+    """
+    return {name: vars(module)[name] for name in _HOOKS}
 
 
-def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
     """Replace modules, by identity, wherever a parent holds them; shared modules stay shared.
 
+    The new module takes over all hooks of the old one, and the caller's handles go on removing them.
+
     Args:
-        model: Changed in place. It cannot itself be replaced.
+        model: Changed in place, unless it is itself replaced.
         replacements: ``id(old module)`` to new module.
+
+    Returns:
+        The model, or the module that replaces it.
     """
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and id(child) in replacements:
-                parent._modules[name] = replacements[id(child)]
+                parent._modules[name] = _with_hooks(replacements[id(child)], child)
+    return _with_hooks(replacements[id(model)], model) if id(model) in replacements else model
+
+
+def _with_hooks(new: nn.Module, old: nn.Module) -> nn.Module:
+    vars(new).update(hooks_of(old))
+    for hook in old._load_state_dict_pre_hooks.values():
+        bound: Any = hook  # torch wraps a hook that is called with its module, to which it holds a weak reference
+        if getattr(bound, "with_module", False) and bound.module() is old:
+            bound.module = weakref.ref(new)
+    return new

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..layers import CONV_ATTRIBUTES
-from ..swap import check_structurable, copy_hooks, weight_matrix
+from ..swap import check_structurable, weight_matrix
 from .base import FamilyMatrix
 
 __all__ = ["FamilyConv1d", "FamilyConv2d", "FamilyLayer", "FamilyLinear", "layer_like"]
@@ -164,7 +164,7 @@ def layer_like(dense: nn.Module, matrix: FamilyMatrix) -> FamilyLayer:
         matrix: Start of its (m, n) weight matrix.
 
     Returns:
-        The layer, with the dense module's bias, dtype, device, training mode, ``requires_grad`` flags and hooks.
+        The layer, with the dense module's bias, dtype, device, training mode and ``requires_grad`` flags.
 
     Raises:
         ConfigError: If the kind of module cannot be structured.
@@ -185,5 +185,4 @@ def layer_like(dense: nn.Module, matrix: FamilyMatrix) -> FamilyLayer:
     if layer.bias is not None:
         layer.bias.requires_grad_(bias.requires_grad)
     layer.train(dense.training)
-    copy_hooks(dense, layer)
     return layer

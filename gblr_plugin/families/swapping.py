@@ -136,7 +136,4 @@ def convert(model: nn.Module, *, plan: Any = None) -> nn.Module:
             replacements[id(layer)] = frozen_like(layer, structured, plan=plan)
         else:
             layer.freeze()
-    if id(model) in replacements:
-        return replacements[id(model)]
-    replace_modules(model, replacements)
-    return model
+    return replace_modules(model, replacements)

@@ -294,10 +294,7 @@ def _restore_families(skeleton: nn.Module, state: Mapping[str, Tensor], header: 
             layers[id(module)] = layer_like(module, matrix)
         except ConfigError as error:
             raise ConfigError(f"load: {path!r} does not fit the network, or is damaged: {name!r}: {error}") from error
-    if id(skeleton) in layers:
-        return layers[id(skeleton)]
-    replace_modules(skeleton, layers)
-    return skeleton
+    return replace_modules(skeleton, layers)
 
 
 def _make_linear(model: nn.Module, linear: set[str]) -> None:

@@ -143,3 +143,21 @@ def test_transformer_encoder_layer_runs_its_fast_path(kit: Any) -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     pruner.unwrap_model()
+
+
+def test_hooks_from_before_go_on_firing_until_they_are_removed(kit: Any, config: list[dict[str, Any]]) -> None:
+    model = kit.MLP()
+    seen: list[type[nn.Module]] = []
+    handles = [
+        model.fc1.register_full_backward_hook(lambda module, *_: seen.append(type(module))),
+        model.fc1.register_forward_hook(lambda module, *_: seen.append(type(module))),
+    ]
+    evaluator = kit.evaluator(model)
+    pruner = GBLRPruner(model, config, evaluator, 2, 12)
+    kit.training_step(kit.make_batches(1)[0], model).backward()
+    assert seen == [GBLRLinear, GBLRLinear]
+    pruner.unwrap_model()
+    for handle in handles:
+        handle.remove()
+    kit.training_step(kit.make_batches(1)[0], model).backward()
+    assert len(seen) == 2
