@@ -14,6 +14,7 @@ from torch import nn
 
 from .. import families
 from ..errors import ConfigError
+from .evaluators import cure
 from .families import family_factory
 from .pruner import GBLRPruner
 from .settings import select_modules, without_own_keys
@@ -78,6 +79,7 @@ def _of_nni(name: str, path: str) -> Factory:
         factory = _nni_class(path)
         if evaluator is None and inspect.signature(factory).parameters["evaluator"].default is inspect.Parameter.empty:
             raise ConfigError(f"compressor {name!r}: it needs an evaluator")
+        cure(evaluator)
         try:
             return _call(name, factory, model, plain, evaluator, **kwargs)
         except SchemaError as error:

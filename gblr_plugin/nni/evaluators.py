@@ -1,5 +1,7 @@
 """NNI's LightningEvaluator on Lightning 2.x: the small cures that it needs, and nothing else.
 
+A compressor cures the evaluator that it is given (:func:`cure`), so that scripts keep the one that they have.
+
 1. ``max_steps``: NNI sets an attribute that has become read-only.
 2. ``configure_optimizers`` returning ``{"optimizer": ..., "lr_scheduler": scheduler}``, or scheduler tables in a second
    list.
@@ -13,12 +15,14 @@ from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from nni.common import is_traceable
+from nni.compression.utils import Evaluator
 from nni.compression.utils import LightningEvaluator as _NNILightningEvaluator
+from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigError
 
-__all__ = ["LightningEvaluator"]
+__all__ = ["LightningEvaluator", "cure", "record_optimizers"]
 
 
 class _Named(type):
@@ -58,6 +62,8 @@ def _is_traced(instance: Any) -> bool:
 
 class LightningEvaluator(_NNILightningEvaluator):
     """NNI's LightningEvaluator for Lightning 2.x, as ``pytorch_lightning`` or ``lightning.pytorch``.
+
+    With ``pytorch_lightning`` NNI's own class, and subclasses of it, do as well: compressors turn them into this one.
 
     Args:
         trainer: ``nni.trace(pl.Trainer)(...)``.
@@ -117,6 +123,42 @@ class LightningEvaluator(_NNILightningEvaluator):
             trainer.fit_loop.max_epochs = max_epochs or -1
         trainer.fit(self.model, self.data_module)
         self.model.trainer = None  # a model is dumped without its trainer
+
+
+def cure(evaluator: Evaluator | None) -> None:
+    """Let an evaluator of NNI work with Lightning 2.x, in place.
+
+    The cures come between a user's own class and NNI's, so that methods of the user's class, and their calls of
+    ``super()``, hold as they did.
+
+    Args:
+        evaluator: Of any class; only LightningEvaluators need it.
+    """
+    kind = type(evaluator)
+    if not isinstance(evaluator, _NNILightningEvaluator) or isinstance(evaluator, LightningEvaluator):
+        return
+    if kind is _NNILightningEvaluator:
+        evaluator.__class__ = LightningEvaluator
+    else:
+        own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+        evaluator.__class__ = type(kind.__name__, (kind, LightningEvaluator), own)
+
+
+def record_optimizers(evaluator: Evaluator, model: nn.Module) -> None:
+    """Let an evaluator record the optimizers of a model that no compressor has touched yet.
+
+    Args:
+        evaluator: Cured first; one that has recorded them already is left alone.
+        model: As the user gave it.
+
+    Raises:
+        ConfigError: If it is not an evaluator of NNI, or if an optimizer has several schedulers.
+    """
+    if not isinstance(evaluator, Evaluator):
+        raise ConfigError(f"evaluator: need an evaluator of NNI, got a {type(evaluator).__name__}")
+    cure(evaluator)
+    if not evaluator._initialization_complete:
+        evaluator._init_optimizer_helpers(model)
 
 
 def _as_tables(returned: Any) -> Any:

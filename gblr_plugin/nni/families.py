@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..starts import LEARNED_RANK
 from ..swap import weight_matrix
 from .calibration import allocated_budgets, calibration_data
+from .evaluators import record_optimizers
 from .optimizers import check_recorded, rename_recorded
 from .settings import LayerPlan, read_config
 
@@ -62,8 +63,7 @@ class FamilyCompressor:
                 f"gblr: {{initialiser: {LEARNED_RANK}}}"
             )
         if evaluator is not None:
-            if not evaluator._initialization_complete:
-                evaluator._init_optimizer_helpers(model)
+            record_optimizers(evaluator, model)
             check_recorded(evaluator, plan)
         data = None if calibrated is None else calibration_data(evaluator, model, calibrated)
         kind = families.get(family)

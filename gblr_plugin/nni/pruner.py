@@ -28,6 +28,7 @@ from ..learner import StructureLearner
 from ..schedule import Schedule
 from ..swap import replace_modules
 from .calibration import allocated_budgets, calibration_data
+from .evaluators import record_optimizers
 from .optimizers import adopt, check_recorded, is_adopted
 from .settings import Plan, nni_schema, read_config
 from .wrapper import GBLRWrapper
@@ -88,10 +89,7 @@ class GBLRPruner(ScheduledPruner):
         wrappers = dict(existed_wrappers or {})
         _check_layers(plan, wrappers)
         if evaluator is not None:
-            if not isinstance(evaluator, Evaluator):
-                raise ConfigError(f"evaluator: need an evaluator of NNI, got a {type(evaluator).__name__}")
-            if not evaluator._initialization_complete:
-                evaluator._init_optimizer_helpers(model)
+            record_optimizers(evaluator, model)
             check_recorded(evaluator, plan.layers)
         data = None if calibrated is None else calibration_data(evaluator, model, calibrated)
         self.learner = _prepare(model, plan, schedule, data)

@@ -17,18 +17,49 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from gblr_plugin import ConfigError
-from gblr_plugin.nni import GBLRPruner, LightningEvaluator
+from gblr_plugin.nni import GBLRPruner, LightningEvaluator, create_compressor
+from gblr_plugin.nni.evaluators import cure, record_optimizers
 
 CONFIG = [{"op_names": ["net.fc1", "net.fc2"], "sparse_ratio": 0.6}]
 
 
-@pytest.fixture(params=["pytorch_lightning", "lightning.pytorch"])
-def pl(request: pytest.FixtureRequest) -> Any:
+class Counting(PlainEvaluator):
+    """What a user derives from NNI's evaluator."""
+
+    def train(self, max_steps: int | None = None, max_epochs: int | None = None) -> None:
+        self.asked = [*getattr(self, "asked", []), (max_steps, max_epochs)]
+        super().train(max_steps, max_epochs)
+
+
+class CountingTwice(Counting):
+    """And what somebody derives from that."""
+
+    def _init_optimizer_helpers(self, pure_model: Any) -> None:
+        self.recorded = True
+        super()._init_optimizer_helpers(pure_model)
+
+
+KINDS: dict[str, tuple[str, type]] = {
+    "pytorch_lightning": ("pytorch_lightning", LightningEvaluator),
+    "lightning.pytorch": ("lightning.pytorch", LightningEvaluator),
+    "of NNI": ("pytorch_lightning", PlainEvaluator),
+    "of a user": ("pytorch_lightning", CountingTwice),
+}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
+def kind(request: pytest.FixtureRequest) -> tuple[str, type]:
+    return request.param
+
+
+@pytest.fixture
+def pl(kind: tuple[str, type]) -> Any:
+    name = kind[0]
     try:
-        package = importlib.import_module(request.param)
+        package = importlib.import_module(name)
     except ImportError:
-        pytest.skip(f"{request.param} is not installed")
-    logging.getLogger(request.param.partition(".")[0]).setLevel(logging.ERROR)
+        pytest.skip(f"{name} is not installed")
+    logging.getLogger(name.partition(".")[0]).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     return package
 
@@ -36,8 +67,8 @@ def pl(request: pytest.FixtureRequest) -> Any:
 class Lightning:
     """What a user of one Lightning package writes."""
 
-    def __init__(self, pl: Any, kit: Any) -> None:
-        self.pl, self.kit = pl, kit
+    def __init__(self, pl: Any, kit: Any, kind: type) -> None:
+        self.pl, self.kit, self.kind = pl, kit, kind
         data = [torch.cat(part) for part in zip(*kit.make_batches(), strict=True)]
 
         class Data(pl.LightningDataModule):
@@ -67,7 +98,7 @@ class Lightning:
 
         self.data, self.module = Data, Module
 
-    def evaluator(self, kind: type = LightningEvaluator, **options: Any) -> Any:
+    def evaluator(self, **options: Any) -> Any:
         quiet = {
             "enable_progress_bar": False,
             "enable_checkpointing": False,
@@ -75,12 +106,12 @@ class Lightning:
             "logger": False,
         }
         trainer = nni.trace(self.pl.Trainer)(accelerator="cpu", **quiet, **{"max_epochs": 2, **options})
-        return kind(trainer, nni.trace(self.data)())
+        return self.kind(trainer, nni.trace(self.data)())
 
 
 @pytest.fixture
-def lit(pl: Any, kit: Any) -> Lightning:
-    return Lightning(pl, kit)
+def lit(pl: Any, kit: Any, kind: tuple[str, type]) -> Lightning:
+    return Lightning(pl, kit, kind[1])
 
 
 def adamw(module: nn.Module) -> Any:
@@ -210,14 +241,67 @@ def test_evaluate(lit: Lightning) -> None:
     assert metric > 0
 
 
-def test_nnis_own_evaluator_works_where_it_works_at_all(pl: Any, lit: Lightning) -> None:
-    if pl.__name__ != "pytorch_lightning":
-        with pytest.raises(AssertionError, match="pytorch_lightning"):
-            lit.evaluator(PlainEvaluator)
-        return
-    pruner = GBLRPruner(lit.module(adamw), CONFIG, lit.evaluator(PlainEvaluator), 2, 10)
-    pruner.compress(None, 3)
-    assert pruner.learner.frozen
+def test_a_training_in_two_parts_goes_on_where_the_first_ended(lit: Lightning) -> None:
+    pruner = GBLRPruner(lit.module(adamw), CONFIG, lit.evaluator(), 2, 14)
+    pruner.compress(None, 2)
+    assert (pruner.learner.step_count, pruner.learner.frozen) == (8, False)
+    pruner.compress(8, None)
+    assert (pruner.learner.step_count, pruner.learner.frozen) == (16, True)
+
+
+def test_a_training_resumes_in_another_process(lit: Lightning) -> None:
+    pruner = GBLRPruner(lit.module(adamw), CONFIG, lit.evaluator(), 2, 14)
+    pruner.compress(None, 2)
+    saved = pruner.bound_model.state_dict(), pruner.learner.state_dict()
+    later = GBLRPruner(lit.module(adamw), CONFIG, lit.evaluator(), 2, 14)
+    later.bound_model.load_state_dict(saved[0])
+    later.learner.load_state_dict(saved[1])
+    later.compress(8, None)
+    assert (later.learner.step_count, later.learner.frozen) == (16, True)
+    assert 0.39 <= later.learner.relative_flops <= 0.4
+
+
+def test_other_compressors_by_name_get_it_cured_too(lit: Lightning) -> None:
+    returns = RETURNS["table with scheduler"]
+    taylor = create_compressor("taylor", lit.module(returns), CONFIG, lit.evaluator(), training_steps=3)
+    _, masks = taylor.compress(None, None)
+    assert float(masks["net.fc1"]["weight"].mean()) == pytest.approx(0.4, abs=0.03)
+    low_rank = create_compressor("low_rank", lit.module(returns), CONFIG, evaluator := lit.evaluator(max_epochs=1))
+    low_rank.compress(6, None)
+    assert isinstance(evaluator, LightningEvaluator)
+
+
+def test_what_a_user_derives_keeps_its_own_methods(lit: Lightning) -> None:
+    if not issubclass(lit.kind, CountingTwice):
+        pytest.skip("the evaluator is not a user's")
+    evaluator = lit.evaluator(max_epochs=1)
+    pruner = GBLRPruner(lit.module(RETURNS["table with scheduler"]), CONFIG, evaluator, 2, 10)
+    pruner.compress(12, None)
+    assert pruner.learner.step_count == 12
+    assert evaluator.recorded
+    assert evaluator.asked == [(12, None)]
+    assert isinstance(evaluator, CountingTwice)
+    assert type(evaluator).__name__ == "CountingTwice"
+
+
+def test_curing_leaves_classes_and_other_evaluators_alone(lit: Lightning) -> None:
+    before = dict(vars(PlainEvaluator))
+    cured, other = lit.evaluator(), lit.evaluator()
+    cure(cured)
+    kind = type(cured)
+    cure(cured)
+    assert type(cured) is kind
+    assert type(other) is lit.kind
+    assert dict(vars(PlainEvaluator)) == before
+    cure(None)
+
+
+def test_nnis_own_evaluator_takes_pytorch_lightning_only(lit: Lightning) -> None:
+    if lit.pl.__name__ == "pytorch_lightning":
+        pytest.skip("a trainer that NNI accepts")
+    lit.kind = PlainEvaluator
+    with pytest.raises(AssertionError, match="pytorch_lightning"):
+        lit.evaluator()
 
 
 _TRACE = ("trace_copy", "trace_symbol", "trace_args", "trace_kwargs")
@@ -251,12 +335,12 @@ def test_two_schedulers_of_one_optimizer_are_refused(lit: Lightning) -> None:
 
     module = lit.module(returns)
     with pytest.raises(ConfigError, match="one scheduler an optimizer, please"):
-        lit.evaluator()._init_optimizer_helpers(module)
+        record_optimizers(lit.evaluator(), module)
     assert "configure_optimizers" not in vars(module)
 
 
 def test_a_configure_optimizers_of_the_object_is_put_back(lit: Lightning) -> None:
     module = lit.module(adamw)
     own = module.configure_optimizers = lambda: adamw(module)
-    lit.evaluator()._init_optimizer_helpers(module)
+    record_optimizers(lit.evaluator(), module)
     assert module.configure_optimizers is own
