@@ -42,12 +42,19 @@ _SELECTION = (
     "exclude_op_types",
     "exclude_op_names_re",
 )
-_UNUSED = {
-    "fuse_names": "module fusion is a quantizer's",
-    "dependency_group_id": "layers share a budget by global_group_id",
+_REFUSED = {
+    "align": "each layer learns intervals of its own, which cannot follow another layer's mask",
+    "fuse_names": "it belongs to quantizers",
+    "op_partial_names": "write op_names_re: ['.*part.*'] (NNI reads it in old lists only)",
+}
+_BIAS, _CHANNELS = "the target 'bias'", "granularity of whole channels"
+_IGNORED = {
+    "apply_method": "a structured layer applies no mask",
+    "dependency_group_id": "the layers of a dependency group need no common mask; global_group_id lets layers share a "
+    "budget",
     "internal_metric_block": "there is no metric over elements",
-    "apply_method": "a structured layer has no mask to apply",
-    "align": "a structured layer has no mask to align; intervals snap to multiples by granularity",
+    _BIAS: "biases stay as they are",
+    _CHANNELS: "intervals are learned, on any rows and columns; [rows, columns] gives them a tile",
 }
 
 
@@ -91,12 +98,17 @@ def _read_group(value: Any) -> int | str | None:
 
 
 def _read_granularity(value: Any) -> tuple[int, int] | None:
-    if value == "default":
-        return 1, 1
     pair = isinstance(value, (list, tuple)) and len(value) == 2
     if pair and all(isinstance(tile, int) and not isinstance(tile, bool) and tile >= 1 for tile in value):
         return value[0], value[1]
     return None
+
+
+def _whole_channels(granularity: Any) -> bool:
+    """Whether NNI would remove whole input or output channels; in lists it writes -1 for a whole axis."""
+    return granularity in ("in_channel", "out_channel") or (
+        isinstance(granularity, (list, tuple)) and -1 in granularity
+    )
 
 
 def _read_switch(value: Any) -> bool | None:
@@ -207,8 +219,9 @@ def read_config(model: nn.Module, config_list: Sequence[Mapping[str, Any]]) -> P
     first_names = {id(module): name for name, module in model.named_modules()}
     plans: dict[str, LayerPlan] = {}
     shared: dict[str, Any] = {}
+    ignored: set[str] = set()
     for where, entry in entries:
-        values = _flat(entry, where)
+        values = _flat(entry, where, ignored)
         goal, settings, nni_entry = _layer_values(values, where)
         for key in _SHARED_OWN:
             if key in values and shared.setdefault(key, values[key]) != values[key]:
@@ -229,6 +242,9 @@ def read_config(model: nn.Module, config_list: Sequence[Mapping[str, Any]]) -> P
             plans[first] = LayerPlan(
                 module, settings, goal, {"op_names": [first], **nni_entry}, values.get("allocation")
             )
+    if ignored:
+        reasons = "; ".join(f"{key} ({_IGNORED[key]})" for key in sorted(ignored))
+        _logger.warning("config_list: gblr leaves out %s", reasons)
     order = {name: index for index, name in enumerate(first_names.values())}
     ordered = {name: plans[name] for name in sorted(plans, key=order.__getitem__)}
     _check_groups(ordered)
@@ -258,9 +274,8 @@ def _entries(config_list: Any) -> list[tuple[str, dict[str, Any]]]:
             raise ConfigError(f"config_list[{index}]: need a table of keys, got {entry!r}")
     only_exclude = [bool(entry.get("exclude")) for entry in given]
     present = trans_legacy_config_list(given)
-    if present is not given:  # NNI's translation of legacy lists knows bias targets and another key for groups
+    if present is not given:  # NNI's translation of legacy lists knows another key for groups
         for entry in present:
-            entry.pop("target_names", None)
             weight = entry.get("target_settings", {}).get("weight", {})
             if "group_id" in weight:
                 weight["global_group_id"] = weight.pop("group_id")
@@ -283,11 +298,16 @@ def _near(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _flat(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Goal and own keys of an entry, wherever in it they stand, with their values read."""
-    targets = entry.get("target_names", ["weight"])
-    if list(targets) != ["weight"]:
-        raise ConfigError(f"{where}: target_names: gblr compresses 'weight' only, got {targets!r}")
+def _flat(entry: Mapping[str, Any], where: str, ignored: set[str]) -> dict[str, Any]:
+    """Goal and own keys of an entry, wherever in it they stand, with their values read.
+
+    Keys of NNI that say nothing to gblr are added to ``ignored``.
+    """
+    targets = entry.get("target_names") or ["weight"]
+    if not isinstance(targets, (list, tuple)) or "weight" not in targets or set(targets) - {"weight", "bias"}:
+        raise ConfigError(
+            f"{where}: target_names: gblr compresses 'weight' only ('bias' beside it is left out), got {targets!r}"
+        )
     values: dict[str, Any] = {}
 
     def put(key: str, raw: Any, place: str) -> None:
@@ -304,8 +324,10 @@ def _flat(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
         for key, raw in table.items():
             if key in others:
                 continue
-            if key in _GOAL:
-                put(key, raw, place)
+            if key == "granularity" and _whole_channels(raw):
+                ignored.add(_CHANNELS)
+            elif key in _GOAL:
+                put(key, None if (key, raw) == ("granularity", "default") else raw, place)
             elif isinstance(key, str) and key.removeprefix(OWN_PREFIX) in _OWN and key.startswith(OWN_PREFIX):
                 put(key.removeprefix(OWN_PREFIX), raw, place)
             elif key == "gblr":
@@ -317,8 +339,12 @@ def _flat(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
                             f"{place}: unknown key {own!r} in gblr{_near(own, _OWN)} (allowed: {', '.join(_OWN)})"
                         )
                     put(own, value, f"{place}: gblr")
-            elif key in _UNUSED:
-                raise ConfigError(f"{place}: {key} has no meaning for gblr: {_UNUSED[key]}")
+            elif key in _IGNORED:
+                if raw is not None:
+                    ignored.add(key)
+            elif key in _REFUSED:
+                if raw is not None:
+                    raise ConfigError(f"{place}: {key} has no meaning for gblr: {_REFUSED[key]}")
             else:
                 known = [*others, *_GOAL, "gblr", *(OWN_PREFIX + name for name in _OWN)]
                 near = _near(key, [*known, *_OWN]) if key not in _OWN else f"; did you mean '{OWN_PREFIX}{key}'?"
@@ -326,8 +352,14 @@ def _flat(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     read_table(entry, where, (*_SELECTION, "target_names", "target_settings"))
     settings = entry.get("target_settings") or {}
-    if not isinstance(settings, Mapping) or set(settings) - {"weight"}:
+    tables = isinstance(settings, Mapping) and all(isinstance(table, Mapping) for table in settings.values())
+    if not tables or set(settings) - {"weight", "bias"}:
         raise ConfigError(f"{where}: target_settings: gblr compresses 'weight' only, got {settings!r}")
+    for key, raw in settings.get("bias", {}).items():
+        if key not in ("align", "apply_method") and raw is not None:
+            raise ConfigError(f"{where}: target_settings: bias: gblr leaves biases as they are; take {key} out")
+    if "bias" in (*targets, *settings):
+        ignored.add(_BIAS)
     # What stands under the target overrides the entry's own shortcut, as in NNI.
     nested = settings.get("weight", {})
     for key in nested:
@@ -456,6 +488,9 @@ def select_modules(model: nn.Module, entry: Mapping[str, Any], where: str) -> di
                 re.compile(pattern)
             except re.error as error:
                 raise ConfigError(f"{where}: {key}: {pattern!r} is no regular expression: {error}") from None
+    unused = _unused(modules, chosen)
+    if unused:
+        _logger.warning("%s: no module of the model matches %s", where, ", ".join(unused))
     found, _, _ = select_modules_by_config(model, chosen)
     named = set(chosen.get("op_names", ()))
 
@@ -469,6 +504,18 @@ def select_modules(model: nn.Module, entry: Mapping[str, Any], where: str) -> di
     if not selected:
         raise ConfigError(f"{where}: the selection is empty: no layer of the model matches {chosen}")
     return selected
+
+
+def _unused(modules: Mapping[str, nn.Module], chosen: Mapping[str, Sequence[str]]) -> list[str]:
+    """Types and regular expressions that match nothing: a misspelt exclude_op_types excludes nothing in silence."""
+    types = {type(module).__name__ for module in modules.values()}
+    unused = []
+    for key, listed in chosen.items():
+        if key.endswith("op_types"):
+            unused += [f"{key} {kind!r}" for kind in listed if kind not in types]
+        elif key.endswith("_re"):
+            unused += [f"{key} {part!r}" for part in listed if not any(re.match(part, name) for name in modules)]
+    return unused
 
 
 def without_own_keys(config_list: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
