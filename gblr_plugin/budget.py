@@ -1,8 +1,8 @@
 """Find the shrinkage that meets a budget: lambda from relative FLOPs.
 
 Minimising the task loss subject to a bound on the widths' l1 norm is proximal gradient descent whose threshold is the
-multiplier of that bound: after each gradient step the widths are soft-thresholded by the one value that brings their
-*counted* cost to the target. That value over the learning rate is the lambda that the published method grid-searches.
+multiplier of that bound: after each gradient step the widths are soft-thresholded by one lambda times their learning
+rate, the lambda that brings their *counted* cost to the target. The published method grid-searches it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ __all__ = ["AxisSpec", "WidthBudget"]
 _WAYS = 8  # candidates evaluated at once: few calls, little waste
 _ROUNDS = 7  # the first one's widest gap, cut by _WAYS six times, is below the resolution
 _RESOLUTION = 2e-6  # of thresholds, as a fraction of the axis
+_SLOWEST = 1e-3  # least share of a group's largest rate at which one search can empty a layer
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class WidthBudget:
     ) -> None:
         self._pinned = pinned
         self.num_layers = len(specs)
+        self._groups = list(groups)
         self.num_groups = max(groups) + 1
         self.device = torch.device("cpu" if device is None else device)
         counts = torch.tensor([spec.num_components for spec in specs])
@@ -83,7 +85,7 @@ class WidthBudget:
         self._untiled = all(spec.align == (1, 1) for spec in specs)
         self._length = per_component([spec.axis_lengths for spec in specs])
         self._tile = per_component([spec.align for spec in specs])
-        self._group = torch.tensor(list(groups), dtype=torch.int64).to(device)
+        self._group = torch.tensor(self._groups, dtype=torch.int64).to(device)
         low = [0.0] * self.num_layers if lower is None else list(lower)
         high = [math.inf] * self.num_layers if upper is None else list(upper)
         for index, (a, b) in enumerate(zip(low, high, strict=True)):
@@ -92,6 +94,9 @@ class WidthBudget:
         self._lower = torch.tensor(low, dtype=torch.float64).to(device)
         self._upper = torch.tensor(high, dtype=torch.float64).to(device)
         self._bounded = any(a > 0 for a in low) or any(b < math.inf for b in high)
+
+    def _tensor(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64).to(self._upper)
 
     def snap(self, widths: Tensor) -> Tensor:
         """Integer widths ((..., 2, C) int64) of normalised widths, as the masks round them."""
@@ -118,20 +123,29 @@ class WidthBudget:
         return self._layer_cost((widths - step).clamp_(0, 1))
 
     def _search(
-        self, widths: Tensor, target: Tensor, group: Tensor, growth: float, clamp: tuple[Tensor, Tensor] | None = None
+        self,
+        widths: Tensor,
+        target: Tensor,
+        group: Tensor,
+        span: tuple[Tensor, Tensor],
+        growing: bool,
+        shares: Tensor | None = None,
+        clamp: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """(G,) smallest threshold in [-growth, 1] at which each group's cost is at most its target."""
+        """(G,) smallest threshold in ``span`` at which each group's cost is at most its target.
+
+        Each layer shrinks by its share of the threshold, within its clamp.
+        """
         num = target.numel()
-        low = torch.full_like(target, -growth)
-        high = torch.full_like(target, 1.0)
+        low, high = span
         even = torch.arange(_WAYS + 1, dtype=target.dtype, device=target.device)[:, None] / _WAYS
         for turn in range(_ROUNDS):
             fraction = even if turn else even**4  # one step's shrinkage is mostly small: look there first
             candidates = low + (high - low) * fraction  # (W + 1, G)
-            threshold = candidates[:, group]
+            threshold = candidates[:, group] if shares is None else candidates[:, group] * shares
             if clamp is not None:
                 threshold = threshold.maximum(clamp[0]).minimum(clamp[1])
-            cost = self._shrunk_cost(widths, threshold, growth > 0)
+            cost = self._shrunk_cost(widths, threshold, growing)
             total = cost.new_zeros(_WAYS + 1, num).index_add_(1, group, cost)
             fits = (total <= target).int().cummax(0).values  # rounding may make the count wobble: take the first fit
             first = (_WAYS + 1 - fits.sum(0)).clamp(max=_WAYS)
@@ -141,32 +155,58 @@ class WidthBudget:
                 break
         return high
 
+    def _paces(self, rates: list[float]) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """Least and largest threshold of each group's fastest layer, and every layer's share (``None``: all whole)."""
+        fastest, most = [0.0] * self.num_groups, [1.0] * self.num_groups
+        for rate, group in zip(rates, self._groups, strict=True):
+            fastest[group] = max(fastest[group], rate)
+        shares = []
+        for rate, group in zip(rates, self._groups, strict=True):
+            share = rate / fastest[group] if fastest[group] else 1.0
+            shares.append(share)
+            if share > 0:  # a slow layer is emptied by a threshold that is larger by as much
+                most[group] = max(most[group], 1 / max(share, _SLOWEST))
+        span = -self._tensor(fastest), self._tensor(most)
+        return span, None if min(shares) == 1.0 else self._tensor(shares)
+
     @torch.no_grad()
     def thresholds(
-        self, widths: Tensor, targets: Tensor, growth: float = 0.0, upper: Sequence[float] | None = None
+        self,
+        widths: Tensor,
+        targets: Tensor,
+        rates: Sequence[float] | None = None,
+        upper: Sequence[float] | None = None,
     ) -> Tensor:
         """Thresholds for :func:`~gblr_plugin.proximal.prox_and_clip_`.
 
         Args:
             widths: (2, C) normalised widths of all layers side by side, after the gradient step.
             targets: (G,) multiply-adds per group; ``inf`` leaves a group alone.
-            growth: Most that the live widths of a group below its target may grow, as a fraction of the axis.
+            rates: (L,) learning rates. The thresholds of a group are one lambda times its layers' rates, and the live
+                widths of a group below its target grow by at most these, as fractions of the axis. Where all rates of
+                a group are 0, as by default, its thresholds are equal and nothing grows.
             upper: Most multiply-adds of each layer for now, in place of the final ``upper``.
 
         Returns:
-            (L,) float64; after the shrinkage no group exceeds its target (unless its lower bounds alone do).
+            (L,) float64; after the shrinkage no group exceeds its target (unless its lower bounds alone do, or what
+            layers at rates far below the group's largest hold).
         """
         targets = targets.to(self._upper)
-        clamp = None
+        own = [0.0] * self.num_layers if rates is None else list(rates)
+        span, shares = self._paces(own)
+        growing, clamp = any(own), None
         if self._bounded:
-            most = self._upper if upper is None else torch.tensor(upper, dtype=torch.float64).to(self._upper)
+            most = self._upper if upper is None else self._tensor(upper)
             each = torch.arange(self.num_layers, device=widths.device)
-            least = self._search(widths, most, each, growth)
+            alone = -self._tensor(own), torch.ones_like(most)
+            least = self._search(widths, most, each, alone, growing)
             # The threshold just undershoots the lower bound: step back by the resolution of the search.
-            last = self._search(widths, self._lower, each, growth) - 2 * _RESOLUTION
+            last = self._search(widths, self._lower, each, alone, growing) - 2 * _RESOLUTION
             last = torch.where(self._lower > 0, last, torch.ones_like(last))
             clamp = least, torch.maximum(last, least)
-        threshold = self._search(widths, targets, self._group, growth, clamp)[self._group]
+        threshold = self._search(widths, targets, self._group, span, growing, shares, clamp)[self._group]
+        if shares is not None:
+            threshold = threshold * shares
         if clamp is not None:
             threshold = threshold.maximum(clamp[0]).minimum(clamp[1])
         return torch.where(targets.isinf()[self._group], torch.zeros_like(threshold), threshold)

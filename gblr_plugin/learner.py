@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -79,10 +79,18 @@ class LayerGoal:
 class StructureLearner:
     """Learns the structure of layers while any training loop trains them.
 
-    After each real optimizer step it turns its clock, sets the threshold (fixed lambda, or the one that meets the
-    ramped budget), runs one fused prox-and-clip over all layers, and updates sigma. At the end of the ramp it settles
-    the widths on whole samples within the budget and freezes the structure as exact boxcars. Groups of layers that
-    begin within their budget have hard masks throughout, whose gradients are smoothed by the final sigma.
+    After each real optimizer step it turns its clock, sets lambda (a fixed one, or the one that meets the ramped
+    budget), runs one fused prox-and-clip over the layers of that optimizer, and updates sigma. At the end of the ramp
+    it settles the widths on whole samples within the budget and freezes the structure as exact boxcars. Groups of
+    layers that begin within their budget have hard masks throughout, whose gradients are smoothed by the final sigma.
+
+    Several optimizers may share the layers, also those of one group. Each optimizer takes the proximal step of the
+    layers whose widths it holds, and moves no others: by the group's lambda times the layer's own learning rate. One
+    lambda holds for a round, until an optimizer steps for the second time: the lambda at which the group meets its
+    target if each of its layers takes one step. So all layers pay alike, whichever optimizer is first; what the
+    gradients of later optimizers add within a round is taken away in the next. The first optimizer turns the clock, and
+    shrinks layers whose weights are frozen and in no optimizer, at its largest rate. The freeze brings all layers to
+    the budget together.
 
     Args:
         layers: Structured layers by name. Layers that appear twice are counted once.
@@ -142,7 +150,9 @@ class StructureLearner:
         self._budget: WidthBudget | None = None
         self._budget_made_for: tuple[torch.device, int, list[bool]] | None = None
         self._last_lambdas: Tensor | None = None
-        self._last_lr = 0.0
+        self._last_rates = [0.0] * len(self.layers)
+        self._due: Tensor | None = None  # thresholds of the budgets in this round
+        self._stepped: list[int] = []  # places of the optimizers that have taken their step in it
         self._check_bounds()
 
     # -- setting up --------------------------------------------------------------------------------------------------
@@ -263,7 +273,7 @@ class StructureLearner:
                 self.progress = self.schedule.progress(self.step_count)
         if self.frozen:
             return
-        self._shrink(self._rates(optimizer))
+        self._shrink(optimizer)
         if self.schedule is not None:
             if self.progress >= 1.0:
                 self.freeze()
@@ -273,6 +283,26 @@ class StructureLearner:
     def _rates(self, optimizer: Optimizer) -> list[float | None]:
         """Learning rate of each layer's widths in an optimizer; ``None`` where it does not hold them."""
         return learning_rates(optimizer, [layer.widths for layer in self.layers.values()])
+
+    def _all_rates(self, optimizer: Optimizer) -> tuple[list[float], list[bool]]:
+        """Learning rate of each layer's widths, and whether a step of this optimizer moves them."""
+        attached = [hook.optimizer for hook in self._hooks] or [optimizer]
+        held = [self._rates(each) for each in (optimizer, *attached)]
+        rates, moved = [], []
+        for (name, layer), own, *others in zip(self.layers.items(), *held, strict=True):
+            rate, moves = next((value for value in (own, *others) if value is not None), None), own is not None
+            if rate is None and not layer.widths.requires_grad and self.goals[name].budget is not None:
+                rate, moves = max(value or 0.0 for value in held[1]), optimizer is attached[0]
+            rates.append(rate or 0.0)
+            moved.append(moves)
+        return rates, moved
+
+    def _begins_round(self, optimizer: Optimizer) -> bool:
+        """Whether this step begins a round, since the optimizer has taken one in the present round."""
+        place = next((index for index, hook in enumerate(self._hooks) if hook.optimizer is optimizer), 0)
+        begins = not self._stepped or place in self._stepped
+        self._stepped = [place] if begins else [*self._stepped, place]
+        return begins
 
     def set_progress(self, progress: float) -> None:
         """Turn the clock from outside (AGP and linear schedules): share of the budget's way covered, in [0, 1]."""
@@ -363,30 +393,33 @@ class StructureLearner:
         return torch.cat([whole(layer.widths) for layer in self.layers.values()], dim=1)
 
     @torch.no_grad()
-    def _shrink(self, rates: list[float | None]) -> None:
-        """Prox-and-clip of the layers that were just stepped: those with a learning rate."""
+    def _shrink(self, optimizer: Optimizer) -> None:
+        """Prox-and-clip of the layers that an optimizer has just stepped."""
         flat = self._flat_widths()
-        device = flat.device
         self._check_finite(flat)
+        rates, moved = self._all_rates(optimizer)
         in_warmup = self.schedule is not None and self.progress <= 0.0
+        if self._begins_round(optimizer) or self._due is None:
+            self._due = self._budget_thresholds(flat, rates, in_warmup)
         lambdas = [0.0 if in_warmup else (goal.threshold or 0.0) * self._driven_share() for goal in self.goals.values()]
-        thresholds = torch.tensor(
-            [value * (rate or 0.0) for value, rate in zip(lambdas, rates, strict=True)],
-            dtype=torch.float64,
-            device=device,
-        )
-        growth = max((rate for rate in rates if rate is not None), default=0.0)
-        if not in_warmup and any(goal.budget is not None for goal in self.goals.values()):
-            by_budget = self._width_budget(device).thresholds(
-                flat, self._targets(device), growth=growth, upper=self._upper_bounds()
-            )
-            thresholds = torch.where(self._has_budget(device), by_budget, thresholds)
-        self._prox_and_clip(thresholds)
-        self._last_lr = growth
-        self._last_lambdas = thresholds / growth if growth > 0 else torch.zeros_like(thresholds)
+        fixed, rate = torch.tensor([lambdas, rates], dtype=torch.float64, device=flat.device)
+        thresholds = torch.where(self._has_budget(flat.device), self._due, fixed * rate)
+        self._prox_and_clip(thresholds, [index for index, moves in enumerate(moved) if moves])
+        self._last_rates = rates
+        self._last_lambdas = torch.where(rate > 0, thresholds / rate, 0.0)
 
-    def _prox_and_clip(self, thresholds: Tensor) -> None:
-        layers = self.layers.values()
+    def _budget_thresholds(self, flat: Tensor, rates: list[float], in_warmup: bool) -> Tensor:
+        """(L,) what each layer shrinks by in one step for its group to meet its present target."""
+        if in_warmup or all(goal.budget is None for goal in self.goals.values()):
+            return torch.zeros(len(self.layers), dtype=torch.float64, device=flat.device)
+        budget, targets = self._width_budget(flat.device), self._targets(flat.device)
+        return budget.thresholds(flat, targets, rates, upper=self._upper_bounds())
+
+    def _prox_and_clip(self, thresholds: Tensor, places: Sequence[int] | None = None) -> None:
+        """Of the layers at these places; by default of all."""
+        layers = list(self.layers.values())
+        if places is not None and len(places) < len(layers):
+            layers, thresholds = [layers[place] for place in places], thresholds[list(places)]
         # Under FSDP2 each process holds a part, and finds the same thresholds from the whole.
         widths = [own_part(layer.widths) for layer in layers]
         held = [None if layer.pinned is None else part.clone() for layer, part in zip(layers, widths, strict=True)]
@@ -453,11 +486,12 @@ class StructureLearner:
         flat = self._flat_widths()
         targets = self._targets(flat.device)
         budget = self._width_budget(flat.device)
-        thresholds = budget.thresholds(flat, targets, growth=self._last_lr)
-        # A step of an unmet budget only: a fixed lambda shrinks once per optimizer step.
-        thresholds = torch.where(self._has_budget(flat.device), thresholds, torch.zeros_like(thresholds))
         layers, attached = list(self.layers.values()), self._replicated() and bool(self._hooks)
-        self._prox_and_clip(thresholds)
+        # At the layers' rates; then all alike, should layers at a rate of zero hold more than the budget.
+        for rates in (self._last_rates, None):
+            thresholds = budget.thresholds(self._flat_widths(), targets, rates)
+            # A step of an unmet budget only: a fixed lambda shrinks once per optimizer step.
+            self._prox_and_clip(torch.where(self._has_budget(flat.device), thresholds, 0.0))
         settled = budget.settle(self._flat_widths(), targets)
         for layer, part in zip(layers, settled.split([layer.U.shape[0] for layer in layers], dim=1), strict=True):
             layer.freeze_structure(part, attached=attached)
@@ -493,7 +527,7 @@ class StructureLearner:
         return next((layer.sigma for layer in self.layers.values()), None)
 
     def lambdas(self) -> dict[str, float]:
-        """Present lambda per layer: threshold over learning rate (paper Algorithm 1); 0 once frozen."""
+        """Present lambda per layer: threshold over its own learning rate (paper Algorithm 1); 0 once frozen."""
         if self._last_lambdas is None or self.frozen:
             return dict.fromkeys(self.layers, 0.0)
         return dict(zip(self.layers, self._last_lambdas.tolist(), strict=True))
@@ -505,13 +539,15 @@ class StructureLearner:
         return sum(layer.stored for layer in self.layers.values()) / dense if dense else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Clock and starting costs; everything else is in the layers and the optimizer."""
+        """Clock, starting costs, and what is due in this round; everything else is in the layers and the optimizer."""
         return {
             "step_count": self.step_count,
             "progress": self.progress,
             "frozen": self.frozen,
             "start_costs": self._start_costs,
-            "last_lr": self._last_lr,
+            "rates": self._last_rates,
+            "due": None if self._due is None else self._due.tolist(),
+            "stepped": self._stepped,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -524,14 +560,19 @@ class StructureLearner:
         missing = [key for key in wanted if not isinstance(state, Mapping) or key not in state]
         if missing:
             raise ConfigError(f"structure learner: its state lacks {', '.join(missing)}; give what state_dict() gave")
-        costs = state["start_costs"]
-        if costs is not None and len(costs) != len(self.layers):
-            raise ConfigError(f"structure learner: the state is of {len(costs)} layers, these are {len(self.layers)}")
+        for values in (state["start_costs"], state["rates"], state["due"]):
+            if values is not None and len(values) != len(self.layers):
+                raise ConfigError(
+                    f"structure learner: the state is of {len(values)} layers, these are {len(self.layers)}"
+                )
         self.step_count = int(state["step_count"])
         self.progress = float(state["progress"])
         self.frozen = bool(state["frozen"])
         self._start_costs = state["start_costs"]
-        self._last_lr = float(state["last_lr"])
+        self._last_rates = [float(rate) for rate in state["rates"]]
+        device = next((layer.widths.device for layer in self.layers.values()), None)
+        self._due = None if state["due"] is None else torch.tensor(state["due"], dtype=torch.float64, device=device)
+        self._stepped = list(state["stepped"])
         if self.frozen:
             for layer in self.layers.values():
                 layer.freeze_structure()

@@ -69,7 +69,7 @@ def test_thresholds_meet_the_targets_exactly_counted(share):
 
 
 def test_infinite_target_leaves_a_group_alone():
-    thresholds = WidthBudget(SPECS, [0, 0, 1, 1]).thresholds(draw(SPECS), torch.tensor([math.inf, 1.0]), growth=0.1)
+    thresholds = WidthBudget(SPECS, [0, 0, 1, 1]).thresholds(draw(SPECS), torch.tensor([math.inf, 1.0]), [0.1] * 4)
     assert thresholds[:2].tolist() == [0.0, 0.0]
     assert bool((thresholds[2:] > 0).all())
 
@@ -79,9 +79,9 @@ def test_unused_budget_lets_live_widths_grow_by_at_most_growth():
     widths = draw(specs) * 0.5
     budget = WidthBudget(specs, [0])
     cost = float(counted(specs, widths)[0])
-    assert budget.thresholds(widths, torch.tensor([10 * cost]), growth=0.01).item() == pytest.approx(-0.01)
-    assert -0.5 < budget.thresholds(widths, torch.tensor([1.1 * cost]), growth=0.5).item() < 0
-    assert budget.thresholds(widths, torch.tensor([2 * cost]), growth=0.0).item() == 0.0
+    assert budget.thresholds(widths, torch.tensor([10 * cost]), [0.01]).item() == pytest.approx(-0.01)
+    assert -0.5 < budget.thresholds(widths, torch.tensor([1.1 * cost]), [0.5]).item() < 0
+    assert budget.thresholds(widths, torch.tensor([2 * cost]), [0.0]).item() == 0.0
 
 
 def test_bounds_hold_within_a_group():
@@ -177,7 +177,7 @@ def test_only_live_widths_are_counted_on_to_grow():
     widths[1, 1::8] = 1.0  # some cannot grow
     budget = WidthBudget(specs, [0])
     target = 1.5 * counted(specs, widths)[0]
-    threshold = budget.thresholds(widths, torch.tensor([target]), growth=0.9)
+    threshold = budget.thresholds(widths, torch.tensor([target]), [0.9])
     assert -0.9 < threshold.item() < -0.05
     cost = counted(specs, apply_thresholds(specs, widths, threshold))[0]
     assert target - 64 < cost <= target
@@ -191,7 +191,7 @@ def test_without_growth_an_unused_budget_stays_unused():
 def test_what_is_found_has_no_gradient():
     widths = draw(SPECS).requires_grad_()
     budget = WidthBudget(SPECS, [0, 0, 0, 0], lower=[10.0, 0, 0, 0])
-    assert not budget.thresholds(widths, torch.tensor([800.0]), growth=0.1).requires_grad
+    assert not budget.thresholds(widths, torch.tensor([800.0]), [0.1] * 4).requires_grad
     assert not budget.settle(widths, torch.tensor([800.0])).requires_grad
 
 
@@ -360,3 +360,35 @@ def test_settle_leaves_a_width_below_zero_at_zero():
 def test_an_axis_does_not_change():
     with pytest.raises(FrozenInstanceError):
         spec(4, 4).dense = 3
+
+
+@pytest.mark.parametrize("rates", [(1e-3, 4e-3), (1e-2, 1e-5), (0.5, 1.0), (1e-3, 0.0)])
+@pytest.mark.parametrize("share", [0.6, 0.9])
+def test_thresholds_are_in_the_proportion_of_the_rates(rates, share):
+    specs = [spec(16, 24), spec(32, 32)]
+    widths = draw(specs)
+    targets = torch.tensor([share * sum(counted(specs, widths))])
+    thresholds = WidthBudget(specs, [0, 0]).thresholds(widths, targets, rates)
+    assert thresholds[0].item() * rates[1] == pytest.approx(thresholds[1].item() * rates[0], abs=1e-12)
+    shrunk = apply_thresholds(specs, widths, thresholds)
+    if rates[1]:
+        assert sum(counted(specs, shrunk)) <= targets.item()
+        assert sum(counted(specs, shrunk)) >= targets.item() - 40
+    else:
+        assert torch.equal(shrunk[:, 16:], widths[:, 16:])
+
+
+def test_growth_is_each_layers_own_rate():
+    specs = [spec(32, 32), spec(32, 32), spec(32, 32)]
+    widths = draw(specs) * 0.5
+    budget = WidthBudget(specs, [0, 0, 1])
+    thresholds = budget.thresholds(widths, torch.tensor([1e5, 1e5]), [0.01, 0.002, 0.005])
+    assert thresholds.tolist() == pytest.approx([-0.01, -0.002, -0.005])
+
+
+def test_a_slow_layer_does_not_outgrow_its_rate_for_its_lower_bound():
+    specs = [spec(32, 32), spec(32, 32)]
+    widths = draw(specs) * 0.3
+    budget = WidthBudget(specs, [0, 0], lower=[0.0, 900.0])
+    thresholds = budget.thresholds(widths, torch.tensor([1e5]), [0.01, 0.002])
+    assert thresholds[1].item() == pytest.approx(-0.002, abs=1e-5)

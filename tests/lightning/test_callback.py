@@ -114,6 +114,34 @@ def test_steps_that_a_grad_scaler_skips_do_not_count(make_module, make_trainer, 
     assert len(steps) == 4  # of 6
 
 
+def test_each_optimizer_shrinks_its_own_layers_of_a_group(make_module, make_trainer):
+    module = make_module(manual=True, two_optimizers=True)
+    callback = driver(budget=0.25, structure_lr=0.01)
+    moved = []
+
+    class Watch(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            for optimizer, own, other in zip(trainer.optimizers, "02", "20", strict=True):
+                self.watch(optimizer, pl_module.net[int(own)], pl_module.net[int(other)])
+
+        def watch(self, optimizer, layer, other):
+            step = optimizer.step
+
+            def watched(*args, **kwargs):
+                before, held = layer.widths.detach().clone(), other.widths.detach().clone()
+                result = step(*args, **kwargs)
+                if not callback.learner.frozen:
+                    moved.append((not torch.equal(before, layer.widths), not torch.equal(held, other.widths)))
+                return result
+
+            optimizer.step = watched
+
+    make_trainer([callback, Watch()], max_steps=40).fit(module)  # Lightning counts the steps of both
+    assert set(moved) == {(True, False)}
+    assert callback.learner.frozen
+    assert 0.24 <= callback.learner.relative_flops <= 0.25
+
+
 def test_the_optimizer_is_left_as_it_was(make_module, make_trainer):
     trainer = make_trainer([driver()], max_steps=2)
     trainer.fit(make_module())

@@ -8,6 +8,7 @@ from typing import Any
 import nni
 import pytest
 import torch
+from nni.compression.pruning import AGPPruner
 from nni.compression.utils import TorchEvaluator
 from nni.compression.utils.constructor_helper import LRSchedulerConstructHelper, OptimizerConstructHelper
 from torch import Tensor, nn
@@ -134,6 +135,36 @@ def test_several_optimizers(kit: Any) -> None:
     pruner = GBLRPruner(model, config, TorchEvaluator(kit.train, made, kit.training_step), 2, 10)
     pruner.compress(12, None)
     assert pruner.learner.step_count == 12
+    assert pruner.learner.frozen
+    assert 0.59 <= 1 - pruner.learner.relative_flops <= 0.61
+
+
+@pytest.mark.parametrize("driver", [None, AGPPruner])
+def test_each_optimizer_shrinks_its_own_layers_of_a_group(kit: Any, driver: Any) -> None:
+    model = kit.MLP()
+    made = [
+        nni.trace(torch.optim.AdamW)(model.fc2.parameters(), lr=0.01),
+        nni.trace(torch.optim.SGD)([*model.fc1.parameters(), *model.fc3.parameters()], lr=0.01),
+    ]
+    moved: list[tuple[bool, bool]] = []
+
+    def train(model: Any, optimizers: Any, step: Any, *_: Any) -> None:
+        for batch in (kit.make_batches() * 4)[:13]:
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            step(batch, model).backward()
+            for optimizer, layer, other in zip(optimizers, (model.fc2, model.fc1), (model.fc1, model.fc2), strict=True):
+                before, held = layer.widths.detach().clone(), other.widths.detach().clone()
+                optimizer.step()
+                if not pruner.learner.frozen:
+                    moved.append((not torch.equal(before, layer.widths), not torch.equal(held, other.widths)))
+
+    config = [{"op_names": ["fc1", "fc2"], "sparse_ratio": 0.6, "global_group_id": "all"}]
+    evaluator = TorchEvaluator(train, made, kit.training_step)
+    pruner = GBLRPruner(model, config, evaluator, *((2, 12) if driver is None else ()))
+    (pruner if driver is None else driver(pruner, 2, 5)).compress(13, None)
+    assert sum(own for own, _ in moved) > 10
+    assert not any(other for _, other in moved)
     assert pruner.learner.frozen
     assert 0.59 <= 1 - pruner.learner.relative_flops <= 0.61
 
