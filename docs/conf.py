@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from sphinx.util import logging
+
 import gblr_plugin
 
+logger = logging.getLogger(__name__)
 project = "gblr_plugin"
 version = release = gblr_plugin.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -56,7 +59,14 @@ def keep_colons(app: Any, what: str, name: str, obj: Any, options: Any, lines: l
         lines[0] = lines[0].replace(": ", " — ")
 
 
+def keep_addresses_apart(app: Any, pagename: str, templatename: str, context: Any, doctree: Any) -> None:
+    """Warn of a document at whose address the builder writes a page of its own: search, genindex, py-modindex."""
+    if doctree is None and pagename in app.env.found_docs:
+        logger.warning("the builder writes its own page at the address of this document; rename it", location=pagename)
+
+
 def setup(app: Any) -> None:
-    """Connect both."""
+    """Connect these."""
+    app.connect("html-page-context", keep_addresses_apart)
     app.connect("missing-reference", resolve)
     app.connect("autodoc-process-docstring", keep_colons, priority=400)  # before napoleon

@@ -194,7 +194,7 @@ def _say_where(event: dict[str, Any], spec: ServiceSpec, console: Console) -> No
     asked = f"no private network here ({event['reason']}): " if spec.private else ""
     console.line(
         f"warning: {asked}NNI's service listens on every interface of this machine, port {event['port']}, to anyone "
-        "who reaches it; see docs/search.md"
+        "who reaches it; see docs/searching.md"
     )
 
 

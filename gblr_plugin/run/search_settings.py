@@ -115,7 +115,7 @@ class SearchSettings:
         flops_price: What the tuner subtracts from the metric (adds, where lower is better) for relative FLOPs of 1.
             With 0 it looks at the metric alone, and so at the largest budgets.
         network: ``"private"``: NNI's service and the trials run in a network of their own, where the system allows it.
-            ``"host"``: the service listens on *every* interface of this machine; see docs/search.md.
+            ``"host"``: the service listens on *every* interface of this machine; see docs/searching.md.
         port: Of NNI's service in the host's network; default a free one.
     """
 

@@ -156,7 +156,7 @@ def test_the_yaml_table_has_every_key():
 
 
 def test_the_search_table_has_every_key():
-    assert first_column("search.md", "search key") == {field.name for field in dataclasses.fields(SearchSettings)}
+    assert first_column("searching.md", "search key") == {field.name for field in dataclasses.fields(SearchSettings)}
 
 
 def test_the_nni_table_has_every_own_key():
