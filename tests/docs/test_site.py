@@ -23,7 +23,14 @@ def build(folder: Path, name: str) -> subprocess.CompletedProcess[str]:
     module = "```{py:module} something\n```"  # then there is an index of modules
     (source / "index.md").write_text(f"# Index\n\n{module}\n\n```{{toctree}}\n{name}\n```\n", encoding="utf-8")
     (source / f"{name}.md").write_text("# A page\n\nText.\n", encoding="utf-8")
-    command = [sys.executable, "-m", "sphinx", *"-W --keep-going -n -q -E -b html".split(), source, folder / "site"]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        *["-W", "--keep-going", "-n", "-q", "-E", "-b", "html"],
+        source,
+        folder / "site",
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
