@@ -20,12 +20,21 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .errors import ConfigError
 from .kernels.fused import mask_kernels
 
-__all__ = ["gaudi_mask", "integer_locations", "integer_widths", "mask_tables", "masked_factor", "table_mask"]
+__all__ = [
+    "gaudi_mask",
+    "integer_locations",
+    "integer_widths",
+    "mask_tables",
+    "masked_factor",
+    "table_mask",
+    "transformed",
+]
 
 _CACHED_ELEMENTS = 1 << 17  # 512 KiB in float32: stays in the second-level cache, and outweighs the cost of a call
 
@@ -52,13 +61,13 @@ def integer_widths(width: Tensor, n: int | Tensor, align: int | Tensor = 1) -> T
         whole = torch.where((ragged > 0) & (samples > n - ragged / 2), n, whole)
     if isinstance(n, Tensor):
         return whole.clamp_(min=0).minimum(n).long()
-    return whole.long().clamp_(0, n)
+    return whole.long().clamp(0, n)
 
 
 def integer_locations(location: Tensor, n: int, align: int = 1) -> Tensor:
     """Round normalised locations (taken modulo 1) to whole multiples of ``align`` samples; int64 in [0, N)."""
     location = location.detach()
-    whole = (torch.round((location - location.floor()) * (n / align)) * align).long().clamp_(min=0)
+    whole = (torch.round((location - location.floor()) * (n / align)) * align).long().clamp(min=0)
     return torch.where(whole < n, whole, 0)  # the last tile wraps to the first sample, itself a multiple
 
 
@@ -236,6 +245,25 @@ def _masks(factor: Tensor | None, tables: Tensor, w: Tensor, start: Tensor) -> T
     return result
 
 
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work: it needs torch operations with all their rules."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _plain_mask(width: Tensor, location: Tensor, tables: Tensor, w: Tensor, start: Tensor) -> Tensor:
+    """The mask as the linear function of width and location that has its value and its first derivatives here."""
+    n = tables.shape[1] // 3
+    first, last = _edges(tables, w, start)
+    index = torch.arange(n, device=tables.device)
+    leading, trailing = first[:, None] + index, last[:, None] + index
+    prefix, slope = tables[0], tables[1]
+    by_location = slope[trailing] - slope[leading]
+    change = (width - width.detach()).to(tables.dtype), (location - location.detach()).to(tables.dtype)
+    return prefix[leading] - prefix[trailing] + slope[trailing] * change[0][:, None] + by_location * change[1][:, None]
+
+
 def table_mask(width: Tensor, location: Tensor, tables: Tensor, align: int = 1) -> Tensor:
     """STE mask from precomputed :func:`mask_tables`.
 
@@ -250,6 +278,8 @@ def table_mask(width: Tensor, location: Tensor, tables: Tensor, align: int = 1) 
     """
     n = tables.shape[1] // 3
     w, start = integer_widths(width, n, align), integer_locations(location, n, align)
+    if transformed():
+        return _plain_mask(width, location, tables, w, start)
     return cast(Tensor, _TableMask.apply(width, location, tables, w, start))  # type: ignore[no-untyped-call]  # untyped in torch
 
 
@@ -267,7 +297,7 @@ def masked_factor(factor: Tensor, width: Tensor, location: Tensor, tables: Tenso
         (K, N) in the dtype of ``factor``, differentiable once in factor, width and location. Neither the mask nor its
         gradient is kept; both are made again from the tables, in pieces that stay in the cache.
     """
-    if torch.compiler.is_compiling():  # the compiler fuses the plain form
+    if torch.compiler.is_compiling() or transformed():  # the compiler fuses the plain form
         return table_mask(width, location, tables, align).to(factor.dtype) * factor
     n = tables.shape[1] // 3
     w, start = integer_widths(width, n, align), integer_locations(location, n, align)

@@ -239,3 +239,107 @@ def test_a_layer_of_dead_components_keeps_one():
     assert layer.U.shape[0] == 1
     assert layer.stored == 0
     assert torch.equal(layer(torch.ones(2, 20, dtype=torch.float64)), layer.bias.expand(2, 24))
+
+
+# -- transforms of torch.func, over a layer that is large enough for blocks --------------------------------------------
+
+
+class Functional:
+    """A large layer with smooth masks, its parameters by name, and a loss of one input or of several."""
+
+    def __init__(self, splits=1):
+        self.layer = big_layer(splits=splits, share=0.05)
+        self.layer.set_sigma(60.0)
+        self.parameters = {name: value.detach() for name, value in self.layer.named_parameters()}
+        self.x = torch.randn(1000, self.layer.in_features, generator=torch.Generator().manual_seed(1)).double()
+
+    def outputs(self, parameters, x):
+        return torch.func.functional_call(self.layer, parameters, (x,))
+
+    def loss(self, parameters, x):
+        return self.outputs(parameters, x).sin().sum()
+
+    def gradients(self, x):
+        """What a usual backward pass gives, without blocks."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.layer, "_blocks_allowed", lambda: False)
+            self.layer.zero_grad()
+            self.layer(x).sin().sum().backward()
+        return {name: parameter.grad for name, parameter in self.layer.named_parameters()}
+
+
+def assert_close(one, two):
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=1e-6, atol=1e-6 * float(two[name].abs().max()))
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_function_gradients_over_a_large_layer(splits):
+    case = Functional(splits)
+    assert case.layer._choose_product(len(case.x), linear=True).rows is not None  # else nothing is shown
+    assert_close(torch.func.grad(case.loss)(case.parameters, case.x), case.gradients(case.x))
+
+
+def test_a_gradient_for_each_sample():
+    case = Functional()
+    each = torch.vmap(torch.func.grad(case.loss), in_dims=(None, 0))(case.parameters, case.x[:3, None].repeat(1, 1000, 1))
+    for index in range(3):
+        expected = case.gradients(case.x[index][None].repeat(1000, 1))
+        assert_close({name: value[index] for name, value in each.items()}, expected)
+
+
+def test_forward_derivatives_are_those_of_the_backward_pass():
+    case = Functional()
+    generator = torch.Generator().manual_seed(2)
+    tangents = {
+        name: torch.randn(value.shape, generator=generator, dtype=value.dtype)
+        for name, value in case.parameters.items()
+    }
+    along = torch.func.jvp(lambda p: case.loss(p, case.x), (case.parameters,), (tangents,))[1]
+    expected = sum((gradient * tangents[name]).sum() for name, gradient in case.gradients(case.x).items())
+    torch.testing.assert_close(along, expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = {name: torch.autograd.forward_ad.make_dual(v, tangents[name]) for name, v in case.parameters.items()}
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(case.loss(dual, case.x)).tangent, expected)
+
+
+def test_an_ensemble_of_large_layers():
+    cases = Functional(), Functional()
+    with torch.no_grad():
+        cases[1].layer.widths.mul_(0.5)
+    parameters, buffers = torch.func.stack_module_state([case.layer for case in cases])
+
+    def call(parameters, buffers, x):
+        return torch.func.functional_call(cases[0].layer, (parameters, buffers), (x,))
+
+    found = torch.vmap(call, in_dims=(0, 0, None))(parameters, buffers, cases[0].x)
+    for case, output in zip(cases, found, strict=True):
+        torch.testing.assert_close(output, case.layer(cases[0].x), rtol=1e-4, atol=1e-4)
+
+
+def test_jacobians_of_a_large_layer():
+    case = Functional()
+
+    def few(scale):
+        """Three outputs, where row and column widths grow by a factor of their own."""
+        return case.outputs({**case.parameters, "widths": case.parameters["widths"] * scale[:, None]}, case.x)[0, :3]
+
+    scale = torch.ones(2, dtype=torch.float64)
+    expected = torch.autograd.functional.jacobian(few, scale)
+    assert float(expected.abs().min()) > 0
+    torch.testing.assert_close(torch.func.jacrev(few)(scale), expected, rtol=1e-2, atol=1e-3)  # which skips blocks
+    torch.testing.assert_close(torch.func.jacfwd(few)(scale), torch.func.jacrev(few)(scale))
+
+
+def test_a_hessian_in_the_input_of_a_large_layer():
+    case = Functional()
+
+    def loss(shift):
+        return case.loss(case.parameters, case.x + shift)
+
+    found = torch.func.hessian(loss)(torch.zeros(1, dtype=torch.float64))
+    weight = case.layer.to_dense().detach()
+    slope = weight.sum(1)
+    expected = -(case.outputs(case.parameters, case.x).sin() * slope.square()).sum()
+    torch.testing.assert_close(found.squeeze(), expected, rtol=1e-3, atol=0)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ..blockwise import MaskedAxis, active_blocks, block_dense, mask_reach
 from ..errors import ConfigError, GBLRError
 from ..gauge import gauged, ungauged
-from ..mask import integer_locations, integer_widths, mask_tables, masked_factor, table_mask
+from ..mask import integer_locations, integer_widths, mask_tables, masked_factor, table_mask, transformed
 from ..quiet import check_version
 from ..sharding import attach, whole, write_whole
 from ..structure import Intervals, StructuredMatrix, multiply_adds
@@ -377,7 +377,7 @@ class GBLRLayer(nn.Module):
 
     def _choose_product(self, positions: int, linear: bool) -> Product:
         """The product of masked factors with fewest multiply-adds over ``positions`` inputs."""
-        blocks = self._blocks_allowed() and not torch.compiler.is_compiling()
+        blocks = self._blocks_allowed() and not torch.compiler.is_compiling() and not transformed()
         axes = self._masked_axes if blocks else None
         return choose_product(positions, self.U.shape[0], self.matrix_shape, self.row_splits, axes, linear=linear)
 
