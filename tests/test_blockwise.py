@@ -283,7 +283,8 @@ def test_function_gradients_over_a_large_layer(splits):
 
 def test_a_gradient_for_each_sample():
     case = Functional()
-    each = torch.vmap(torch.func.grad(case.loss), in_dims=(None, 0))(case.parameters, case.x[:3, None].repeat(1, 1000, 1))
+    samples = case.x[:3, None].repeat(1, 1000, 1)
+    each = torch.vmap(torch.func.grad(case.loss), in_dims=(None, 0))(case.parameters, samples)
     for index in range(3):
         expected = case.gradients(case.x[index][None].repeat(1000, 1))
         assert_close({name: value[index] for name, value in each.items()}, expected)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from ..progress import track
+from ..random_state import accelerators_of, keep_random_state
 from ..structure import StructuredMatrix
 from ..swap import check_structurable, stored_weight, weight_matrix
 from .api import decompose
@@ -364,8 +365,8 @@ def layer_moments(
     handles = [module.register_forward_hook(partial(watch, name), with_kwargs=True) for name, module in layers.items()]
     try:
         drawing = SampledTargets() if gradients else nullcontext()
-        with evaluating(model), torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=[]), drawing:
-            torch.manual_seed(0)
+        drawn = keep_random_state(accelerators_of(model), seed=0)
+        with evaluating(model), torch.set_grad_enabled(gradients), drawn, drawing:
             for batch in calibration.batches:
                 present = calibration.valid(batch)
                 outputs.clear()

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from ..allocation import allocate, check_rule
 from ..decomposition.calibration import Calibration, CalibrationSettings
 from ..errors import ConfigError
+from ..random_state import accelerators_of, keep_random_state
 from ..swap import can_gain
 from .evaluators import LightningEvaluator
 from .settings import LayerPlan
@@ -37,7 +38,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     try:
         for parameter in gradients:
             parameter.grad = None
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with keep_random_state(accelerators_of(model)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*self.log.*")  # a training step outside of its trainer
             yield
     finally:
