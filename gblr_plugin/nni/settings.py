@@ -16,6 +16,7 @@ from typing import Any
 
 from nni.compression.base.config import default_config_schema, select_modules_by_config, trans_legacy_config_list
 from nni.compression.base.setting import PruningSetting, QuantizationSetting
+from nni.compression.utils.fused_utils import FUSED_MODULES_TYPES_LIST
 from schema import Optional, Schema
 from torch import nn
 
@@ -145,10 +146,13 @@ _WEIGHT_SETTING: dict[str, Any] = {
     "apply_method": "bypass",
     **{OWN_PREFIX + key: None for key in _OWN},
 }
-# NNI looks settings up by the module's type name. There is no bias target, and only activations can be quantized.
+# NNI looks settings up by the module's type name. There is no bias target, and only activations can be quantized, if
+# asked for behind the norm and activation that a quantizer fuses with the layer.
 for _kind in (GBLRLinear, GBLRConv1d, GBLRConv2d, LearnedRankLinear, LearnedRankConv1d, LearnedRankConv2d):
     PruningSetting.register(_kind.__name__, {"weight": _WEIGHT_SETTING})
     QuantizationSetting.register(_kind.__name__, QuantizationSetting.activation_setting)
+    if _kind not in FUSED_MODULES_TYPES_LIST:
+        FUSED_MODULES_TYPES_LIST.append(_kind)
 
 
 def nni_schema() -> Schema:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from nni.compression.base.target_space import PruningTargetSpace, TargetType
 from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.utils import check_bias
 from torch import Tensor
 
 from ..errors import ConfigError, GBLRError
@@ -174,6 +175,10 @@ class GBLRWrapper(ModuleWrapper):
         created: dict[str, Any] = super()._create_target_spaces(settings, own)
         return created
 
+    def register_fusion_info(self) -> None:
+        """A quantizer's ``fuse_names`` fold nothing into factors: the layer keeps its bias."""
+        self.is_bias, self.is_register_bias = check_bias(self.module), False
+
     def unwrap(self) -> None:
         """As NNI's, leaving no instance attribute behind; a no-op on an unwrapped layer."""
         if not hasattr(self.module, "_nni_wrapper"):
@@ -182,10 +187,19 @@ class GBLRWrapper(ModuleWrapper):
         self.module.__dict__.pop("forward", None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer itself, or between observed and quantized activations."""
+        """The layer itself, or between observed and quantized activations.
+
+        Modules that a quantizer fuses with the layer run between it and its quantized output; their own wrappers pass
+        it on.
+        """
         if not self.quantization_target_spaces and not self.distillation_target_spaces:
             return self.module_forward(*args, **kwargs)
         if getattr(self, "is_bias_correction", False):
+            if self.fused_modules:
+                raise ConfigError(
+                    f"layer {self.name!r}: is_bias_correction measures a structured layer without fuse_names only; "
+                    "leave one of them out"
+                )
             # NNI's own forward measures the correction; it must not see the target without a tensor.
             spaces, self.pruning_target_spaces = self.pruning_target_spaces, {}
             try:
@@ -193,4 +207,7 @@ class GBLRWrapper(ModuleWrapper):
             finally:
                 self.pruning_target_spaces = spaces
         args, kwargs = self.patch_inputs(*args, **kwargs)
-        return self.patch_outputs(self.module_forward(*args, **kwargs))
+        outputs = self.module_forward(*args, **kwargs)
+        for fused in self.fused_modules[1:]:
+            outputs = fused._nni_wrapper.module_forward(outputs)
+        return self.patch_outputs(outputs)

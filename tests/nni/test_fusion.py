@@ -132,6 +132,64 @@ def test_a_quantizer_by_name_takes_activations_and_says_so(
     assert set(quantizer._target_spaces["fc1"]) == {"_input_0", "_output_0"}
 
 
+class Normed(nn.Module):
+    """A layer with a norm and an activation behind it, and one with an activation alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.norm, self.relu1 = nn.Linear(16, 24), nn.BatchNorm1d(24), nn.ReLU()
+        self.fc2, self.relu2 = nn.Linear(24, 24), nn.ReLU()
+        self.fc3 = nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(self.relu2(self.fc2(self.relu1(self.norm(self.fc1(x))))))
+
+
+FUSED = [
+    {
+        "op_names": ["fc1", "fc2"],
+        "target_names": ["_input_", "_output_"],
+        "quant_dtype": "int8",
+        "fuse_names": [("fc1", "norm", "relu1"), ("fc2", "relu2")],
+    }
+]
+
+
+def test_a_quantizer_fuses_norms_and_activations_with_a_structured_layer(
+    kit: Any, config: list[dict[str, Any]]
+) -> None:
+    model = Normed()
+    pruner = GBLRPruner(model, config, kit.evaluator(model), 2, 12)
+    keys = list(pruner.bound_model.state_dict())
+    quantizer = QATQuantizer.from_compressor(pruner, FUSED)
+    seen: list[Tensor] = []
+    model.fc1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    quantizer.compress(14, None)
+    check_compressed(model)
+    assert not torch.equal(model.norm.running_mean, torch.zeros(24))  # the norm ran, and trained
+    model.eval()
+    x = kit.make_batches(1)[0][0]
+    model(x)
+    assert float(seen[-1].min()) == 0.0  # the activation is in it
+    assert 1 < seen[-1].unique().numel() <= 128
+    quantizer.unwrap_model()
+    assert list(model.state_dict()) == keys
+    plain = model.relu1(model.norm(model.fc1(x)))
+    torch.testing.assert_close(seen[-2], plain, rtol=0, atol=float(plain.max()) / 50)
+
+
+def test_a_bias_cannot_be_corrected_through_fused_modules(kit: Any, config: list[dict[str, Any]]) -> None:
+    model = Normed()
+    pruner = GBLRPruner(model, config, kit.evaluator(model), 2, 8)
+    pruner.compress(10, None)
+    pruner.unwrap_model()
+    quantizer = PtqQuantizer(
+        model, FUSED, kit.evaluator(model), existed_wrappers=pruner._module_wrappers, is_bias_correction=True
+    )
+    with pytest.raises(ConfigError, match="layer 'fc1': is_bias_correction measures a structured layer without fuse_n"):
+        quantizer._fusion_compress(1, None)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
