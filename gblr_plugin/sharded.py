@@ -11,9 +11,12 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ __all__ = ["CompressSettings", "CompressSummary", "compress_folder"]
 
 _WORK = ".gblr"  # folder of unfinished work inside the output
 _WHO = "compress"
+_PATIENCE = timedelta(days=365)  # for which a process waits for the others
 
 
 @dataclass(frozen=True)
@@ -155,38 +159,45 @@ def compress_folder(
         from .hf import empty_network  # needs transformers
 
         network = empty_network(source, _WHO)
-    rank, processes = _join()
     names = _names_of(network, {path: _entries(path) for path in shards}, source)
     layers = _select(network, settings, names, output / _WORK)
-    if rank == 0:
-        _begin(source, output, settings, shards, layers)
-    _wait(processes)
     modules = dict(network.named_modules(remove_duplicate=False))
-    mine = layers[rank::processes]  # by number, not by what is missing, which the others change meanwhile
-    todo = [layer for layer in mine if not layer.part.exists() and not (output / layer.shard.name).exists()]
-    for layer in track(todo, "decomposing"):
-        _decompose(modules[layer.name], layer, settings)
-    _wait(processes)
-    for shard in track([path for path in shards[rank::processes] if not (output / path.name).exists()], "writing"):
-        _write_shard(shard, output / shard.name, names[shard], [layer for layer in layers if layer.shard == shard])
-    _wait(processes)
+    with _together() as (rank, processes, wait):
+        if rank == 0:
+            _begin(source, output, settings, shards, layers)
+        wait()
+        mine = layers[rank::processes]  # by number, not by what is missing, which the others change meanwhile
+        todo = [layer for layer in mine if not layer.part.exists() and not (output / layer.shard.name).exists()]
+        for layer in track(todo, "decomposing"):
+            _decompose(modules[layer.name], layer, settings)
+        wait()
+        for shard in track([path for path in shards[rank::processes] if not (output / path.name).exists()], "writing"):
+            _write_shard(shard, output / shard.name, names[shard], [layer for layer in layers if layer.shard == shard])
+        wait()
     return _finish(source, output, shards, layers, model is None) if rank == 0 else None
 
 
 # -- several processes -----------------------------------------------------------------------------------------------
 
 
-def _join() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun tells."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+@contextmanager
+def _together() -> Iterator[tuple[int, int, Callable[[], object]]]:
+    """This process's number, how many there are as torchrun tells, and how each waits for all others.
 
-
-def _wait(processes: int) -> None:
-    if processes > 1:
-        dist.barrier()
+    They wait in a group of their own: the usual one gives up after half an hour, and parts may end further apart. A
+    process that ends takes the connections of those that wait for it along, so that they end too.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if started:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield 0, 1, lambda: None
+        return
+    group: Any = dist.group.WORLD if started else dist.new_group(backend="gloo", timeout=_PATIENCE)
+    try:
+        yield dist.get_rank(), dist.get_world_size(), partial(dist.barrier, group)
+    finally:
+        dist.destroy_process_group(group)
 
 
 # -- what there is ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -103,11 +104,11 @@ compress_folder(sys.argv[1], sys.argv[2], CompressSettings(0.5, method="trapezoi
 """
 
 
-def start(source, output, slow=0.0, **environment):
+def start(source, output, argument=0.0, script=SCRIPT, **environment):
     package = str(Path(gblr_plugin.__file__).parents[1])
     path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(source), str(output), str(slow)],
+        [sys.executable, "-c", script, str(source), str(output), str(argument)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -117,7 +118,7 @@ def start(source, output, slow=0.0, **environment):
 
 def test_killed_and_started_again_it_gives_the_same_bytes(source, finished, tmp_path):
     output = tmp_path / "out"
-    process = start(source, output, slow=0.03)
+    process = start(source, output, 0.03)
     assert process.stdout.readline() == "begun\n"
     while not (output / ".gblr" / "task.json").exists():
         assert process.poll() is None
@@ -144,17 +145,61 @@ def test_killed_while_it_tidies_up(source, finished, tmp_path, monkeypatch):
     assert files(tmp_path / "out") == files(finished)
 
 
-def test_two_processes_give_the_same_bytes(source, finished, tmp_path):
-    import socket
-
+@pytest.fixture
+def together():
+    """What the environment of two processes has in common."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
-    both = [start(source, tmp_path / "out", RANK=str(rank), **common) for rank in range(2)]
-    said = [process.communicate(timeout=120)[0] for process in both]
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def test_two_processes_give_the_same_bytes(source, finished, tmp_path, together):
+    both = [start(source, tmp_path / "out", RANK=str(rank), **together) for rank in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert files(tmp_path / "out") == files(finished)
+
+
+UNEVEN = """
+import os, sys, time
+from datetime import timedelta
+from torch import distributed as dist
+from torch.distributed import distributed_c10d
+from gblr_plugin import sharded
+from gblr_plugin.sharded import CompressSettings, compress_folder
+short = timedelta(seconds=1)  # in place of half an hour
+distributed_c10d._get_default_timeout = lambda backend: short
+if sys.argv[3] == "joined":
+    dist.init_process_group("gloo", timeout=timedelta(minutes=2))
+    distributed_c10d._set_pg_timeout(short)
+original = sharded._decompose
+def slowly(module, layer, settings):
+    if os.environ["RANK"] == "1" and not os.environ.get("SLEPT"):
+        if sys.argv[3] == "failing":
+            raise OSError("no space left")
+        os.environ["SLEPT"] = "1"
+        time.sleep(3)
+    original(module, layer, settings)
+sharded._decompose = slowly
+compress_folder(sys.argv[1], sys.argv[2], CompressSettings(0.5, method="trapezoid"))
+assert dist.is_initialized() == (sys.argv[3] == "joined")  # as it was
+"""
+
+
+@pytest.mark.parametrize("case", ["alone", "joined"])
+def test_processes_wait_for_one_that_takes_longer_than_the_usual_limit(case, source, finished, tmp_path, together):
+    both = [start(source, tmp_path / "out", case, script=UNEVEN, RANK=str(rank), **together) for rank in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert files(tmp_path / "out") == files(finished)
+
+
+def test_processes_do_not_wait_for_one_that_has_failed(source, tmp_path, together):
+    both = [start(source, tmp_path / "out", "failing", script=UNEVEN, RANK=str(rank), **together) for rank in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert "no space left" in said[1]
+    assert all(process.returncode for process in both)
 
 
 MEMORY = """
