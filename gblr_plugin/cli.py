@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -127,8 +128,19 @@ def _guarded(command: Callable[[], int | None]) -> int:
     except GBLRError as error:
         return _fail(1, str(error))
     except Exception as error:
-        return _fail(1, f"{type(error).__name__}: {error}")
+        return _fail(1, f"{type(error).__name__}: {error} (details in {_saved_traceback()})")
     return code
+
+
+def _saved_traceback() -> str:
+    """A new file with the traceback of the error that is being handled, among the system's temporary files."""
+    try:
+        handle, path = tempfile.mkstemp(prefix="gblr-", suffix=".log")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(f"gblr-plugin {__version__}, Python {sys.version.split()[0]}\n\n{traceback.format_exc()}")
+    except OSError:
+        return "no file: none could be written"
+    return path
 
 
 def _fail(code: int, message: str) -> int:

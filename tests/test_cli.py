@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,40 @@ def test_bad_arguments(call, arguments, message):
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.fixture
+def failing_report(monkeypatch):
+    """`gblr report` with a fault in it."""
+
+    def fail(*_):
+        raise ZeroDivisionError("in two\nlines")
+
+    monkeypatch.setattr("gblr_plugin.cli._report", fail)
+
+
+def test_an_unexpected_error_names_the_file_of_its_traceback(call, failing_report, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code, out, err = call("report", "somewhere")
+    (log,) = tmp_path.glob("gblr-*.log")
+    assert (code, out) == (1, "")
+    assert err == f"gblr: ZeroDivisionError: in two lines (details in {log})\n"
+    text = log.read_text(encoding="utf-8")
+    assert text.startswith(f"gblr-plugin {gblr_plugin.__version__}, Python 3.")
+    assert 'raise ZeroDivisionError("in two\\nlines")' in text
+    assert text.endswith("ZeroDivisionError: in two\nlines\n")
+
+
+def test_an_unexpected_error_where_no_file_can_be_written(call, failing_report, monkeypatch):
+    def full(**_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkstemp", full)
+    code, _, err = call("report", "somewhere")
+    assert (code, err) == (
+        1,
+        "gblr: ZeroDivisionError: in two lines (details in no file: none could be written)\n",
+    )
 
 
 def test_version_and_help(call):
