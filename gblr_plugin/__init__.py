@@ -31,6 +31,7 @@ _EXPORTS = {
     "decompose": "decomposition",
     "export": "exporting",
     "gaudi_mask": "mask",
+    "layer_filter": "selection",
     "load": "serialization",
     "param_groups": "optim",
     "prepare": "conversion",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,13 +12,17 @@ from .conversion import TOO_SMALL, LayerSettings, frozen_like, structured_from
 from .decomposition import METHODS, decompose
 from .errors import ConfigError
 from .layers import GBLRLayer
+from .matrices import weight_matrices
 from .quiet import quiet_import
+from .selection import LayerFilter, Skipped, choose, log_skipped
 from .starts import INITIALISERS
-from .swap import can_gain, check_structurable, hooks_of, structurable, weight_matrix
-from .tensor import FACTOR_DTYPES, GBLRTensor
+from .swap import can_gain, check_structurable, hooks_of, obstacle, weight_matrix
+from .tensor import FACTOR_DTYPES
 
 with quiet_import("gblr_plugin.GBLRConfig", "torchao 0.18"):
     from torchao.core.config import AOBaseConfig
+    from torchao.quantization import FqnToConfig, quantize_
+    from torchao.quantization.quant_api import _is_linear
     from torchao.quantization.transform_module import register_quantize_module_handler
 
 __all__ = ["GBLRConfig"]
@@ -30,8 +35,10 @@ class GBLRConfig(AOBaseConfig):
     ``step="prepare"`` turns dense layers into trainable structured ones. ``step="convert"`` freezes prepared
     layers, and compresses layers that were never prepared in one shot to ``budget``. Converted layers are left
     alone, so applying a config twice is harmless. The default filter of ``quantize_`` selects linear layers only;
-    pass ``filter_fn`` for convolutions. Layers that are too small to gain stay dense; :func:`gblr_plugin.report`
-    says so. ``quantize_`` shows a handler one layer at a time: leave layers out whose weight is tied to another's.
+    :func:`gblr_plugin.layer_filter` makes one that takes every layer that can gain, or names, patterns and types.
+    Tied weights, output heads and layers that are too small to gain stay dense; they are logged, and
+    :func:`gblr_plugin.report` lists them. An output head is structured where ``layer_filter`` or torchao's
+    ``FqnToConfig`` gives its full name.
 
     Args:
         step: ``"prepare"`` or ``"convert"``.
@@ -82,6 +89,8 @@ def _gblr_transform(module: nn.Module, config: GBLRConfig) -> nn.Module:
 
     quantize_ would put another module in one of its places only; one that is used twice is to stay one.
     """
+    if not isinstance(module, GBLRLayer) and _stays_dense(module):
+        return module
     new = _transformed(module, config)
     if new is not module:
         own = {**vars(new), **hooks_of(module)}
@@ -91,12 +100,47 @@ def _gblr_transform(module: nn.Module, config: GBLRConfig) -> nn.Module:
     return module
 
 
+def _stays_dense(module: nn.Module) -> bool:
+    """Whether the policy of ``selection.py`` leaves a dense layer as it is. What it leaves in a model is logged once.
+
+    torchao shows a handler one layer at a time and has no hook that sees the model, without which nobody can tell that
+    a weight is tied or that a layer is an output head. So the model is read from the frame of quantize_.
+
+    Raises:
+        ConfigError: If FqnToConfig gives the layer's full name, and it is tied or cannot be structured.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not quantize_.__code__:
+        frame = frame.f_back
+    call = {} if frame is None else frame.f_locals
+    model, given, passes = call.get("model", module), call.get("config"), call.get("filter_fn")
+    name = next((name for name, part in model.named_modules() if part is module), "")
+    if not name or isinstance(passes, LayerFilter):  # the layer alone was given, or the policy is applied already
+        return obstacle(module) is not None
+    keys = given.fqn_to_config if isinstance(given, FqnToConfig) else {}
+    named = [name] if name in keys or f"{name}.weight" in keys else []
+    selection = choose(model, lambda _, part: part is module, named)
+    if passes is None:
+        log_skipped(selection.skipped)
+    elif module is next(part for fqn, part in model.named_modules() if passes(part, fqn)):
+        log_skipped(_left_dense(model, passes))
+    return not selection.layers
+
+
+def _left_dense(model: nn.Module, passes: Any) -> list[Skipped]:
+    """What quantize_ leaves dense: of the whole model with torchao's own filter, else of what the caller's passes."""
+    everything, modules = choose(model, lambda name, module: True, default=True), dict(model.named_modules())
+    if passes is not _is_linear:
+        return [one for one in everything.skipped if one.name in modules and passes(modules[one.name], one.name)]
+    entries = {matrix.name: matrix.entries for matrix in weight_matrices(model)}
+    reason = "the default filter of quantize_ takes linear layers only; give filter_fn=gblr_plugin.layer_filter(model)"
+    others = [name for name, module in everything.layers.items() if not passes(module)]
+    return everything.skipped + [Skipped(name, reason, entries[name] / sum(entries.values())) for name in others]
+
+
 def _transformed(module: nn.Module, config: GBLRConfig) -> nn.Module:
     if isinstance(module, GBLRLayer):
         return module if config.step == "prepare" else _frozen(module, config)
-    # Converted layers, and kinds that cannot be structured, are not ours to touch; quantize_ selects subclasses too.
-    if not structurable(module) or isinstance(module.weight, GBLRTensor) or hasattr(module, "structure_name"):
-        return module
     check_structurable(module, type(module).__name__)
     if not can_gain(module, config.row_splits):
         module.gblr_note = TOO_SMALL  # type: ignore[assignment]  # a plain attribute, shown by the report

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from .allocation import allocate
@@ -20,12 +19,13 @@ from .frozen import hasten
 from .layers import GBLRLayer
 from .progress import track
 from .recompression import recompressed
-from .selection import select_layers
+from .selection import Pattern, log_skipped, select_layers
 from .starts import LEARNED_RANK, start
 from .structure import StructuredMatrix
 from .swap import can_gain, check_structurable, replace_modules, structured_like, weight_matrix
+from .ties import check_untied
 
-__all__ = ["LayerSettings", "check_untied", "convert", "frozen_like", "prepare", "prepare_layers", "with_bias"]
+__all__ = ["LayerSettings", "convert", "frozen_like", "prepare", "prepare_layers", "with_bias"]
 
 TOO_SMALL = "too small to gain, kept dense"
 """Note of a layer that was asked to be structured and stays dense, as the report shows it."""
@@ -57,56 +57,6 @@ class LayerSettings:
     align: int | tuple[int, int] = 1
     budget: float | None = None
     seed: int = 0
-
-
-def check_untied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    """Raise a ConfigError that names the layer if a chosen module's weight or bias is also a parameter of another.
-
-    The same parameter, or another in the same memory.
-    """
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    regions: list[tuple[tuple[Any, int, int], str, nn.Module]] = []
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append((name, module))
-                if (region := _region(parameter)) is not None:
-                    regions.append((region, name, module))
-    before: list[tuple[tuple[Any, int, int], str, nn.Module]] = []
-    shared: dict[int, str] = {}  # name of another module by id of one, for memory that overlaps
-    for region, name, module in sorted(regions, key=lambda entry: (str(entry[0][0]), *entry[0][1:])):
-        device, begin, _ = region
-        before = [entry for entry in before if entry[0][0] == device and entry[0][2] > begin]
-        for _, other_name, other in before:
-            if other is not module:
-                shared.setdefault(id(module), other_name)
-                shared.setdefault(id(other), name)
-        before.append((region, name, module))
-    for name, module in chosen.items():
-        for part in ("weight", "bias"):
-            parameter = getattr(module, part, None)
-            found = (n for n, owner in owners.get(id(parameter), ()) if owner is not module)
-            other_owner = next(found, None)
-            if other_owner is not None:
-                raise ConfigError(
-                    f"layer {name!r}: its {part} is tied to that of {other_owner!r}; untie it or leave it out"
-                )
-        if id(module) in shared:
-            raise ConfigError(
-                f"layer {name!r}: it shares memory with a parameter of {shared[id(module)]!r}; clone one or leave it "
-                "out"
-            )
-
-
-def _region(parameter: Tensor) -> tuple[torch.device, int, int] | None:
-    """Device, begin and end of the memory that a plain tensor without holes fills; ``None``: nothing is known."""
-    if type(parameter.data) is not Tensor or parameter.is_meta or not parameter.numel():
-        return None
-    span = 1 + sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
-    if span != parameter.numel():
-        return None
-    begin = parameter.data_ptr()
-    return parameter.device, begin, begin + span * parameter.itemsize
 
 
 def prepare_layers(
@@ -217,8 +167,8 @@ def _learned_rank(module: nn.Module, setting: LayerSettings) -> GBLRLayer:
 
 def prepare(
     model: nn.Module,
-    include: Iterable[str] | None = None,
-    exclude: Iterable[str] = (),
+    include: Iterable[Pattern] | None = None,
+    exclude: Iterable[Pattern] = (),
     settings: LayerSettings | None = None,
     *,
     calibration: Calibration | None = None,
@@ -226,9 +176,13 @@ def prepare(
 ) -> dict[str, GBLRLayer]:
     """Swap the selected dense layers of a model for trainable structured ones, in place.
 
+    What is asked for and stays dense is logged with the reason: tied weights, output heads, and what cannot be
+    structured (see :func:`~gblr_plugin.selection.select_layers`).
+
     Args:
         model: Changed in place.
-        include: Names, glob patterns or type names; ``None`` for every layer that can gain.
+        include: Full names, glob patterns, or types and their names; ``None`` for every layer that can gain. An output
+            head is structured if it is given by its full name.
         exclude: Taken away again.
         settings: One for all layers; default :class:`LayerSettings`.
         calibration: Training batches; starts at a budget are then fitted to the layers' outputs.
@@ -241,7 +195,9 @@ def prepare(
     Raises:
         ConfigError: See :func:`prepare_layers` and :func:`~gblr_plugin.selection.select_layers`.
     """
-    chosen = select_layers(model, include, exclude)
+    selection = select_layers(model, include, exclude)
+    log_skipped(selection.skipped)
+    chosen = selection.layers
     setting = settings or LayerSettings()
     each = dict.fromkeys(chosen, setting)
     if allocation != "uniform":

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .conversion import check_untied
 from .errors import ConfigError
 from .selection import select_layers
 from .swap import weight_matrix
+from .ties import check_untied
 
 __all__ = ["Pair", "reorder", "similar_order"]
 
@@ -124,8 +124,8 @@ def _units(model: nn.Module, pair: Pair) -> list[_Units]:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[1], str):
         raise ConfigError(f"reorder: a pair is (maker or list of makers, taker), got {pair!r}")
     patterns = [pair[0]] if isinstance(pair[0], str) else list(pair[0])
-    makers = [select_layers(model, [pattern]) for pattern in patterns]
-    takers = select_layers(model, [pair[1]])
+    makers = [select_layers(model, [pattern]).layers for pattern in patterns]
+    takers = select_layers(model, [pair[1]]).layers
     for pattern, found in zip(patterns, makers, strict=True):
         if len(found) != len(takers):
             raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from .frozen import FROZEN
-from .layers import GBLRLayer
-from .swap import structurable, weight_matrix
+from .matrices import WeightMatrix, is_layer, weight_matrices, weight_shape
+from .raw_weights import RawWeights
+from .selection import Policy
 
 __all__ = ["LayerReport", "Report", "report"]
 
@@ -44,6 +45,8 @@ class LayerReport:
         note: Why a layer stayed dense, if it was asked not to.
         output_embedding: Whether its weight is that of an embedding too: the output layer of a language model.
         matrix_bytes: Of the dense matrix that the plan of a converted weight keeps beside its factors; mostly 0.
+        left_dense: Why a dense weight stays so unless its layer is asked for by name, see
+            :func:`~gblr_plugin.selection.select_layers`; empty where it can be structured.
     """
 
     name: str
@@ -61,6 +64,7 @@ class LayerReport:
     note: str = ""
     output_embedding: bool = False
     matrix_bytes: int = 0
+    left_dense: str = ""
 
     @property
     def relative_flops(self) -> float:
@@ -75,8 +79,9 @@ class Report:
     """What a model costs; one multiply-add counts as one FLOP, as in the paper.
 
     Args:
-        layers: Every layer with a weight matrix, in the model's order.
-        other_multiply_adds: Matrix products outside these layers (attention, tied output embeddings).
+        layers: Every weight matrix, in the model's order: of layers, and parameters by which other modules multiply
+            (packed projections of attention, stacked matrices of experts).
+        other_multiply_adds: Other matrix products (attention's two).
         parameters: All stored parameters of the model.
         dense_parameters: The same with dense weights.
         attention_multiply_adds: Those of the other products whose two factors are activations: attention's scores, and
@@ -204,7 +209,21 @@ class Report:
         if dense and dense != self.dense_multiply_adds:
             text.append(f"as the paper counts: {published:.3g} of {dense:.3g} dense ({published / dense:.2%})")
         text.append(f"parameters: {self.parameters:,} of {self.dense_parameters:,} dense")
-        return "\n".join(text + notes)
+        return "\n".join(text + notes + self._left_dense())
+
+    def _left_dense(self) -> list[str]:
+        """What stays dense unless it is asked for by name, with its share of the multiply-adds: a line per reason."""
+        groups: dict[str, list[LayerReport]] = {}
+        for layer in self.layers:
+            if layer.left_dense and not layer.note:
+                groups.setdefault(layer.left_dense, []).append(layer)
+        lines = []
+        parts = {reason: sum(layer.multiply_adds for layer in group) for reason, group in groups.items()}
+        for reason, group in sorted(groups.items(), key=lambda entry: -parts[entry[0]]):
+            share = _share(parts[reason], self.multiply_adds)
+            names = group[0].name if len(group) == 1 else f"{len(group)} layers, {group[0].name} to {group[-1].name}"
+            lines += textwrap.wrap(f"  {share} {names}: {reason}", _COLUMNS, subsequent_indent="    ")
+        return ["left dense (share of the multiply-adds, reason):", *lines] if lines else []
 
     def _plans(self) -> list[str]:
         """A line per converted layer: what its plan chose and foresees."""
@@ -242,32 +261,14 @@ def _shortened(name: str, width: int) -> str:
     return name if len(name) <= width else "…" + name[len(name) - width + 1 :]
 
 
-def _is_layer(module: nn.Module) -> bool:
-    if isinstance(module, GBLRLayer) or hasattr(module, "matrix_shape"):
-        return True
-    return structurable(module) or isinstance(module, FROZEN)
-
-
 def _positions(module: nn.Module, output: Tensor) -> int:
     """Matrix-vector products of one call: output entries per output channel."""
     channels = weight_shape(module)[0]
     return output.numel() // channels if channels else 0
 
 
-def weight_shape(module: nn.Module) -> tuple[int, int]:
-    """(m, n) of a layer's weight matrix."""
-    if hasattr(module, "matrix_shape"):
-        m, n = module.matrix_shape  # type: ignore[misc]  # a pair
-        return int(m), int(n)
-    weight: Any = module.weight
-    if structurable(module) and type(weight.data) is Tensor:
-        shape = weight_matrix(module).shape
-        return shape[0], shape[1]
-    return weight.shape[0], math.prod(weight.shape[1:])
-
-
-def _layer_report(name: str, module: nn.Module, positions: int, embeddings: set[int]) -> LayerReport:
-    m, n = weight_shape(module)
+def _layer_report(matrix: WeightMatrix, positions: int, embeddings: set[int], policy: Policy) -> LayerReport:
+    module, (m, n) = matrix.module, matrix.shape
     stored, components, structure, kernel, padding, predicted, beside = m * n, 0, "dense", "", 1.0, 1.0, 0
     weight: Any = None if hasattr(module, "matrix_shape") else getattr(module, "weight", None)
     if hasattr(module, "matrix_shape"):
@@ -283,7 +284,7 @@ def _layer_report(name: str, module: nn.Module, positions: int, embeddings: set[
         structure = str(module.structure_name)
     dense = m * n
     return LayerReport(
-        name=name,
+        name=matrix.name,
         kind=type(module).__name__,
         shape=(m, n),
         structure=structure,
@@ -298,6 +299,22 @@ def _layer_report(name: str, module: nn.Module, positions: int, embeddings: set[
         note=str(getattr(module, "gblr_note", "")),
         output_embedding=id(weight) in embeddings,
         matrix_bytes=beside,
+        left_dense=(policy.default(matrix) or "") if structure == "dense" else "",
+    )
+
+
+def _other_report(matrix: WeightMatrix, multiply_adds: int, policy: Policy) -> LayerReport:
+    return LayerReport(
+        name=matrix.name,
+        kind=type(matrix.module).__name__,
+        shape=matrix.shape,
+        structure="dense",
+        components=0,
+        multiply_adds=multiply_adds,
+        dense_multiply_adds=multiply_adds,
+        parameters=matrix.entries,
+        dense_parameters=matrix.entries,
+        left_dense=policy.default(matrix) or "",
     )
 
 
@@ -320,8 +337,16 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
     return flops
 
 
-# torch's counter knows attention on GPUs; the CPU's kernel has the same formula.
-_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+def _grouped_flops(left: Any, right: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
+    """Rows of a matrix, in groups, each times the matrix of its group: mixtures of experts."""
+    flops: int = 2 * math.prod(out_shape) * left[-1]
+    return flops
+
+
+# torch's counter knows attention on GPUs; the CPU's kernel has the same formula. It does not know grouped products.
+_FORMULAS: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+if hasattr(torch.ops.aten, "_grouped_mm"):
+    _FORMULAS[torch.ops.aten._grouped_mm] = _grouped_flops
 
 # Of these products one factor is a weight; all others are of two activations, in batches: attention.
 _WITH_WEIGHT = {
@@ -347,26 +372,32 @@ def report(model: nn.Module, example_input: Any) -> Report:
     Returns:
         The report; print it for a table.
     """
-    layers = _outermost_layers(model)
+    matrices = [matrix for matrix in weight_matrices(model) if matrix.name or is_layer(matrix.module)]
+    layers = {matrix.name: matrix.module for matrix in matrices if is_layer(matrix.module)}
+    others = RawWeights((matrix for matrix in matrices if not is_layer(matrix.module)), model, _WITH_WEIGHT)
     calls = dict.fromkeys(layers, 0)
     names = {id(module): name for name, module in layers.items()}
-    counting = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
-    inside: Counter[Any] = Counter()
-    entered: list[Counter[Any]] = []
+    counting = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    inside: Counter[Any] = Counter()  # layers, and what other modules make with their own weights
+    entered: list[tuple[Counter[Any], Counter[Any]]] = []
 
     def before(_module: nn.Module, _args: Any) -> None:
-        entered.append(_by_operation(counting))
+        entered.append((_by_operation(counting), inside.copy()))
 
-    def after(module: nn.Module, _args: Any, output: Any) -> None:
-        inside.update(_by_operation(counting) - entered.pop())
-        if isinstance(output, Tensor):
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        begun, counted = entered.pop()
+        made = _by_operation(counting) - begun - (inside - counted)  # without that of layers inside
+        if id(module) not in names:
+            made = others.add(module, made, args, kwargs)
+        elif isinstance(output, Tensor):
             calls[names[id(module)]] += _positions(module, output)
+        inside.update(made)
 
     fastpath = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as undo:
-        for module in layers.values():
+        for module in (*layers.values(), *others.modules):
             undo.callback(module.register_forward_pre_hook(before).remove)
-            undo.callback(module.register_forward_hook(after).remove)
+            undo.callback(module.register_forward_hook(after, with_kwargs=True).remove)
         undo.callback(_restore_modes, [(module, module.training) for module in model.modules()])
         model.eval()
         # torch's fused encoder layer would hide its layers from hooks and its products from the counter.
@@ -382,8 +413,15 @@ def report(model: nn.Module, example_input: Any) -> Report:
     outside = _by_operation(counting) - inside
     attention = sum(flops for operation, flops in outside.items() if operation not in _WITH_WEIGHT) // 2
     embeddings = {id(module.weight) for module in model.modules() if type(module) is nn.Embedding}
-    reports = [_layer_report(name, module, calls[name], embeddings) for name, module in layers.items()]
-    parameters, dense_parameters = _count_parameters(model, list(zip(layers.values(), reports, strict=True)))
+    policy = Policy(model)
+    reports = [
+        _layer_report(matrix, calls[matrix.name], embeddings, policy)
+        if matrix.name in layers
+        else _other_report(matrix, others.multiply_adds(matrix), policy)
+        for matrix in matrices
+    ]
+    counted = [(layers[entry.name], entry) for entry in reports if entry.name in layers]
+    parameters, dense_parameters = _count_parameters(model, counted)
     return Report(reports, outside.total() // 2, parameters, dense_parameters, attention)
 
 
@@ -394,12 +432,3 @@ def _by_operation(counting: FlopCounterMode) -> Counter[Any]:
 def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
     for module, mode in modes:
         module.training = mode
-
-
-def _outermost_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules with a weight matrix that are inside no other such module; a shared one under its first name."""
-    layers: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if _is_layer(module) and not any(name.startswith(f"{outer}.") for outer in layers):
-            layers[name] = module
-    return layers

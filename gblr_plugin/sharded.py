@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from .conversion import check_untied, frozen_like
+from .conversion import frozen_like
 from .decomposition import METHODS, decompose
 from .errors import ConfigError
 from .files import replacing, write_text
+from .patterns import check_used, value_of
 from .progress import track
-from .selection import select_layers
+from .selection import Skipped, log_skipped, select_layers
 from .serialization.container import INDEX, Container, Entry, entries_of, shard_paths, write_container
 from .serialization.header import NOTES, Header, read_headers
 from .serialization.weights import flatten_weight, plan_record
@@ -49,11 +49,12 @@ class CompressSettings:
 
     Args:
         budget: Relative FLOPs of each layer, in (0, 1].
-        include: Names, glob patterns or type names; ``None`` for every layer that can gain and whose weight is its own.
+        include: Full names, glob patterns or type names; ``None`` for every layer that can gain, see
+            :func:`~gblr_plugin.selection.select_layers`. What stays dense is logged with the reason.
         exclude: Taken away again.
         method: As :func:`gblr_plugin.decompose` takes it.
         align: Tile of rows and columns to which intervals snap.
-        row_splits: Matrices packed in the rows (packed query, key, value: 3), for all layers or by name pattern.
+        row_splits: Matrices packed in the rows (packed query, key, value: 3), for all layers or by pattern.
         seed: Of random draws.
         factor_dtype: ``None`` keeps that of the weight; ``"int8"`` rounds factors.
 
@@ -83,12 +84,6 @@ class CompressSettings:
         if self.factor_dtype not in FACTOR_DTYPES:
             raise ConfigError(f"{_WHO}: factor_dtype must be None or 'int8', got {self.factor_dtype!r}")
 
-    def splits_of(self, name: str) -> int:
-        """Row splits of a layer; the first pattern that matches counts."""
-        if not isinstance(self.row_splits, Mapping):
-            return self.row_splits
-        return next((count for pattern, count in self.row_splits.items() if fnmatchcase(name, pattern)), 1)
-
 
 @dataclass(frozen=True)
 class CompressSummary:
@@ -116,6 +111,7 @@ class CompressSummary:
 @dataclass(frozen=True)
 class _Layer:
     name: str
+    row_splits: int
     key: str  # of its weight in the source
     shard: Path
     part: Path  # where its result waits
@@ -160,11 +156,12 @@ def compress_folder(
 
         network = empty_network(source, _WHO)
     names = _names_of(network, {path: _entries(path) for path in shards}, source)
-    layers = _select(network, settings, names, output / _WORK)
+    layers, skipped = _select(network, settings, names, output / _WORK)
     modules = dict(network.named_modules(remove_duplicate=False))
     with _together() as (rank, processes, wait):
         if rank == 0:
             _begin(source, output, settings, shards, layers)
+            log_skipped(skipped)
         wait()
         mine = layers[rank::processes]  # by number, not by what is missing, which the others change meanwhile
         todo = [layer for layer in mine if not layer.part.exists() and not (output / layer.shard.name).exists()]
@@ -246,31 +243,20 @@ def _names_of(
 
 def _select(
     network: nn.Module, settings: CompressSettings, names: Mapping[Path, Mapping[str, str]], work: Path
-) -> list[_Layer]:
-    chosen = select_layers(network, settings.include, settings.exclude)
-    if settings.include is None:
-        chosen = {name: module for name, module in chosen.items() if _is_untied(network, name, module)}
-    check_untied(network, chosen)
-    for pattern in settings.row_splits if isinstance(settings.row_splits, Mapping) else ():
-        if not any(fnmatchcase(name, pattern) for name in chosen):
-            raise ConfigError(f"{_WHO}: row_splits: {pattern!r} matches none of the chosen layers")
+) -> tuple[list[_Layer], list[Skipped]]:
+    selection = select_layers(network, settings.include, settings.exclude)
+    chosen, splits_of = selection.layers, settings.row_splits
+    if isinstance(splits_of, Mapping):
+        check_used(f"{_WHO}: row_splits", splits_of, chosen, "none of the chosen layers")
     places = {name: (path, key) for path, inside in names.items() for key, name in inside.items()}
     layers = []
     for number, (name, module) in enumerate(chosen.items()):
-        rows, splits = weight_matrix(module).shape[0], settings.splits_of(name)
+        rows, splits = weight_matrix(module).shape[0], value_of(splits_of, name, module, 1)
         if rows % splits:
             raise ConfigError(f"layer {name!r}: row_splits {splits} does not divide its {rows} rows")
         path, key = places[f"{name}.weight"]
-        layers.append(_Layer(name, key, path, work / f"{number:06d}.safetensors"))
-    return layers
-
-
-def _is_untied(network: nn.Module, name: str, module: nn.Module) -> bool:
-    try:
-        check_untied(network, {name: module})
-    except ConfigError:
-        return False
-    return True
+        layers.append(_Layer(name, splits, key, path, work / f"{number:06d}.safetensors"))
+    return layers, selection.skipped
 
 
 def _begin(
@@ -325,7 +311,7 @@ def _decompose(module: Any, layer: _Layer, settings: CompressSettings) -> None:
             settings.budget,
             method=settings.method,
             align=settings.align,
-            row_splits=settings.splits_of(layer.name),
+            row_splits=layer.row_splits,
             seed=settings.seed,
         )
         frozen: Any = frozen_like(module, matrix, factor_dtype=settings.factor_dtype)

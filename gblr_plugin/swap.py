@@ -16,9 +16,11 @@ from .layers import GBLRConv1d, GBLRConv2d, GBLRLayer, GBLRLinear
 from .structure import StructuredMatrix
 
 __all__ = [
+    "KINDS",
     "can_gain",
     "check_structurable",
     "hooks_of",
+    "obstacle",
     "replace_modules",
     "stored_weight",
     "structurable",
@@ -48,9 +50,13 @@ def _is_hf_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+"""Types of layers that can be structured, beside Hugging Face's ``Conv1D``."""
+
+
 def structurable(module: nn.Module) -> bool:
     """Whether the module is of a kind that can be structured (exact types; subclasses may do other things)."""
-    return type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or _is_hf_conv1d(module)
+    return type(module) in KINDS or _is_hf_conv1d(module)
 
 
 def can_gain(module: nn.Module, row_splits: int = 1) -> bool:
@@ -59,27 +65,47 @@ def can_gain(module: nn.Module, row_splits: int = 1) -> bool:
     return m + row_splits * n < m * n
 
 
-def check_structurable(module: nn.Module, name: str) -> None:
-    """Raise a ConfigError that names the layer unless it can be structured as it stands."""
+def obstacle(module: nn.Module) -> str | None:
+    """Why a layer cannot be structured as it stands, as the end of a message; ``None``: nothing is in the way.
+
+    The entries of its weight are not looked at.
+    """
+    kind = type(module).__name__
     computed = isinstance(module.__dict__.get("weight"), Tensor)  # the old weight_norm and spectral_norm
     if computed or parametrize.is_parametrized(module):
-        raise ConfigError(f"layer {name!r}: its weight is parametrized; remove the parametrization first")
+        return "its weight is parametrized; remove the parametrization first"
     if isinstance(module, FROZEN):
-        raise ConfigError(f"layer {name!r} is converted already")
+        return "it is converted already"
+    if hasattr(module, "matrix_shape"):
+        return "it is structured already"
+    if hasattr(module, "structure_name"):
+        return "it is converted already, and stored dense"
     if not structurable(module):
-        raise ConfigError(
-            f"layer {name!r}: a {type(module).__name__} cannot be structured; allowed are Linear, Conv1d, Conv2d and "
-            "Hugging Face Conv1D"
-        )
+        base = next((base.__name__ for base in KINDS if isinstance(module, base)), None)
+        return f"a {kind} cannot be structured" + (f": as a subclass of {base} it may compute more" if base else "")
     if getattr(module, "groups", 1) != 1:
-        raise ConfigError(f"layer {name!r}: convolution with groups={module.groups}: only groups=1 can be structured")
+        return f"convolution with groups={module.groups}: only groups=1 can be structured"
     weight: Any = module.weight
     if type(weight.data) is not Tensor:
-        raise ConfigError(f"layer {name!r}: its weight is a {type(weight.data).__name__}, need a plain tensor")
+        return f"its weight is a {type(weight.data).__name__}, need a plain tensor"
     if not weight.dtype.is_floating_point:
-        raise ConfigError(f"layer {name!r}: its weight has dtype {weight.dtype}, need a floating point one")
+        return f"its weight has dtype {weight.dtype}, need a floating point one"
     if weight.dtype.itemsize < 2:
-        raise ConfigError(f"layer {name!r}: its weight has dtype {weight.dtype}, need half precision or more")
+        return f"its weight has dtype {weight.dtype}, need half precision or more"
+    return None
+
+
+def check_structurable(module: nn.Module, name: str) -> None:
+    """Refuse a layer that cannot be structured as it stands.
+
+    Raises:
+        ConfigError: If something is in the way, or its weight has NaN or infinite entries; it names the layer.
+    """
+    reason = obstacle(module)
+    if reason is not None:
+        allowed = "; allowed are Linear, Conv1d, Conv2d and Hugging Face Conv1D" if "cannot" in reason else ""
+        raise ConfigError(f"layer {name!r}: {reason}{allowed}")
+    weight: Any = module.weight
     if not weight.is_meta and not bool(torch.isfinite(weight.detach()).all()):
         raise ConfigError(f"layer {name!r}: its weight has NaN or infinite entries")
 

@@ -19,7 +19,7 @@ class Net(nn.Module):
 
 
 def names(model, include=None, exclude=()):
-    return list(select_layers(model, include, exclude))
+    return list(select_layers(model, include, exclude).layers)
 
 
 def test_default_is_every_layer_that_can_gain():
@@ -64,7 +64,7 @@ def test_errors_are_one_line_and_name_the_pattern(include, exclude, message):
 
 @pytest.mark.parametrize("arguments", [("stem",), (None, "stem")])
 def test_one_string_is_refused(arguments):
-    with pytest.raises(ConfigError, match="lists of patterns"):
+    with pytest.raises(ConfigError, match="is a list of names, glob patterns or types"):
         select_layers(Net(), *arguments)
 
 
@@ -100,7 +100,7 @@ def test_a_model_that_is_itself_a_layer_has_no_layer_inside():
     [
         (nn.Sequential(nn.ReLU()), "allowed are Linear, Conv1d, Conv2d"),
         (nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2)), "layer '1': convolution with groups=2: only groups=1"),
-        (nn.Sequential(nn.Linear(16, 1)), "layer '0' is too small to gain"),
+        (nn.Sequential(nn.Linear(16, 1)), "layer '0': it is too small to gain"),
     ],
 )
 def test_an_empty_default_selection_says_what_stands_in_the_way(model, reason):
@@ -111,7 +111,7 @@ def test_an_empty_default_selection_says_what_stands_in_the_way(model, reason):
 def test_preparing_twice_says_so():
     model = nn.Sequential(nn.Linear(16, 16))
     prepare(model)
-    with pytest.raises(ConfigError, match="the selection is empty; layer '0' is structured already"):
+    with pytest.raises(ConfigError, match="the selection is empty; layer '0': it is structured already"):
         prepare(model)
     with torch.no_grad():
         model[0].widths.mul_(0.3)
@@ -127,5 +127,5 @@ def test_converting_before_preparing_says_so_of_a_layer_that_keeps_its_matrix():
     convert(model)
     assert type(model[0]) is FrozenLinear
     for include in (None, ["0"]):
-        with pytest.raises(ConfigError, match="layer '0' is converted already"):
+        with pytest.raises(ConfigError, match="layer '0': it is converted already"):
             prepare(model, include)

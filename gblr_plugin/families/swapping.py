@@ -10,15 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..allocation import allocate
-from ..conversion import check_untied, frozen_like, with_bias
 from ..conversion import convert as convert_gblr
+from ..conversion import frozen_like, with_bias
 from ..decomposition.calibration import Calibration
 from ..decomposition.metric import Metric
 from ..decomposition.sequential import fit_layers
 from ..errors import ConfigError
 from ..progress import track
-from ..selection import select_layers
+from ..selection import Pattern, log_skipped, select_layers
 from ..swap import can_gain, check_structurable, replace_modules, stored_weight, weight_matrix
+from ..ties import check_untied
 from .base import options_of
 from .layers import FamilyLayer
 from .registry import get
@@ -30,7 +31,7 @@ _logger = logging.getLogger(__name__)
 
 def replace(
     model: nn.Module,
-    selection: Iterable[str] | Mapping[str, nn.Module] | None,
+    selection: Iterable[Pattern] | Mapping[str, nn.Module] | None,
     family: str,
     budget: float | Mapping[str, float],
     *,
@@ -44,8 +45,8 @@ def replace(
 
     Args:
         model: Changed in place.
-        selection: Names, glob patterns or type names as :func:`~gblr_plugin.selection.select_layers` takes them,
-            modules by name, or ``None`` for every layer that can gain.
+        selection: Names, glob patterns or types as :func:`~gblr_plugin.selection.select_layers` takes them, modules by
+            name, or ``None`` for every layer that can gain. What stays dense is logged with the reason.
         family: Name of the family, see :func:`~gblr_plugin.families.names`.
         budget: Relative FLOPs, for all layers together (split as the family allocates; most give each the same), or by
             name.
@@ -61,7 +62,12 @@ def replace(
         ConfigError: If a name, budget or option cannot be used, a weight is tied, or no layer can gain.
     """
     kind = get(family)
-    chosen = dict(selection) if isinstance(selection, Mapping) else select_layers(model, selection)
+    if isinstance(selection, Mapping):
+        chosen = dict(selection)
+    else:
+        selected = select_layers(model, selection)
+        log_skipped(selected.skipped)
+        chosen = dict(selected.layers)
     for name, module in chosen.items():
         check_structurable(module, name)
     check_untied(model, chosen)

@@ -6,7 +6,6 @@ import copy
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from ..errors import ConfigError
 from ..layers import GBLRLayer
 from ..learner import NON_FINITE, LayerGoal, StructureLearner
 from ..optim import split_structure_group
+from ..patterns import as_patterns, check_used, matches, value_of
 from ..schedule import Schedule
-from ..selection import select_layers
+from ..selection import Pattern, log_skipped, select_layers
 from ..starts import INITIALISERS, UNBUDGETED
 from .base import Callback
 from .checkpoint import match_checkpoint
@@ -52,9 +52,11 @@ class GBLRCallback(Callback):
     Args:
         budget: Relative FLOPs of the structured layers to end at, in (0, 1]; lambda is found automatically.
         threshold: Alternatively a fixed lambda, as published.
-        layers: Names, glob patterns over names (of the LightningModule's submodules), type names or module types.
-            Default: every layer that can be structured and made cheaper. If the model has structured layers already
-            (from :func:`gblr_plugin.prepare`), those are driven as they are; frozen ones go on from their structure.
+        layers: Full names (of the LightningModule's submodules), glob patterns over names, or types and their names.
+            Default: every layer that can be structured and made cheaper; tied weights and output heads stay dense, as
+            :func:`~gblr_plugin.selection.select_layers` says, and what stays dense is logged. If the model has
+            structured layers already (from :func:`gblr_plugin.prepare`), those are driven as they are; frozen ones go
+            on from their structure.
         exclude: The same kinds of patterns, taken away again.
         group: Whether the layers share one budget, so that the structure decides who spends it; else each has its own.
         warmup: Optimizer steps before anything shrinks; a float in [0, 1] is a fraction of the total number of steps.
@@ -64,7 +66,7 @@ class GBLRCallback(Callback):
         initial_budget: Relative FLOPs that the initialiser starts at; default: full widths for ``"svd"`` and
             ``"random"``, ``budget`` for others.
         num_components: K per split; default min(m / s, n).
-        row_splits: Matrices packed along the rows (packed query, key, value: 3), for all layers or by name pattern.
+        row_splits: Matrices packed along the rows (packed query, key, value: 3), for all layers or by pattern.
         align: Tile of rows and columns to which intervals snap; an integer or a pair.
         structure_lr: Learning rate of widths and locations; default that of the group they come from.
         seed: Of random initialisers.
@@ -116,8 +118,8 @@ class GBLRCallback(Callback):
         budget: float | None = None,
         threshold: float | None = None,
         *,
-        layers: Iterable[str | type[nn.Module]] | None = None,
-        exclude: Iterable[str | type[nn.Module]] = (),
+        layers: Iterable[Pattern] | None = None,
+        exclude: Iterable[Pattern] = (),
         group: bool = True,
         warmup: int | float = 0.05,
         cooldown: int | float = 0.8,
@@ -141,8 +143,8 @@ class GBLRCallback(Callback):
         if not self.monitor_only:
             LayerGoal(budget, threshold)  # checks both
         self._budget, self._threshold = budget, threshold
-        self._include = None if layers is None else _patterns("layers", layers)
-        self._exclude = _patterns("exclude", exclude)
+        self._include = None if layers is None else as_patterns("callback: layers", layers)
+        self._exclude = as_patterns("callback: exclude", exclude)
         self._group = group
         self._warmup, self._cooldown = _point("warmup", warmup), _point("cooldown", cooldown)
         if type(warmup) is type(cooldown) and warmup >= cooldown:
@@ -260,12 +262,8 @@ class GBLRCallback(Callback):
         return [one for one in trainer.callbacks if isinstance(one, GBLRCallback)] or [self]
 
     def _chooses(self, name: str, module: nn.Module) -> bool:
-        kinds = {kind.__name__ for kind in type(module).__mro__}
-
-        def matches(pattern: str) -> bool:
-            return fnmatchcase(name, pattern) or pattern in kinds
-
-        return (self._include is None or any(map(matches, self._include))) and not any(map(matches, self._exclude))
+        included = self._include is None or any(matches(pattern, name, module) for pattern in self._include)
+        return included and not any(matches(pattern, name, module) for pattern in self._exclude)
 
     def _existing(self, pl_module: nn.Module) -> dict[str, GBLRLayer]:
         found = {
@@ -282,19 +280,14 @@ class GBLRCallback(Callback):
         return found
 
     def _prepare(self, pl_module: nn.Module) -> dict[str, GBLRLayer]:
-        names = select_layers(pl_module, self._include, self._exclude)
-        for pattern in self._row_splits if isinstance(self._row_splits, Mapping) else ():
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ConfigError(f"row_splits: {pattern!r} matches none of the chosen layers")
+        selection = select_layers(pl_module, self._include, self._exclude)
+        log_skipped(selection.skipped)
+        if isinstance(self._row_splits, Mapping):
+            check_used("row_splits", self._row_splits, selection.layers, "none of the chosen layers")
+        splits = {name: value_of(self._row_splits, name, module, 1) for name, module in selection.layers.items()}
         return prepare_layers(
-            pl_module, {name: LayerSettings(**self._settings, row_splits=self._splits(name)) for name in names}
+            pl_module, {name: LayerSettings(**self._settings, row_splits=count) for name, count in splits.items()}
         )
-
-    def _splits(self, name: str) -> int:
-        if isinstance(self._row_splits, int):
-            return self._row_splits
-        # The first pattern that matches counts.
-        return next((count for pattern, count in self._row_splits.items() if fnmatchcase(name, pattern)), 1)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Optimizers exist now, and a checkpoint's weights are loaded, but not yet its optimizer state."""
@@ -556,12 +549,6 @@ class GBLRCallback(Callback):
 def _averaging(callback: Any) -> str | None:
     """Its name, where it is one of Lightning's that put an average of the weights in their place."""
     return type(callback).__name__ if _AVERAGING & {kind.__name__ for kind in type(callback).__mro__} else None
-
-
-def _patterns(what: str, given: Iterable[str | type[nn.Module]]) -> list[str]:
-    if isinstance(given, (str, type)):
-        raise ConfigError(f"callback: {what} is a list of names, patterns or module types, not one of them")
-    return [part if isinstance(part, str) else part.__name__ for part in given]
 
 
 def _point(name: str, value: int | float) -> int | float:

@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from .evaluators import cure
 from .families import family_factory
 from .pruner import GBLRPruner
-from .settings import select_modules, without_own_keys
+from .settings import for_nni, without_own_keys
 
 __all__ = ["compressor_names", "create_compressor", "register_compressor"]
 
@@ -74,8 +74,7 @@ def _of_nni(name: str, path: str) -> Factory:
         model: nn.Module, config_list: Sequence[Mapping[str, Any]], evaluator: Evaluator | None = None, **kwargs: Any
     ) -> Any:
         plain = without_own_keys(config_list)
-        for index, entry in enumerate(plain):
-            select_modules(model, entry, f"config_list[{index}]")
+        plain = [for_nni(model, entry, f"config_list[{index}]") for index, entry in enumerate(plain)]
         factory = _nni_class(path)
         if evaluator is None and inspect.signature(factory).parameters["evaluator"].default is inspect.Parameter.empty:
             raise ConfigError(f"compressor {name!r}: it needs an evaluator")

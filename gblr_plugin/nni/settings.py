@@ -26,9 +26,21 @@ from ..errors import ConfigError
 from ..families.learned_rank import LearnedRankConv1d, LearnedRankConv2d, LearnedRankLinear
 from ..layers import GBLRConv1d, GBLRConv2d, GBLRLayer, GBLRLinear
 from ..learner import LayerGoal
+from ..matrices import is_layer
+from ..patterns import check_used, matches
+from ..selection import choose, log_skipped
 from ..starts import INITIALISERS, UNBUDGETED
 
-__all__ = ["OWN_PREFIX", "LayerPlan", "Plan", "nni_schema", "read_config", "select_modules", "without_own_keys"]
+__all__ = [
+    "OWN_PREFIX",
+    "LayerPlan",
+    "Plan",
+    "for_nni",
+    "nni_schema",
+    "read_config",
+    "select_modules",
+    "without_own_keys",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -220,7 +232,6 @@ def read_config(model: nn.Module, config_list: Sequence[Mapping[str, Any]]) -> P
             goals that contradict each other.
     """
     entries = _entries(config_list)
-    first_names = {id(module): name for name, module in model.named_modules()}
     plans: dict[str, LayerPlan] = {}
     shared: dict[str, Any] = {}
     ignored: set[str] = set()
@@ -233,24 +244,16 @@ def read_config(model: nn.Module, config_list: Sequence[Mapping[str, Any]]) -> P
                     f"{where}: {key} is {_plain(values[key])} here and {_plain(shared[key])} in another entry; give one"
                 )
         for name, module in select_modules(model, entry, where).items():
-            first = first_names[id(module)]
-            if first == "":
-                raise ConfigError(
-                    f"{where}: the model is itself the layer: put it into a container, e.g. nn.Sequential"
-                )
-            if first in plans:
+            if name in plans:
                 _logger.warning("%s: layer %r is chosen by an earlier entry already, which holds", where, name)
                 continue
             if isinstance(module, GBLRLayer):
                 _check_structured(module, name, values, where)
-            plans[first] = LayerPlan(
-                module, settings, goal, {"op_names": [first], **nni_entry}, values.get("allocation")
-            )
+            plans[name] = LayerPlan(module, settings, goal, {"op_names": [name], **nni_entry}, values.get("allocation"))
     if ignored:
         reasons = "; ".join(f"{key} ({_IGNORED[key]})" for key in sorted(ignored))
         _logger.warning("config_list: gblr leaves out %s", reasons)
-    order = {name: index for index, name in enumerate(first_names.values())}
-    ordered = {name: plans[name] for name in sorted(plans, key=order.__getitem__)}
+    ordered = {name: plans[name] for name, _ in model.named_modules() if name in plans}
     _check_groups(ordered)
     return Plan(
         ordered,
@@ -456,8 +459,66 @@ def _check_groups(plans: Mapping[str, LayerPlan]) -> None:
 # -- choosing modules --------------------------------------------------------------------------------------------------
 
 
+class _Wish:
+    """What an entry asks for by NNI's keys, read against a model.
+
+    ``op_names`` (or ``op_names_re``) and ``op_types`` are intersected where both are given, as NNI does. Names may be
+    any patterns of this package, and types mean subclasses too.
+
+    Args:
+        model: Chosen from.
+        entry: Holds op_names, op_types, op_names_re and their exclude_ forms.
+        where: Place of the entry, for messages.
+
+    Raises:
+        ConfigError: For an unknown name, or an invalid regular expression.
+    """
+
+    def __init__(self, model: nn.Module, entry: Mapping[str, Any], where: str) -> None:
+        modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+        self.names: dict[int, list[str]] = {id(model): [""]}
+        for name, module in modules.items():
+            self.names.setdefault(id(module), []).append(name)
+        self.given = {key: entry[key] for key in _SELECTION if entry.get(key) is not None}
+        for key, listed in self.given.items():
+            if not isinstance(listed, (list, tuple)) or not all(isinstance(value, str) for value in listed):
+                raise ConfigError(f"{where}: {key} must be a list of strings, got {listed!r}")
+        if not any(self.given.get(key) for key in ("op_names", "op_types", "op_names_re")):
+            raise ConfigError(f"{where}: give op_names, op_types or op_names_re")
+        for key in ("op_names", "exclude_op_names"):
+            check_used(f"{where}: {key}", self.given.get(key, ()), modules, "no module of the model")
+        for key in ("op_names_re", "exclude_op_names_re"):
+            for pattern in self.given.get(key, ()):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigError(f"{where}: {key}: {pattern!r} is no regular expression: {error}") from None
+        unused = _unused(modules, self.given)
+        if unused:
+            _logger.warning("%s: no module of the model matches %s", where, ", ".join(unused))
+        self.in_full = {id(modules[name]) for name in self.given.get("op_names", ()) if name in modules}
+
+    def __call__(self, name: str, module: nn.Module) -> bool:
+        """Whether a module is asked for."""
+        by_name = self.given.get("op_names") or self.given.get("op_names_re")
+        by_type = self.given.get("op_types")
+        if (by_name and not self._by_name("", module)) or (by_type and not self._by_type("", module)):
+            return False
+        return not self._by_name("exclude_", module) and not self._by_type("exclude_", module)
+
+    def _by_name(self, prefix: str, module: nn.Module) -> bool:
+        names = self.names[id(module)]
+        patterns, expressions = (self.given.get(f"{prefix}{key}", ()) for key in ("op_names", "op_names_re"))
+        return any(matches(pattern, name, module) for pattern in patterns for name in names) or any(
+            re.match(expression, name) for expression in expressions for name in names
+        )
+
+    def _by_type(self, prefix: str, module: nn.Module) -> bool:
+        return any(matches(kind, "", module) for kind in self.given.get(f"{prefix}op_types", ()))
+
+
 def select_modules(model: nn.Module, entry: Mapping[str, Any], where: str) -> dict[str, nn.Module]:
-    """The modules that an entry chooses, in the model's order, by NNI's rules.
+    """The layers that an entry chooses for gblr and its families, in the model's order; what stays dense is logged.
 
     Args:
         model: Chosen from.
@@ -465,61 +526,69 @@ def select_modules(model: nn.Module, entry: Mapping[str, Any], where: str) -> di
         where: Place of the entry, for messages.
 
     Returns:
-        Module by name. A regular expression alone passes over modules without a weight of two or more dimensions
-        (containers, norms, activations).
+        Module by its first name: dense layers by the policy of :mod:`gblr_plugin.selection`, and structured ones.
 
     Raises:
-        ConfigError: For an unknown name, an invalid regular expression or an empty selection.
+        ConfigError: For an unknown name, an invalid regular expression, a layer named in full that is tied or cannot be
+            structured, or an empty selection.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    chosen = {key: entry[key] for key in _SELECTION if entry.get(key) is not None}
-    for key, listed in chosen.items():
-        if (
-            isinstance(listed, str)
-            or not isinstance(listed, (list, tuple))
-            or not all(isinstance(v, str) for v in listed)
-        ):
-            raise ConfigError(f"{where}: {key} must be a list of strings, got {listed!r}")
-    if not any(chosen.get(key) for key in ("op_names", "op_types", "op_names_re")):
-        raise ConfigError(f"{where}: give op_names, op_types or op_names_re")
-    for key in ("op_names", "exclude_op_names"):
-        for name in chosen.get(key, ()):
-            if name not in modules or name == "":
-                raise ConfigError(f"{where}: {key}: no module named {name!r} in the model{_near(name, modules)}")
-    for key in ("op_names_re", "exclude_op_names_re"):
-        for pattern in chosen.get(key, ()):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(f"{where}: {key}: {pattern!r} is no regular expression: {error}") from None
-    unused = _unused(modules, chosen)
-    if unused:
-        _logger.warning("%s: no module of the model matches %s", where, ", ".join(unused))
-    found, _, _ = select_modules_by_config(model, chosen)
-    named = set(chosen.get("op_names", ()))
-
-    def counts(name: str) -> bool:
-        if name in named or chosen.get("op_types"):
-            return True
-        weight = getattr(modules[name], "weight", None) if name else None
-        return weight is not None and getattr(weight, "ndim", 0) >= 2
-
-    selected = {name: module for name, module in modules.items() if name in found and counts(name)}
+    wish = _Wish(model, entry, where)
+    asked = {name: module for name, module in model.named_modules() if wish(name, module)}
+    structured = {name: module for name, module in asked.items() if isinstance(module, GBLRLayer)}
+    named = [name for name, module in asked.items() if id(module) in wish.in_full and name not in structured]
+    if "" in asked and is_layer(model):
+        raise ConfigError(f"{where}: the model is itself the layer: put it into a container, e.g. nn.Sequential")
+    selection = choose(model, lambda name, module: wish(name, module) and name not in structured, named)
+    log_skipped(selection.skipped)
+    selected = {name: module for name, module in asked.items() if name in selection.layers or name in structured}
     if not selected:
-        raise ConfigError(f"{where}: the selection is empty: no layer of the model matches {chosen}")
+        reason = f": layer {selection.skipped[0].name!r}: {selection.skipped[0].reason}" if selection.skipped else ""
+        raise ConfigError(f"{where}: the selection is empty: no layer of the model matches {wish.given}{reason}")
     return selected
 
 
-def _unused(modules: Mapping[str, nn.Module], chosen: Mapping[str, Sequence[str]]) -> list[str]:
+def _unused(modules: Mapping[str, nn.Module], given: Mapping[str, Sequence[str]]) -> list[str]:
     """Types and regular expressions that match nothing: a misspelt exclude_op_types excludes nothing in silence."""
-    types = {type(module).__name__ for module in modules.values()}
     unused = []
-    for key, listed in chosen.items():
+    for key, listed in given.items():
         if key.endswith("op_types"):
-            unused += [f"{key} {kind!r}" for kind in listed if kind not in types]
+            found = [kind for kind in listed if not any(matches(kind, "", module) for module in modules.values())]
         elif key.endswith("_re"):
-            unused += [f"{key} {part!r}" for part in listed if not any(re.match(part, name) for name in modules)]
+            found = [part for part in listed if not any(re.match(part, name) for name in modules)]
+        else:
+            found = []
+        unused += [f"{key} {one!r}" for one in found]
     return unused
+
+
+def for_nni(model: nn.Module, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """An entry for one of NNI's own compressors: it chooses by full names, types and regular expressions alone.
+
+    Args:
+        model: Chosen from.
+        entry: Its names may be any patterns of this package.
+        where: Place of the entry, for messages.
+
+    Raises:
+        ConfigError: For an unknown name, an invalid regular expression, or an empty selection.
+    """
+    wish, plain = _Wish(model, entry, where), dict(entry)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for key in ("op_names", "exclude_op_names"):
+        if key in plain:
+            found = {
+                name: module
+                for name, module in modules.items()
+                if any(matches(pattern, name, module) for pattern in plain[key])
+            }
+            plain[key] = [name for name, module in found.items() if name in plain[key] or _has_matrix(module)]
+    if not select_modules_by_config(model, {key: plain[key] for key in wish.given})[0]:
+        raise ConfigError(f"{where}: the selection is empty: no layer of the model matches {wish.given}")
+    return plain
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return getattr(getattr(module, "weight", None), "ndim", 0) >= 2
 
 
 def without_own_keys(config_list: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

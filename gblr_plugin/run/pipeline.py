@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
 import tempfile
 import time
 from collections.abc import Sequence
@@ -475,8 +474,7 @@ def config_list_of(method: Method, settings: RunSettings, task: Any) -> list[dic
     given = settings.config_list if method.config_list is None else method.config_list
     if given is not None:
         return copy.deepcopy(given)
-    patterns = [fnmatch.translate(pattern) for pattern in task.layers]
-    entry: dict[str, Any] = {"op_names_re": patterns, "sparse_ratio": 1 - (settings.budget or 1.0)}
+    entry: dict[str, Any] = {"op_names": list(task.layers), "sparse_ratio": 1 - (settings.budget or 1.0)}
     if settings.allocation is not None:
         entry |= {"global_group_id": "all", "gblr": {"allocation": settings.allocation}}
     return [entry]

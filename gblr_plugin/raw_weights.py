@@ -1,0 +1,77 @@
+"""Multiply-adds of weights by which modules other than layers multiply: attention's projections, experts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from .matrices import WeightMatrix
+
+__all__ = ["RawWeights"]
+
+
+class RawWeights:
+    """Shares out what modules multiply by weights of their own.
+
+    Args:
+        matrices: These weights.
+        model: That holds them.
+        operations: Of torch, that multiply by a weight.
+
+    Attributes:
+        modules: To watch: those that do the multiplying.
+    """
+
+    def __init__(self, matrices: Iterable[WeightMatrix], model: nn.Module, operations: Collection[Any]) -> None:
+        # Attention multiplies by the weight of its output projection without calling it.
+        attention = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+        users: dict[int, nn.Module] = {id(module.out_proj): module for module in attention}
+        self._operations = operations
+        self._used_by: dict[int, list[WeightMatrix]] = {}
+        self._made: Counter[int] = Counter()
+        self.modules: list[nn.Module] = []
+        for matrix in matrices:
+            user = users.get(id(matrix.module), matrix.module)
+            if id(user) not in self._used_by:
+                self.modules.append(user)
+            self._used_by.setdefault(id(user), []).append(matrix)
+
+    def add(
+        self, module: nn.Module, made: Counter[Any], args: Iterable[Any], kwargs: Mapping[str, Any]
+    ) -> Counter[Any]:
+        """Share the products of one call out over the module's weights.
+
+        Those of attention follow from its inputs; those of other modules go to their weights by size.
+
+        Args:
+            module: One of ``modules``.
+            made: FLOPs by operation of the call, without those of layers inside.
+            args: Of the call.
+            kwargs: Of the call.
+
+        Returns:
+            The products with weights among those made.
+        """
+        matrices = self._used_by[id(module)]
+        if isinstance(module, nn.MultiheadAttention):
+            made = Counter({operation: flops for operation, flops in made.items() if operation in self._operations})
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
+            queries, keys, values = (given[name].shape[:-1].numel() for name in ("query", "key", "value"))
+            each = {"q_proj_weight": queries, "k_proj_weight": keys, "v_proj_weight": values, "weight": queries}
+            for matrix in matrices:
+                packed = matrix.entries // 3 * (queries + keys + values)
+                self._made[id(matrix)] += matrix.entries * each.get(matrix.parameter, 0) or packed
+            return made
+        left, entries = made.total() // 2, sum(matrix.entries for matrix in matrices)
+        for matrix in matrices:
+            part = left * matrix.entries // max(entries, 1)  # of what is left: all of it is shared out
+            self._made[id(matrix)] += part
+            left, entries = left - part, entries - matrix.entries
+        return made
+
+    def multiply_adds(self, matrix: WeightMatrix) -> int:
+        """Of one weight, in all calls."""
+        return self._made[id(matrix)]
