@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="a new folder, or one to go on with"
     )
-    compress.add_argument("--layers", nargs="+", metavar="PATTERN", help="default: every layer that can gain")
+    compress.add_argument("--layers", nargs="+", metavar="PATTERN", help="default: all that can gain")
     compress.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN")
     compress.add_argument("--method", default="gblr", help="as gblr_plugin.decompose takes it; default: gblr, the best")
     compress.add_argument("--align", type=int, default=1, metavar="T", help="intervals on multiples of T")

@@ -59,7 +59,7 @@ def check_used(what: str, patterns: Iterable[str], modules: Mapping[str, nn.Modu
         if not any(matches(pattern, name, module) for name, module in modules.items()):
             near = difflib.get_close_matches(pattern, modules, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{what}: {pattern!r} matches {among}{hint}")
+            raise ConfigError(f"{what}: pattern {pattern!r} matches no {among}{hint}")
 
 
 def value_of(table: T | Mapping[str, T], name: str, module: nn.Module, default: T) -> T:

@@ -139,14 +139,14 @@ class _Wish:
             self._names.setdefault(id(module), []).append(name)
         self._include = None if include is None else as_patterns("layers: include", include)
         self._exclude = as_patterns("layers: exclude", exclude)
-        check_used("layers", [*(self._include or ()), *self._exclude], modules, "no module of the model")
+        check_used("layers", [*(self._include or ()), *self._exclude], modules, "module of the model")
         self.default = self._include is None
         asked = {self._names[id(modules[p])][0]: modules[p] for p in self._include or () if p in modules}
         self.named = [name for name, module in asked.items() if not self._matches(self._exclude, module)]
         owners = [matrix.module for matrix in weight_matrices(model)]
         for pattern in self._include or ():
             if pattern not in modules and not any(self._matches([pattern], owner) for owner in owners):
-                raise ConfigError(f"layers: {pattern!r} matches no layer that can be structured; {_ALLOWED}")
+                raise ConfigError(f"layers: pattern {pattern!r} matches no layer that can be structured; {_ALLOWED}")
 
     def _matches(self, patterns: Iterable[str], module: nn.Module) -> bool:
         names = self._names.get(id(module), ())

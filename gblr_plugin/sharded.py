@@ -247,7 +247,7 @@ def _select(
     selection = select_layers(network, settings.include, settings.exclude)
     chosen, splits_of = selection.layers, settings.row_splits
     if isinstance(splits_of, Mapping):
-        check_used(f"{_WHO}: row_splits", splits_of, chosen, "none of the chosen layers")
+        check_used(f"{_WHO}: row_splits", splits_of, chosen, "chosen layer")
     places = {name: (path, key) for path, inside in names.items() for key, name in inside.items()}
     layers = []
     for number, (name, module) in enumerate(chosen.items()):

@@ -109,7 +109,7 @@ QKV = "op_names: [network.blocks.0.attn.qkv]"
         (["--set", "methods.0.options.warmup_stp=3"], "unknown argument 'warmup_stp'; did you mean 'warmup_step'?"),
         (
             config_list("[{op_names: [network.blocks.0.atn.qkv], sparse_ratio: 0.5}]"),
-            "no module named 'network.blocks.0.atn",
+            "pattern 'network.blocks.0.atn",
         ),
         (config_list(f"[{{{QKV}, sparse_ratio: 1.5}}]"), "sparse_ratio must be"),
         (config_list(f"[{{{QKV}, sparse_ratio: -0.5}}]"), "sparse_ratio must be"),

@@ -5,7 +5,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from gblr_plugin import ConfigError, LayerSettings, convert, prepare
 from gblr_plugin.frozen import FrozenLinear
-from gblr_plugin.selection import select_layers
+from gblr_plugin.selection import layer_filter, log_skipped, select_layers
 
 
 class Net(nn.Module):
@@ -129,3 +129,49 @@ def test_converting_before_preparing_says_so_of_a_layer_that_keeps_its_matrix():
     for include in (None, ["0"]):
         with pytest.raises(ConfigError, match="layer '0': it is converted already"):
             prepare(model, include)
+
+
+class Mine(nn.Linear):
+    pass
+
+
+def test_types_and_their_names_mean_subclasses_too_which_are_listed():
+    model = nn.Sequential(nn.Linear(16, 16), Mine(16, 16), nn.Conv1d(16, 16, 3))
+    for include in ([nn.Linear], ["Linear"], ["[01]"]):
+        selection = select_layers(model, include)
+        assert list(selection.layers) == ["0"]
+        assert [one.name for one in selection.skipped] == ["1"]
+    assert names(model, None, [nn.Linear]) == ["2"]
+
+
+def test_shares_are_of_all_weight_matrices():
+    model = nn.ModuleDict({"body": nn.Linear(30, 10), "head": nn.Linear(10, 10), "table": nn.Embedding(50, 10)})
+    (head,) = select_layers(model).skipped
+    assert head.share == 100 / 400
+
+
+def test_equal_reasons_are_one_line_of_the_log(caplog):
+    layers = {f"conv{index}": nn.Conv2d(8, 8, 1, groups=2) for index in range(5)}
+    log_skipped(select_layers(nn.ModuleDict({**layers, "fc1": nn.Linear(16, 16)})).skipped)
+    assert [record.getMessage() for record in caplog.records] == [
+        "left dense: 5 layers, conv0 to conv4 (38.5% of the multiply-adds of one position): convolution with groups=2: "
+        "only groups=1 can be structured"
+    ]
+
+
+def test_a_selection_of_a_tied_head_alone_says_so():
+    model = nn.ModuleDict({"table": nn.Embedding(20, 16), "head": nn.Linear(16, 20, bias=False)})
+    with pytest.raises(ConfigError, match="the selection is empty; layer 'head': it is an output head"):
+        select_layers(model, ["he*"])
+    model["head"].weight = model["table"].weight
+    with pytest.raises(
+        ConfigError, match="the selection is empty; layer 'head': its weight is tied to that of 'table'"
+    ):
+        select_layers(model)
+
+
+def test_a_filter_passes_prepared_layers_too():
+    model = nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(16, 16), "head": nn.Linear(16, 16)})
+    prepare(model, ["a"])
+    passes = layer_filter(model)
+    assert [name for name, module in model.named_modules() if passes(module, name)] == ["a", "b"]

@@ -257,7 +257,7 @@ def test_what_is_refused(source, tmp_path):
         compress_folder(source, tmp_path / "out", CompressSettings(0.5, ("lm_head",)))
     with pytest.raises(ConfigError, match="matches no module"):
         compress_folder(source, tmp_path / "out", CompressSettings(0.5, ("nothing*",)))
-    with pytest.raises(ConfigError, match="row_splits: 'x' matches none"):
+    with pytest.raises(ConfigError, match="row_splits: pattern 'x' matches no chosen layer"):
         compress_folder(source, tmp_path / "out", CompressSettings(0.5, row_splits={"x": 3}))
     with torch.device("meta"):
         other, deeper = network(n_embd=16), network(n_layer=4)

@@ -283,7 +283,7 @@ class GBLRCallback(Callback):
         selection = select_layers(pl_module, self._include, self._exclude)
         log_skipped(selection.skipped)
         if isinstance(self._row_splits, Mapping):
-            check_used("row_splits", self._row_splits, selection.layers, "none of the chosen layers")
+            check_used("row_splits", self._row_splits, selection.layers, "chosen layer")
         splits = {name: value_of(self._row_splits, name, module, 1) for name, module in selection.layers.items()}
         return prepare_layers(
             pl_module, {name: LayerSettings(**self._settings, row_splits=count) for name, count in splits.items()}

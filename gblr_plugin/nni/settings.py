@@ -486,7 +486,7 @@ class _Wish:
         if not any(self.given.get(key) for key in ("op_names", "op_types", "op_names_re")):
             raise ConfigError(f"{where}: give op_names, op_types or op_names_re")
         for key in ("op_names", "exclude_op_names"):
-            check_used(f"{where}: {key}", self.given.get(key, ()), modules, "no module of the model")
+            check_used(f"{where}: {key}", self.given.get(key, ()), modules, "module of the model")
         for key in ("op_names_re", "exclude_op_names_re"):
             for pattern in self.given.get(key, ()):
                 try:

@@ -33,6 +33,9 @@ def raised() -> list[re.Pattern[str]]:
                 found.append(template(node.args[0]))
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "error":
                 found += [template(argument) for argument in node.args]  # located errors of the YAML reader
+            elif isinstance(node, ast.FunctionDef) and node.name == "obstacle":  # ends of a message about a layer
+                returned = [part.value for part in ast.walk(node) if isinstance(part, ast.Return) and part.value]
+                found += [f"layer {VARIES}: {template(value)}" for value in returned]
     parts = [[re.escape(part) for part in text.split(VARIES)] for text in found if text.strip(VARIES)]
     return [re.compile(".*".join(part)) for part in parts]
 

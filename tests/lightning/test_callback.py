@@ -275,7 +275,7 @@ def test_row_splits_may_differ_by_layer(make_module, make_trainer):
 
 
 def test_row_splits_of_no_layer_are_an_error(make_module, make_trainer):
-    with pytest.raises(ConfigError, match=r"'net\.qkv' matches none"):
+    with pytest.raises(ConfigError, match=r"'net\.qkv' matches no chosen layer"):
         make_trainer([driver(row_splits={"net.qkv": 3})]).fit(make_module())
 
 

@@ -101,10 +101,10 @@ def test_initialisers_that_need_a_budget_start_at_the_goal_unless_told(model: nn
         ({"sparse_ratio": 0.5, "exclude": True}, "all entries exclude"),
         (
             {"sparse_ratio": 0.5, "op_names": ["fc22"]},
-            "op_names: 'fc22' matches no module of the model; did you mean 'fc2'",
+            "op_names: pattern 'fc22' matches no module of the model; did you mean 'fc2'",
         ),
         ({"sparse_ratio": 0.5, "op_names": "fc2"}, "op_names must be a list of strings"),
-        ({"sparse_ratio": 0.5, "exclude_op_names": ["fc9"]}, "exclude_op_names: 'fc9' matches no module"),
+        ({"sparse_ratio": 0.5, "exclude_op_names": ["fc9"]}, "exclude_op_names: pattern 'fc9' matches no module"),
         ({"sparse_ratio": 0.5, "exclude_op_names": ["fc2"]}, "the selection is empty"),
         ({"sparse_ratio": 0.5, "op_names_re": ["("]}, "is no regular expression"),
     ],
