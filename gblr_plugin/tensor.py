@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode, return_and_c
 
 from .errors import ConfigError, GBLRError
 from .frozen import ALWAYS
-from .kernels import product
+from .kernels import fit, product
 from .kernels.compiled import missing
+from .kernels.costs import Costs
 from .kernels.layout import Block, Layout, narrowed, pack_for, quantize, to_dense, unpack
 from .kernels.measure import is_stale, measured_plan
 from .kernels.plan import BUCKETS, Plan, fixed_plan, predicted_cost
@@ -173,9 +174,10 @@ class GBLRTensor(TorchAOBaseTensor):
         Args:
             matrix: The (m, n) weight; its dtype and device are kept, components without cost are dropped.
             shape: Outer shape; (m, n) by default, (c_out, c_in, k...) with c_in * prod(k) = n for a convolution.
-            plan: ``None`` or ``"fixed"``: by the cost model. ``"factors"``: the same, but never the matrix beside the
-                factors, so less memory. ``"auto"``: measured here and now (with factors as they are, also if they
-                become int8). Or a plan.
+            plan: ``None`` or ``"fixed"``: by the cost model, whose numbers are measured once per machine, dtype and
+                number of threads (:mod:`~gblr_plugin.kernels.fit`). ``"factors"``: the same, but never the matrix
+                beside the factors, so less memory. ``"auto"``: measured here and now (with factors as they are, also
+                if they become int8). Or a plan.
             factor_dtype: ``None`` keeps the factors; ``"int8"`` rounds them, see :meth:`quantize`.
 
         Raises:
@@ -201,7 +203,7 @@ class GBLRTensor(TorchAOBaseTensor):
             plan = measured_plan(matrix, int8=int8)
         elif plan is None or plan in ("fixed", "auto"):
             # The time of a convolution depends on the size of its input: its plan follows from the cost model.
-            plan = fixed_plan(matrix, taps, int8)
+            plan = fixed_plan(matrix, taps, int8, costs=_costs_here)
         elif plan == "factors":
             plan = fixed_plan(matrix, taps, int8, beside=False)
         if not isinstance(plan, Plan):
@@ -320,6 +322,14 @@ def _set_state(weight: GBLRTensor, state: dict[str, Any]) -> None:
     # A file may claim any shape; where dense is faster, the factors are a good part of the matrix.
     believable = prod(weight.packing.shape) <= _MOST_UNPACKED * max(weight.factors.numel(), 4096)
     weight.matrix, weight.dense_elements = weight._own_matrix() if believable else None, weight._dense_elements()
+
+
+def _costs_here(device: torch.device, dtype: torch.dtype, kernel: str) -> Costs:
+    def make(matrix: StructuredMatrix, shape: tuple[int, ...], plan: Plan) -> GBLRTensor:
+        weight: GBLRTensor = GBLRTensor.from_structured(matrix, shape=shape, plan=plan)
+        return weight
+
+    return fit.costs_here(device, dtype, kernel, make)
 
 
 GBLRTensor.__setstate__ = _set_state  # torchao puts its own in place of a class's

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from gblr_plugin.kernels import plan
+
+os.environ["GBLR_FIT_COSTS"] = (
+    "0"  # plans follow from the recorded costs, here and in child processes: as on any machine
+)
 
 
 @pytest.fixture(autouse=True)

@@ -67,7 +67,7 @@ def test_without_a_compiled_kernel_dense_is_taken_more_often(flops: float, monke
 
 @needs_numba
 def test_no_matrix_where_structure_loses_nowhere() -> None:
-    for size in (256, 512, 768):
+    for size in (512, 768, 1024):
         assert GBLRTensor.from_structured(random_structure(size, size, 0.25)).matrix is None
     assert fixed_plan(random_structure(512, 512, 0.75)).keeps_matrix
 

@@ -92,7 +92,7 @@ def attention_mask(batch: Any) -> Tensor | None:
     return None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Calibration:
     """Training batches and how the model takes them.
 

@@ -17,8 +17,9 @@ import numba
 from numba import types
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.ccallback import CFunc
+from numba.core.registry import cpu_target
 
-__all__ = ["compiled", "worker"]
+__all__ = ["compiled", "identity", "worker"]
 
 _SOURCES = (
     "compile_cache.py",
@@ -48,6 +49,12 @@ def _digest() -> str:
 
 
 _DIGEST = _digest()  # now, while the sources are those that are being imported
+
+
+def identity() -> str:
+    """What compiled kernels depend on: their sources, the compiler, the processor that it compiles for."""
+    target = hashlib.sha256(repr(cpu_target.target_context.codegen().magic_tuple()).encode()).hexdigest()[:16]
+    return f"{_DIGEST} {target}"
 
 
 class _Cache(FunctionCache):

@@ -33,6 +33,7 @@ def interleaved_medians(
     seconds: float,
     least: int = 3,
     clock: Callable[[], float] = time.perf_counter,
+    pick: Callable[[list[float]], float] = statistics.median,
 ) -> list[float]:
     """Median time of each call, in seconds; the calls take turns, so that drifts of the machine meet all of them.
 
@@ -42,6 +43,7 @@ def interleaved_medians(
         seconds: About how long to spend on each call.
         least: Smallest number of rounds.
         clock: Where the time comes from; ``time.process_time`` where others use the processor too.
+        pick: What to take of each call's times in place of their median.
     """
 
     def once(call: Callable[[], object]) -> float:
@@ -58,7 +60,7 @@ def interleaved_medians(
     for _ in range(rounds - 1):
         for call, taken in zip(calls, times, strict=True):
             taken.append(once(call))
-    return [statistics.median(taken) for taken in times]
+    return [pick(taken) for taken in times]
 
 
 def circumstances(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:

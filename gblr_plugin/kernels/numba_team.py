@@ -20,7 +20,7 @@ from .numba_cpu import TABLE, TILES, functions
 from .simd import LANES, load_float32, load_int32, load_int64, take_ticket
 from .threads import run_team
 
-__all__ = ["WORTH_THREADS", "kernel_for", "product", "run_product"]
+__all__ = ["WORTH_THREADS", "is_shared", "kernel_for", "product", "run_product"]
 
 WORTH_THREADS = 1 << 20  # multiply-adds from which on sharing tokens pays
 WORTH_ROUNDS = 1 << 22  # the same for sharing blocks, in two rounds
@@ -153,6 +153,24 @@ def _block_workers(int8: bool, narrow: bool) -> tuple[Any, Any]:
     return by_entries, by_pieces
 
 
+def _by_tokens(dtype: torch.dtype, tokens: int, threads: int) -> bool:
+    """Whether threads share the tokens, and not the blocks."""
+    return dtype == torch.bfloat16 or tokens >= threads * LANES * TILES
+
+
+def is_shared(dtype: torch.dtype, tokens: int, entries: int, threads: int) -> bool:
+    """Whether a product is worth more than one thread.
+
+    Args:
+        dtype: Of x.
+        tokens: Rows of x.
+        entries: Of the factors, as stored.
+        threads: As many as there are.
+    """
+    least = WORTH_THREADS if _by_tokens(dtype, tokens, threads) else WORTH_ROUNDS
+    return threads > 1 and tokens * entries >= least
+
+
 def product(
     x: Tensor,
     factors: Tensor,
@@ -224,11 +242,10 @@ def run_product(
     threads = torch.get_num_threads()
     if not tokens:
         return
-    by_tokens = half or tokens >= threads * LANES * TILES
-    if threads == 1 or tokens * factors.numel() < (WORTH_THREADS if by_tokens else WORTH_ROUNDS):
+    if not is_shared(x.dtype, tokens, factors.numel(), threads):
         run(*arguments)
         return
-    if by_tokens:
+    if _by_tokens(x.dtype, tokens, threads):
         data = np.array([0, threads, *arguments, x.itemsize], np.int64)
         variant = f"{'bfloat16' if half else 'int8' if int8 else 'float32'}{'_narrow' if narrow else ''}"
         run_team(_token_worker(variant, run), data.ctypes.data, threads)

@@ -1,25 +1,26 @@
 """Plans: which storage and which kernel multiply by a structured weight, per number of tokens.
 
-A plan comes from the cost model alone (same structure, same plan; nothing is timed) or from a measurement, see
-:mod:`~gblr_plugin.kernels.measure`.
+A plan comes from the cost model, whose numbers are measured once per machine (:mod:`~gblr_plugin.kernels.fit`), or from
+a measurement of the weight itself (:mod:`~gblr_plugin.kernels.measure`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from typing import NamedTuple
+
+import torch
 
 from ..errors import ConfigError
 from ..structure import Intervals, StructuredMatrix
 from .compiled import WIDEST, available
+from .costs import BUCKETS, Costs, Stored, recorded
 from .layout import GROUP, Layout, active_counts, is_narrow
 from .product import KERNELS
 
-__all__ = ["BUCKETS", "Plan", "candidates", "dense_plan", "fixed_plan", "predicted_cost"]
+__all__ = ["BUCKETS", "CostsOf", "Plan", "candidates", "dense_plan", "fixed_plan", "predicted_cost", "stored_as"]
 
 BLOCKS = (16, 32, 64, 128, 256, 512)
-BUCKETS = (1, 2, 4, 16, 64, 256, 1024)  # tokens; a kernel is chosen for each
 # Bytes of a layout over those of the bare factors; torch needs as many components in every block.
 MEMORY = {"compiled": 1.15, "blocks": 1.55}
 MATRIX = 1 << 20  # bytes of a dense matrix that one launch multiplies by as fast as two launches by its factors
@@ -27,52 +28,9 @@ MATRIX = 1 << 20  # bytes of a dense matrix that one launch multiplies by as fas
 # too; one more block.
 MOVE = {"compiled": {4: (0.5, 1.5), 2: (7.0, 5.0)}, "blocks": {8: (25.0, 25.0), 4: (50.0, 50.0), 2: (65.0, 65.0)}}
 CALL = 50.0
-# Dense is taken from this predicted time of the structured product over its time on; the matrix is kept for one above
-# the second number, at some number of tokens.
-DOUBT, LOSS = 0.95, 1.03
-FAR = 3 << 20  # bytes from which on a weight comes from beyond the second-level cache
-TILE = 16  # tokens that the compiled kernel takes together
-# In bfloat16 it weaves blocks of rows that are multiples of this into pairs; entries of others take so much longer.
-WOVEN, UNWOVEN = 32, 1.4
-
-
-class _Speed(NamedTuple):
-    """Times of a product in microseconds, fitted to measurements on one thread of a processor with AVX-512."""
-
-    start: float
-    near: float  # a thousand stored entries, read once; the same from beyond the second-level cache
-    far: float
-    token: float = 0.0  # a thousand entries, each token
-    lists: float = 0.0  # a thousand entries of lists, once and each token
-    listed: float = 0.0
-    edge: float = 0.0  # a thousand elements of x and y, laid out anew
-
-    def time(self, entries: int, nbytes: int, tokens: float, listed: int = 0, edges: int = 0) -> float:
-        read = self.far if nbytes > FAR else self.near
-        once, each = entries * read + listed * self.lists, entries * self.token + listed * self.listed
-        return self.start + (once + tokens * (each + edges * self.edge)) / 1000
-
-
-# By bytes of an element: of one token, and of more.
-DENSE = {
-    8: (_Speed(6.4, 0.18, 0.32), _Speed(6.4, 0.25, 0.4, 0.044)),
-    4: (_Speed(6.4, 0.09, 0.16), _Speed(6.4, 0.125, 0.2, 0.0222)),
-    2: (_Speed(28.4, 0.09, 0.13, 0.0101), _Speed(28.4, 0.09, 0.13, 0.0101)),
-}
-OURS = {
-    "compiled": {
-        4: (_Speed(9.35, 0.066, 0.13, lists=0.6), _Speed(9.4, 0.03, 0.1, 0.0209, 0.0, 0.0155, 0.18)),
-        2: (_Speed(13.0, 0.028, 0.07, lists=1.8), _Speed(13.9, 0.046, 0.15, 0.0095, 0.6, 0.075, 0.124)),
-    },
-    "blocks": {
-        8: (_Speed(95.0, 0.6, 0.7), _Speed(110.0, 0.6, 0.6, 0.043, 10.4, 1.1)),
-        4: (_Speed(95.0, 0.33, 0.4), _Speed(110.0, 0.3, 0.3, 0.0213, 10.4, 1.07)),
-        2: (_Speed(150.0, 0.28, 0.28, lists=7.0), _Speed(200.0, 0.27, 0.27, 0.0108, 6.1, 0.7)),
-    },
-}
-TINY = 8192, 6.5  # multiply-adds of a product in bfloat16 up to which torch starts in so many microseconds
-# Of a thousand elements that a convolution unfolds, or only copies where it is pointwise; of a block of torch's.
-UNFOLD, COPY, CONVOLVE = 3.0, 1.6, 20.0
+# The matrix is kept where the structured product is foreseen to take more than the first share of the dense one's time,
+# at some number of tokens; dense then is taken above the second. Times are foreseen to a tenth or so.
+LOSS, DOUBT = 0.95, 0.85
 
 
 @dataclass(frozen=True)
@@ -313,44 +271,51 @@ def candidates(
     return sorted(plans, key=lambda plan: plan.predicted)
 
 
-def _slowness(plan: Plan, matrix: StructuredMatrix, taps: int | None) -> Callable[[int], float]:
-    """What time the structured product of so many tokens is foreseen to take over the dense one's.
+CostsOf = Callable[[torch.device, torch.dtype, str], Costs]
+"""Costs of products on a device, in a dtype, by a kernel."""
+
+
+def stored_as(plan: Plan, matrix: StructuredMatrix, taps: int | None) -> Stored:
+    """The matrix as the plan stores it.
 
     Args:
         plan: Storage, and the kernel of many tokens.
         matrix: The weight.
         taps: Of a convolution, ``prod(kernel)``; ``None`` for a linear weight.
     """
-    matrix, kernel = matrix.live(), plan.kernels[-1][1]
-    (m, n), item, even = matrix.shape, matrix.u.element_size(), plan.even and taps is None
-    if matrix.u.is_cuda:  # nothing measured
-        return lambda tokens: 2.0 if m * n * item <= MATRIX else 0.0
+    matrix, even = matrix.live(), plan.even and taps is None
     rows = active_counts(matrix.rows, plan.block_rows, matrix.split_sizes, even)
     cols = active_counts(matrix.cols, plan.block_cols, (matrix.num_components,), even)
-    unwoven = kernel == "compiled" and item == 2 and plan.block_rows % WOVEN
-    entries = sum(width * count for width, count in cols)
-    entries += int(sum(width * count for width, count in rows) * (UNWOVEN if unwoven else 1))
-    whole = max(len(rows), len(cols)) == 1  # all components in one block: nothing to gather
-    listed = 0 if whole else sum(count for _, count in (*rows, *cols))
-
-    def slowness(tokens: int) -> float:
-        many = tokens > 1
-        dense = DENSE[item][many].time(m * n, m * n * item, tokens)
-        if item == 2 and m * n * tokens <= TINY[0]:
-            dense = TINY[1]
-        run = (tokens + -(-tokens // TILE) * TILE) / 2 if many and kernel == "compiled" else tokens
-        ours = OURS[kernel][item][many].time(entries, entries * item, run, listed, m + n)
-        if taps is not None and kernel == "compiled":
-            ours += (UNFOLD if taps > 1 else COPY) * n * tokens / 1000
-        elif taps is not None:
-            ours += CONVOLVE * (len(rows) + len(cols))
-        return ours / dense
-
-    return slowness
+    return Stored(matrix.shape, rows, cols, matrix.u.dtype, plan.kernels[-1][1], taps)
 
 
-def fixed_plan(matrix: StructuredMatrix, taps: int | None = None, int8: bool = False, beside: bool = True) -> Plan:
-    """The plan that the cost model prefers; no timing: same structure, dtype and installed packages, same plan.
+def _slowness(plan: Plan, matrix: StructuredMatrix, taps: int | None, costs: CostsOf) -> Callable[[int], float]:
+    """What time the structured product of so many tokens is foreseen to take over the dense one's.
+
+    Tests put a constant in its place, to have structured kernels (0.0) or dense ones (2.0) throughout.
+
+    Args:
+        plan: Storage, and the kernel of many tokens.
+        matrix: The weight.
+        taps: Of a convolution, ``prod(kernel)``; ``None`` for a linear weight.
+        costs: Where the times come from.
+    """
+    shape, factors = matrix.shape, matrix.u
+    if factors.is_cuda:  # nothing measured
+        small = shape[0] * shape[1] * factors.element_size() <= MATRIX
+        return lambda tokens: 2.0 if small else 0.0
+    here, stored = costs(factors.device, factors.dtype, plan.kernels[-1][1]), stored_as(plan, matrix, taps)
+    return lambda tokens: here.slowness(stored, tokens)
+
+
+def fixed_plan(
+    matrix: StructuredMatrix,
+    taps: int | None = None,
+    int8: bool = False,
+    beside: bool = True,
+    costs: CostsOf = recorded,
+) -> Plan:
+    """The plan that the cost model prefers: same structure, dtype and costs, same plan.
 
     Args:
         matrix: The weight.
@@ -358,6 +323,7 @@ def fixed_plan(matrix: StructuredMatrix, taps: int | None = None, int8: bool = F
         int8: As in :func:`candidates`. Factors are made so for the memory, and nothing lies beside them.
         beside: Let the matrix lie beside the factors, where it is foreseen to be faster at some number of tokens. It
             then is taken wherever structure saves nothing worth speaking of.
+        costs: Times of products; the recorded ones by default, which are the same everywhere.
 
     Returns:
         Blocks; dense storage where the factors cost no less than the dense matrix.
@@ -368,7 +334,7 @@ def fixed_plan(matrix: StructuredMatrix, taps: int | None = None, int8: bool = F
     best = candidates(matrix, taps, int8=int8)[0]
     if int8 or not beside:
         return best
-    slowness, many, kernel = _slowness(best, matrix, taps), BUCKETS[-1], best.kernels[-1][1]
+    slowness, many, kernel = _slowness(best, matrix, taps, costs), BUCKETS[-1], best.kernels[-1][1]
     buckets = BUCKETS if taps is None else (many,)
     found = [slowness(tokens) for tokens in buckets]
     if max(found) <= LOSS:

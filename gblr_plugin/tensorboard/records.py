@@ -80,7 +80,7 @@ class LayerShape:
         return self.rows * self.cols
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class StepRecord:
     """All layers at one step, without their intervals.
 
@@ -103,7 +103,7 @@ class StepRecord:
     loss: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class LayerRecord:
     """The structure of one layer at one step.
 

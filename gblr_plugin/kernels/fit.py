@@ -1,0 +1,249 @@
+"""Costs of products measured on the machine itself, once per processor, dtype, kernel and number of threads.
+
+They are kept in the user's cache folder: ``gblr_plugin`` in ``XDG_CACHE_HOME``, which is ``~/.cache`` by default.
+``GBLR_FIT_COSTS=0`` in the environment measures nothing and takes the recorded costs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..files import write_text
+from ..progress import track
+from ..structure import Intervals, StructuredMatrix
+from .costs import BUCKETS, CASES, PLACES, Costs, Stored, case_of, recorded
+from .measure import circumstances, interleaved_medians
+from .plan import Plan, candidates, stored_as
+
+__all__ = ["Make", "costs_here"]
+
+SECONDS = 1.5  # from which on no more passes are made
+PATIENCE = 60.0  # seconds to wait for another process that measures
+# Microseconds of a dense product: beyond the first it is timed in one round, beyond the second with no more tokens.
+SLOW, SLOWEST = 1000.0, 3000.0
+ROUNDS = 3  # of each other measurement
+PASSES = 12  # over all that is quick, so that what disturbs one pass does not disturb all
+# Weights of linear layers and convolutions, and structures of each: relative FLOPs and tile.
+SHAPES: tuple[tuple[int, ...], ...] = (
+    *((32, 32), (64, 64), (128, 128), (256, 256), (512, 512), (1024, 256), (256, 1024), (1024, 1024), (2048, 2048)),
+    *((32, 32, 1, 1), (64, 64, 1, 1), (128, 128, 1, 1), (256, 256, 1, 1), (512, 512, 1, 1)),
+    *((16, 16, 3, 3), (32, 32, 3, 3), (64, 64, 3, 3), (128, 128, 3, 3), (256, 256, 3, 3)),
+)
+STRUCTURES = ((0.15, 1), (0.15, 32), (0.5, 1))
+
+Make = Callable[[StructuredMatrix, tuple[int, ...], Plan], Tensor]
+"""Of a matrix, the shape of the weight and a plan: the weight that modules hold."""
+
+_logger = logging.getLogger(__name__)
+_CPU = torch.device("cpu")
+_known: dict[tuple[object, ...], Costs] = {}
+
+
+class _Cell:
+    """One shape in one case: a dense layer and structured ones, with the least times so far in microseconds."""
+
+    def __init__(self, case: str, entries: int, layers: list[nn.Module], x: Tensor, found: list[tuple[float, ...]]):
+        self.case, self.entries, self.features = case, entries, found
+        self.calls: list[Callable[[], object]] = [lambda layer=layer: layer(x) for layer in layers]  # type: ignore[misc]  # binds
+        self.times = [math.inf] * len(layers)
+
+    def take(self, clock: Callable[[], float], rounds: int = ROUNDS) -> None:
+        """Time each structured layer in turns with the dense one; more of them would drive its weight from the caches.
+
+        What is least of all times was disturbed least.
+        """
+        dense, *others = self.calls
+        for number, call in enumerate(others, 1):
+            for at, taken in zip(
+                (0, number), interleaved_medians([dense, call], _CPU, 0.0, rounds, clock, min), strict=True
+            ):
+                self.times[at] = min(self.times[at], 1e6 * taken)
+
+
+def costs_here(device: torch.device, dtype: torch.dtype, kernel: str, make: Make) -> Costs:
+    """Costs on this machine: known, kept in a file, or measured now, which takes up to two seconds.
+
+    Processes wait for one another, so that one of them measures, undisturbed. A file that cannot be read or written is
+    named in the log, and costs nothing but time.
+
+    Args:
+        device: Only the CPU is measured; others take the recorded costs.
+        dtype: Of factors and inputs.
+        kernel: ``"compiled"`` or ``"blocks"``.
+        make: Makes the weights to time.
+    """
+    if device.type != "cpu" or os.environ.get("GBLR_FIT_COSTS", "1") == "0":
+        return recorded(device, dtype, kernel)
+    facts = _facts(device, dtype, kernel)
+    key = tuple(facts.values())
+    if key not in _known:
+        _known[key] = _kept_or_fitted(facts, lambda: _fitted_apart(dtype, kernel, make))
+    return _known[key]
+
+
+def _facts(device: torch.device, dtype: torch.dtype, kernel: str) -> dict[str, str | int]:
+    """What a measurement holds for."""
+    compiler = ""
+    if kernel == "compiled":
+        from .compile_cache import identity  # needs numba
+
+        compiler = identity()
+    return {**circumstances(device, dtype), "kernel": kernel, "torch": torch.__version__, "compiler": compiler}
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gblr_plugin"
+
+
+def _kept_or_fitted(facts: dict[str, str | int], fit: Callable[[], Costs]) -> Costs:
+    """The costs in the file of these facts, or those of ``fit``, which then go there."""
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    name, costs = f"costs-{facts['dtype']}-{facts['kernel']}-{facts['threads']}-{digest}.json", None
+    try:
+        path = _folder() / name
+        costs = _read(path)
+        if costs is not None:
+            return costs
+        import filelock  # takes a while to import
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{path}.lock", timeout=PATIENCE):
+            costs = _read(path, damaged="measured anew") or fit()
+            write_text(path, json.dumps({**facts, **costs.to_dict()}, indent=1))
+    except (OSError, RuntimeError) as error:  # of the folder, its disk or the lock; or there is no home
+        _logger.warning("costs of products are measured and not kept: %s", error)
+    return fit() if costs is None else costs
+
+
+def _read(path: Path, damaged: str | None = None) -> Costs | None:
+    try:
+        return Costs.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        if damaged is not None:
+            _logger.warning("costs of products: %s is damaged (%s) and %s", path, error, damaged)
+    return None
+
+
+def _fitted_apart(dtype: torch.dtype, kernel: str, make: Make) -> Costs:
+    """In a thread of its own: modes, autocast and default devices of the caller's do not reach it."""
+    with ThreadPoolExecutor(1, thread_name_prefix="gblr") as pool:
+        return pool.submit(copy_context().run, _fitted, dtype, kernel, make).result()
+
+
+@torch.no_grad()
+def _fitted(dtype: torch.dtype, kernel: str, make: Make) -> Costs:
+    cells = _measured(dtype, kernel, make)
+    dense, ours = {}, {}
+    for case in CASES:
+        own = [cell for cell in cells if cell.case == case]
+        fastest: dict[int, float] = {}
+        for cell in own:
+            fastest[cell.entries] = min(cell.times[0], fastest.get(cell.entries, math.inf))
+        dense[case] = tuple(sorted(fastest.items()))
+        ours[case] = _coefficients([pair for cell in own for pair in zip(cell.features, cell.times[1:], strict=True)])
+    return Costs(torch.get_num_threads(), dense, ours)
+
+
+def _coefficients(found: list[tuple[tuple[float, ...], float]]) -> tuple[float, ...]:
+    """What features add to times: least squares of relative errors, none below 0."""
+    wanted = np.array([row for row, _ in found]) / np.array([[time] for _, time in found])
+    used = list(range(wanted.shape[1]))
+    while True:
+        solution = np.linalg.lstsq(wanted[:, used], np.ones(len(found)), rcond=None)[0]
+        parts = solution * np.linalg.norm(wanted[:, used], axis=0)
+        if parts.min() >= 0 or len(used) == 1:
+            break
+        used.pop(int(parts.argmin()))
+    result = np.zeros(wanted.shape[1])
+    result[used] = solution.clip(min=0)
+    return tuple(result.tolist())
+
+
+def _measured(dtype: torch.dtype, kernel: str, make: Make) -> list[_Cell]:
+    """Time modules as conversion leaves them, all once, and the quick ones again and again."""
+    threads = torch.get_num_threads()
+    # Where the time of one thread can be had exactly, other work on the machine does not disturb it.
+    exact = threads == 1 and time.get_clock_info("thread_time").resolution <= 1e-6
+    clock = time.thread_time if exact else time.perf_counter
+    _layers(SHAPES[0], dtype, kernel, make)[0][-1](_inputs(SHAPES[0], dtype)[0][1])  # compiles the kernel, or loads it
+    end, cells = clock() + SECONDS, []
+    for shape in track(SHAPES, "timing products on this machine"):
+        (layers, stored), slow = _layers(shape, dtype, kernel, make), False
+        for case, x in _inputs(shape, dtype):
+            tokens = PLACES**2 if len(shape) > 2 else len(x)
+            cells.append(_Cell(case, prod(shape), layers, x, [each.features(tokens, threads) for each in stored]))
+            cells[-1].take(clock, 1 if slow else ROUNDS)
+            slow = cells[-1].times[0] > SLOW
+            if cells[-1].times[0] > SLOWEST:
+                break
+    quick = [cell for cell in cells if sum(cell.times) < SLOW]
+    for _ in range(PASSES):
+        for cell in quick:
+            if clock() > end:
+                return cells
+            cell.take(clock)
+    return cells
+
+
+def _inputs(shape: tuple[int, ...], dtype: torch.dtype) -> list[tuple[str, Tensor]]:
+    """The cases of a weight, each with an input."""
+    if len(shape) > 2:
+        return [(case_of(prod(shape[2:]), 0), torch.ones(1, shape[1], PLACES, PLACES, dtype=dtype))]
+    return [(case_of(None, tokens), torch.ones(tokens, shape[1], dtype=dtype)) for tokens in BUCKETS]
+
+
+def _module(weight: Tensor) -> nn.Module:
+    m, n = weight.shape[:2]
+    module: nn.Linear | nn.Conv2d
+    if weight.dim() > 2:
+        module = nn.Conv2d(n, m, weight.shape[2], padding=weight.shape[2] // 2, device="meta")
+    else:
+        module = nn.Linear(n, m, device="meta")
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    module.bias = nn.Parameter(torch.zeros(m, dtype=weight.dtype), requires_grad=False)
+    return module
+
+
+def _layers(
+    shape: tuple[int, ...], dtype: torch.dtype, kernel: str, make: Make
+) -> tuple[list[nn.Module], list[Stored]]:
+    """A dense layer, structured ones, and how these are stored."""
+    m, n, taps = shape[0], prod(shape[1:]), prod(shape[2:]) if len(shape) > 2 else None
+    layers, found = [_module(torch.full(shape, 0.5, dtype=dtype))], []
+    for share, tile in STRUCTURES:
+        if tile > min(m, n) // 2:
+            continue
+        matrix = _structure(m, n, share, tile, dtype)
+        plan = candidates(matrix, taps, kernel)[0]
+        layers.append(_module(make(matrix, shape, plan)))
+        found.append(stored_as(plan, matrix, taps))
+    return layers, found
+
+
+def _structure(m: int, n: int, share: float, tile: int, dtype: torch.dtype) -> StructuredMatrix:
+    """Components of widths up to half an axis, at any place, in whole tiles; no random numbers are drawn."""
+    number = torch.arange(max(round(share * 4 * m * n / (m + n)), 1), dtype=torch.float64)
+
+    def intervals(length: int, step: float) -> Intervals:
+        steps = length // tile
+        width = (number * step % 1 * (steps // 2)).long() + 1
+        return Intervals(width * tile, (number * (step + 0.1) % 1 * steps).long() * tile, length)
+
+    u, v = (torch.full((len(number), size), 0.5, dtype=dtype) for size in (m, n))
+    return StructuredMatrix.from_factors(u, v, intervals(m, 0.618), intervals(n, 0.755))
