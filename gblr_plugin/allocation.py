@@ -44,7 +44,7 @@ SMALLEST = 1.25
 Bounds = Mapping[str, tuple[float, float]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Curve:
     """What spending more on a layer gains.
 

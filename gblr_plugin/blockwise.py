@@ -63,7 +63,7 @@ def mask_reach(n: int, sigma: float | None) -> int:
     return reach if 2 * reach < n else n
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """A range of one axis and the components that are active in it.
 
@@ -119,7 +119,7 @@ def active_blocks(width: Tensor, start: Tensor, length: int, reach: int, skip: T
     ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MaskedAxis:
     """One axis of a layer: its blocks, and what makes the masks of its components.
 

@@ -21,7 +21,7 @@ from .errors import ConfigError
 __all__ = ["Intervals", "StructuredMatrix", "multiply_adds"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Intervals:
     """Cyclic intervals of K components along one axis.
 
@@ -93,7 +93,7 @@ def multiply_adds(row_width: Tensor, col_width: Tensor) -> Tensor:
     return torch.where((row_width > 0) & (col_width > 0), row_width + col_width, torch.zeros_like(row_width))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StructuredMatrix:
     """An (m, n) GBLR matrix: factors and the integer intervals on which they live.
 

@@ -1,5 +1,6 @@
 """The package as a user meets it: what importing does, which names there are, what works without the hosts."""
 
+import ast
 import os
 import pkgutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import gblr_plugin
 
@@ -137,3 +139,48 @@ def test_unknown_name_is_an_attribute_error():
 def test_config_error_is_a_value_error():
     assert issubclass(gblr_plugin.ConfigError, ValueError)
     assert issubclass(gblr_plugin.ConfigError, gblr_plugin.GBLRError)
+
+
+def dataclasses_of_the_package():
+    """(file and name, decorator, annotations of the fields) of every dataclass, also where a host is not installed."""
+    package = Path(gblr_plugin.__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            for decorator in getattr(node, "decorator_list", ()):
+                called = decorator.func if isinstance(decorator, ast.Call) else decorator
+                if ast.unparse(called).rpartition(".")[2] == "dataclass":
+                    fields = [part.annotation for part in node.body if isinstance(part, ast.AnnAssign)]
+                    yield f"{file.relative_to(package)}:{node.name}", decorator, fields
+
+
+def holds_arrays(annotation):
+    """Whether an annotation names a tensor or an array, but as an argument or result of a function."""
+    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Callable":
+        return False
+    if isinstance(annotation, ast.Name | ast.Attribute):
+        return ast.unparse(annotation).rpartition(".")[2] in ("Tensor", "Parameter", "NDArray", "ndarray")
+    return any(map(holds_arrays, ast.iter_child_nodes(annotation)))
+
+
+def test_dataclasses_that_hold_tensors_are_compared_by_identity():
+    """The ``==`` that a dataclass gets by default asks for the truth of a tensor of truths, which is an error."""
+    found = [
+        (name, decorator) for name, decorator, fields in dataclasses_of_the_package() if any(map(holds_arrays, fields))
+    ]
+    assert len(found) > 20
+    wrong = [
+        name
+        for name, decorator in found
+        if not any(
+            word.arg == "eq" and ast.unparse(word.value) == "False" for word in getattr(decorator, "keywords", ())
+        )
+    ]
+    assert wrong == []
+
+
+def test_matrices_can_be_compared_and_kept_in_sets():
+    one, two = (gblr_plugin.decompose(torch.ones(8, 6), 0.5) for _ in range(2))
+    assert {one} == {one}
+    assert one != two
+    assert one.rows != two.rows
+    assert len({one, two, one}) == 2

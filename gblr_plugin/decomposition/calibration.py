@@ -92,7 +92,7 @@ def attention_mask(batch: Any) -> Tensor | None:
     return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """Training batches and how the model takes them.
 

@@ -27,7 +27,7 @@ SUMS = 16
 """Multiply-adds in the time that an entry of running sums takes."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Side:
     """Factors of all components along one axis, (r, N), and the cells that they live on, (r,) int64 each."""
 

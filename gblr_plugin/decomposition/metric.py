@@ -20,7 +20,7 @@ DAMPING = 1e-3
 """Default damping of a second moment, as a fraction of its mean diagonal."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Metric:
     """Norm of an (m, n) error matrix E: ``||R^T E L||_F``, with damped second moments ``R R^T`` and ``L L^T``.
 

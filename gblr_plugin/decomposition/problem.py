@@ -53,7 +53,7 @@ class Grid:
         return self.intervals((self.cells - index).clamp(min=0), index.clamp(max=self.cells - 1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """One unsplit matrix to decompose.
 

@@ -44,7 +44,7 @@ WIDE = 512
 """Columns from which the gains in a metric use a lower bound instead of an inverse of the moment on the interval."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _State:
     """Local blocks u (K, m), v (K, n) and bases of the low-rank part.
 

@@ -23,7 +23,7 @@ CONFINE = 3
 """A candidate may grow to this many times its tile before it is compared with the others."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Blocks:
     """K rank-1 blocks: row factors (K, m), unit column factors (K, n), and where they live."""
 

@@ -15,7 +15,7 @@ from .problem import Grid
 __all__ = ["Spans", "best_spans", "cell_sums", "joint_gains"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Spans:
     """K intervals of an axis in units of grid cells.
 

@@ -31,7 +31,7 @@ CHUNK_ENTRIES = 1 << 24
 """Largest number of entries gathered at once."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Windows:
     """r components of one factor, each zero on a window.
 

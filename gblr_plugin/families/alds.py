@@ -21,7 +21,7 @@ __all__ = ["Alds"]
 _CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Choice:
     """One number of parts of one layer: what each rank costs and how large its error can be."""
 

@@ -80,7 +80,7 @@ class LayerShape:
         return self.rows * self.cols
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepRecord:
     """All layers at one step, without their intervals.
 
@@ -103,7 +103,7 @@ class StepRecord:
     loss: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerRecord:
     """The structure of one layer at one step.
 
