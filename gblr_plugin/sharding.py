@@ -62,7 +62,8 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
         return True
     # A sum is finite only if all entries are, and several times cheaper; a sum that overflowed is looked at closely.
     answer = torch.isfinite(torch.stack([part.sum(dtype=torch.float32).to(parts[0].device) for part in parts])).all()
-    if not bool(answer):
+    finite = bool(answer)
+    if not finite:
         answer = torch.stack([torch.isfinite(part).all().to(parts[0].device) for part in parts]).all()
     shared = next((found for found in map(_mesh_tensor, tensors) if found is not None), None)
     if shared is not None:
@@ -70,7 +71,7 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
         for group in shared.device_mesh.get_all_groups():
             dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
         return bool(least)
-    return bool(answer)
+    return finite or bool(answer)
 
 
 def replicated(tensors: Iterable[Tensor]) -> bool:

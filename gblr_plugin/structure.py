@@ -51,17 +51,28 @@ class Intervals:
             )
         if self.length < 1:
             raise ConfigError(f"intervals: length must be at least 1, got {self.length}")
-        if self.width.numel() and not self.width.is_meta:
-            if bool((self.width < 0).any()) or bool((self.width > self.length).any()):
+        if self.width.is_meta:
+            return
+        wide = (self.width < 0) | (self.width > self.length)
+        outside = (self.start < 0) | (self.start >= self.length)
+        if bool((wide | outside).any()):  # one question, which waits for the device
+            if bool(wide.any()):
                 raise ConfigError(f"intervals: widths must lie in [0, {self.length}]")
-            if bool((self.start < 0).any()) or bool((self.start >= self.length).any()):
-                raise ConfigError(f"intervals: starts must lie in [0, {self.length})")
+            raise ConfigError(f"intervals: starts must lie in [0, {self.length})")
+
+    @classmethod
+    def of_known(cls, width: Tensor, start: Tensor, length: int) -> Intervals:
+        """Intervals that are in range by the way they were computed: nothing is checked, no device is waited for."""
+        made = object.__new__(cls)
+        for name, value in (("width", width), ("start", start), ("length", length)):
+            object.__setattr__(made, name, value)
+        return made
 
     @classmethod
     def full(cls, num_components: int, length: int, device: torch.device | str | None = None) -> Intervals:
         """K intervals that each cover the whole axis."""
         width = torch.full((num_components,), length, dtype=torch.int64, device=device)
-        return cls(width, torch.zeros_like(width), length)
+        return cls.of_known(width, torch.zeros_like(width), length)
 
     @property
     def num_components(self) -> int:
@@ -77,7 +88,7 @@ class Intervals:
 
     def select(self, index: Tensor) -> Intervals:
         """The intervals at ``index`` ((J,) int64 or (K,) bool)."""
-        return Intervals(self.width[index], self.start[index], self.length)
+        return Intervals.of_known(self.width[index], self.start[index], self.length)
 
 
 def multiply_adds(row_width: Tensor, col_width: Tensor) -> Tensor:
@@ -200,7 +211,7 @@ class StructuredMatrix:
         u, v = self.u.to(*args, **kwargs), self.v.to(*args, **kwargs)  # type: ignore[call-overload]  # passes through
 
         def move(part: Intervals) -> Intervals:
-            return Intervals(part.width.to(u.device), part.start.to(u.device), part.length)
+            return Intervals.of_known(part.width.to(u.device), part.start.to(u.device), part.length)
 
         return StructuredMatrix(u, v, move(self.rows), move(self.cols), self.split_sizes)
 

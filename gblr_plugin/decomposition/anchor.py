@@ -38,7 +38,7 @@ def anchored(matrix: StructuredMatrix, tiles: tuple[int, int] = (1, 1)) -> Struc
     def moved(intervals: Intervals, factor: Tensor, tile: int) -> Intervals:
         full = intervals.width == intervals.length
         start = torch.where(full, _best_start(factor, tile), intervals.start)
-        return Intervals(intervals.width, start, intervals.length)
+        return Intervals.of_known(intervals.width, start, intervals.length)
 
     rows = moved(matrix.rows, matrix.u, tiles[0])
     cols = moved(matrix.cols, matrix.v, tiles[1])

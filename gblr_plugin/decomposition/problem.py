@@ -45,7 +45,7 @@ class Grid:
         """Intervals of ``cells`` cells from cell ``start``; both (K,) int64."""
         width = self.widths(cells)
         begin = torch.where((width > 0) & (width < self.length), start * self.tile, torch.zeros_like(start))
-        return Intervals(width, begin % self.length, self.length)
+        return Intervals.of_known(width, begin % self.length, self.length)
 
     def trailing(self, num_components: int, device: torch.device | None = None) -> Intervals:
         """Component k on the indices k .. length, with its start moved down to the grid (width 0 past the end)."""

@@ -482,7 +482,7 @@ def _finished(problem: Problem, state: _State, rank: int, gauged: bool) -> Struc
 
 def _joined(first: StructuredMatrix, second: StructuredMatrix) -> StructuredMatrix:
     def join(a: Intervals, b: Intervals) -> Intervals:
-        return Intervals(torch.cat([a.width, b.width]), torch.cat([a.start, b.start]), a.length)
+        return Intervals.of_known(torch.cat([a.width, b.width]), torch.cat([a.start, b.start]), a.length)
 
     return StructuredMatrix(
         torch.cat([first.u, second.u]),

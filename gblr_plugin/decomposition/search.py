@@ -159,4 +159,4 @@ def _widened(spans: Spans) -> Tensor:
     """(K, cells) bool indicator of the neighbourhood in which a candidate may grow."""
     count = spans.grid.cells
     cells = (spans.cells * CONFINE).clamp(max=count)
-    return Intervals(cells, (spans.start - (cells - spans.cells) // 2) % count, count).support()
+    return Intervals.of_known(cells, (spans.start - (cells - spans.cells) // 2) % count, count).support()

@@ -63,7 +63,7 @@ def _offsets(grid: Grid, count: int) -> range:
 
 
 def _shift(interval: Intervals, offset: int) -> Intervals:
-    return Intervals(interval.width, (interval.start + offset) % interval.length, interval.length)
+    return Intervals.of_known(interval.width, (interval.start + offset) % interval.length, interval.length)
 
 
 def gauge_trapezoids(left: Tensor, right: Tensor, problem: Problem) -> StructuredMatrix | None:

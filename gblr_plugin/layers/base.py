@@ -120,7 +120,7 @@ class GBLRLayer(nn.Module):
 
     def _rounded(self, widths: Tensor, locations: Tensor) -> tuple[Intervals, Intervals]:
         return tuple(  # type: ignore[return-value]  # two entries: rows, columns
-            Intervals(integer_widths(width, n, tile), integer_locations(location, n, tile), n)
+            Intervals.of_known(integer_widths(width, n, tile), integer_locations(location, n, tile), n)
             for width, location, n, tile in zip(widths, locations, self.axis_lengths, self.align, strict=True)
         )
 
