@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -46,44 +47,63 @@ _ONE = [
     _config(64, 64, 4, 3),
     _config(64, 128, 4, 4),
     _config(64, 256, 8, 3),
-    _config(64, 128, 8, 3),
 ]
 _TWO = [
     _config(64, 16, 4, 4),
-    _config(32, 16, 2, 5),
-    _config(32, 64, 4, 4),
+    _config(32, 16, 8, 4),
+    _config(32, 64, 8, 4),
     _config(64, 64, 4, 3),
-    _config(64, 128, 4, 4),
-    _config(32, 128, 8, 4),
+    _config(64, 128, 8, 3),
     _config(64, 256, 8, 3),
 ]
 
 
-_SHARED_MEMORY = 96 << 10  # bytes per program where the device does not say
+_ROW = 128  # bytes of a column block that one step takes
+# Registers of a thread for sums, and for sums with what is loaded through registers. Without tensor cores: registers
+# for sums, and multiply-adds per sum in one step. Beyond, the compiler spills registers to memory.
+_SUMS, _HELD, _PLAIN_SUMS, _PLAIN_INNER = 64, 128, 16, 32
 
 
-def _suitable(configs: Sequence[triton.Config], named: dict[str, Any], **constants: Any) -> list[triton.Config]:
-    """Tiles of tokens that are neither mostly empty nor needlessly small, with as many stages as memory holds."""
-    tokens, factors = named["tokens_range"], named["factors"]
-    wanted = (16,) if tokens <= 16 else (64,) if tokens <= 128 else (128, 256)
-    limit = _SHARED_MEMORY
-    if factors.is_cuda:
-        properties = torch.cuda.get_device_properties(factors.device)
-        limit = getattr(properties, "shared_memory_per_block_optin", limit)
-    found = []
+@lru_cache
+def _shared_memory(device: Any) -> int:
+    """Bytes that one program may have on a device, by triton's number of it."""
+    return int(triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])
+
+
+def _suitable(
+    configs: Sequence[triton.Config], named: dict[str, Any], by_tokens: bool, **constants: Any
+) -> list[triton.Config]:
+    """Tiles that fit registers and shared memory, of tokens neither mostly empty nor needlessly small.
+
+    Args:
+        configs: All tiles; each comes with as many stages as memory holds, up to those that it asks for.
+        named: Arguments of the kernel by name.
+        by_tokens: The sums are tokens x block over components (stage 2), not components x tokens over a block.
+        constants: The kernel's other constants.
+    """
+    block, item, tokens = constants["BLOCK"], named["factors"].element_size(), named["tokens_range"]
+    memory = 96 << 10 if _interpreted() else _shared_memory(triton.runtime.driver.active.get_current_device())
+    copied = item >= 4 or constants["EVEN"]  # from device memory to shared memory without a stop in registers
+    tensor_cores = item < 4 or constants["PRECISION"] != "ieee"
+    most, found = 16 if tokens <= 16 else 64 if tokens <= 128 else 256, []
     for config in configs:
-        c, t, block = config.kwargs["COMPONENTS"], config.kwargs["TOKENS"], constants["BLOCK"]
-        if t in wanted:  # a stage holds two of the three tiles; which two differs between the kernels
-            stage = max(block * (c + t), c * (t + block)) * factors.element_size()
-            stages = max(min(config.num_stages, limit // stage), 1)
-            found.append((stage * stages > limit, triton.Config(config.kwargs, config.num_warps, stages)))
-    return [config for excess, config in found if not excess] or [found[0][1]]
+        c, t, threads = config.kwargs["COMPONENTS"], config.kwargs["TOKENS"], 32 * config.num_warps
+        rows, cols, inner = (t, block, c) if by_tokens else (c, t, constants["STEP"])
+        sums, loaded = rows * cols / threads, inner * (rows + cols)
+        held = sums if copied else sums + loaded / threads
+        stages = min(config.num_stages, memory // (loaded * item))
+        small = sums <= _SUMS if tensor_cores else sums <= _PLAIN_SUMS and inner <= _PLAIN_INNER
+        if t <= most and stages and small and held <= _HELD:
+            found.append(triton.Config(config.kwargs, config.num_warps, stages))
+    largest = max(config.kwargs["TOKENS"] for config in found)
+    return [config for config in found if 2 * config.kwargs["TOKENS"] >= largest]
 
 
-def _tuned(configs: list[triton.Config]) -> Callable[[Any], Any]:
+def _tuned(configs: list[triton.Config], by_tokens: bool) -> Callable[[Any], Any]:
     """Decorator: a kernel that times its suitable configurations once per key."""
+    prune = partial(_suitable, by_tokens=by_tokens)
     names = ["tokens_range", "BLOCK", "EVEN", "PRECISION"]
-    return triton.autotune(configs, key=names, prune_configs_by={"early_config_prune": _suitable})  # type: ignore[no-any-return]  # untyped host
+    return triton.autotune(configs, key=names, prune_configs_by={"early_config_prune": prune})  # type: ignore[no-any-return]  # untyped host
 
 
 def _launch(kernel: Any, grid: Any, arguments: tuple[Any, ...], constants: dict[str, Any], tiles: Any) -> None:
@@ -93,17 +113,37 @@ def _launch(kernel: Any, grid: Any, arguments: tuple[Any, ...], constants: dict[
         return
     if tiles is None:
         named = dict(zip(kernel.arg_names, arguments, strict=False))
-        tiles = _suitable(kernel.configs, named, **constants)[0].all_kwargs()
+        tiles = kernel.early_config_prune(kernel.configs, named, **constants)[0].all_kwargs()
     kernel.fn[grid](*arguments, **constants, **tiles)
 
 
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _may_time() -> bool:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     wanted = os.environ.get("GBLR_TRITON_TUNE", "1") != "0"
-    return wanted and not interpreted and not torch.cuda.is_current_stream_capturing()
+    return wanted and not _interpreted() and not torch.cuda.is_current_stream_capturing()
 
 
-@_tuned(_ONE)
+@triton.jit
+def _ones(bits):  # type: ignore[no-untyped-def]  # compiled by triton
+    """Number of set bits of each int32."""
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    return (((bits + (bits >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
+
+
+@triton.jit
+def _pair(at, there, BLOCK: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]  # compiled by triton
+    """Start and width of a column block, the group's first row in it, both halves of the mask of active components."""
+    start, width, row = tl.load(at, there), tl.load(at + 1, there), tl.load(at + 2, there)
+    if EVEN:
+        start, width, row = tl.multiple_of(start, 16), BLOCK, tl.multiple_of(row, 16)
+    return start, width, row, tl.load(at + 3, there), tl.load(at + 4, there)
+
+
+@_tuned(_ONE, by_tokens=False)
 @triton.jit
 def _stage_one(  # type: ignore[no-untyped-def]  # compiled by triton
     x,
@@ -119,37 +159,31 @@ def _stage_one(  # type: ignore[no-untyped-def]  # compiled by triton
     COMPONENTS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
     EVEN: tl.constexpr,
     PER_GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     tile = tl.program_id(0)
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    shift = tile * COMPONENTS % PER_GROUP
     head = lists + groups_at + 2 * (tile * COMPONENTS // PER_GROUP)
     pair = lists + tl.load(head)
     pairs = tl.load(head + 1)
-    lane = tl.arange(0, COMPONENTS) + shift
-    every = tl.arange(0, PER_GROUP)
-    c = tl.arange(0, BLOCK)
+    lane = tile * COMPONENTS % PER_GROUP + tl.arange(0, COMPONENTS)
+    bit = 1 << (lane & 31)
+    in_low = lane < 32
     sums = tl.zeros((COMPONENTS, TOKENS), tl.float32)
-    for _ in range(pairs):
-        start, row = tl.load(pair), tl.load(pair + 2)
-        width = BLOCK if EVEN else tl.load(pair + 1)
-        low, high = tl.load(pair + 3), tl.load(pair + 4)
-        active = (tl.where(lane < 32, low, high) >> (lane & 31)) & 1
-        rank = tl.cumsum(active, 0) - active
-        if COMPONENTS < PER_GROUP:
-            earlier = (tl.where(every < 32, low, high) >> (every & 31)) & 1
-            rank += tl.sum(tl.where(every < shift, earlier, 0), 0)
-        if EVEN:
-            row = tl.multiple_of(row, 16)
-            start = tl.multiple_of(start, 16)
+    # Each step reads the list entries of the next one: the addresses of its tiles then depend on no load of its own,
+    # and the compiler copies tiles as many steps ahead as there are stages.
+    start, width, row, low, high = _pair(pair, pairs > 0, BLOCK, EVEN)
+    parts: tl.constexpr = BLOCK // STEP
+    for number in range(pairs * parts):
+        c = number % parts * STEP + tl.arange(0, STEP)
+        active = (tl.where(in_low, low, high) & bit) != 0
+        rank = _ones(tl.where(in_low, low & (bit - 1), low)) + _ones(tl.where(in_low, 0, high & (bit - 1)))
         inside = c < width
         v = tl.load(
-            factors + (row + rank * width)[:, None] + c[None, :],
-            mask=(active > 0)[:, None] & inside[None, :],
-            other=0.0,
+            factors + (row + rank * width)[:, None] + c[None, :], mask=active[:, None] & inside[None, :], other=0.0
         )
         inputs = tl.load(
             x + start + t[None, :].to(tl.int64) * x_stride + c[:, None],
@@ -157,13 +191,15 @@ def _stage_one(  # type: ignore[no-untyped-def]  # compiled by triton
             other=0.0,
         )
         sums = tl.dot(v, inputs, sums, input_precision=PRECISION)
-        pair += 5
+        following = (number + 1) // parts
+        start, width, row, low, high = _pair(pair + 5 * following, following < pairs, BLOCK, EVEN)
     k = tile * COMPONENTS + tl.arange(0, COMPONENTS)
     place = z + k[:, None].to(tl.int64) * z_stride + t[None, :]
-    tl.store(place, sums.to(z.dtype.element_ty), mask=(k < components)[:, None] & (t < tokens)[None, :])
+    # Whole rows, zeros beyond the tokens: stage 2 then reads them in whole vectors.
+    tl.store(place, sums.to(z.dtype.element_ty), mask=(k < components)[:, None] & (t < z_stride)[None, :])
 
 
-@_tuned(_TWO)
+@_tuned(_TWO, by_tokens=True)
 @triton.jit
 def _stage_two(  # type: ignore[no-untyped-def]  # compiled by triton
     z,
@@ -193,15 +229,17 @@ def _stage_two(  # type: ignore[no-untyped-def]  # compiled by triton
     j = tl.arange(0, BLOCK)
     inside = j < width
     sums = tl.zeros((TOKENS, BLOCK), tl.float32)
-    for at in range(0, count, COMPONENTS):
-        i = at + tl.arange(0, COMPONENTS)
-        k = tl.load(members + i, mask=i < count, other=0)
-        known = (i < count)[None, :] & (t < tokens)[:, None]
+    i = tl.arange(0, COMPONENTS)
+    k = tl.load(members + i, mask=i < count, other=0)
+    for _ in range(0, count, COMPONENTS):
+        known = (i < count)[None, :] & (t < z_stride)[:, None]
         parts = tl.load(z + k[None, :].to(tl.int64) * z_stride + t[:, None], mask=known, other=0.0)
         u = tl.load(
             factors + data + i[:, None] * width + j[None, :], mask=(i < count)[:, None] & inside[None, :], other=0.0
         )
         sums = tl.dot(parts, u, sums, input_precision=PRECISION)
+        i += COMPONENTS
+        k = tl.load(members + i, mask=i < count, other=0)
     if BIAS:
         sums += tl.load(bias + start + j, mask=inside, other=0.0).to(tl.float32)[None, :]
     place = y + t[:, None].to(tl.int64) * y_stride + start + j[None, :]
@@ -233,36 +271,37 @@ def product(
 
     ``tiles`` are the constants of both stages, in place of those that tuning finds.
     """
-    x = x if x.stride(1) == 1 else x.contiguous()
     tokens, n = x.shape
     y = x.new_empty(tokens, out_features)
     if tokens == 0:
         return y
     one, two = tiles or (None, None)
+    col_block, row_block = _power(col_width), _power(row_width)
+    # Factors of both axes lie in one buffer: every block begins at a multiple of 16 only if all of them are even.
+    even = (col_block, cols * col_width) == (col_width, n) and (row_block, rows * row_width) == (
+        row_width,
+        out_features,
+    )
+    if x.stride(1) != 1 or (even and (x.stride(0) % 16 or x.data_ptr() % 16)):
+        x = x.clone(memory_format=torch.contiguous_format)
     z_stride = triton.cdiv(tokens, 16) * 16  # rows of z begin on whole memory transactions
     z = x.new_empty(max(components, 1), z_stride)
-    shared = {"PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"}
+    shared = {"EVEN": even, "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"}
     expected = _tokens_range(tokens)
-    if components:
-        block = _power(col_width)
+    with torch.cuda.device_of(x):
+        if components:
+            _launch(
+                _stage_one,
+                lambda meta: (triton.cdiv(components, meta["COMPONENTS"]), triton.cdiv(tokens, meta["TOKENS"])),
+                (x, factors, lists, z, col_groups_at, tokens, expected, x.stride(0), z_stride, components),
+                {"BLOCK": col_block, "STEP": min(col_block, _ROW // x.element_size()), "PER_GROUP": GROUP, **shared},
+                one,
+            )
         _launch(
-            _stage_one,
-            lambda meta: (triton.cdiv(components, meta["COMPONENTS"]), triton.cdiv(tokens, meta["TOKENS"])),
-            (x, factors, lists, z, col_groups_at, tokens, expected, x.stride(0), z_stride, components),
-            {"BLOCK": block, "EVEN": block == col_width and cols * col_width == n, "PER_GROUP": GROUP, **shared},
-            one,
+            _stage_two,
+            lambda meta: (rows, triton.cdiv(tokens, meta["TOKENS"])),
+            (z, factors, lists, x if bias is None else bias, y, rows_at, tokens, expected, z_stride, out_features),
+            {"BIAS": bias is not None, "BLOCK": row_block, **shared},
+            two,
         )
-    block = _power(row_width)
-    _launch(
-        _stage_two,
-        lambda meta: (rows, triton.cdiv(tokens, meta["TOKENS"])),
-        (z, factors, lists, x if bias is None else bias, y, rows_at, tokens, expected, z_stride, out_features),
-        {
-            "BIAS": bias is not None,
-            "BLOCK": block,
-            "EVEN": block == row_width and rows * row_width == out_features,
-            **shared,
-        },
-        two,
-    )
     return y

@@ -73,7 +73,7 @@ def _reduce(  # type: ignore[no-untyped-def]  # compiled by triton
 def _block(n: int) -> tuple[int, int]:
     """Entries per program and warps for rows of ``n``."""
     block = min(max(triton.next_power_of_2(n), 64), _WIDEST)
-    return block, max(block // 256, 1)
+    return block, max(block // 128, 1)
 
 
 def window_differences(tables: Tensor, first: Tensor, last: Tensor, factor: Tensor | None) -> Tensor:
@@ -93,9 +93,19 @@ def window_differences(tables: Tensor, first: Tensor, last: Tensor, factor: Tens
     if num:
         block, warps = _block(n)
         given = tables if factor is None else factor
-        _differences[(num, triton.cdiv(n, block))](
-            tables, first, last, given, out, n, *given.stride(), FACTOR=factor is not None, BLOCK=block, num_warps=warps
-        )
+        with torch.cuda.device_of(tables):
+            _differences[(num, triton.cdiv(n, block))](
+                tables,
+                first,
+                last,
+                given,
+                out,
+                n,
+                *given.stride(),
+                FACTOR=factor is not None,
+                BLOCK=block,
+                num_warps=warps,
+            )
     return out
 
 
@@ -107,22 +117,23 @@ def _gradients(
     if num:
         block, warps = _block(n)
         given = upstream if factor is None else factor
-        _reduce[(num,)](
-            tables,
-            first,
-            last,
-            upstream,
-            given,
-            out,
-            sums,
-            num,
-            n,
-            *upstream.stride(),
-            *given.stride(),
-            FACTOR=factor is not None,
-            BLOCK=block,
-            num_warps=warps,
-        )
+        with torch.cuda.device_of(tables):
+            _reduce[(num,)](
+                tables,
+                first,
+                last,
+                upstream,
+                given,
+                out,
+                sums,
+                num,
+                n,
+                *upstream.stride(),
+                *given.stride(),
+                FACTOR=factor is not None,
+                BLOCK=block,
+                num_warps=warps,
+            )
     return sums
 
 

@@ -33,7 +33,8 @@ def _prox_and_clip(table, thresholds, like, BLOCK: tl.constexpr):  # type: ignor
     shrunk = tl.where(shrunk > 1, 1.0, tl.where(shrunk < 0, 0.0, shrunk))  # NaN stays NaN
     tl.store(widths + i, shrunk, mask=inside)
     at = tl.load(locations + i, mask=inside, other=0.0)
-    tl.store(locations + i, at - tl.floor(at), mask=inside)
+    wide = at if at.dtype == tl.float64 else at.to(tl.float32)  # no floor of 16 bits
+    tl.store(locations + i, (wide - tl.floor(wide)).to(at.dtype), mask=inside)
 
 
 @lru_cache(maxsize=8)
@@ -48,4 +49,5 @@ def prox_and_clip(widths: Sequence[Tensor], locations: Sequence[Tensor], thresho
     rows = zip(widths, locations, sizes, strict=True)
     table = _table(tuple((w.data_ptr(), at.data_ptr(), size) for w, at, size in rows), thresholds.device)
     grid = len(sizes), triton.cdiv(max(sizes), _BLOCK)
-    _prox_and_clip[grid](table, thresholds.contiguous(), widths[0], BLOCK=_BLOCK)
+    with torch.cuda.device_of(widths[0]):
+        _prox_and_clip[grid](table, thresholds.contiguous(), widths[0], BLOCK=_BLOCK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from triton.runtime import interpreter
 
 from gblr_plugin import layers, mask, proximal
 from gblr_plugin.kernels import compiled, triton_cuda, triton_masks, triton_proximal
@@ -10,6 +11,15 @@ from gblr_plugin.kernels.layout import pack
 from gblr_plugin.structure import Intervals, StructuredMatrix
 
 generator = torch.Generator().manual_seed(0)
+
+
+def promised(handle, name, values):
+    """What a kernel promises the compiler about a value; the interpreter itself only notes it."""
+    assert name == "tt.divisibility", name
+    assert (handle.data % values[0] == 0).all(), (name, values, handle.data)
+
+
+interpreter.TensorHandle.set_attr = promised
 
 
 def matrix(k, m, n, splits):
@@ -34,13 +44,13 @@ def compare_product(exact, dtype, blocks, tokens, tolerance):
 
 def products():
     compiled._kernel = lambda kind: triton_cuda.product
-    for case in ((31, 57, 33, 3), (70, 40, 48, 1), (0, 5, 4, 1)):
+    for case in ((31, 57, 33, 3), (70, 40, 48, 1), (70, 64, 33, 1), (70, 33, 64, 1), (0, 5, 4, 1)):
         exact = matrix(*case)
         for dtype, tolerance, blocks in ((torch.float32, 1e-5, (16, 32)), (torch.float16, 3e-3, (33, 20))):
             for tokens in (0, 17, 130):
                 compare_product(exact, dtype, blocks, tokens, tolerance)
         compare_product(exact, torch.float32, (16, 16), 1, 1e-5)
-        layout, factors, lists = pack(exact, 16, 32)
+        layout, factors, lists = pack(exact, 16, 16)
         x = torch.randn(9, exact.shape[1], requires_grad=True)
         y = compiled.linear(x, factors, lists, layout, None, opaque=False)
         (grad,) = torch.autograd.grad((y * torch.ones(exact.shape[0])).sum(), x)
@@ -64,10 +74,10 @@ def tuning():
         kernel._do_bench = stopwatch
     for tokens in (5, 60, 150):
         before = len(timed)
-        compare_product(exact, torch.float32, (16, 16), tokens, 1e-5)
+        compare_product(exact, torch.float16, (16, 16), tokens, 3e-3)
         assert len(timed) - before >= 4, (tokens, len(timed))
         after = len(timed)
-        compare_product(exact, torch.float32, (16, 16), tokens - 1, 1e-5)
+        compare_product(exact, torch.float16, (16, 16), tokens - 1, 3e-3)
         assert len(timed) == after  # the same range of tokens
     # Every configuration that is not the last one: right too.
     for one in triton_cuda._ONE[:-1]:
@@ -77,9 +87,6 @@ def tuning():
         tiles = one.all_kwargs(), two.all_kwargs()
         y = compiled.linear(x, factors, lists, layout, None, opaque=True, tiles=tiles)
         torch.testing.assert_close(y, x @ exact.to_dense().t(), rtol=1e-4, atol=1e-4)
-    huge = {"tokens_range": 1024, "factors": torch.zeros(1, dtype=torch.float64)}
-    for configs in (triton_cuda._ONE, triton_cuda._TWO):
-        assert all(config.num_stages == 1 for config in triton_cuda._suitable(configs, huge, BLOCK=128))
 
 
 def through_masks(dtype, with_factor):
@@ -132,7 +139,7 @@ def layers_():
 
 
 def proximal_():
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.float16, torch.float32, torch.float64):
         sizes = (3, 700, 1)
         widths, locations = ([torch.randn(2, k, dtype=dtype) for k in sizes] for _ in range(2))
         widths[0][0, 0] = torch.nan
