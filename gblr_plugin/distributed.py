@@ -10,7 +10,6 @@ from torch import distributed as dist
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from .errors import ConfigError
-from .structure import StructuredMatrix
 from .tensor import GBLRTensor
 
 __all__ = ["ComponentParallel", "component_part", "frozen_weights", "keep_frozen_local"]
@@ -61,8 +60,7 @@ def component_part(weight: GBLRTensor, part: int, parts: int) -> GBLRTensor:
     place = torch.arange(len(order), device=order.device) % (2 * parts)
     mine = torch.zeros_like(order, dtype=torch.bool)
     mine[order[torch.minimum(place, 2 * parts - 1 - place) == part]] = True
-    sizes = tuple(int(split.sum()) for split in mine.split(matrix.split_sizes))
-    own = StructuredMatrix(matrix.u[mine], matrix.v[mine], matrix.rows.select(mine), matrix.cols.select(mine), sizes)
+    own = matrix.select(mine)
     result: GBLRTensor = GBLRTensor.from_structured(own, shape=weight.outer_shape, factor_dtype=weight.factor_dtype)
     return result
 

@@ -10,7 +10,8 @@ intervals and what they cost; how they are learned, found or multiplied fast is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -89,6 +90,22 @@ class Intervals:
     def select(self, index: Tensor) -> Intervals:
         """The intervals at ``index`` ((J,) int64 or (K,) bool)."""
         return Intervals.of_known(self.width[index], self.start[index], self.length)
+
+    def join(self, *others: Intervals) -> Intervals:
+        """These intervals, and after them those of others on an axis of the same length."""
+        parts = (self, *others)
+        return Intervals.of_known(torch.cat([p.width for p in parts]), torch.cat([p.start for p in parts]), self.length)
+
+    def narrow(self, start: int, length: int) -> Intervals:
+        """What the intervals cover of the indices ``start : start + length``, as cyclic intervals of that part.
+
+        A part of a cyclic interval is one again: where it wraps, its two ends meet at the border of the part.
+        """
+        end = self.start + self.width
+        first = self.start.clamp(min=start)
+        upper = (end.clamp(max=min(self.length, start + length)) - first).clamp(min=0)
+        lower = ((end - self.length).clamp(max=start + length) - start).clamp(min=0)
+        return Intervals.of_known(upper + lower, torch.where(upper > 0, first - start, 0), length)
 
 
 def multiply_adds(row_width: Tensor, col_width: Tensor) -> Tensor:
@@ -202,9 +219,134 @@ class StructuredMatrix:
 
     def live(self) -> StructuredMatrix:
         """The same matrix without its zero-cost components."""
-        keep = self.component_multiply_adds > 0
-        sizes = tuple(int(part.sum()) for part in keep.split(self.split_sizes))
-        return StructuredMatrix(self.u[keep], self.v[keep], self.rows.select(keep), self.cols.select(keep), sizes)
+        return self.select(self.component_multiply_adds > 0)
+
+    def select(self, index: Tensor) -> StructuredMatrix:
+        """The sum of some components; :meth:`narrow` takes some rows or columns.
+
+        Args:
+            index: (K,) bool, or (J,) int64 numbers of components, those of an earlier split first.
+        """
+        split = torch.repeat_interleave(torch.tensor(self.split_sizes, device=self.u.device))[index]
+        sizes = tuple(torch.bincount(split, minlength=self.row_splits).tolist())
+        return StructuredMatrix(self.u[index], self.v[index], self.rows.select(index), self.cols.select(index), sizes)
+
+    def t(self) -> StructuredMatrix:
+        """The (n, m) transpose."""
+        one = self._unsplit()
+        return StructuredMatrix(one.v, one.u, one.cols, one.rows, one.split_sizes)
+
+    def narrow(self, dim: int, start: int, length: int) -> StructuredMatrix:
+        """Rows (``dim=0``) or columns (``dim=1``) ``start : start + length``, as :func:`torch.narrow`; exact.
+
+        Rows of one split come back without splits; whole splits stay splits.
+
+        Raises:
+            ConfigError: If the range is empty or leaves the axis.
+        """
+        size = self.shape[dim]
+        if not (start >= 0 and length > 0 and start + length <= size):
+            raise ConfigError(
+                f"structured matrix: cannot take {start}:{start + length} of an axis of length {size}; need a range "
+                "inside it of at least one index"
+            )
+        if dim == 1:
+            cols = self.cols.narrow(start, length)
+            return StructuredMatrix(self.u, self.v[:, start : start + length], self.rows, cols, self.split_sizes)
+        parts, height = [], self.rows.length
+        pieces = (self.u, self.v, self.rows.width, self.rows.start, self.cols.width, self.cols.start)
+        for number, own in enumerate(zip(*(piece.split(self.split_sizes) for piece in pieces), strict=True)):
+            begin = max(start - number * height, 0)
+            end = min(start + length - number * height, height)
+            if begin < end:
+                u, v, row_width, row_start, col_width, col_start = own
+                rows = Intervals.of_known(row_width, row_start, height).narrow(begin, end - begin)
+                cols = Intervals.of_known(col_width, col_start, self.cols.length)
+                parts.append(StructuredMatrix(u[:, begin:end], v, rows, cols, (len(u),)))
+        return StructuredMatrix.cat(parts, 0)
+
+    @staticmethod
+    def cat(matrices: Sequence[StructuredMatrix], dim: int) -> StructuredMatrix:
+        """Matrices above (``dim=0``) or beside (``dim=1``) each other, as :func:`torch.cat`; exact.
+
+        Matrices above each other are row splits of the result where all have the same height, so that no component
+        changes. Elsewhere an interval that wraps around is no interval of the longer axis: the component becomes two
+        that share the other factor, or one over the whole width with zeros, whichever has fewer multiply-adds.
+
+        Args:
+            matrices: At least one, of the same number of columns (``dim=0``) or rows (``dim=1``).
+            dim: 0 or 1.
+
+        Raises:
+            ConfigError: If the shapes do not fit.
+        """
+        if len({matrix.shape[1 - dim] for matrix in matrices}) != 1:
+            raise ConfigError(
+                f"structured matrix: cannot put matrices of shapes {', '.join(str(m.shape) for m in matrices)} "
+                f"together along axis {dim}"
+            )
+        if dim == 0 and len({matrix.rows.length for matrix in matrices}) == 1:
+            first, *others = matrices
+            return StructuredMatrix(
+                torch.cat([matrix.u for matrix in matrices]),
+                torch.cat([matrix.v for matrix in matrices]),
+                first.rows.join(*(matrix.rows for matrix in others)),
+                first.cols.join(*(matrix.cols for matrix in others)),
+                sum((matrix.split_sizes for matrix in matrices), ()),
+            )
+        if dim == 0 or len({matrix.row_splits for matrix in matrices}) > 1:
+            matrices = [matrix._unsplit() for matrix in matrices]
+        total, at, placed = sum(matrix.shape[dim] for matrix in matrices), 0, []
+        for matrix in matrices:
+            placed.append(matrix._placed(dim, at, total))
+            at += matrix.shape[dim]
+        return StructuredMatrix.sum(placed)
+
+    @staticmethod
+    def sum(matrices: Sequence[StructuredMatrix]) -> StructuredMatrix:
+        """The sum of matrices of one shape and number of row splits: the components of all."""
+        first, *others = matrices
+        joined = StructuredMatrix(
+            torch.cat([matrix.u for matrix in matrices]),
+            torch.cat([matrix.v for matrix in matrices]),
+            first.rows.join(*(matrix.rows for matrix in others)),
+            first.cols.join(*(matrix.cols for matrix in others)),
+            (sum(len(matrix.u) for matrix in matrices),),
+        )
+        if first.row_splits == 1:
+            return joined
+        device = first.u.device
+        split = torch.cat([torch.repeat_interleave(torch.tensor(m.split_sizes, device=device)) for m in matrices])
+        order = torch.sort(split, stable=True).indices
+        sizes = tuple(int(size) for size in torch.bincount(split, minlength=first.row_splits))
+        return replace(joined.select(order), split_sizes=sizes)
+
+    def _unsplit(self) -> StructuredMatrix:
+        """The same matrix with intervals on all its rows, without row splits."""
+        if self.row_splits == 1:
+            return self
+        height, splits = self.rows.length, range(self.row_splits)
+        parts = [self.narrow(0, number * height, height) for number in splits]
+        return StructuredMatrix.sum([part._placed(0, n * height, self.shape[0]) for n, part in enumerate(parts)])
+
+    def _placed(self, dim: int, at: int, total: int) -> StructuredMatrix:
+        """A matrix of zeros but for this one at index ``at`` of an axis of length ``total``; unsplit if ``dim=0``."""
+        if dim == 0:
+            return self.t()._placed(1, at, total).t()
+        length, width, start = self.cols.length, self.cols.width, self.cols.start
+        wraps = start + width > length
+        # Two components take width + 2 rows multiply-adds, one over the whole width takes length + rows.
+        two = wraps & (width + self.rows.width < length)
+        source = torch.repeat_interleave(torch.arange(len(width), device=width.device), 1 + two.long())
+        second = torch.zeros_like(source, dtype=torch.bool)
+        second[1:] = source[1:] == source[:-1]
+        begin = torch.where(second | (wraps & ~two)[source], 0, start[source])
+        end = torch.where(wraps & ~two, length, torch.where(wraps, length, start + width))[source]
+        end = torch.where(second, (start + width - length)[source], end)
+        cols = Intervals.of_known(end - begin, begin + at, total)
+        v = F.pad(self.v[source], (at, total - at - length))
+        sizes = torch.stack([part.sum() for part in (1 + two.long()).split(self.split_sizes)]).tolist()
+        return StructuredMatrix.from_factors(self.u[source], v, self.rows.select(source), cols, tuple(sizes))
 
     def to(self, *args: object, **kwargs: object) -> StructuredMatrix:
         """Move or cast as :meth:`torch.Tensor.to`; intervals follow the device and stay int64."""

@@ -160,3 +160,97 @@ def test_repr_is_one_line():
         "StructuredMatrix(shape=(8, 16), components=2, row_splits=1, relative_flops=0.3750, dtype=torch.float32, "
         "device=cpu)"
     )
+
+
+# -- parts and sums --------------------------------------------------------------------------------------------------
+
+
+def cyclic(components, m, n, splits=1, seed=0):
+    """Random factors on intervals of every kind: empty, wrapping, whole."""
+    g = torch.Generator().manual_seed(seed)
+
+    def intervals(length):
+        width = torch.randint(0, length + 1, (components,), generator=g)
+        return Intervals(width, torch.randint(0, length, (components,), generator=g), length)
+
+    sizes = tuple(len(part) for part in torch.arange(components).tensor_split(splits))
+    u, v = (torch.randn(components, length, generator=g, dtype=torch.float64) for length in (m // splits, n))
+    return StructuredMatrix.from_factors(u, v, intervals(m // splits), intervals(n), sizes)
+
+
+def assert_matrix(matrix, dense):
+    """The values, and nothing outside the intervals."""
+    torch.testing.assert_close(matrix.to_dense(), dense)
+    assert not matrix.u[~matrix.rows.support()].any()
+    assert not matrix.v[~matrix.cols.support()].any()
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_a_part_of_every_cyclic_interval(length):
+    width, start = (part.flatten() for part in torch.meshgrid(torch.arange(8), torch.arange(7), indexing="ij"))
+    intervals = Intervals(width, start, 7)
+    for begin in range(7 - length + 1):
+        part = intervals.narrow(begin, length)
+        assert torch.equal(part.support(), intervals.support()[:, begin : begin + length])
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_narrow_equals_that_of_the_dense_matrix(splits, dim):
+    matrix = cyclic(20, 12, 15, splits)
+    size = matrix.shape[dim]
+    for start in range(size):
+        for length in range(1, size - start + 1):
+            part = matrix.narrow(dim, start, length)
+            assert_matrix(part, matrix.to_dense().narrow(dim, start, length))
+            if dim == 1 or splits == 1:  # across splits an interval that wraps becomes a longer one, or two
+                assert part.component_multiply_adds.sum() <= matrix.component_multiply_adds.sum()
+    assert matrix.narrow(0, 0, 12).split_sizes == matrix.split_sizes
+    assert matrix.narrow(0, 4, 4).row_splits == 1
+    for start, length in ((0, 0), (-1, 2), (10, size)):
+        with pytest.raises(ConfigError, match="need a range inside it of at least one index"):
+            matrix.narrow(dim, start, length)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("splits", [(1, 1), (3, 3), (1, 3), (3, 2)])
+@pytest.mark.parametrize("other", [12, 18])
+def test_cat_equals_that_of_dense_matrices(dim, splits, other):
+    shapes = ((12, 14), (other, 14)) if dim == 0 else ((12, 14), (12, other))
+    matrices = [cyclic(9, *shape, s, seed=i) for i, (shape, s) in enumerate(zip(shapes, splits, strict=True))]
+    result = StructuredMatrix.cat([*matrices, matrices[0]], dim)
+    assert_matrix(result, torch.cat([*(m.to_dense() for m in matrices), matrices[0].to_dense()], dim))
+    if dim == 0 and 12 // splits[0] == other // splits[1]:
+        assert result.row_splits == 2 * splits[0] + splits[1]
+        assert result.stored == sum(m.component_multiply_adds.sum() for m in [*matrices, matrices[0]])
+
+
+def test_cat_takes_the_cheaper_form_of_an_interval_that_wraps():
+    u, v = torch.ones(2, 4), torch.ones(2, 20)
+    rows = Intervals(torch.tensor([2, 4]), torch.tensor([0, 0]), 4)
+    cols = Intervals(torch.tensor([6, 17]), torch.tensor([17, 10]), 20)
+    matrix = StructuredMatrix.from_factors(u, v, rows, cols)
+    result = StructuredMatrix.cat([matrix, matrix.narrow(1, 0, 3)], 1)
+    assert_matrix(result, torch.cat([matrix.to_dense(), matrix.to_dense()[:, :3]], 1))
+    # Columns 17, 18, 19 and 0, 1, 2: two components of 3 + 2. The other: one of 20 + 4 where two would take 17 + 8.
+    assert sorted(result.component_multiply_adds.tolist()) == [3 + 2, 3 + 2, 3 + 2, 3 + 4, 20 + 4]
+
+
+def test_shapes_that_do_not_fit_together():
+    for dim in (0, 1):
+        with pytest.raises(ConfigError, match=r"shapes \(4, 5\), \(6, 7\) together along axis"):
+            StructuredMatrix.cat([cyclic(2, 4, 5), cyclic(2, 6, 7)], dim)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_select_sum_and_transpose(splits):
+    matrix = cyclic(20, 12, 15, splits)
+    mask = torch.arange(20) % 3 == 0
+    some, others = matrix.select(mask), matrix.select(torch.arange(20)[~mask])
+    assert some.row_splits == others.row_splits == splits
+    assert len(some.u) == 7
+    assert_matrix(StructuredMatrix.sum([some, others]), matrix.to_dense())
+    other = cyclic(7, 12, 15, splits, 1)
+    assert_matrix(StructuredMatrix.sum([matrix, other]), matrix.to_dense() + other.to_dense())
+    assert_matrix(matrix.t(), matrix.to_dense().T)
+    assert_matrix(matrix.t().t(), matrix.to_dense())

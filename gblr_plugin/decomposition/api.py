@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..structure import Intervals, StructuredMatrix
+from ..structure import StructuredMatrix
 from .exact import exact
 from .interval_finder import interval
 from .metric import DAMPING, Metric
@@ -165,13 +165,8 @@ def _solve(
     ]
     solved = [_something(problem, solve(problem).live()) for problem in problems]
     dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-    return StructuredMatrix(
-        (torch.cat([part.u for part in solved]) * root).to(dtype),
-        (torch.cat([part.v for part in solved]) * root).to(dtype),
-        Intervals(torch.cat([p.rows.width for p in solved]), torch.cat([p.rows.start for p in solved]), m),
-        Intervals(torch.cat([p.cols.width for p in solved]), torch.cat([p.cols.start for p in solved]), n),
-        tuple(part.rows.num_components for part in solved),
-    )
+    stacked = StructuredMatrix.cat(solved, 0)
+    return replace(stacked, u=(stacked.u * root).to(dtype), v=(stacked.v * root).to(dtype))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..structure import Intervals, StructuredMatrix
+from ..structure import StructuredMatrix
 from .effort import LARGE, Effort, default_effort, default_shares
 from .exact import lines
 from .joint import conjugate_gradient, gram_matrix, supported_solve
@@ -477,20 +477,7 @@ def _finished(problem: Problem, state: _State, rank: int, gauged: bool) -> Struc
     else:
         norms = _norms(shape).sqrt()
         low = StructuredMatrix.from_factors((state.left * norms.T).T.contiguous(), shape / norms)
-    return None if low is None else _joined(low, blocks)
-
-
-def _joined(first: StructuredMatrix, second: StructuredMatrix) -> StructuredMatrix:
-    def join(a: Intervals, b: Intervals) -> Intervals:
-        return Intervals.of_known(torch.cat([a.width, b.width]), torch.cat([a.start, b.start]), a.length)
-
-    return StructuredMatrix(
-        torch.cat([first.u, second.u]),
-        torch.cat([first.v, second.v]),
-        join(first.rows, second.rows),
-        join(first.cols, second.cols),
-        (first.u.shape[0] + second.u.shape[0],),
-    )
+    return None if low is None else StructuredMatrix.sum([low, blocks])
 
 
 def pursuit(problem: Problem, effort: Effort | None = None) -> StructuredMatrix:

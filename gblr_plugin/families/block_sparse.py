@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..decomposition.metric import Metric
 from ..errors import ConfigError
-from ..structure import Intervals, StructuredMatrix
+from ..structure import StructuredMatrix
 from .base import FamilyMatrix, check_count, too_small
 from .dense_blocks import block_components, fit_blocks
 from .low_rank import truncated_svd
@@ -147,14 +147,7 @@ class BlockSparse(FamilyMatrix):
         row, col = (torch.tensor(part, device=self.blocks.device) for part in self.pattern)
         sparse = block_components(self.blocks, self.rows, self.cols, row, col)
         low = StructuredMatrix.from_factors(self.left.T.contiguous(), self.right)
-        rows = torch.cat([sparse.rows.width, low.rows.width]), torch.cat([sparse.rows.start, low.rows.start])
-        cols = torch.cat([sparse.cols.width, low.cols.width]), torch.cat([sparse.cols.start, low.cols.start])
-        return StructuredMatrix.from_factors(
-            torch.cat([sparse.u, low.u]),
-            torch.cat([sparse.v, low.v]),
-            Intervals(*rows, self.rows.length),
-            Intervals(*cols, self.cols.length),
-        )
+        return StructuredMatrix.sum([sparse, low])
 
 
 def _grid(m: int, n: int, side: int) -> tuple[Partition, Partition]:

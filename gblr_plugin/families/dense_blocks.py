@@ -69,8 +69,7 @@ def block_components(
         The matrix that is the blocks in their places and zero elsewhere.
     """
     if blocks.shape[1] > blocks.shape[2]:
-        swapped = block_components(blocks.mT, cols, rows, col_part, row_part)
-        return StructuredMatrix(swapped.v, swapped.u, swapped.cols, swapped.rows, swapped.split_sizes)
+        return block_components(blocks.mT, cols, rows, col_part, row_part).t()
     number, height = blocks.shape[:2]
     device = blocks.device
     block, line = (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..decomposition.metric import Metric
 from ..errors import ConfigError
-from ..structure import Intervals, StructuredMatrix
+from ..structure import StructuredMatrix
 from .base import FamilyMatrix
 
 __all__ = ["Stacked", "stack"]
@@ -79,14 +79,7 @@ class Stacked(FamilyMatrix):
         known = [matrix for matrix in matrices if matrix is not None]
         if len(known) < len(self.parts):
             return None
-        m, n = self.parts[0].shape
-        return StructuredMatrix(
-            torch.cat([part.u for part in known]),
-            torch.cat([part.v for part in known]),
-            Intervals(torch.cat([p.rows.width for p in known]), torch.cat([p.rows.start for p in known]), m),
-            Intervals(torch.cat([p.cols.width for p in known]), torch.cat([p.cols.start for p in known]), n),
-            tuple(part.u.shape[0] for part in known),
-        )
+        return StructuredMatrix.cat(known, 0)
 
 
 def stack(

@@ -307,9 +307,7 @@ def pack(
         index = torch.zeros(0, dtype=torch.int32, device=matrix.u.device)
         return layout, matrix.to_dense().reshape(-1).contiguous(), index
     order = _clustered(matrix)
-    matrix = StructuredMatrix(
-        matrix.u[order], matrix.v[order], matrix.rows.select(order), matrix.cols.select(order), matrix.split_sizes
-    )
+    matrix = matrix.select(order)
     num = matrix.num_components
     col_touches = _meets(matrix.cols, block_cols, (num,), even)
     row_touches = _meets(matrix.rows, block_rows, matrix.split_sizes, even)
