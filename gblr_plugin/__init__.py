@@ -1,13 +1,19 @@
 """Generalized block low-rank (GBLR) weights, learned by gradient descent, for NNI, Lightning, torchao and TensorBoard.
 
 Only torch is imported here (and torchao with the tensor); NNI, Lightning and TensorBoard are imported when the bridge
-to them is used: ``gblr_plugin.nni``, ``gblr_plugin.lightning``, ``gblr_plugin.tensorboard``.
+to them is used: ``gblr_plugin.nni``, ``gblr_plugin.lightning``, ``gblr_plugin.tensorboard``. Where a program imports
+torchao or transformers itself, they are told of this package: torchao of the config that its files may name,
+transformers of the folders that it is to read and write.
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from importlib import import_module
 from typing import Any
+
+from .after_import import after_import
 
 __version__ = "0.1.0"
 
@@ -57,3 +63,16 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _tell_torchao() -> None:
+    sys.modules["torchao.core.config"].ALLOWED_AO_MODULES.add(__name__)
+
+
+def _tell_transformers() -> None:
+    with contextlib.suppress(ImportError):  # of an older transformers, or without torchao: ``gblr_plugin.hf`` says it
+        import_module(".hf", __name__)
+
+
+after_import("torchao.core.config", _tell_torchao)
+after_import("transformers.modeling_utils", _tell_transformers)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +13,7 @@ from torch import nn
 from .conversion import TOO_SMALL, LayerSettings, frozen_like, structured_from
 from .decomposition import METHODS, decompose
 from .errors import ConfigError
+from .kernels.plan import Plan
 from .layers import GBLRLayer
 from .matrices import weight_matrices
 from .quiet import quiet_import
@@ -38,18 +41,21 @@ class GBLRConfig(AOBaseConfig):
     :func:`gblr_plugin.layer_filter` makes one that takes every layer that can gain, or names, patterns and types.
     Tied weights, output heads and layers that are too small to gain stay dense; they are logged, and
     :func:`gblr_plugin.report` lists them. An output head is structured where ``layer_filter`` or torchao's
-    ``FqnToConfig`` gives its full name.
+    ``FqnToConfig`` gives its full name, or that of its weight. torchao's ``config_to_dict`` and ``config_from_dict``
+    write and read a config, plans included.
 
     Args:
         step: ``"prepare"`` or ``"convert"``.
         budget: Relative FLOPs in (0, 1]: the target of one-shot compression, and the start of initialisers that take
             one.
-        align: Tile of rows and columns to which intervals snap.
+        align: Tile of rows and columns to which intervals snap: a number, or a pair, which is kept as a list as JSON
+            has it.
         initialiser: How trainable layers start, see :class:`~gblr_plugin.conversion.LayerSettings`.
         method: One-shot decomposition, see :func:`gblr_plugin.decompose`.
         num_components: K of trainable layers; default min(m, n).
         row_splits: Number of matrices packed along the rows.
-        plan: How kernels are chosen, see :meth:`GBLRTensor.from_structured`.
+        plan: How kernels are chosen, see :meth:`GBLRTensor.from_structured`; a :class:`~gblr_plugin.kernels.plan.Plan`
+            is kept as its dictionary.
         seed: Of random initialisers and decompositions.
         factor_dtype: ``None`` keeps that of the weight; ``"int8"`` converts to int8 factors with a scale per component
             (weight-only). ``quantize_(model, Int8WeightOnlyConfig())`` does the same to a converted model.
@@ -61,7 +67,7 @@ class GBLRConfig(AOBaseConfig):
 
     step: Literal["prepare", "convert"] = "prepare"
     budget: float | None = None
-    align: int | tuple[int, int] = 1
+    align: int | Sequence[int] = 1
     initialiser: str = "svd"
     method: str = "gblr"
     num_components: int | None = None
@@ -81,14 +87,34 @@ class GBLRConfig(AOBaseConfig):
         for name, known in (("method", METHODS), ("initialiser", INITIALISERS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"GBLRConfig: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        # torchao writes configs as JSON, and refuses tuples.
+        if isinstance(self.align, tuple):
+            self.align = list(self.align)
+        if isinstance(self.plan, dict):
+            Plan.from_dict(self.plan)
+        elif isinstance(self.plan, Plan):
+            self.plan = json.loads(json.dumps(self.plan.to_dict()))
+
+    @property
+    def _tile(self) -> int | tuple[int, int]:
+        """What ``align`` says, in the form that the layers take."""
+        return tuple(self.align) if isinstance(self.align, list) else self.align  # type: ignore[return-value]  # checked there
+
+    @property
+    def _plan(self) -> Any:
+        """What ``plan`` says, in the form that tensors take."""
+        return Plan.from_dict(self.plan) if isinstance(self.plan, dict) else self.plan
 
 
 @register_quantize_module_handler(GBLRConfig)
-def _gblr_transform(module: nn.Module, config: GBLRConfig) -> nn.Module:
+def _gblr_transform(module: nn.Module, config: GBLRConfig, *, parameter_name: str = "weight") -> nn.Module:
     """Handler of quantize_: the module itself, turned into what it becomes.
 
-    quantize_ would put another module in one of its places only; one that is used twice is to stay one.
+    quantize_ would put another module in one of its places only; one that is used twice is to stay one. FqnToConfig
+    names a parameter, and its patterns meet biases too: of a dense layer only the weight is structured.
     """
+    if parameter_name != "weight" and not isinstance(module, GBLRLayer):
+        return module
     if not isinstance(module, GBLRLayer) and _stays_dense(module):
         return module
     new = _transformed(module, config)
@@ -147,7 +173,7 @@ def _transformed(module: nn.Module, config: GBLRConfig) -> nn.Module:
         return module
     if config.step == "prepare":
         setting = LayerSettings(
-            config.initialiser, config.num_components, config.row_splits, config.align, config.budget, config.seed
+            config.initialiser, config.num_components, config.row_splits, config._tile, config.budget, config.seed
         )
         return structured_from(type(module).__name__, module, setting)
     if config.budget is None:
@@ -156,11 +182,11 @@ def _transformed(module: nn.Module, config: GBLRConfig) -> nn.Module:
         weight_matrix(module),
         config.budget,
         method=config.method,
-        align=config.align,
+        align=config._tile,
         row_splits=config.row_splits,
         seed=config.seed,
     )
-    return frozen_like(module, matrix, plan=config.plan, factor_dtype=config.factor_dtype)
+    return frozen_like(module, matrix, plan=config._plan, factor_dtype=config.factor_dtype)
 
 
 def _frozen(layer: GBLRLayer, config: GBLRConfig) -> nn.Module:
@@ -169,4 +195,4 @@ def _frozen(layer: GBLRLayer, config: GBLRConfig) -> nn.Module:
             f"GBLRConfig: masks are still smooth (sigma {layer.sigma:g}); finish training or call "
             "freeze_structure() before converting"
         )
-    return frozen_like(layer, layer.structure(), plan=config.plan, factor_dtype=config.factor_dtype)
+    return frozen_like(layer, layer.structure(), plan=config._plan, factor_dtype=config.factor_dtype)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from math import prod
 from typing import Any, ClassVar, NoReturn
 
@@ -17,17 +19,16 @@ from .frozen import ALWAYS
 from .kernels import fit, product
 from .kernels.compiled import missing
 from .kernels.costs import Costs
-from .kernels.layout import Block, Layout, narrowed, pack_for, quantize, to_dense, unpack
+from .kernels.layout import Block, Layout, interval_facts, narrowed, pack, pack_for, quantize, to_dense, unpack
 from .kernels.measure import is_stale, measured_plan
-from .kernels.plan import BUCKETS, Plan, fixed_plan, predicted_cost
+from .kernels.plan import BUCKETS, Plan, candidates, fixed_plan, predicted_cost
 from .kernels.quick import Launcher, launcher
 from .quiet import quiet_import
-from .structure import StructuredMatrix
+from .structure import Intervals, StructuredMatrix
 
 with quiet_import(
     "gblr_plugin.GBLRTensor", "torchao 0.18", "torchao>=0.18,<0.19"
 ):  # it lists the libraries that it cannot load
-    import torchao.core.config
     from torchao.quantization import Int8WeightOnlyConfig, PerRow
     from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER, register_quantize_module_handler
     from torchao.utils import TorchAOBaseTensor
@@ -265,6 +266,30 @@ class GBLRTensor(TorchAOBaseTensor):
         """
         return unpack(self.packing, self.factors, self.lists, self.scales)
 
+    def _stored_components(self) -> tuple[StructuredMatrix, Any]:
+        """The components with factors as they are stored, int8 too, and their scales; without the transposition."""
+        if self.packing.transposed:
+            return self.t()._stored_components()  # type: ignore[no-any-return]  # a GBLRTensor
+        if not self.packing.dense:
+            matrix = unpack(self.packing, self.factors, self.lists)
+            order = interval_facts(self.packing, self.lists)[4].argsort()
+            return matrix, None if self.scales is None else self.scales[order]
+        (m, n), device = self.packing.shape, self.device
+        each = Intervals.of_known(torch.ones(m, dtype=torch.int64, device=device), torch.arange(m, device=device), m)
+        rows = torch.eye(m, dtype=self.factors.dtype, device=device)
+        whole = Intervals.full(m, n, device)
+        return StructuredMatrix(rows, self.factors.view(m, n), each, whole, (m,)), self.scales
+
+    @classmethod
+    def _from_int8(cls, matrix: StructuredMatrix, scales: Tensor, shape: tuple[int, ...]) -> GBLRTensor:
+        """Pack int8 factors, which are kept as they are, and a scale per component; no component is without cost."""
+        real = matrix.to(scales.dtype)
+        plan = candidates(real, prod(shape[2:]) if len(shape) > 2 else None, int8=True)[0]
+        layout, values, lists = pack(matrix, plan.block_rows, plan.block_cols, plan.even and len(shape) == 2)
+        scales = scales[interval_facts(layout, lists)[4]]
+        layout, lists = narrowed(layout, lists)
+        return cls(values, lists, layout, plan, shape, scales)
+
     def to_dense(self) -> Tensor:
         """The matrix in the outer shape, dtype as stored."""
         return to_dense(self.packing, self.factors, self.lists, self.scales).reshape(self.outer_shape)
@@ -483,14 +508,28 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
     return return_and_correct_aliasing(func, args, kwargs, moved)  # type: ignore[no-any-return]  # untyped in torch
 
 
+def _mode_of(weight: GBLRTensor) -> torch.inference_mode:
+    """Whether in inference mode, as the weight was made: torch wants so of what it takes for a view of the weight."""
+    return torch.inference_mode(weight.is_inference())
+
+
+@implements([aten.alias.default, aten.detach.default])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
+    self = args[0]
+    with _mode_of(self):
+        result = self._apply_fn_to_data(func)
+    return return_and_correct_aliasing(func, args, kwargs, result)  # type: ignore[no-any-return]  # untyped in torch
+
+
 def _transposed(func: Any, args: Any, kwargs: Any) -> GBLRTensor:
     self = args[0]
     if len(self.outer_shape) != 2:
         raise GBLRError(f"GBLR tensor: only 2-D weights can be transposed, this one is {self.outer_shape}")
-    matrix = None if self.matrix is None else self.matrix.t()
-    result = GBLRTensor(
-        self.factors, self.lists, self.packing.t(), self.plan, self.outer_shape[::-1], self.scales, matrix
-    )
+    with _mode_of(self):
+        matrix = None if self.matrix is None else self.matrix.t()
+        result = GBLRTensor(
+            self.factors, self.lists, self.packing.t(), self.plan, self.outer_shape[::-1], self.scales, matrix
+        )
     return return_and_correct_aliasing(func, args, kwargs, result)  # type: ignore[no-any-return]  # untyped in torch
 
 
@@ -530,12 +569,145 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         ) from None
 
 
-@implements([aten.split.Tensor, aten.view.default])
+@implements([aten.view.default, aten.new_zeros.default])
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> NoReturn:
     raise GBLRError(
-        "GBLR tensor: it is neither cut nor flattened; of torchao's configs it takes Int8WeightOnlyConfig; for "
-        "DistributedDataParallel and fully_shard see keep_frozen_local and frozen_weights of gblr_plugin.distributed"
+        "GBLR tensor: it is not flattened, and no tensor of zeros is like it; of torchao's configs it takes "
+        "Int8WeightOnlyConfig; for DistributedDataParallel and fully_shard see keep_frozen_local and frozen_weights of "
+        "gblr_plugin.distributed"
     )
+
+
+# -- parts of a weight, and weights above or beside each other -------------------------------------------------------
+
+_Change = Callable[[list[StructuredMatrix]], StructuredMatrix]
+
+
+def _rebuilt(weights: Sequence[GBLRTensor], change: _Change, outer: tuple[int, ...]) -> GBLRTensor:
+    """The weight whose matrix is made of those of others by taking and joining components; int8 factors stay as is.
+
+    Args:
+        weights: Of one dtype, on one device, all with int8 factors or none.
+        change: What to do, by nothing but the intervals of the matrices that it is given.
+        outer: Shape of the result.
+    """
+    if any(type(weight.factors) is not Tensor or weight.factors.is_meta for weight in weights):
+        raise GBLRError(
+            "GBLR tensor: a weight without values, on the meta device or in a program that is being traced, cannot be "
+            "cut or concatenated; do it before"
+        )
+
+    def apply(matrices: list[StructuredMatrix]) -> StructuredMatrix:
+        pairs = zip(matrices, weights, strict=True)
+        return change([matrix.t() if weight.packing.transposed else matrix for matrix, weight in pairs]).live()
+
+    stored = [weight._stored_components() for weight in weights]
+    matrix = apply([own for own, _ in stored])
+    if weights[0].scales is None:
+        return GBLRTensor.from_structured(matrix, shape=outer)  # type: ignore[no-any-return]  # a GBLRTensor
+    marked = []  # on the same intervals, matrices that have each component's scale for factors
+    for own, scales in stored:
+        u, v = (axis.support() * scales[:, None] for axis in (own.rows, own.cols))
+        marked.append(StructuredMatrix(u, v, own.rows, own.cols, own.split_sizes))
+    return GBLRTensor._from_int8(matrix, apply(marked).u.amax(1), outer)
+
+
+def _cut(weight: GBLRTensor, dim: int, start: int, length: int) -> Tensor:
+    """Indices ``start : start + length`` of one axis, exact: a copy, which torch takes for a view.
+
+    The whole axis is the same buffers again, and no index at all a plain tensor.
+    """
+    with _mode_of(weight):
+        return _cut_in_mode(weight, dim, start, length)
+
+
+def _cut_in_mode(weight: GBLRTensor, dim: int, start: int, length: int) -> Tensor:
+    shape = weight.outer_shape
+    if length == shape[dim]:
+        return weight._apply_fn_to_data(lambda part: part)  # type: ignore[no-any-return]  # a GBLRTensor
+    outer = (*shape[:dim], length, *shape[dim + 1 :])
+    if not length:
+        return torch.empty(outer, dtype=weight.dtype, device=weight.device)
+    taps = prod(shape[2:]) if dim == 1 else 1
+    if dim > 1:
+        raise GBLRError(f"GBLR tensor: only channels of a convolution can be cut, not axis {dim} of {shape}")
+    return _rebuilt([weight], lambda own: own[0].narrow(dim, start * taps, length * taps), outer)
+
+
+def _axis(weight: GBLRTensor, dim: int) -> int:
+    dims = len(weight.outer_shape)
+    if not -dims <= dim < dims:
+        raise IndexError(f"GBLR tensor: axis {dim} is out of range for a weight of shape {weight.outer_shape}")
+    return dim % dims
+
+
+@implements(aten.slice.Tensor)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    def call(self: GBLRTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Tensor:
+        if step != 1:
+            raise GBLRError(f"GBLR tensor: every {step}th index of an axis has no GBLR structure; slices need step 1")
+        dim = _axis(self, dim)
+        begin, stop, _ = slice(start, end).indices(self.outer_shape[dim])
+        return _cut(self, dim, begin, max(stop - begin, 0))
+
+    return call(*args, **kwargs)
+
+
+@implements(aten.select.int)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """One row or column, or the part of a convolution that belongs to one channel: a plain tensor."""
+
+    def call(self: GBLRTensor, dim: int, index: int) -> Tensor:
+        dim = _axis(self, dim)
+        size = self.outer_shape[dim]
+        if not -size <= index < size:
+            raise IndexError(f"GBLR tensor: index {index} is out of range for axis {dim} of length {size}")
+        with _mode_of(self):
+            piece: Any = _cut(self, dim, index % size, 1)
+            row: Tensor = piece.to_dense().select(dim, 0)
+            return row
+
+    return call(*args, **kwargs)
+
+
+@implements([aten.split.Tensor, aten.split_with_sizes.default])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    def call(self: GBLRTensor, each: int | list[int], dim: int = 0) -> list[Tensor]:
+        dim = _axis(self, dim)
+        size = self.outer_shape[dim]
+        sizes = [min(each, size - at) for at in range(0, size, each)] if isinstance(each, int) else each
+        return [_cut(self, dim, end - length, length) for length, end in zip(sizes, accumulate(sizes), strict=True)]
+
+    return call(*args, **kwargs)
+
+
+@implements([aten.narrow.default, aten.chunk.default])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    return func.decompose(*args, **kwargs)  # in inference mode torch does not take them apart itself
+
+
+@implements(aten.cat.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """Weights above (``dim=0``) or beside (``dim=1``) each other; exact."""
+
+    def call(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+        weights = [part for part in tensors if isinstance(part, GBLRTensor) or part.numel()]
+        first = next(part for part in weights if isinstance(part, GBLRTensor))
+        dim = _axis(first, dim)
+        kinds = [(type(part), part.dtype, part.device, getattr(part, "factor_dtype", None)) for part in weights]
+        if len(set(kinds)) > 1:
+            raise GBLRError(
+                "GBLR tensor: only GBLR tensors of one dtype, device and dtype of factors are concatenated, got "
+                + ", ".join(f"{kind.__name__} {dtype} {device} {stored}" for kind, dtype, device, stored in kinds)
+                + "; to_dense() gives the plain tensor"
+            )
+        shapes = [tuple(part.shape) for part in weights]
+        if dim > 1 or len({(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}) > 1:
+            raise GBLRError(f"GBLR tensor: weights of shapes {shapes} are not concatenated along axis {dim}")
+        outer = (*shapes[0][:dim], sum(shape[dim] for shape in shapes), *shapes[0][dim + 1 :])
+        return _rebuilt(weights, lambda own: StructuredMatrix.cat(own, dim), outer)  # type: ignore[arg-type]  # one type
+
+    return call(*args, **kwargs)
 
 
 @implements(aten.mm.default)
@@ -559,19 +731,21 @@ _int8_of_torchao = _QUANTIZE_CONFIG_HANDLER[Int8WeightOnlyConfig]
 
 
 @register_quantize_module_handler(Int8WeightOnlyConfig)
-def _int8_transform(module: nn.Module, config: Int8WeightOnlyConfig, **options: Any) -> nn.Module:
-    """Int8WeightOnlyConfig on a converted layer: int8 factors with a scale per component."""
-    name = options.get("parameter_name", "weight")
-    weight = getattr(module, name, None)
+def _int8_transform(module: nn.Module, config: Int8WeightOnlyConfig, *, parameter_name: str = "weight") -> nn.Module:
+    """Int8WeightOnlyConfig on a converted layer: int8 factors with a scale per component.
+
+    torchao's FqnToConfig hands parameters only to handlers whose signature has ``parameter_name``.
+    """
+    weight = getattr(module, parameter_name, None)
     if not isinstance(weight, GBLRTensor):
-        return _int8_of_torchao(module, config, **options)  # type: ignore[no-any-return]  # untyped in torchao
+        handled: nn.Module = _int8_of_torchao(module, config, parameter_name=parameter_name)
+        return handled
     if config.granularity != PerRow():
         raise ConfigError(
             f"Int8WeightOnlyConfig: a GBLR layer has one scale per component (PerRow()), got {config.granularity}"
         )
-    setattr(module, name, nn.Parameter(weight.quantize(), requires_grad=False))
+    setattr(module, parameter_name, nn.Parameter(weight.quantize(), requires_grad=False))
     return module
 
 
 torch.serialization.add_safe_globals([GBLRTensor, Layout, Block, Plan])
-torchao.core.config.ALLOWED_AO_MODULES.add(__name__)

@@ -1,9 +1,16 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
-from torchao.quantization import quantize_
+from torchao.core.config import config_from_dict, config_to_dict
+from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
 
 from gblr_plugin import ConfigError, GBLRConfig, GBLRConv2d, GBLRLinear, GBLRTensor, report
+from gblr_plugin.kernels.plan import Plan
 
 
 def make():
@@ -132,3 +139,102 @@ def test_a_lone_layer_is_turned_into_another():
     layer = nn.Linear(32, 32)
     quantize_(layer, GBLRConfig(step="convert", budget=0.5))
     assert isinstance(layer.weight, GBLRTensor)
+
+
+EVERY_FIELD = {
+    "step": "convert",
+    "budget": 0.4,
+    "align": (2, 4),
+    "initialiser": "trapezoid",
+    "method": "pursuit",
+    "num_components": 3,
+    "row_splits": 2,
+    "plan": "factors",
+    "seed": 7,
+    "factor_dtype": "int8",
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GBLRConfig(),
+        GBLRConfig(**EVERY_FIELD),
+        GBLRConfig(align=4, plan=Plan(16, 32, ((4, "dense"), (1024, "blocks")), speedups=((1, 1.5),))),
+    ],
+)
+def test_torchao_writes_and_reads_a_config(config):
+    assert set(EVERY_FIELD) == {field.name for field in dataclasses.fields(GBLRConfig)}
+    text = json.dumps(config_to_dict(config))
+    assert config_from_dict(json.loads(text)) == config
+    nested = FqnToConfig({"0": config, "re:1.*": None})
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(nested)))) == nested
+
+
+def test_a_config_that_was_read_back_does_the_same():
+    config = GBLRConfig(step="convert", budget=0.5, align=(2, 4), plan=Plan(8, 16))
+    models = [make(), make()]
+    quantize_(models[0], config)
+    quantize_(models[1], config_from_dict(config_to_dict(config)))
+    for model in models:
+        assert (model[2].weight.plan.block_rows, model[2].weight.plan.block_cols) == (8, 16)
+        rows, cols = model[2].weight.to_structured().rows, model[2].weight.to_structured().cols
+        assert not bool((rows.start % 2).any())
+        assert not bool((cols.start % 4).any())
+    assert torch.equal(models[0](X), models[1](X))
+    prepared = make()
+    quantize_(prepared, config_from_dict(config_to_dict(GBLRConfig(align=(2, 4)))))
+    assert prepared[2].align == (2, 4)
+
+
+def test_a_plan_with_unknown_keys_is_refused():
+    with pytest.raises(ConfigError, match="plan: unknown keys"):
+        GBLRConfig(plan={"blocks": 3})
+
+
+def test_torchao_reads_a_config_where_only_the_package_was_imported():
+    code = (
+        "import sys, gblr_plugin\n"
+        "assert 'torchao' not in sys.modules\n"
+        "from torchao.core.config import config_from_dict\n"
+        "data = {'_type': 'GBLRConfig', '_version': 1, '_data': {'step': 'convert', 'budget': 0.5, 'align': [1, 2]}}\n"
+        "assert config_from_dict(data).budget == 0.5\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+@pytest.mark.parametrize("name", ["2.weight", "2", r"re:2\.weight", r"re:2\..*", r"re:2"])
+@pytest.mark.parametrize("step", ["prepare", "convert"])
+def test_a_layer_or_its_weight_by_name(name, step):
+    model = make()
+    quantize_(model, FqnToConfig({name: GBLRConfig(step=step, budget=0.5)}), filter_fn=None)
+    if step == "prepare":
+        assert isinstance(model[2], GBLRLinear)
+        quantize_(model, FqnToConfig({r"re:2.*": GBLRConfig(step="convert")}), filter_fn=None)
+    else:
+        assert isinstance(model[2].weight, GBLRTensor)
+    assert type(model[0].weight.data) is torch.Tensor
+    assert type(model[4].weight.data) is torch.Tensor
+    assert model(X).shape == (2, 1)
+
+
+def test_a_convolution_by_the_name_of_its_weight():
+    model = make()
+    quantize_(model, FqnToConfig({"0.weight": GBLRConfig(step="convert", budget=0.5)}), filter_fn=None)
+    assert isinstance(model[0].weight, GBLRTensor)
+
+
+def test_a_bias_by_name_changes_nothing():
+    model = make()
+    quantize_(model, FqnToConfig({"2.bias": GBLRConfig(step="convert", budget=0.5)}), filter_fn=None)
+    assert type(model[2].weight.data) is torch.Tensor
+
+
+def test_int8_of_torchao_by_the_name_of_a_weight():
+    model = make()
+    quantize_(model, FqnToConfig({"2.weight": GBLRConfig(step="convert", budget=0.5)}), filter_fn=None)
+    int8 = Int8WeightOnlyConfig()
+    quantize_(model, FqnToConfig({"2.weight": int8, "4.weight": int8}), filter_fn=None)
+    assert model[2].weight.factor_dtype == "int8"
+    assert type(model[4].weight.data).__name__ == "Int8Tensor"
+    assert model(X).shape == (2, 1)

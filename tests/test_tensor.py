@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import io
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -568,3 +569,249 @@ def test_a_wider_weight_multiplies_by_a_wider_matrix(true_plans: None) -> None:
     torch.testing.assert_close(F.linear(x, wide), x @ matrix.to(torch.float64).to_dense().T, rtol=1e-12, atol=1e-12)
     narrow = weight.to(torch.bfloat16)
     assert torch.equal(narrow.matrix, weight.matrix.to(torch.bfloat16))
+
+
+# -- parts of a weight, and weights above or beside each other -------------------------------------------------------
+
+
+def dense_stored(m: int, n: int) -> StructuredMatrix:
+    """More factors than entries."""
+    return StructuredMatrix.from_factors(torch.randn(m, m), torch.randn(m, n))
+
+
+def weight_of(kind: str) -> GBLRTensor:
+    torch.manual_seed(0)
+    matrices = {"dense": dense_stored(24, 30), "splits": random_matrix(17, 24, 30, splits=3)}
+    matrix = matrices.get(kind.removesuffix(" int8"), random_matrix(12, 24, 30))
+    plan = Plan(8, 8, ((4, "dense"), (1024, "blocks"))) if kind == "beside" else None
+    weight = GBLRTensor.from_structured(
+        random_matrix(12, 30, 24, splits=3) if kind == "transposed splits" else matrix,
+        plan=plan,
+        factor_dtype="int8" if "int8" in kind else None,
+    )
+    return weight.t() if "transposed" in kind else weight
+
+
+KINDS = [
+    "plain",
+    "int8",
+    "splits",
+    "splits int8",
+    "dense",
+    "dense int8",
+    "beside",
+    "transposed",
+    "transposed splits",
+    "transposed int8",
+]
+
+
+def assert_is(result: Tensor, dense: Tensor, like: GBLRTensor | None = None) -> None:
+    """A structured weight of these values, which multiplies by them and passes gradients on to inputs."""
+    assert isinstance(result, GBLRTensor)
+    assert result.shape == dense.shape
+    torch.testing.assert_close(result.to_dense(), dense, rtol=1e-4, atol=1e-4)
+    if like is not None:
+        assert (result.dtype, result.factor_dtype) == (like.dtype, like.factor_dtype)
+    x = torch.randn(3, dense.shape[1], requires_grad=True)
+    y, expected = F.linear(x, result), F.linear(x, dense)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), x)[0] for out in (y, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    again = pickle.loads(pickle.dumps(result))
+    assert torch.equal(again.to_dense(), result.to_dense())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_slices_equal_those_of_the_dense_weight(kind: str, dim: int) -> None:
+    weight = weight_of(kind)
+    dense = weight.to_dense()
+    size = dense.shape[dim]
+    for start, stop in ((0, 7), (5, 19), (size - 6, size), (3, 4), (0, size)):
+        assert_is(weight.narrow(dim, start, stop - start), dense.narrow(dim, start, stop - start), weight)
+    assert_is(weight[2:9], dense[2:9], weight)
+    assert_is(weight[:, -9:], dense[:, -9:], weight)
+    assert_is(weight[4:20, 3:29], dense[4:20, 3:29], weight)
+    torch.testing.assert_close(weight.select(dim, -2), dense.select(dim, -2), rtol=1e-4, atol=1e-4)
+    assert type(weight[5]) is Tensor
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_pieces_of_a_weight_come_together_again(kind: str, dim: int) -> None:
+    weight = weight_of(kind)
+    dense = weight.to_dense()
+    rest = dense.shape[dim] - 14
+    for pieces, expected in (
+        (torch.chunk(weight, 3, dim), torch.chunk(dense, 3, dim)),
+        (weight.split(10, dim), dense.split(10, dim)),
+        (weight.split([3, 11, rest], dim), dense.split([3, 11, rest], dim)),
+    ):
+        for piece, part in zip(pieces, expected, strict=True):
+            assert_is(piece, part, weight)
+        assert_is(torch.cat(pieces, dim), dense, weight)
+
+
+@pytest.mark.parametrize("int8", [None, "int8"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_weights_of_different_kinds_are_concatenated(dim: int, int8: str | None) -> None:
+    shapes = [(12, 18), (6, 18), (12, 18)] if dim == 0 else [(18, 12), (18, 6), (18, 12)]
+    matrices = [
+        random_matrix(7, *shapes[0], splits=3),
+        random_matrix(5, *shapes[1]),
+        dense_stored(*shapes[2]),
+    ]
+    weights = [GBLRTensor.from_structured(matrix, factor_dtype=int8) for matrix in matrices]
+    weights.append(GBLRTensor.from_structured(random_matrix(6, *shapes[0][::-1], splits=2), factor_dtype=int8).t())
+    dense = [weight.to_dense() for weight in weights]
+    empty = torch.empty(0)
+    assert_is(torch.cat([empty, *weights], dim), torch.cat(dense, dim), weights[0])
+    assert_is(torch.concat(weights[:2], dim=dim - 2), torch.cat(dense[:2], dim), weights[0])
+
+
+def test_packed_query_key_value_keeps_its_components() -> None:
+    q, k, v = (random_matrix(6, 16, 32, seed=seed).live() for seed in range(3))
+    packed = torch.cat([GBLRTensor.from_structured(part) for part in (q, k, v)])
+    assert packed.to_structured().row_splits == 3
+    assert packed.stored == q.stored + k.stored + v.stored
+    for piece, part in zip(packed.chunk(3), (q, k, v), strict=True):
+        back = piece.to_structured()
+        assert torch.equal(back.u, part.u)
+        assert torch.equal(back.v, part.v)
+        assert piece.stored == part.stored
+
+
+def test_int8_factors_of_a_slice_are_those_of_the_weight() -> None:
+    weight = weight_of("int8")
+    for part, dense in (
+        (weight[3:17], weight.to_dense()[3:17]),
+        (torch.cat([weight[3:17], weight[:3]]), torch.cat([weight.to_dense()[3:17], weight.to_dense()[:3]])),
+    ):
+        assert part.factors.dtype == torch.int8
+        torch.testing.assert_close(part.to_dense(), dense, rtol=1e-6, atol=1e-6)
+        assert set(part.scales.tolist()) <= set(weight.scales.tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("int8", [None, "int8"])
+def test_slices_in_other_dtypes(dtype: torch.dtype, int8: str | None) -> None:
+    matrix = random_matrix(12, 24, 30, dtype=torch.float32)
+    weight = GBLRTensor.from_structured(matrix.to(dtype), factor_dtype=int8)
+    part = torch.cat([weight[5:20], weight[:3]])
+    assert (part.dtype, part.factor_dtype) == (dtype, int8)
+    dense = weight.to_dense()
+    torch.testing.assert_close(part.to_dense(), torch.cat([dense[5:20], dense[:3]]))
+
+
+@pytest.mark.parametrize("int8", [None, "int8"])
+def test_channels_of_convolutions(int8: str | None) -> None:
+    torch.manual_seed(0)
+    weight = GBLRTensor.from_structured(random_matrix(14, 12, 8 * 9), shape=(12, 8, 3, 3), factor_dtype=int8)
+    dense = weight.to_dense()
+    x = torch.randn(2, 8, 6, 6)
+    for part, expected in (
+        (weight[3:9], dense[3:9]),
+        (weight[:, 2:7], dense[:, 2:7]),
+        (weight[3:9, 2:7, :, :], dense[3:9, 2:7]),
+        (torch.cat([weight[:4], weight[9:]]), torch.cat([dense[:4], dense[9:]])),
+        (torch.cat([weight[:, :3], weight], 1), torch.cat([dense[:, :3], dense], 1)),
+    ):
+        assert part.shape == expected.shape
+        torch.testing.assert_close(part.to_dense(), expected, rtol=1e-4, atol=1e-4)
+        inputs = x[:, :1].expand(-1, expected.shape[1], -1, -1)
+        torch.testing.assert_close(F.conv2d(inputs, part), F.conv2d(inputs, expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weight[2], dense[2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weight[:, 5], dense[:, 5], rtol=1e-4, atol=1e-4)
+    for cut in (lambda: weight[:, :, 1:], lambda: torch.cat([weight, weight], 2), lambda: weight[:, :, 1]):
+        with pytest.raises(GBLRError, match=r"only channels|not concatenated along axis 2"):
+            cut()
+
+
+@pytest.mark.parametrize("kind", ["plain", "transposed", "int8"])
+def test_cuts_in_inference_mode(kind: str) -> None:
+    weight = weight_of(kind)
+    dense = weight.to_dense()
+    with torch.inference_mode():
+        for own in (weight, weight.detach(), weight.t().t()):
+            assert torch.allclose(own[3:9, 2:].to_dense(), dense[3:9, 2:], atol=1e-4)
+            assert torch.allclose(own.narrow(0, 2, 9).to_dense(), dense[2:11], atol=1e-4)
+            assert torch.allclose(own.chunk(2, 1)[1].to_dense(), dense.chunk(2, 1)[1], atol=1e-4)
+            assert torch.allclose(own.split(5)[1].to_dense(), dense[5:10], atol=1e-4)
+            assert torch.allclose(own[4], dense[4], atol=1e-4)
+            assert torch.allclose(torch.cat([own[:5], own]).to_dense(), torch.cat([dense[:5], dense]), atol=1e-4)
+
+
+def test_a_layer_of_a_slice_is_saved(tmp_path: Path) -> None:
+    weight = weight_of("splits")
+    model = nn.Sequential(nn.Linear(30, 10, bias=False))
+    model[0].weight = nn.Parameter(weight[:10], requires_grad=False)
+    save(model, tmp_path / "part.safetensors")
+    again = load(tmp_path / "part.safetensors", nn.Sequential(nn.Linear(30, 10, bias=False)))
+    x = torch.randn(3, 30)
+    assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("kind", ["plain", "int8", "dense"])
+def test_slices_without_an_index_or_a_component(kind: str) -> None:
+    weight = weight_of(kind)
+    for none in (weight[4:4], weight[9:2], weight[:, 30:], weight.narrow(0, 3, 0)):
+        assert type(none) is Tensor
+        assert none.dtype == weight.dtype
+    assert (weight[4:4].shape, weight[:, 30:].shape) == ((0, 30), (24, 0))
+    assert torch.cat([weight[4:4], weight]).shape == weight.shape
+    rows = Intervals(torch.tensor([2]), torch.tensor([3]), 24)
+    one = GBLRTensor.from_structured(
+        StructuredMatrix.from_factors(torch.randn(1, 24), torch.randn(1, 30), rows), factor_dtype=weight.factor_dtype
+    )
+    assert one[8:].num_components == 0
+    assert not one[8:].to_dense().any()
+    assert F.linear(torch.randn(2, 30), one[8:]).shape == (2, 16)
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        (lambda w: w[::2], "every 2th index of an axis"),
+        (lambda w: torch.cat([w, torch.randn(2, 30)]), r"only GBLR tensors of one dtype.*to_dense\(\)"),
+        (lambda w: torch.cat([w, w.double()]), "of one dtype"),
+        (lambda w: torch.cat([w, w.quantize()]), "dtype of factors"),
+        (lambda w: torch.cat([w, w[:, :7]]), r"shapes \[\(24, 30\), \(24, 7\)\] are not concatenated along axis 0"),
+        (lambda w: torch.cat([w, w[:7]], 1), "not concatenated along axis 1"),
+        (lambda w: w.to("meta")[:3], "without values"),
+        (lambda w: torch.cat([w.to("meta"), w.to("meta")]), "without values"),
+    ],
+)
+def test_what_cannot_be_cut_or_joined(cut: Callable[[GBLRTensor], object], message: str) -> None:
+    with pytest.raises(GBLRError, match=message):
+        cut(weight_of("plain"))
+
+
+def test_indices_out_of_range() -> None:
+    weight = weight_of("plain")
+    for cut in (lambda: weight[24], lambda: weight[:, -31], lambda: weight.narrow(2, 0, 1)):
+        with pytest.raises(IndexError):
+            cut()
+    with pytest.raises(RuntimeError):
+        weight.narrow(0, 20, 9)
+
+
+@pytest.mark.usefixtures("true_plans")
+def test_cuts_of_small_weights_keep_their_matrix_where_users_get_it() -> None:
+    weight = GBLRTensor.from_structured(random_matrix(12, 24, 30))
+    assert weight.matrix is not None
+    dense = weight.to_dense()
+    for part, expected in ((weight[3:20], dense[3:20]), (torch.cat([weight, weight], 1), torch.cat([dense, dense], 1))):
+        assert_is(part, expected, weight)
+        assert part.packing.dense or part.matrix is not None
+    whole = weight[:]
+    assert whole.matrix is not None
+    assert torch.equal(F.linear(torch.ones(2, 30), whole), F.linear(torch.ones(2, 30), weight))
+
+
+def test_a_slice_is_a_copy() -> None:
+    weight = weight_of("plain")
+    before = weight.to_dense()
+    part = weight[:9]
+    part.factors.zero_()
+    assert torch.equal(weight.to_dense(), before)

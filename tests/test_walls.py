@@ -9,7 +9,7 @@ import gblr_plugin
 
 PACKAGE = Path(gblr_plugin.__file__).parent
 ROOMS = [
-    {"errors", "files", "progress", "quiet", "random_state", "structure"},
+    {"after_import", "errors", "files", "progress", "quiet", "random_state", "structure"},
     {"kernels", "mask"},
     {
         "blockwise",

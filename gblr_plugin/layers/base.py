@@ -408,6 +408,21 @@ class GBLRLayer(nn.Module):
 
     # -- module plumbing ---------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> Any:
+        """As of every module; mask tables that hold anything else than they should are written anew.
+
+        ``from_pretrained`` of transformers, which prepares a model where it is given a ``TorchAoConfig`` of a
+        ``GBLRConfig``, puts uninitialised memory in place of all buffers that files do not hold, and then calls
+        ``eval()``.
+        """
+        for tables, n in zip((self.row_tables, self.column_tables), self.axis_lengths, strict=True):
+            if tables.is_meta or self.widths.is_meta:
+                continue
+            if not torch.equal(tables, mask_tables(n, self._sigma, tables.dtype, tables.device, hard=self._hard)):
+                self._refresh_buffers()
+        return super().train(mode)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # `.half()` must not round the structure: 11 bits cannot address an axis of 4096. Sigma is kept as it was set.
         keep: list[Tensor] = [self.widths, self.locations, self.row_tables, self.column_tables, self.smoothness]
