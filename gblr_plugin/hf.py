@@ -1,13 +1,14 @@
 """Hugging Face folders of converted models: ``config.json`` names the class, safetensors hold weights and structure.
 
 Importing this module teaches transformers the quantization method ``"gblr"``, so that its own ``from_pretrained`` and
-``save_pretrained`` read and write such folders.
+``save_pretrained`` read and write such folders. ``import gblr_plugin`` sees to it where transformers is imported too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from .errors import ConfigError
 from .families.layers import FamilyLayer, layer_like
 from .files import write_text
 from .frozen import hasten
+from .layers import GBLRLayer
 from .quiet import quiet_import
 from .serialization.container import INDEX, Container, Entry, entries_of, shard_paths, write_container
 from .serialization.families import restore_matrix
@@ -28,9 +30,11 @@ from .serialization.header import Header, read_headers
 from .serialization.model import flatten_model
 from .serialization.weights import part_names, unflatten_weight
 from .swap import replace_modules, structurable, weight_matrix
+from .tensor import GBLRTensor
 
 with quiet_import("gblr_plugin.hf", "transformers 5.14", "transformers>=5.14,<6"):
     import transformers
+    from transformers.modeling_utils import PreTrainedModel
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -52,7 +56,7 @@ def save_pretrained(model: Any, folder: str | os.PathLike[str], *, max_shard_byt
         ConfigError: If it is no model of transformers, or cannot be saved (see :func:`gblr_plugin.save`).
         OSError: If a file cannot be written.
     """
-    if not isinstance(model, transformers.PreTrainedModel):
+    if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"save_pretrained: need a model of transformers, got a {type(model).__name__}")
     folder = Path(folder)
     tensors, header = flatten_model(model)
@@ -108,7 +112,7 @@ def _class_of(folder: Path, who: str) -> tuple[Any, Any]:
     except Exception as error:  # transformers raises many kinds
         raise ConfigError(f"{who}: {str(folder / 'config.json')!r} cannot be used: {_first_line(error)}") from error
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise ConfigError(f"{who}: {str(folder / 'config.json')!r} names {name!r}, no model of transformers")
     return kind, config
 
@@ -252,7 +256,7 @@ class GBLRHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._header = Header()
-        self._families: dict[str, FamilyLayer] = {}
+        self.flat: tuple[dict[str, Tensor], dict[str, str]] | None = None  # the state to write, where it is at hand
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """A dense model is converted first, not while it is loaded.
@@ -316,11 +320,12 @@ class GBLRHfQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What transformers' own ``save_pretrained`` writes."""
-        tensors, header = flatten_model(model)
-        metadata = header.to_metadata()
-        tied = header.tied
-        return {**tensors, **{alias: tensors[name] for alias, name in tied.items() if name in tensors}}, metadata
+        """What transformers' own ``save_pretrained`` writes.
+
+        Raises:
+            ConfigError: If the state cannot be saved, see :func:`gblr_plugin.save`, or could not be loaded again.
+        """
+        return _flat(model) if self.flat is None else self.flat
 
     def is_serializable(self) -> bool:
         """Yes."""
@@ -337,6 +342,18 @@ class GBLRHfQuantizer(HfQuantizer):
         return True
 
 
+def _flat(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a model's state, tied ones under each of their names, and the texts of a file's header."""
+    tensors, header = flatten_model(model)
+    if header.torchao:
+        raise ConfigError(
+            f"save_pretrained: {min(header.torchao)!r} is quantized by torchao, and transformers cannot load such "
+            "weights and those of gblr_plugin from one folder; use gblr_plugin.save"
+        )
+    aliases = {alias: tensors[name] for alias, name in header.tied.items() if name in tensors}
+    return {**tensors, **aliases}, header.to_metadata()
+
+
 def _loaded(carrier: _Carrier, record: Mapping[str, Any]) -> nn.Module:
     """The plain layer with its structured weight, in the dtype that transformers loads."""
     dense: Any = carrier.dense[0]
@@ -350,3 +367,71 @@ def _loaded(carrier: _Carrier, record: Mapping[str, Any]) -> nn.Module:
     new.bias = carrier.bias
     new.train(carrier.training)
     return new  # type: ignore[no-any-return]  # a module
+
+
+# -- transformers' own save_pretrained -------------------------------------------------------------------------------
+
+
+def _holds_structure(model: nn.Module) -> bool:
+    """Does the state of a model need more than its tensors' names to be loaded again.
+
+    A model whose layers are all still in training is saved as it is; one that is converted in part is refused.
+    """
+    if any(isinstance(parameter.data, GBLRTensor) for parameter in model.parameters()):
+        return True
+    kinds = [(isinstance(module, GBLRLayer), _is_converted(module)) for module in model.modules()]
+    return any(converted for _, converted in kinds) and not any(training for training, _ in kinds)
+
+
+def _is_converted(module: nn.Module) -> bool:
+    return isinstance(module, FamilyLayer) or "structure_name" in vars(module)
+
+
+@contextlib.contextmanager
+def _as_quantized(model: Any) -> Iterator[None]:
+    """For the time of saving, a model as one that ``from_pretrained`` loaded from a folder of this method.
+
+    Everything that can be refused is refused before a file or a folder is made.
+
+    Raises:
+        ConfigError: If the state cannot be saved, or another method than torchao's has quantized the model.
+    """
+    own, config = vars(model), vars(model.config)
+    before, named = own.get("hf_quantizer"), config.get("quantization_config")
+    if before is not None and before.quantization_config.quant_method not in (METHOD, "torchao"):
+        raise ConfigError(
+            f"save_pretrained: the model has structured weights and is quantized by "
+            f"{before.quantization_config.quant_method!s}; a folder names one method"
+        )
+    quantizer = GBLRHfQuantizer(GBLRHfConfig())
+    quantizer.flat = _flat(model)
+    model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
+    try:
+        yield
+    finally:
+        for values, name, value in ((own, "hf_quantizer", before), (config, "quantization_config", named)):
+            if value is None:
+                del values[name]
+            else:
+                values[name] = value
+
+
+def _saving_structure(save: Any) -> Any:
+    """Transformers' ``save_pretrained``, which asks ``model.hf_quantizer`` for the tensors to write.
+
+    ``from_pretrained`` sets that attribute. A model that was converted in memory, by whichever way, has structured
+    weights and no quantizer; it gets one here, for the time of the call. Names are kept as the model has them, since
+    the record of a structured weight holds its name.
+    """
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        if not _holds_structure(self):
+            return save(self, save_directory, *args, **kwargs)
+        with _as_quantized(self):
+            return save(self, save_directory, *args, **{**kwargs, "save_original_format": False})
+
+    return save_pretrained
+
+
+PreTrainedModel.save_pretrained = _saving_structure(PreTrainedModel.save_pretrained)
