@@ -176,7 +176,7 @@ class GBLRTensor(TorchAOBaseTensor):
             matrix: The (m, n) weight; its dtype and device are kept, components without cost are dropped.
             shape: Outer shape; (m, n) by default, (c_out, c_in, k...) with c_in * prod(k) = n for a convolution.
             plan: ``None`` or ``"fixed"``: by the cost model, whose numbers are measured once per machine, dtype and
-                number of threads (:mod:`~gblr_plugin.kernels.fit`). ``"factors"``: the same, but never the matrix
+                number of threads (``gblr_plugin.kernels.fit``). ``"factors"``: the same, but never the matrix
                 beside the factors, so less memory. ``"auto"``: measured here and now (with factors as they are, also
                 if they become int8). Or a plan.
             factor_dtype: ``None`` keeps the factors; ``"int8"`` rounds them, see :meth:`quantize`.
