@@ -175,6 +175,6 @@ def test_the_documented_licence_is_the_one_that_is_installed(name: str) -> None:
         files = [file for file in metadata.files(name) or [] if file.name.startswith("LICENSE")]
         said = " ".join(file.read_text(encoding="utf-8") for file in files[:1])
     words = {"BSD": "BSD|Redistribution and use in source and binary forms", "Apache": "Apache", "MIT": "MIT"}
-    words = {"HPND": "HPND|MIT-CMU", "PSF": "Python Software Foundation", **words}
+    words = {"HPND": "HPND|MIT-CMU", "PSF": "Python Software Foundation", "Unlicense": "Unlicense|MIT", **words}
     kind = next(word for word in words if word in table()[name][1])
     assert re.search(words[kind], said), said[:200]
