@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode, return_and_c
 from .errors import ConfigError, GBLRError
 from .frozen import ALWAYS
 from .kernels import fit, product
-from .kernels.compiled import missing
+from .kernels.compiled import available, missing
 from .kernels.costs import Costs
 from .kernels.layout import Block, Layout, interval_facts, narrowed, pack, pack_for, quantize, to_dense, unpack
 from .kernels.measure import is_stale, measured_plan
@@ -156,8 +156,9 @@ class GBLRTensor(TorchAOBaseTensor):
         )
 
     def _stable_hash_for_caching(self) -> str:
-        """Key of compiled programs: all that a trace depends on."""
-        facts = repr((self.packing, self.plan, self.outer_shape, self.dtype, self.factors.dtype, self.device.type))
+        """Key of compiled programs: all that a trace depends on, as what this machine can run."""
+        kinds = self.dtype, self.factors.dtype, self.device.type, available(self.device, self.dtype)
+        facts = repr((self.packing, self.plan, self.outer_shape, *kinds))
         return hashlib.sha256(facts.encode()).hexdigest()
 
     @classmethod

@@ -432,7 +432,8 @@ def test_unknown_dtypes_of_factors_are_named() -> None:
 
 def test_plans_measured_elsewhere_are_measured_anew(tmp_path: Path) -> None:
     matrix = random_matrix(20, 96, 80)
-    here = dataclasses.replace(Plan(16, 16), **circumstances(torch.device("cpu"), torch.float32))
+    blocks = Plan(16, 16, ((1024, "blocks"),))  # which every machine has
+    here = dataclasses.replace(blocks, **circumstances(torch.device("cpu"), torch.float32))
     elsewhere = dataclasses.replace(here, machine="another")
     for plan, kept in ((here, True), (elsewhere, False), (elsewhere.pinned(), True)):
         model = nn.Sequential(nn.Linear(80, 96)).eval()
@@ -445,6 +446,16 @@ def test_plans_measured_elsewhere_are_measured_anew(tmp_path: Path) -> None:
             assert not is_stale(again[0].weight.plan, torch.device("cpu"), torch.float32)
         x = torch.randn(3, 80)
         torch.testing.assert_close(again(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_programs_compiled_with_a_kernel_are_not_those_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps compiled programs on disk; the folder may be another machine's."""
+    weight = GBLRTensor.from_structured(random_matrix(20, 48, 64), plan=Plan(16, 16))
+    keys = set()
+    for found in (True, False):
+        monkeypatch.setattr("gblr_plugin.tensor.available", lambda *_, found=found: found)
+        keys.add(weight._stable_hash_for_caching())
+    assert len(keys) == 2
 
 
 @pytest.mark.parametrize("kernel", ["compiled", "blocks"])

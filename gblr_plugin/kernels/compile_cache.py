@@ -32,6 +32,7 @@ _SOURCES = (
     "numba_solve.py",
     "numba_spans.py",
     "numba_team.py",
+    "processor.py",
 )
 _REORDER = {"reassoc", "contract", "nsz"}  # sums may be reordered, which vector lanes need
 _logger = logging.getLogger(__name__)

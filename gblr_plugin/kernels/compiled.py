@@ -33,9 +33,9 @@ def _installed(kind: str) -> bool:
 
 @lru_cache
 def _has_bfloat16() -> bool:
-    import llvmlite.binding
+    from .processor import abilities  # numba takes a second to import
 
-    return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16", False))
+    return abilities().bfloat16
 
 
 @torch.compiler.assume_constant_result

@@ -11,18 +11,18 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
-import llvmlite.binding
 import numpy as np
 from numba import njit
 
 from .compile_cache import compiled
+from .processor import abilities
 from .simd import LANES, dot_tile, expand_tile, load_float32, load_int32, reduce_tile, widen_tile
 
 __all__ = ["CHUNK", "TABLE", "TILES", "functions"]
 
 TABLE = 20  # bytes of a block's row in the table
 CHUNK = 64  # tokens per pass: z and the packed x then stay in the second-level cache
-_WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f", False))
+_WIDE = abilities().wide
 TILES = 2 if _WIDE else 1  # token tiles per register tile
 _TALL = 8 if _WIDE else 4  # components (stage 1) or tokens (stage 2) per register tile
 

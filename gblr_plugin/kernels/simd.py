@@ -114,9 +114,9 @@ class Emitter:
         return self.b.shuffle_vector(single, ir.Constant(_VECTOR, ir.Undefined), zeros)
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
-        """``a * b + c`` per lane."""
+        """``a * b + c`` per lane: one instruction where the processor has it, else a product and a sum."""
         kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-        return self.b.call(self.declare("llvm.fma.v16f32", kind), [a, b, c])
+        return self.b.call(self.declare("llvm.fmuladd.v16f32", kind), [a, b, c])
 
     def total(self, vector: Any) -> Any:
         """Sum of the lanes, in halves."""

@@ -9,6 +9,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 import gblr_plugin.serialization.container
 from gblr_plugin import ConfigError, GBLRTensor, convert, decompose, families, load, prepare, report, save
 from gblr_plugin.conversion import LayerSettings
+from gblr_plugin.kernels import compiled
 from gblr_plugin.kernels.layout import interval_facts
 from gblr_plugin.kernels.plan import Plan, dense_plan
 
@@ -123,7 +124,8 @@ def test_weights_of_torchao_beside_ours(tmp_path):
 
 @pytest.mark.parametrize("plan", [None, Plan(8, 16), dense_plan()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, "int8"])
-def test_weights_come_back_bit_by_bit(tmp_path, plan, dtype):
+def test_weights_come_back_bit_by_bit(tmp_path, plan, dtype, monkeypatch):
+    monkeypatch.setattr("gblr_plugin.tensor.missing", lambda *_: False)  # the kernel that the plan names is here
     torch.manual_seed(0)
     layer = nn.Linear(33, 30)
     matrix = decompose(layer.weight.detach(), 0.5, row_splits=3)
@@ -137,6 +139,27 @@ def test_weights_come_back_bit_by_bit(tmp_path, plan, dtype):
     assert (again.scales is None) == (weight.scales is None)
     assert weight.scales is None or torch.equal(again.scales, weight.scales)
     assert (again.packing, again.plan) == (weight.packing, weight.plan)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), ("int8", 1e-5)])
+def test_without_its_kernel_a_weight_comes_back_under_a_plan_of_this_machine(tmp_path, dtype, tolerance, monkeypatch):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(33, 30, bias=False), torch.randn(5, 33)
+    matrix = decompose(layer.weight.detach(), 0.5, row_splits=3)
+    matrix = matrix if dtype == "int8" else matrix.to(dtype=dtype)
+    named = Plan(8, 16, ((1, "blocks"), (1024, "compiled")))
+    weight = GBLRTensor.from_structured(matrix, plan=named, factor_dtype="int8" if dtype == "int8" else None)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    save(layer, tmp_path / "model.safetensors")
+    expected = x.to(matrix.u.dtype).double() @ weight.to_dense().double().t()
+    monkeypatch.setattr(compiled, "_installed", lambda kind: False)
+    loaded = load(tmp_path / "model.safetensors", nn.Linear(33, 30, bias=False))
+    assert not any(name == "compiled" for _, name in loaded.weight.plan.kernels)
+    same, original = loaded.weight.to_structured(), weight.to_structured()
+    assert torch.equal(same.rows.start, original.rows.start)
+    torch.testing.assert_close(same.u, original.u)
+    y = loaded(x.to(matrix.u.dtype))
+    assert float((y - expected).norm()) <= tolerance * float(expected.norm())
 
 
 @pytest.mark.parametrize("dtype", [None, "int8"])
