@@ -1,8 +1,10 @@
-"""What all tests share."""
+"""What all tests share. Weights get the plans that users get, but where a test asks for others by a fixture below."""
 
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -11,18 +13,20 @@ from gblr_plugin.kernels import plan
 os.environ["GBLR_FIT_COSTS"] = (
     "0"  # plans follow from the recorded costs, here and in child processes: as on any machine
 )
-
-
-@pytest.fixture(autouse=True)
-def structure_at_work(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No dense products in plans: the small weights of tests go through structured ones.
-
-    Tests of plans as users get them ask for the fixture ``true_plans``.
-    """
-    if "true_plans" not in request.fixturenames:
-        monkeypatch.setattr(plan, "_slowness", lambda *_: lambda tokens: 0.0)
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    # Programs that torch keeps are compiled for other vectors than those they were written for where this differs.
+    own = Path(tempfile.gettempdir(), f"torchinductor-{capability}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own))
 
 
 @pytest.fixture
-def true_plans() -> None:
-    """Plans as users get them, with the dense matrix beside the factors of small weights."""
+def structured_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No dense products in plans by the cost model: the small weights of tests go through structured kernels."""
+    monkeypatch.setattr(plan, "_slowness", lambda *_: lambda tokens: 0.0)
+
+
+@pytest.fixture(params=["as users get them", "structured"])
+def plans(request: pytest.FixtureRequest) -> None:
+    """Once with plans as users get them, small weights by the dense matrix beside their factors, and once without."""
+    if request.param == "structured":
+        request.getfixturevalue("structured_plans")

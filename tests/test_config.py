@@ -34,13 +34,14 @@ def test_prepare_with_the_default_filter_takes_linear_layers():
     assert "4: too small to gain, kept dense" in str(report(model, X))
 
 
+@pytest.mark.usefixtures("plans")
 def test_prepare_then_convert():
     model = make()
     quantize_(model, GBLRConfig(step="prepare", initialiser="trapezoid", budget=0.5), is_layer)
     assert isinstance(model[0], GBLRConv2d)
     before = model(X)
     quantize_(model, GBLRConfig(step="convert"), is_layer)
-    assert type(model[0]) is nn.Conv2d
+    assert isinstance(model[0], nn.Conv2d)
     assert isinstance(model[0].weight, GBLRTensor)
     assert isinstance(model[2].weight, GBLRTensor)
     assert torch.allclose(model(X), before, rtol=1e-5, atol=1e-6)
@@ -64,6 +65,7 @@ def test_converted_layers_are_left_alone_by_prepare():
     assert all(a is b for a, b in zip(model, before, strict=True))
 
 
+@pytest.mark.usefixtures("plans")
 def test_one_shot_keeps_the_budget_and_the_dtype():
     model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 48)).to(torch.bfloat16)
     quantize_(model, GBLRConfig(step="convert", budget=0.4))

@@ -11,6 +11,7 @@ from gblr_plugin import ConfigError, GBLRConv1d, GBLRConv2d, GBLRLinear, GBLRTen
 from gblr_plugin.conversion import LayerSettings, frozen_like, prepare_layers
 from gblr_plugin.decomposition import decompose
 
+pytestmark = pytest.mark.usefixtures("plans")
 HALF = LayerSettings("trapezoid", budget=0.5)
 
 
@@ -52,7 +53,7 @@ def test_outputs_before_and_after_convert_agree(make, shape):
     for name, layer in layers.items():
         new = model.get_submodule(name)
         assert isinstance(new.weight, GBLRTensor)
-        assert type(new) in (nn.Linear, nn.Conv1d, nn.Conv2d)
+        assert isinstance(new, (nn.Linear, nn.Conv1d, nn.Conv2d))
         assert new.weight.stored == cost[name]
         assert not new.weight.requires_grad
         assert close(new.weight.to_dense(), layer.weight.detach())

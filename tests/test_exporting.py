@@ -53,6 +53,7 @@ def run_blocked(code: str, folder: Path) -> None:
     subprocess.run([sys.executable, "-c", BLOCKED + code + CHECK], cwd=folder, check=True, timeout=120)
 
 
+@pytest.mark.usefixtures("plans")
 def test_a_program_runs_without_the_package(tmp_path: Path) -> None:
     model, x = layers_of_all_kinds(), torch.randn(9, 6, 3, 3)
     names = list(model.state_dict())

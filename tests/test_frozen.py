@@ -22,7 +22,6 @@ from gblr_plugin.kernels.plan import BUCKETS, MATRIX, Plan, fixed_plan
 from gblr_plugin.serialization import load, save
 from gblr_plugin.tensor import GBLRTensor
 
-pytestmark = pytest.mark.usefixtures("true_plans")
 needs_numba = pytest.mark.skipif(
     not compiled.available(torch.device("cpu"), torch.float32), reason="costs are those of the compiled kernel"
 )

@@ -52,6 +52,7 @@ def made(request):
     return request.param()
 
 
+@pytest.mark.usefixtures("plans")
 @pytest.mark.parametrize("most", [10**9, 10_000])
 def test_a_folder_comes_back_in_one_call(tmp_path, made, most):
     model, x = made
@@ -67,7 +68,6 @@ def test_a_folder_comes_back_in_one_call(tmp_path, made, most):
         assert loaded.lm_head.weight is loaded.transformer.wte.weight
 
 
-@pytest.mark.usefixtures("true_plans")
 def test_small_layers_of_a_folder_take_the_matrix_that_they_keep(tmp_path):
     model, x = gpt2()
     hf.save_pretrained(model, tmp_path)
@@ -77,6 +77,7 @@ def test_small_layers_of_a_folder_take_the_matrix_that_they_keep(tmp_path):
     assert report(loaded, x) == report(model, x)
 
 
+@pytest.mark.usefixtures("plans")
 def test_transformers_reads_and_writes_it_by_itself(tmp_path):
     model, x = gpt2()
     hf.save_pretrained(model, tmp_path / "ours")

@@ -511,5 +511,5 @@ def test_compiles_whole_and_follows_sigma_without_recompiling(monkeypatch, alway
             torch.testing.assert_close(a, p.grad)
     assert counter.frame_count == 1
     layer.freeze_structure()
-    torch.testing.assert_close(compiled(x), layer(x))
+    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
     assert counter.frame_count <= 2

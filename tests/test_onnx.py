@@ -16,8 +16,8 @@ pytest.importorskip("onnxscript")
 export_onnx = pytest.importorskip("gblr_plugin.onnx").export_onnx
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", params=["plans as users get them", "structured"])
+def model(request):
     """Convolution, packed rows, int8 factors, a layer stored dense, and another family."""
     torch.manual_seed(0)
     network = nn.Sequential(
@@ -36,6 +36,9 @@ def model():
     gblr.prepare(network, ["6"], settings=gblr.LayerSettings("svd", budget=0.5))
     families.replace(network, ["7"], "monarch", 0.5)
     families.convert(network)
+    if request.param == "structured":  # none with the matrix beside its factors
+        for number in (0, 3):
+            network[number].weight = nn.Parameter(network[number].weight.replan("factors"), requires_grad=False)
     network[5].weight = nn.Parameter(network[5].weight.quantize(), requires_grad=False)
     network[6].weight = nn.Parameter(network[6].weight.replan(dense_plan()), requires_grad=False)
     return network

@@ -37,6 +37,7 @@ def test_convolutions_by_hand():
     assert report(model[2:], torch.randn(1, 8, 7)).multiply_adds == 6 * 4 * 16
 
 
+@pytest.mark.usefixtures("plans")
 def test_structured_layers_count_their_intervals():
     model = nn.Sequential(nn.Linear(16, 24))
     layers = prepare(model, settings=HALF)
@@ -59,7 +60,6 @@ def test_structured_layers_count_their_intervals():
     assert f"0: {converted.layers[0].kernel}, padding {padding:.3f}, predicted cost {predicted:.3f}" in saved
 
 
-@pytest.mark.usefixtures("true_plans")
 def test_a_matrix_beside_the_factors_is_shown():
     model = nn.Sequential(nn.Linear(16, 24))
     prepare(model, settings=HALF)

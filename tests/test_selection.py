@@ -86,7 +86,7 @@ def test_default_passes_over_what_is_structured_converted_or_parametrized():
         for index in (0, 3):
             model[index].widths.mul_(0.3)
     convert(model)
-    assert type(model[3]) is nn.Conv2d
+    assert isinstance(model[3], nn.Conv2d)
     assert names(model) == ["1", "4"]
 
 
@@ -108,6 +108,7 @@ def test_an_empty_default_selection_says_what_stands_in_the_way(model, reason):
         select_layers(model)
 
 
+@pytest.mark.usefixtures("structured_plans")
 def test_preparing_twice_says_so():
     model = nn.Sequential(nn.Linear(16, 16))
     prepare(model)
@@ -120,7 +121,6 @@ def test_preparing_twice_says_so():
         prepare(model)
 
 
-@pytest.mark.usefixtures("true_plans")
 def test_converting_before_preparing_says_so_of_a_layer_that_keeps_its_matrix():
     model = nn.Sequential(nn.Linear(64, 64))
     prepare(model, settings=LayerSettings("trapezoid", budget=0.5))

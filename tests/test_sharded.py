@@ -19,7 +19,6 @@ from gblr_plugin.sharded import CompressSettings, compress_folder
 
 transformers = pytest.importorskip("transformers")
 FAST = CompressSettings(0.5, method="trapezoid")
-pytestmark = pytest.mark.usefixtures("true_plans")  # other processes have no others
 
 
 def network(**changes):

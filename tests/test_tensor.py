@@ -102,6 +102,7 @@ def relative_error(result: Tensor, reference: Tensor) -> float:
     return float((result - reference).norm() / reference.norm().clamp(min=1e-30))
 
 
+@pytest.mark.usefixtures("plans")
 @pytest.mark.parametrize(("components", "m", "n", "splits"), SHAPES)
 @pytest.mark.parametrize("shape", [(7,), (0,), (), (2, 130)], ids=str)
 def test_linear_equals_the_float64_formula(
@@ -136,6 +137,7 @@ def test_structure_comes_back(components: int, m: int, n: int, splits: int) -> N
     assert torch.equal(weight.dequantize(), weight.to_dense())
 
 
+@pytest.mark.usefixtures("plans")
 def test_non_contiguous_inputs() -> None:
     matrix = random_matrix(30, 70, 90)
     weight, dense = GBLRTensor.from_structured(matrix), matrix.to_dense().double()
@@ -144,6 +146,7 @@ def test_non_contiguous_inputs() -> None:
             assert relative_error(F.linear(x, weight), F.linear(x.double(), dense)) < 1e-5
 
 
+@pytest.mark.usefixtures("plans")
 @pytest.mark.parametrize(("components", "m", "n", "splits"), SHAPES)
 def test_gradients_reach_input_and_bias(components: int, m: int, n: int, splits: int) -> None:
     matrix = random_matrix(components, m, n, splits=splits, dtype=torch.float64)
@@ -156,6 +159,7 @@ def test_gradients_reach_input_and_bias(components: int, m: int, n: int, splits:
     torch.testing.assert_close(mine, reference)
 
 
+@pytest.mark.usefixtures("plans")
 def test_a_layer_in_front_trains() -> None:
     weight = GBLRTensor.from_structured(random_matrix(12, 10, 16))
     model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 10, bias=False))
@@ -174,6 +178,7 @@ def linear_module(dtype: torch.dtype = torch.float32, plan: Plan | None = None) 
     return module
 
 
+@pytest.mark.usefixtures("plans")
 def test_copies_and_files_keep_the_weight() -> None:
     module, x = linear_module(), torch.randn(9, 75)
     reference = module(x)
@@ -195,6 +200,7 @@ def test_copies_and_files_keep_the_weight() -> None:
     assert torch.equal(same(x), reference)
 
 
+@pytest.mark.usefixtures("plans")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_casting_casts_factors_only(dtype: torch.dtype) -> None:
     module = linear_module().to(dtype)
@@ -208,12 +214,14 @@ def test_casting_casts_factors_only(dtype: torch.dtype) -> None:
     assert relative_error(y, reference) < {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-12}[dtype]
 
 
+@pytest.mark.usefixtures("plans")
 def test_moving_between_devices() -> None:
     weight = linear_module().weight.to("meta")
     assert (weight.device.type, weight.factors.device.type, weight.lists.device.type) == ("meta",) * 3
     assert F.linear(torch.empty(3, 75, device="meta"), weight).shape == (3, 50)
 
 
+@pytest.mark.usefixtures("plans")
 def test_autocast_decides_the_dtype() -> None:
     module, x = linear_module(), torch.randn(9, 75)
     for context in (torch.no_grad(), torch.enable_grad()):
@@ -222,6 +230,7 @@ def test_autocast_decides_the_dtype() -> None:
     assert module.weight.dtype == torch.float32
 
 
+@pytest.mark.usefixtures("plans")
 def test_dtypes_must_agree() -> None:
     with pytest.raises(GBLRError, match="share one dtype"):
         linear_module()(torch.randn(3, 75, dtype=torch.float64))
@@ -237,6 +246,7 @@ def test_repr_says_what_it_is() -> None:
     assert "GBLRTensor" in repr(linear_module().weight.data)
 
 
+@pytest.mark.usefixtures("plans")
 @pytest.mark.parametrize("splits", [1, 3])
 def test_transpose_and_matmul(splits: int) -> None:
     matrix = random_matrix(24, 48, 75, splits=splits)
@@ -261,12 +271,13 @@ def test_dense_storage_where_factors_cost_more() -> None:
     torch.testing.assert_close(weight.t().to_dense(), weight.to_dense().t())
 
 
+@pytest.mark.usefixtures("plans")
 def test_compile_without_graph_breaks() -> None:
     module, x = linear_module(), torch.randn(9, 75)
     compiled = torch.compile(module, fullgraph=True)
-    torch.testing.assert_close(compiled(x), module(x))
+    torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-4)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x), module(x))
+        torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -341,6 +352,7 @@ def test_grouped_convolutions_are_refused() -> None:
         F.conv2d(torch.randn(1, 4, 8, 8), weight, groups=2)
 
 
+@pytest.mark.usefixtures("plans")
 def test_compiled_convolution() -> None:
     module = nn.Conv2d(6, 10, 3, padding=1)
     matrix = random_matrix(25, 10, 54)
@@ -367,6 +379,7 @@ def int8_module() -> nn.Linear:
     return module
 
 
+@pytest.mark.usefixtures("plans")
 def test_int8_factors_by_torchaos_config() -> None:
     model, x = nn.Sequential(nn.Linear(20, 75), linear_module()), torch.randn(9, 20)
     before = model[1].weight
@@ -397,7 +410,7 @@ def test_int8_factors_survive_what_others_survive() -> None:
     assert replanned.factor_dtype == "int8"
     torch.testing.assert_close(replanned.to_dense(), module.weight.to_dense(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(module.weight.t().to_dense(), module.weight.to_dense().t(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), reference)
+    torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), reference, rtol=1e-4, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
         assert module(x).dtype == torch.bfloat16
     half = copy.deepcopy(module).bfloat16()
@@ -405,6 +418,7 @@ def test_int8_factors_survive_what_others_survive() -> None:
     assert relative_error(half(x.bfloat16()), reference.double()) < 2e-2
 
 
+@pytest.mark.usefixtures("plans")
 def test_int8_factors_by_our_config_and_in_files(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(48, 64))
     quantize_(model, GBLRConfig(step="convert", budget=0.5, factor_dtype="int8"))
@@ -526,6 +540,7 @@ def test_plans_whose_kernel_is_missing_are_made_anew(
         torch.testing.assert_close(again(x), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.usefixtures("structured_plans")
 def test_a_changed_plan_or_buffer_is_noticed() -> None:
     layer, x = linear_module(), torch.randn(3, 75)
     with torch.no_grad():
@@ -539,6 +554,7 @@ def test_a_changed_plan_or_buffer_is_noticed() -> None:
         assert weight._launcher is not made
 
 
+@pytest.mark.usefixtures("plans")
 def test_states_of_another_kind_are_refused_with_what_to_do():
     def network():
         torch.manual_seed(0)
@@ -571,7 +587,7 @@ def test_other_configs_of_torchao_are_refused_by_name():
         quantize_(convert(model), Int8DynamicActivationInt8WeightConfig())
 
 
-def test_a_wider_weight_multiplies_by_a_wider_matrix(true_plans: None) -> None:
+def test_a_wider_weight_multiplies_by_a_wider_matrix() -> None:
     matrix = StructuredMatrix.from_factors(torch.randn(4, 24), torch.randn(4, 16))
     weight = GBLRTensor.from_structured(matrix)
     assert weight.matrix is not None
@@ -807,7 +823,6 @@ def test_indices_out_of_range() -> None:
         weight.narrow(0, 20, 9)
 
 
-@pytest.mark.usefixtures("true_plans")
 def test_cuts_of_small_weights_keep_their_matrix_where_users_get_it() -> None:
     weight = GBLRTensor.from_structured(random_matrix(12, 24, 30))
     assert weight.matrix is not None

@@ -144,4 +144,4 @@ def test_compiles_without_graph_breaks() -> None:
         families.replace(model, None, family, 0.5)
         x = torch.randn(4, 30)
         compiled = torch.compile(model, backend="eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x), model(x))
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)

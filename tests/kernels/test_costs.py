@@ -75,7 +75,6 @@ def test_cases_of_convolutions() -> None:
     assert [case_of(taps, 16) for taps in (None, 1, 9)] == ["16", "pointwise", "unfolded"]
 
 
-@pytest.mark.usefixtures("true_plans")
 def test_plans_follow_the_costs() -> None:
     matrix = random_structure(96, 96, 0.25)
     fast = fixed_plan(matrix, costs=lambda *_: costs(dense=10.0, start=5.0))

@@ -193,7 +193,6 @@ def test_a_real_measurement_gives_costs_of_every_case(dtype: torch.dtype, few: N
     assert found.slowness(stored, 16) > 0
 
 
-@pytest.mark.usefixtures("true_plans")
 def test_times_decide_what_conversion_makes(few: None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As users get it: where structured products take long weights keep the matrix, and elsewhere they do not."""
     matrix, kept = random_structure(96, 96, 0.25), []

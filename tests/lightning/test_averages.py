@@ -33,6 +33,7 @@ def loss(module):
     return nn.functional.cross_entropy(module(x), y).item()
 
 
+@pytest.mark.usefixtures("plans")
 @pytest.mark.parametrize("kind", AVERAGES)
 def test_an_average_has_the_frozen_structure_and_predicts(make_trainer, make_module, kind):
     plain = fit(make_trainer, make_module(), [driver()])

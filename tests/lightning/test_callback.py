@@ -44,6 +44,7 @@ def steps(monkeypatch):
     return taken
 
 
+@pytest.mark.usefixtures("plans")
 def test_a_plain_trainer_learns_a_structure_within_the_budget(make_module, make_trainer):
     module, callback = make_module(), driver()
     make_trainer([callback]).fit(module)

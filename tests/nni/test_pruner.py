@@ -22,6 +22,7 @@ def modules_of(model: nn.Module) -> dict[str, int]:
 # -- budgets under every clock -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("plans")
 def test_own_schedule_meets_the_budget_of_each_layer(kit: Any) -> None:
     model = kit.MLP()
     config = [{"op_names": ["fc1"], "sparse_ratio": 0.6}, {"op_names": ["fc2"], "sparse_ratio": 0.7}]
@@ -41,6 +42,7 @@ def test_own_schedule_meets_the_budget_of_each_layer(kit: Any) -> None:
     torch.testing.assert_close(convert(model)(x), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("plans")
 def test_compaction_changes_no_result(kit: Any) -> None:
     outputs, sizes = [], []
     for own in ({}, {"gblr_compact": True}, {"gblr": {"compact": True}}):

@@ -13,6 +13,7 @@ from gblr_plugin.kernels import compiled
 from gblr_plugin.kernels.layout import interval_facts
 from gblr_plugin.kernels.plan import Plan, dense_plan
 
+pytestmark = pytest.mark.usefixtures("plans")
 HALF = LayerSettings("trapezoid", budget=0.5)
 
 
