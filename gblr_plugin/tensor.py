@@ -22,7 +22,8 @@ from .kernels.costs import Costs
 from .kernels.layout import Block, Layout, interval_facts, narrowed, pack, pack_for, quantize, to_dense, unpack
 from .kernels.measure import is_stale, measured_plan
 from .kernels.plan import BUCKETS, Plan, candidates, fixed_plan, predicted_cost
-from .kernels.quick import Launcher, launcher
+from .kernels.quick import launcher
+from .kernels.soundness import check_index, check_sizes, is_known, vouch
 from .quiet import quiet_import
 from .structure import Intervals, StructuredMatrix
 
@@ -38,6 +39,35 @@ __all__ = ["GBLRTensor"]
 aten = torch.ops.aten
 FACTOR_DTYPES = (None, "int8")
 _MOST_UNPACKED = 64  # times the factors: what the matrix made of a file may take
+
+
+_STATE = {"factors", "lists", "packing", "plan", "outer_shape", "scales"}
+
+
+class _Ready:
+    """The buffers of a weight that were checked, and the short way to its kernels; no file can hold one."""
+
+    __slots__ = ("call", "factors", "factors_at", "lists", "lists_at", "scales", "scales_at", "version")
+
+    def __init__(self, weight: GBLRTensor) -> None:
+        self.factors, self.lists, self.scales = weight.factors, weight.lists, weight.scales
+        self.factors_at, self.lists_at = self.factors.data_ptr(), self.lists.data_ptr()
+        self.scales_at = 0 if self.scales is None else self.scales.data_ptr()
+        self.version = self.lists._version
+        self.call = launcher(weight.packing, weight.plan, self.factors, self.lists, self.scales)
+
+    def holds(self) -> bool:
+        """Are the buffers in their places, and the lists as they were: asked before every product."""
+        lists, scales = self.lists, self.scales
+        return (
+            lists._version == self.version
+            and lists.data_ptr() == self.lists_at
+            and self.factors.data_ptr() == self.factors_at
+            and (scales is None or scales.data_ptr() == self.scales_at)
+        )
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of a weight is checked itself."""
 
 
 class GBLRTensor(TorchAOBaseTensor):
@@ -72,8 +102,7 @@ class GBLRTensor(TorchAOBaseTensor):
     scales: Tensor | None
     matrix: Tensor | None
     dense_elements: tuple[tuple[float, float], ...]
-    _launcher: Launcher | None = None
-    _launches: tuple[Layout, Plan] | None = None  # what the launcher was made for
+    _ready: _Ready | None = None
 
     def __new__(
         cls,
@@ -115,8 +144,8 @@ class GBLRTensor(TorchAOBaseTensor):
         self.dense_elements = self._dense_elements()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and files carry: all but the launcher and the matrix, which are made anew."""
-        left_out = ("_launcher", "_launches", "matrix", "dense_elements")
+        """What copies and files carry: all but what is made anew."""
+        left_out = ("_ready", "matrix", "dense_elements")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def _dense_elements(self) -> tuple[tuple[float, float], ...]:
@@ -128,8 +157,9 @@ class GBLRTensor(TorchAOBaseTensor):
 
     def _own_matrix(self) -> Tensor | None:
         """The matrix, where the plan multiplies by it beside factors that can be multiplied out."""
-        wanted = self.plan.keeps_matrix and self.scales is None and not self.packing.dense
-        return self.to_dense().contiguous() if wanted else None
+        if not self.plan.keeps_matrix or self.scales is not None or self.packing.dense:
+            return None
+        return to_dense(self.packing, self.factors, self.lists).reshape(self.outer_shape).contiguous()
 
     def with_matrix(self) -> GBLRTensor:
         """The weight with the matrix beside its factors where its plan multiplies by it, else itself."""
@@ -137,6 +167,55 @@ class GBLRTensor(TorchAOBaseTensor):
         if matrix is None:
             return self
         return GBLRTensor(self.factors, self.lists, self.packing, self.plan, self.outer_shape, self.scales, matrix)
+
+    def check(self) -> None:
+        """Look whether the buffers hold what the layout says; every use of the weight does so first.
+
+        A weight may come from anywhere: a file, :meth:`__tensor_unflatten__`, an assignment. Buffers that were found
+        sound, and were not written to since, are not read again. Tensors without memory, and those under traces, are
+        not read at all.
+
+        Raises:
+            ConfigError: If they do not.
+        """
+        self._checked()
+
+    def _checked(self) -> _Ready | None:
+        """What :meth:`check` found sound, and the matrix made that the plan asks for; None where it did not look."""
+        if torch.compiler.is_compiling():
+            return None
+        ready = self._ready
+        if type(ready) is _Ready and ready.holds():
+            return ready
+        if not self.__dict__.keys() >= _STATE:
+            raise ConfigError("GBLR tensor: it has no state, as if a file had named its class alone")
+        _check_parts(self)
+        buffers = (self.factors, self.lists, *(() if self.scales is None else (self.scales,)))
+        if self.lists.is_meta or not product.is_plain(*buffers):
+            return None
+        if not is_known(self.lists, self.packing):
+            # A copy: others may hold a file's memory, and tensors of inference mode do not count their changes.
+            with torch.inference_mode(False), torch.no_grad():
+                lists = self.lists.detach().clone()
+                check_index(self.packing, lists)
+                vouch(lists, self.packing)
+                self.lists = lists
+        if self.matrix is None and _is_believable(self):
+            self.matrix = self._own_matrix()
+        self._ready = _Ready(self)
+        return self._ready
+
+    def _vouched(self, source: GBLRTensor | None = None) -> GBLRTensor:
+        """Itself, packed here or (where a source is given) copied from one that was found sound."""
+        if source is None or is_known(source.lists, source.packing):
+            vouch(self.lists, self.packing)
+        return self
+
+    @torch.compiler.disable
+    def __tensor_flatten__(self) -> Any:
+        """As the base's, after a check: compiled programs take the buffers from here."""
+        self._checked()
+        return super().__tensor_flatten__()
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -160,6 +239,12 @@ class GBLRTensor(TorchAOBaseTensor):
         kinds = self.dtype, self.factors.dtype, self.device.type, available(self.device, self.dtype)
         facts = repr((self.packing, self.plan, self.outer_shape, *kinds))
         return hashlib.sha256(facts.encode()).hexdigest()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; another buffer, layout or plan is checked before it is used."""
+        if name in _STATE:
+            self.__dict__["_ready"] = None
+        super().__setattr__(name, value)
 
     @classmethod
     @torch.compiler.disable
@@ -215,7 +300,7 @@ class GBLRTensor(TorchAOBaseTensor):
                 f"GBLR tensor: block_cols of a convolution must be a multiple of its {taps} taps, got {plan.block_cols}"
             )
         layout, values, index = pack_for(matrix, plan.block_rows, plan.block_cols, plan.even and len(shape) == 2)
-        weight = cls(values, index, layout, plan, shape)
+        weight = cls(values, index, layout, plan, shape)._vouched()
         return weight.with_matrix() if factor_dtype is None else weight.quantize()
 
     @torch.compiler.disable
@@ -224,11 +309,12 @@ class GBLRTensor(TorchAOBaseTensor):
 
         ``dtype`` stays what it is: that of inputs, outputs and scales. An int8 weight comes back itself.
         """
+        self._checked()
         if self.scales is not None:
             return self
         factors, scales = quantize(self.packing, self.factors, self.lists)
         packing, lists = narrowed(self.packing, self.lists)
-        return GBLRTensor(factors, lists, packing, self.plan.by_factors(), self.outer_shape, scales)
+        return GBLRTensor(factors, lists, packing, self.plan.by_factors(), self.outer_shape, scales)._vouched()
 
     def replan(self, plan: Plan | str = "auto") -> GBLRTensor:
         """The same weight under another plan, for example measured anew on the device it now lies on."""
@@ -265,6 +351,7 @@ class GBLRTensor(TorchAOBaseTensor):
         Raises:
             ConfigError: For the transpose of a matrix with row splits.
         """
+        self._checked()
         return unpack(self.packing, self.factors, self.lists, self.scales)
 
     def _stored_components(self) -> tuple[StructuredMatrix, Any]:
@@ -293,6 +380,7 @@ class GBLRTensor(TorchAOBaseTensor):
 
     def to_dense(self) -> Tensor:
         """The matrix in the outer shape, dtype as stored."""
+        self._checked()
         return to_dense(self.packing, self.factors, self.lists, self.scales).reshape(self.outer_shape)
 
     def dequantize(self) -> Tensor:
@@ -342,12 +430,44 @@ class GBLRTensor(TorchAOBaseTensor):
         )
 
 
-def _set_state(weight: GBLRTensor, state: dict[str, Any]) -> None:
-    """Take what ``__getstate__`` gave, or an older file that knows no scales."""
-    weight.__dict__.update({"scales": None, **state})
-    # A file may claim any shape; where dense is faster, the factors are a good part of the matrix.
-    believable = prod(weight.packing.shape) <= _MOST_UNPACKED * max(weight.factors.numel(), 4096)
-    weight.matrix, weight.dense_elements = weight._own_matrix() if believable else None, weight._dense_elements()
+def _set_state(weight: GBLRTensor, state: Any) -> None:
+    """Take what ``__getstate__`` gave; a file may claim anything.
+
+    Its buffers are not read: files of torch's old format fill them later. The first use checks them.
+    """
+    if not isinstance(state, dict) or not state.keys() >= _STATE - {"scales"}:
+        raise ConfigError("GBLR tensor: its state is damaged")
+    hidden = [key for key in state if not isinstance(key, str) or hasattr(GBLRTensor, key)]
+    if hidden:
+        raise ConfigError(f"GBLR tensor: its state is damaged, it names {hidden[0]!r}")
+    weight.__dict__.update({**state, "scales": state.get("scales"), "matrix": None, "_ready": None})
+    _check_parts(weight)
+    weight.dense_elements = weight._dense_elements()
+
+
+def _check_parts(weight: GBLRTensor) -> None:
+    """Raise unless layout, plan, shapes and sizes fit together; no value of a buffer is read."""
+    layout, plan, shape = weight.packing, weight.plan, weight.outer_shape
+    check_sizes(layout, weight.factors, weight.lists, weight.scales)
+    if type(plan) is not Plan or not vars(plan):
+        raise ConfigError("GBLR tensor: it has no plan")
+    m, n = layout.shape
+    sizes = shape if type(shape) is tuple and all(type(size) is int for size in shape) else ()
+    if len(sizes) not in (2, 3, 4) or min(sizes) < 1 or sizes[0] != m or prod(sizes[1:]) != n:
+        raise ConfigError(f"GBLR tensor: its shape {shape!r} does not fit its {m} x {n} layout")
+    if len(sizes) > 2 and (layout.transposed or any(b.stop % prod(sizes[2:]) for b in layout.col_blocks)):
+        raise ConfigError("GBLR tensor: its blocks of columns do not hold whole channels")
+    own = weight.factors if weight.scales is None else weight.scales
+    if tuple(weight.shape) != sizes or weight.dtype != own.dtype or weight.device != own.device:
+        raise ConfigError(
+            f"GBLR tensor: it claims {tuple(weight.shape)}, {weight.dtype} on {weight.device}, "
+            f"its buffers are {sizes}, {own.dtype} on {own.device}"
+        )
+
+
+def _is_believable(weight: GBLRTensor) -> bool:
+    """A file may claim any shape; where dense is faster, the factors are a good part of the matrix."""
+    return prod(weight.packing.shape) <= _MOST_UNPACKED * max(weight.factors.numel(), 4096)
 
 
 def _costs_here(device: torch.device, dtype: torch.dtype, kernel: str) -> Costs:
@@ -393,9 +513,12 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _linear(x: Tensor, weight: GBLRTensor, bias: Tensor | None) -> Tensor:
+    weight._checked()
     m, n = weight.packing.shape
     if x.shape[-1] != n:
         raise GBLRError(f"GBLR tensor: input of shape {tuple(x.shape)} does not fit a {m} x {n} weight")
+    if bias is not None and bias.shape != (m,):
+        raise GBLRError(f"GBLR tensor: bias of shape {tuple(bias.shape)} does not fit a {m} x {n} weight")
     rows, factors, scales, bias = _operands(x.reshape(-1, n), weight, bias)
     # A trace with a dynamic batch must not ask how many tokens there are.
     tokens = BUCKETS[-1] if torch.compiler.is_compiling() else rows.shape[0]
@@ -411,19 +534,16 @@ def _quick_linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor 
     """The product without the dispatcher, where nothing but the result is wanted; None where it may not be had so."""
     if type(weight) is not GBLRTensor:
         return None
-    packing, plan, made_for = weight.packing, weight.plan, weight._launches
-    if made_for is None or made_for[0] is not packing or made_for[1] is not plan:
-        weight._launcher, weight._launches = launcher(packing, plan, weight.factors, weight.scales), (packing, plan)
-    call = weight._launcher
-    if (
-        call is None
-        and weight.scales is None
-        and packing.dense
-        and type(x) is Tensor
-        and x.dtype is weight.factors.dtype
-    ):
-        return F.linear(x, to_dense(packing, weight.factors, weight.lists), bias)
-    return None if call is None else call(x, weight.factors, weight.lists, weight.scales, bias)
+    ready = weight._ready
+    if type(ready) is not _Ready or not ready.holds():
+        ready = weight._checked()
+        if ready is None:
+            return None
+    if ready.call is not None:
+        return ready.call(x, bias)
+    if ready.scales is None and weight.packing.dense and type(x) is Tensor and x.dtype is ready.factors.dtype:
+        return F.linear(x, to_dense(weight.packing, ready.factors, ready.lists), bias)
+    return None
 
 
 @implements(aten.linear.default)
@@ -460,6 +580,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
             raise GBLRError(
                 f"GBLR tensor: input {tuple(input.shape)} does not fit a convolution weight {weight.outer_shape}"
             )
+        weight._checked()
         x, factors, scales, bias = _operands(input, weight, bias)
         options = (
             _sizes(stride, dims),
@@ -502,6 +623,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
         None if self.matrix is None else self.matrix.to(dtype=dtype, **options),
     )
     if not torch.compiler.is_compiling():
+        moved._vouched(self)
         if moved.matrix is not None and moved.dtype.itemsize > self.dtype.itemsize:
             moved.matrix = moved._own_matrix()  # the old one was rounded to the narrow dtype
         if moved.device.type != self.device.type:
@@ -547,6 +669,21 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
 
 
 _copy_of_torchao = GBLRTensor._ATEN_OP_TABLE[GBLRTensor][aten.copy_.default]
+_clone_of_torchao = GBLRTensor._ATEN_OP_TABLE[GBLRTensor][aten.clone.default]
+_alias_of_torchao = GBLRTensor._ATEN_OP_TABLE[GBLRTensor][aten.alias.default]
+
+
+@implements(aten.clone.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
+    return _clone_of_torchao(func, types, args, kwargs)._vouched(args[0])  # type: ignore[no-any-return]  # as above
+
+
+@implements([aten.alias.default, aten.detach.default])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
+    result: GBLRTensor = _alias_of_torchao(func, types, args, kwargs)
+    if type(result.lists) is Tensor:
+        result.lists = args[0].lists  # a view made below autograd would count its changes apart
+    return result
 
 
 @implements(aten.copy_.default)
@@ -562,6 +699,8 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
             "GBLR tensor: a converted weight cannot be copied into a dense one; load it with assign=True, or a file of "
             "save() with load()"
         )
+    source._checked()
+    target._checked()
     try:
         return _copy_of_torchao(func, types, args, kwargs)
     except ValueError:

@@ -129,7 +129,8 @@ def test_the_matrix_follows_copies_casts_and_files(tmp_path: Path) -> None:
     assert again.weight.matrix is not None
     torch.save(layer.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert state["weight"].matrix is not None
+    torch.testing.assert_close(F.linear(x, state["weight"], layer.bias), expected)
+    assert state["weight"].matrix is not None  # made at the first product
     again.weight.data.copy_(GBLRTensor.from_structured(random_structure(24, 32, 0.25, seed=0)))
     torch.testing.assert_close(again(x), expected)
     half = copy.deepcopy(layer).double()

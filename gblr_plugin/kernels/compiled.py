@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .layout import Block, Layout
+from .soundness import check_operands
 
 __all__ = ["available", "linear", "missing"]
 
@@ -91,6 +92,24 @@ def structured_linear(
     entries: int,
 ) -> Tensor:
     """``x @ W.T + bias``; see :func:`linear`. ``entries`` is the number of multiply-adds per token."""
+    check_operands(
+        x,
+        factors,
+        lists,
+        bias,
+        scales,
+        cols_at,
+        cols,
+        col_groups_at,
+        col_width,
+        rows_at,
+        rows,
+        row_groups_at,
+        row_width,
+        components,
+        out_features,
+        entries,
+    )
     return _kernel(x.device.type)(
         x,
         factors,

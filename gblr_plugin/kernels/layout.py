@@ -29,13 +29,17 @@ __all__ = [
     "batches",
     "block_list",
     "block_values",
+    "chained",
     "edges",
+    "halved",
     "interval_facts",
     "is_narrow",
     "narrowed",
     "pack",
     "pack_for",
     "quantize",
+    "set_fields",
+    "tables",
     "to_dense",
     "unpack",
 ]
@@ -101,6 +105,10 @@ class Layout:
         transposed: The matrix is the transpose of the one that was packed.
         narrow: Lists and intervals are 16 bits wide, two to a word of the index buffer, and there are no groups: beside
             small or int8 factors lists would else weigh too much. Kernels for CUDA do not take them.
+
+    Raises:
+        ConfigError: If the numbers do not follow from one another as :func:`pack` and :func:`narrowed` lay things out.
+            A file may claim any numbers; a layout that exists is sound.
     """
 
     shape: tuple[int, int]
@@ -145,13 +153,28 @@ class Layout:
         """Length of all lists together; they come first in the index buffer."""
         return sum(block.size for block in (*self.row_blocks, *self.col_blocks))
 
+    def __post_init__(self) -> None:
+        try:
+            sound = _is_sound(self)
+        except (TypeError, ValueError, AttributeError, IndexError):  # numbers that are none, tuples of another length
+            sound = False
+        if not sound:
+            raise ConfigError("layout: its blocks and places do not follow from one another")
+
     def __getstate__(self) -> dict[str, Any]:
         """The fields alone."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        set_fields(self, state)
+
     def t(self) -> Layout:
         """Layout of the transposed matrix over the same buffers."""
-        return replace(
+        return self._transposed
+
+    @cached_property
+    def _transposed(self) -> Layout:
+        result = replace(
             self,
             shape=(self.shape[1], self.shape[0]),
             row_blocks=self.col_blocks,
@@ -162,6 +185,110 @@ class Layout:
             col_groups_at=self.row_groups_at,
             transposed=not self.transposed,
         )
+        vars(result)["_transposed"] = self
+        return result
+
+
+def set_fields(target: Any, state: Any) -> None:
+    """Fill a new object of a frozen dataclass from what a file claims, as its constructor would.
+
+    Raises:
+        ConfigError: If it has values already, a field is unknown or missing, or as the constructor.
+    """
+    if not isinstance(state, dict) or vars(target):
+        raise ConfigError(f"{type(target).__name__.lower()}: its state is damaged")
+    try:
+        type(target).__init__(target, **state)
+    except TypeError as error:
+        raise ConfigError(f"{type(target).__name__.lower()}: its state is damaged: {error}") from error
+
+
+def _is_sound(layout: Layout) -> bool:
+    """Do the numbers of a layout, which may be anything, follow from one another."""
+    flags = layout.dense, layout.transposed, layout.narrow
+    places = (
+        layout.intervals_at,
+        layout.col_table_at,
+        layout.row_table_at,
+        layout.col_groups_at,
+        layout.row_groups_at,
+    )
+    counts = (layout.num_components, layout.stored, *layout.split_sizes, *places)
+    if any(type(flag) is not bool for flag in flags) or not all(map(_is_count, (*layout.shape, *counts))):
+        return False
+    kinds = (layout.shape, layout.split_sizes, layout.row_blocks, layout.col_blocks)
+    if any(type(part) is not tuple for part in kinds):
+        return False
+    rows, cols = layout.row_blocks, layout.col_blocks
+    (m, n), (row_table, col_table) = layout.shape, (layout.row_table_at, layout.col_table_at)
+    row_groups, col_groups = layout.row_groups_at, layout.col_groups_at
+    if layout.transposed:
+        (m, n), (rows, cols) = (n, m), (cols, rows)
+        (row_table, col_table), (row_groups, col_groups) = (col_table, row_table), (col_groups, row_groups)
+    num, splits = layout.num_components, len(layout.split_sizes)
+    if min(m, n) < 1 or layout.stored > m * n:
+        return False
+    if layout.dense:
+        facts = (num, layout.split_sizes, layout.stored, rows, cols, layout.narrow, *places)
+        return facts == (m, (m,), m * n, (), (), False, 0, 0, 0, 0, 0)
+    if not splits or sum(layout.split_sizes) != num or m % splits or (layout.narrow and not is_narrow(num, m, n)):
+        return False
+    col_end = chained(cols, n, (num,), (0, 0))
+    row_end = None if col_end is None else chained(rows, m // splits, layout.split_sizes, col_end)
+    if row_end is None or max(row_end) >= 1 << 31:
+        return False
+    listed = row_end[0]
+    lists, facts_words = (-(-listed // 2), -(-5 * num // 2)) if layout.narrow else (listed, 5 * num)
+    first_table = lists + facts_words
+    tables_end = first_table + 5 * (len(cols) + len(rows))
+    if (layout.intervals_at, col_table, row_table) != (lists, first_table, first_table + 5 * len(cols)):
+        return False
+    if layout.narrow:
+        return col_groups == row_groups == 0
+    pairs, over = divmod(row_groups - col_groups - 2 * -(-num // GROUP), 5)
+    return col_groups == tables_end and not over and 0 <= pairs <= listed
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def chained(
+    blocks: tuple[Block, ...], length: int, split_sizes: tuple[int, ...], at: tuple[int, int]
+) -> tuple[int, int] | None:
+    """Do blocks follow one another over each split of an axis, and their lists and factors in the buffers.
+
+    Args:
+        blocks: Of one axis.
+        length: Of each split.
+        split_sizes: Components of each.
+        at: Where the first list and the first factors begin.
+
+    Returns:
+        Where the last ones end; None if a block is not where it must be, or claims components that there are not.
+    """
+    per_split = len(blocks) // len(split_sizes)
+    if not blocks or per_split * len(split_sizes) != len(blocks) or not all(map(_is_count, blocks[0][:5])):
+        return None
+    block, first = blocks[0].stop - blocks[0].start, 0
+    if block < 1 or per_split != -(-length // block):
+        return None
+    list_at, data_at = at
+    for split, components in enumerate(split_sizes):
+        for number in range(per_split):
+            own = blocks[split * per_split + number]
+            start, stop = number * block, min((number + 1) * block, length)
+            if type(own) is not Block or any(type(value) is not int for value in own):
+                return None
+            if not 0 <= own.size <= components:
+                return None
+            if own[:5] != (split * length + start, split * length + stop, own.size, list_at, data_at):
+                return None
+            if own.first != -1 and not (own.size and first <= own.first <= first + components - own.size):
+                return None
+            list_at, data_at = list_at + own.size, data_at + own.size * (stop - start)
+        first += components
+    return list_at, data_at
 
 
 def edges(length: int, block: int) -> list[tuple[int, int]]:
@@ -232,7 +359,36 @@ def _pack_axis(
     return blocks, lists, data
 
 
-def _groups(blocks: list[Block], touches: Tensor) -> tuple[Tensor, Tensor]:
+def tables(
+    blocks: tuple[tuple[Block, ...], tuple[Block, ...]], lists: Tensor, at: int, num: int, narrow: bool = False
+) -> list[Tensor]:
+    """What follows lists and intervals in the index buffer: block tables, and groups unless lists are narrow.
+
+    Args:
+        blocks: Of the columns and of the rows.
+        lists: Of all of them, one after the other, int64.
+        at: First word of the tables.
+        num: Number of components.
+        narrow: Without groups.
+
+    Returns:
+        The table of the columns and the rows; groups of the columns, and of the rows (see :func:`_groups`).
+    """
+    rows = [(b.start, b.stop - b.start, b.size, b.list_at, b.data_at) for axis in blocks for b in axis]
+    parts = [torch.tensor(rows, device=lists.device).reshape(-1)]
+    if narrow:
+        return parts
+    at, listed = at + parts[0].numel(), 0
+    for axis in blocks:
+        own = sum(block.size for block in axis)
+        heads, pairs = _groups(axis, lists[listed : listed + own], num)
+        heads[:, 0] += at + heads.numel()
+        parts.append(torch.cat([heads.reshape(-1), pairs.reshape(-1)]))
+        at, listed = at + parts[-1].numel(), listed + own
+    return parts
+
+
+def _groups(blocks: tuple[Block, ...], lists: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """Groups of 64 components and the blocks that any of them meets, for kernels that keep a group's sums.
 
     Returns:
@@ -240,22 +396,21 @@ def _groups(blocks: list[Block], touches: Tensor) -> tuple[Tensor, Tensor]:
         start and width of the block, place of the group's first row in it, both halves of the mask of active
         components.
     """
-    num, device = touches.shape[0], touches.device
-    groups = -(-num // GROUP)
-    member = torch.zeros(groups * GROUP, touches.shape[1], dtype=torch.int64, device=device)
-    member[:num] = touches.long()
-    member = member.view(groups, GROUP, touches.shape[1])
-    bits = torch.tensor([1 << lane for lane in range(32)], device=device)[:, None]
-    halves = [(part * bits).sum(1) for part in member.split(32, dim=1)]
-    counts = member.sum(1)
-    before = counts.cumsum(0) - counts
-    start, width, data = torch.tensor([(b.start, b.stop - b.start, b.data_at) for b in blocks], device=device).T
-    first = data + before * width
-    meets = counts > 0
-    columns = [part.expand_as(first)[meets] for part in (start, width, first, *halves)]
-    pairs = torch.stack(columns, 1)
+    device, groups = lists.device, -(-num // GROUP)
+    facts = torch.tensor([(b.start, b.stop - b.start, b.data_at, b.size) for b in blocks], device=device)
+    sizes = facts[:, 3]
+    owner = torch.repeat_interleave(torch.arange(len(blocks), device=device), sizes)
+    rank = torch.arange(len(lists), device=device) - (sizes.cumsum(0) - sizes)[owner]  # of an entry in its block
+    key, order = torch.sort(lists // GROUP * len(blocks) + owner, stable=True)  # by groups, then by blocks
+    pair, number, counts = torch.unique_consecutive(key, return_inverse=True, return_counts=True)
+    start, width, data, _ = facts[pair % len(blocks)].T
+    first = data + rank[order][counts.cumsum(0) - counts] * width
+    lane = lists[order] % GROUP
+    halves = torch.zeros(2, len(pair), dtype=torch.int64, device=device)
+    halves.index_put_((lane // 32, number), 1 << (lane % 32), accumulate=True)
+    pairs = torch.stack([start, width, first, *halves], 1)
     pairs = torch.where(pairs >= 1 << 31, pairs - (1 << 32), pairs)  # masks as two's complement
-    per_group = meets.sum(1)
+    per_group = torch.bincount(pair // len(blocks), minlength=groups)
     return torch.stack([5 * (per_group.cumsum(0) - per_group), per_group], 1), pairs
 
 
@@ -316,16 +471,13 @@ def pack(
     data_at = sum(part.numel() for part in col_data)
     row_blocks, row_lists, row_data = _pack_axis(matrix.u, matrix.rows, block_rows, row_touches, list_at, data_at)
     facts = [matrix.rows.width, matrix.rows.start, matrix.cols.width, matrix.cols.start, order]
-    table = [(b.start, b.stop - b.start, b.size, b.list_at, b.data_at) for b in (*col_blocks, *row_blocks)]
-    words = [*col_lists, *row_lists, *facts, torch.tensor(table, device=matrix.u.device).reshape(-1)]
-    groups_at = []
-    for blocks, touches in ((col_blocks, col_touches), (row_blocks, row_touches)):
-        heads, pairs = _groups(blocks, touches)
-        groups_at.append(sum(part.numel() for part in words))
-        heads[:, 0] += groups_at[-1] + heads.numel()
-        words += [heads.reshape(-1), pairs.reshape(-1)]
-    index, values = torch.cat(words).to(torch.int32), _joined([*col_data, *row_data])
-    facts_at = sum(block.size for block in (*col_blocks, *row_blocks))
+    lists = torch.cat([*col_lists, *row_lists])
+    facts_at = len(lists)
+    col_table_at = facts_at + 5 * num
+    row_table_at = col_table_at + 5 * len(col_blocks)
+    table, *groups = tables((tuple(col_blocks), tuple(row_blocks)), lists, col_table_at, num)
+    col_groups_at = col_table_at + len(table)
+    index, values = torch.cat([lists, *facts, table, *groups]).to(torch.int32), _joined([*col_data, *row_data])
     layout = Layout(
         (m, n),
         num,
@@ -334,10 +486,10 @@ def pack(
         tuple(row_blocks),
         tuple(col_blocks),
         facts_at,
-        col_table_at=facts_at + 5 * num,
-        row_table_at=facts_at + 5 * num + 5 * len(col_blocks),
-        col_groups_at=groups_at[0],
-        row_groups_at=groups_at[1],
+        col_table_at=col_table_at,
+        row_table_at=row_table_at,
+        col_groups_at=col_groups_at,
+        row_groups_at=col_groups_at + len(groups[0]),
     )
     return layout, values, index
 
@@ -382,15 +534,16 @@ def is_narrow(num_components: int, *lengths: int) -> bool:
     return num_components <= 1 << 15 and max(lengths) < 1 << 16
 
 
+def halved(words: Tensor) -> Tensor:
+    """Two integers of 16 bits to a word, int32; the last word is filled with zeros."""
+    low = words.to(torch.int16)  # keeps the lower bits
+    return torch.cat([low, low.new_zeros(len(low) % 2)]).view(torch.int32)
+
+
 def narrowed(layout: Layout, index: Tensor) -> tuple[Layout, Tensor]:
     """Layout and index buffer with 16-bit lists and intervals and without groups, where :func:`is_narrow`."""
     if layout.dense or layout.narrow or not is_narrow(layout.num_components, *layout.shape):
         return layout, index
-
-    def halved(words: Tensor) -> Tensor:
-        low = words.to(torch.int16)  # keeps the lower bits
-        return torch.cat([low, low.new_zeros(len(low) % 2)]).view(torch.int32)
-
     ends = layout.intervals_at + 5 * layout.num_components
     lists, facts = halved(index[: layout.intervals_at]), halved(index[layout.intervals_at : ends])
     shift = len(lists) + len(facts) - ends

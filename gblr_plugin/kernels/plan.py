@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..structure import Intervals, StructuredMatrix
 from .compiled import WIDEST, available
 from .costs import BUCKETS, Costs, Stored, recorded
-from .layout import GROUP, Layout, active_counts, is_narrow
+from .layout import GROUP, Layout, active_counts, is_narrow, set_fields
 from .product import KERNELS
 
 __all__ = ["BUCKETS", "CostsOf", "Plan", "candidates", "dense_plan", "fixed_plan", "predicted_cost", "stored_as"]
@@ -31,6 +31,17 @@ CALL = 50.0
 # The matrix is kept where the structured product is foreseen to take more than the first share of the dense one's time,
 # at some number of tokens; dense then is taken above the second. Times are foreseen to a tenth or so.
 LOSS, DOUBT = 0.95, 0.85
+# Types of a plan's fields; those left out are tuples.
+_KINDS = {
+    "block_rows": int,
+    "block_cols": int,
+    "predicted": float,
+    "padding": float,
+    "device": str,
+    "dtype": str,
+    "threads": int,
+    "machine": str,
+}
 
 
 @dataclass(frozen=True)
@@ -65,17 +76,29 @@ class Plan:
     speedups: tuple[tuple[int, float], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            kind = _KINDS.get(name, tuple)
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ConfigError(f"plan: {name} must be of type {kind.__name__}, got {value!r}")
         if min(self.block_rows, self.block_cols) < 0 or (self.block_rows == 0) != (self.block_cols == 0):
             raise ConfigError(
                 f"plan: block sizes must be positive, or both 0 for dense, got {self.block_rows}, {self.block_cols}"
             )
-        if not self.kernels or list(self.kernels) != sorted(self.kernels):
-            raise ConfigError(f"plan: kernels must be (tokens, name) pairs in increasing order, got {self.kernels}")
+        pairs = [*self.kernels, *self.speedups]
+        if not self.kernels or any(type(pair) is not tuple or len(pair) != 2 for pair in pairs):
+            raise ConfigError(
+                f"plan: kernels and speedups must be pairs of values, got {self.kernels}, {self.speedups}"
+            )
         for tokens, name in self.kernels:
-            if not isinstance(tokens, int):
+            if type(tokens) is not int:
                 raise ConfigError(f"plan: numbers of tokens must be integers, got {tokens!r}")
             if name not in KERNELS:
                 raise ConfigError(f"plan: unknown kernel {name!r}, allowed are {', '.join(KERNELS)}")
+        if list(self.kernels) != sorted(self.kernels):
+            raise ConfigError(f"plan: kernels must be (tokens, name) pairs in increasing order, got {self.kernels}")
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        set_fields(self, state)
 
     @property
     def measured(self) -> bool:

@@ -16,16 +16,17 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import blocks, compiled
 from .layout import Layout, to_dense
+from .soundness import PLAIN
 
-__all__ = ["KERNELS", "convolution", "linear"]
+__all__ = ["KERNELS", "convolution", "is_plain", "linear"]
 
 KERNELS = ("dense", "blocks", "compiled")
 
 
-def _plain(x: Tensor) -> bool:
+def is_plain(*tensors: Tensor) -> bool:
     """May code that torch cannot see run: no tracing, no dispatch mode (FLOP counters too), no functorch transform."""
     return (
-        type(x) is Tensor
+        all(type(tensor) in PLAIN for tensor in tensors)
         and not torch._C._is_tracing()
         and not is_in_torch_dispatch_mode()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -33,7 +34,9 @@ def _plain(x: Tensor) -> bool:
     )
 
 
-def _runs_compiled(x: Tensor, scales: Tensor | None, layout: Layout, kernel: str) -> bool:
+def _runs_compiled(
+    x: Tensor, factors: Tensor, lists: Tensor, scales: Tensor | None, layout: Layout, kernel: str
+) -> bool:
     if (
         kernel != "compiled"
         or (scales is not None and not (x.device.type == "cpu" and x.dtype == scales.dtype == torch.float32))
@@ -43,7 +46,7 @@ def _runs_compiled(x: Tensor, scales: Tensor | None, layout: Layout, kernel: str
         return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
-    return _plain(x)
+    return is_plain(x, factors, lists)
 
 
 def linear(
@@ -73,9 +76,9 @@ def linear(
         return F.linear(x, to_dense(layout, factors, lists, scales), bias)
     gradients = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     traced = torch.compiler.is_compiling()
-    if _runs_compiled(x, scales, layout, kernel):
+    if _runs_compiled(x, factors, lists, scales, layout, kernel):
         return compiled.linear(x, factors, lists, layout, bias, opaque=not (gradients or traced), scales=scales)
-    if gradients or traced or not _plain(x):
+    if gradients or traced or not is_plain(x):
         return blocks.linear(x, factors, lists, layout, bias, scales)
     return blocks.linear_inference(x, factors, lists, layout, bias, scales)
 
@@ -111,7 +114,7 @@ def convolution(
         kernel: One of :data:`KERNELS`.
         scales: As in :func:`linear`.
     """
-    if not x.shape[0] or not _runs_compiled(x, scales, layout, kernel):
+    if not x.shape[0] or not _runs_compiled(x, factors, lists, scales, layout, kernel):
         return blocks.convolution(x, factors, lists, layout, bias, sizes, stride, padding, dilation, scales)
     if isinstance(padding, str):
         total = [d * (size - 1) if padding == "same" else 0 for d, size in zip(dilation, sizes, strict=True)]

@@ -13,35 +13,34 @@ from math import prod
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from . import blocks, compiled
 from .layout import Layout
 from .plan import Plan
+from .soundness import PLAIN
 
 __all__ = ["Launcher", "launcher"]
 
-_PLAIN = (Tensor, Parameter)
-
-Launcher = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor | None]
+Launcher = Callable[[Tensor, Tensor | None], Tensor | None]
 
 
-def launcher(layout: Layout, plan: Plan, factors: Tensor, scales: Tensor | None) -> Launcher | None:
+def launcher(layout: Layout, plan: Plan, factors: Tensor, lists: Tensor, scales: Tensor | None) -> Launcher | None:
     """A call for products by one weight, None where its plan never takes the factors or its device is no CPU.
 
     Args:
         layout: Where everything lies.
         plan: The kernels.
-        factors: Flat factors: device and dtype count; the buffers to multiply by come with each call.
+        factors: Flat factors.
+        lists: Index buffer. The addresses of all buffers are kept: that they are still these, the caller sees to.
         scales: Of int8 factors.
 
     Returns:
-        ``call(x, factors, lists, scales, bias)`` with x (..., n), which gives (..., m), or None where the call needs
-        the long way: gradients, tracing, autocast, dispatch modes, other devices, dtypes, strides or kernels.
+        ``call(x, bias)`` with x (..., n), which gives (..., m), or None where the call needs the long way: gradients,
+        tracing, autocast, dispatch modes, other devices, dtypes, strides or kernels.
     """
     dtype = factors.dtype if scales is None else scales.dtype
     names = {name for _, name in plan.kernels} - {"dense"}
-    if layout.dense or not names or type(factors) is not Tensor or not factors.is_cpu:
+    if layout.dense or not names or not factors.is_cpu:
         return None
     has_compiled = (
         (scales is None or dtype == torch.float32)
@@ -49,9 +48,9 @@ def launcher(layout: Layout, plan: Plan, factors: Tensor, scales: Tensor | None)
         and compiled.fits(layout, factors.device, dtype)
     )
     if has_compiled and "compiled" in names:
-        names, run = {"compiled"}, _compiled(layout, dtype, scales is not None)
+        names, run = {"compiled"}, _compiled(layout, dtype, factors, lists, scales)
     else:
-        run = _blocks(layout)
+        run = _blocks(layout, factors, lists, scales)
     m, n = layout.shape
     always, kernel_of = all(name in names for _, name in plan.kernels), plan.kernel
     is_tracing, autocast, dispatch_modes = (
@@ -61,9 +60,9 @@ def launcher(layout: Layout, plan: Plan, factors: Tensor, scales: Tensor | None)
     )
     functorch, grad_mode = torch._C._functorch.peek_interpreter_stack, torch.is_grad_enabled
 
-    def call(x: Tensor, factors: Tensor, lists: Tensor, scales: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    def call(x: Tensor, bias: Tensor | None) -> Tensor | None:
         if (
-            type(x) not in _PLAIN
+            type(x) not in PLAIN
             or x.dtype is not dtype
             or not x.is_cpu
             or not x.is_contiguous()
@@ -78,7 +77,7 @@ def launcher(layout: Layout, plan: Plan, factors: Tensor, scales: Tensor | None)
         if not shape or shape[-1] != n:
             return None
         if bias is not None and (
-            type(bias) not in _PLAIN or bias.dtype is not dtype or not bias.is_contiguous() or bias.numel() != m
+            type(bias) not in PLAIN or bias.dtype is not dtype or not bias.is_contiguous() or bias.numel() != m
         ):
             return None
         if (x.requires_grad or (bias is not None and bias.requires_grad)) and grad_mode():
@@ -86,15 +85,15 @@ def launcher(layout: Layout, plan: Plan, factors: Tensor, scales: Tensor | None)
         tokens = shape[0] if len(shape) == 2 else prod(shape[:-1])
         if not always and kernel_of(tokens) not in names:
             return None
-        return run(x, tokens, factors, lists, scales, bias)
+        return run(x, tokens, bias)
 
     return call
 
 
-_Run = Callable[[Tensor, int, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+_Run = Callable[[Tensor, int, Tensor | None], Tensor]
 
 
-def _compiled(layout: Layout, dtype: torch.dtype, int8: bool) -> _Run:
+def _compiled(layout: Layout, dtype: torch.dtype, factors: Tensor, lists: Tensor, scales: Tensor | None) -> _Run:
     from .numba_team import WORTH_THREADS, kernel_for, run_product  # numba takes a second to import
 
     m, n = layout.shape
@@ -105,30 +104,26 @@ def _compiled(layout: Layout, dtype: torch.dtype, int8: bool) -> _Run:
         len(layout.row_blocks),
         layout.num_components,
     )
-    product, narrow = kernel_for(dtype, int8, layout.narrow), layout.narrow
+    product, narrow = kernel_for(dtype, scales is not None, layout.narrow), layout.narrow
+    buffers = factors.data_ptr(), lists.data_ptr(), *places, 0 if scales is None else scales.data_ptr()
     alone, threads = WORTH_THREADS // max(layout.entries, 1), torch.get_num_threads
 
-    def run(
-        x: Tensor, tokens: int, factors: Tensor, lists: Tensor, scales: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
+    def run(x: Tensor, tokens: int, bias: Tensor | None) -> Tensor:
         y = x.new_empty(tokens, m) if x.dim() == 2 else x.new_empty(*x.shape[:-1], m)
         bias_at = 0 if bias is None else bias.data_ptr()
         if tokens > alone and threads() > 1:
             run_product(x, n, 1, tokens, n, factors, lists, places, scales, bias_at, y, narrow)
             return y
-        at = (x.data_ptr(), n, 1, tokens, n, factors.data_ptr(), lists.data_ptr())
-        product(*at, *places, 0 if scales is None else scales.data_ptr(), bias_at, y.data_ptr(), m)
+        product(x.data_ptr(), n, 1, tokens, n, *buffers, bias_at, y.data_ptr(), m)
         return y
 
     return run
 
 
-def _blocks(layout: Layout) -> _Run:
+def _blocks(layout: Layout, factors: Tensor, lists: Tensor, scales: Tensor | None) -> _Run:
     m, n = layout.shape
 
-    def run(
-        x: Tensor, tokens: int, factors: Tensor, lists: Tensor, scales: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
+    def run(x: Tensor, tokens: int, bias: Tensor | None) -> Tensor:
         with torch.no_grad():  # results are written in place
             y = blocks.linear_inference(x.view(tokens, n), factors, lists, layout, bias, scales)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], m)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..kernels.layout import Layout, all_lists, interval_facts, narrowed, pack, unpack
+from ..kernels.layout import Layout, interval_facts, narrowed, pack, unpack
 from ..kernels.plan import Plan
 from ..structure import Intervals, StructuredMatrix
 from ..tensor import GBLRTensor
@@ -67,7 +67,10 @@ def flatten_weight(name: str, weight: GBLRTensor) -> tuple[dict[str, Tensor], di
     if weight.packing.transposed:
         weight, record["transposed"] = weight.t(), True
     layout = weight.packing
-    _check_buffers(weight, name)
+    try:
+        weight.check()
+    except ConfigError as error:
+        raise ConfigError(f"save: {name!r} is damaged: {error}") from error
     tensors: dict[str, Tensor] = {}
     if layout.dense:
         record["dense"] = True
@@ -75,10 +78,7 @@ def flatten_weight(name: str, weight: GBLRTensor) -> tuple[dict[str, Tensor], di
         if weight.scales is not None:
             tensors[scales] = weight.scales
         return tensors, record
-    try:
-        matrix = unpack(layout, weight.factors, weight.lists)
-    except ConfigError as error:
-        raise ConfigError(f"save: the intervals of {name!r} are damaged: {error}") from error
+    matrix = unpack(layout, weight.factors, weight.lists)
     if _too_many(len(matrix.u), layout.shape):
         raise ConfigError(f"save: {name!r} has {len(matrix.u)} components, too many for a {layout.shape} matrix")
     parts = [matrix.rows.width, matrix.rows.start, matrix.cols.width, matrix.cols.start]
@@ -96,23 +96,6 @@ def flatten_weight(name: str, weight: GBLRTensor) -> tuple[dict[str, Tensor], di
 def _order(layout: Layout, lists: Tensor) -> Tensor:
     """Original number of each packed component, (K,) int64."""
     return interval_facts(layout, lists)[4]
-
-
-def _check_buffers(weight: GBLRTensor, name: str) -> None:
-    """Do the buffers of a weight, which anybody may have written to, hold what its layout says."""
-    layout, scales = weight.packing, weight.scales
-    num = layout.shape[0] if layout.dense else layout.num_components
-    sound = weight.factors.numel() == layout.entries and (scales is None or scales.shape == (num,))
-    if sound and not layout.dense:
-        ends = layout.intervals_at + 5 * num // (2 if layout.narrow else 1)
-        sound = weight.lists.numel() >= ends
-    if sound and not layout.dense:
-        lists, size = all_lists(layout, weight.lists), sum(b.size for b in (*layout.row_blocks, *layout.col_blocks))
-        entries = lists[:size]
-        sound = bool(((entries >= 0) & (entries < num)).all())
-        sound &= bool(torch.equal(_order(layout, weight.lists).sort()[0].cpu(), torch.arange(num)))
-    if not sound:
-        raise ConfigError(f"save: the factors, lists or scales of {name!r} are damaged: they do not fit its layout")
 
 
 def _too_many(components: int, shape: tuple[int, int]) -> bool:

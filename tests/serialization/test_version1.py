@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def test_indices_that_do_not_fit_together(tmp_path, content, change):
         weight.factors, change(weight.lists), weight.packing, weight.plan, weight.outer_shape
     )
     torch.save(content, tmp_path / "altered.pt")
-    assert "the indices of '4.weight' do not fit" in refused(tmp_path / "altered.pt")
+    assert "is damaged" in refused(tmp_path / "altered.pt")
 
 
 @pytest.mark.parametrize("rows", [3 << 20, 3 << 40])
@@ -91,7 +92,8 @@ def test_indices_that_do_not_fit_together(tmp_path, content, change):
 @pytest.mark.parametrize("kernel", ["blocks", "dense"])
 def test_shapes_that_lie_are_refused_before_anything_is_allocated(tmp_path, content, monkeypatch, rows, outer, kernel):
     weight = content["state"]["4.weight"]
-    weight.packing = dataclasses.replace(weight.packing, shape=(rows, 64))
+    weight.packing = copy.copy(weight.packing)
+    vars(weight.packing)["shape"] = (rows, 64)
     weight.plan = dataclasses.replace(weight.plan, kernels=((1024, kernel),))
     if outer:
         weight.outer_shape = (rows, 64)
@@ -102,5 +104,4 @@ def test_shapes_that_lie_are_refused_before_anything_is_allocated(tmp_path, cont
 
     monkeypatch.setattr("gblr_plugin.tensor.to_dense", allocated)
     monkeypatch.setattr("gblr_plugin.serialization.weights.unpack", allocated)
-    message = refused(tmp_path / "lies.pt")
-    assert ("'4.weight' has shape" if outer else "the indices of '4.weight' do not fit") in message
+    assert "is damaged" in refused(tmp_path / "lies.pt")

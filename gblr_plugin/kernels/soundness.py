@@ -1,0 +1,270 @@
+"""Do the buffers of a weight hold what its layout says: asked before kernels follow them through raw addresses.
+
+A layout is sound from its construction on (:class:`~gblr_plugin.kernels.layout.Layout`). What remains are the sizes of
+the buffers, which cost nothing to ask, and the words of the index buffer. These are read once: a buffer that was found
+sound is remembered with torch's count of the changes to it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..errors import ConfigError
+from .layout import Block, Layout, all_lists, halved, interval_facts, tables
+
+__all__ = ["PLAIN", "check_index", "check_operands", "check_sizes", "is_known", "vouch"]
+
+PLAIN = (Tensor, Parameter)
+"""Types of tensors that have memory of their own."""
+
+
+class _Known(NamedTuple):
+    buffer: weakref.ref[Tensor]
+    version: int
+    address: int
+    facts: list[object]  # layouts, or arguments of the operator
+
+
+_KNOWN: dict[int, _Known] = {}  # by the identity of the index buffer
+
+
+def is_known(lists: Tensor, fact: object) -> bool:
+    """Was an index buffer vouched for, for a layout (or for arguments of the operator), and not written to since."""
+    known = _KNOWN.get(id(lists))
+    return (
+        known is not None
+        and known.buffer() is lists
+        and known.version == lists._version
+        and known.address == lists.data_ptr()
+        and any(fact is other or fact == other for other in known.facts)
+    )
+
+
+def vouch(lists: Tensor, fact: object) -> None:
+    """Remember that an index buffer is sound; buffers without memory, and those without a count of changes, are not."""
+    if type(lists) not in PLAIN or lists.is_meta or lists.is_inference():
+        return
+    key, known = id(lists), _KNOWN.get(id(lists))
+    if known is None or known.buffer() is not lists or known[1:3] != (lists._version, lists.data_ptr()):
+        forget = weakref.ref(lists, lambda _: _KNOWN.pop(key, None))
+        known = _KNOWN[key] = _Known(forget, lists._version, lists.data_ptr(), [])
+    if fact not in known.facts:
+        known.facts.append(fact)
+
+
+def check_sizes(layout: Layout, factors: Tensor, lists: Tensor, scales: Tensor | None) -> None:
+    """Raise unless the buffers have the types, sizes and places that the layout asks for; no value of them is read.
+
+    Args:
+        layout: Where everything lies.
+        factors: Flat factors, floating point, or int8 where there are scales.
+        lists: int32 index buffer.
+        scales: Of int8 factors, else ``None``.
+
+    Raises:
+        ConfigError: If they have not; the message says which buffer.
+    """
+    if type(layout) is not Layout or not vars(layout):
+        raise ConfigError("GBLR tensor: it has no layout")
+    num = layout.shape[1 if layout.transposed else 0] if layout.dense else layout.num_components
+    wanted = {"factors": (factors, layout.entries), "lists": (lists, None), "scales": (scales, num)}
+    if scales is None:
+        del wanted["scales"]
+    for name, (buffer, numel) in wanted.items():
+        if not isinstance(buffer, Tensor):
+            raise ConfigError(f"GBLR tensor: its {name} are no tensor, but {type(buffer).__name__}")
+        if buffer.layout is not torch.strided or buffer.dim() != 1 or not buffer.is_contiguous() or buffer.is_neg():
+            raise ConfigError(f"GBLR tensor: its {name} must be one-dimensional and contiguous")
+        if numel is not None and buffer.numel() != numel:
+            raise ConfigError(f"GBLR tensor: its layout asks for {numel} {name}, it has {buffer.numel()}")
+        if buffer.device != factors.device:
+            raise ConfigError(f"GBLR tensor: its factors are on {factors.device}, its {name} on {buffer.device}")
+        if not _has_memory(buffer):
+            raise ConfigError(f"GBLR tensor: the memory of its {name} was given back")
+    if lists.dtype != torch.int32 or lists.numel() < _words(layout):
+        raise ConfigError(
+            f"GBLR tensor: its layout asks for at least {_words(layout)} lists of torch.int32, "
+            f"it has {lists.numel()} of {lists.dtype}"
+        )
+    own = factors if scales is None else scales
+    if not own.is_floating_point() or (scales is not None and factors.dtype != torch.int8):
+        said = "" if scales is None else f" with scales of {scales.dtype}"
+        raise ConfigError(
+            "GBLR tensor: its factors must be floating point, or torch.int8 with floating-point scales, "
+            f"got {factors.dtype}{said}"
+        )
+
+
+def _has_memory(buffer: Tensor) -> bool:
+    if type(buffer) not in PLAIN or buffer.is_meta:
+        return True  # traces have none
+    end = (buffer.storage_offset() + buffer.numel()) * buffer.itemsize
+    return not buffer.numel() or buffer.untyped_storage().nbytes() >= end
+
+
+def _words(layout: Layout) -> int:
+    """Words of the index buffer at least."""
+    if layout.dense:
+        return 0
+    blocks = len(layout.row_blocks) + len(layout.col_blocks)
+    return min(layout.row_table_at, layout.col_table_at) + 5 * blocks
+
+
+def check_index(layout: Layout, lists: Tensor) -> None:
+    """Raise unless the words of the index buffer follow from its lists and intervals, and these fit the layout.
+
+    Args:
+        layout: Where everything lies.
+        lists: Index buffer of the size that :func:`check_sizes` asks for, with memory.
+
+    Raises:
+        ConfigError: If they do not.
+    """
+    upright = layout.t() if layout.transposed else layout
+    if layout.dense:
+        sound = not lists.numel()
+    else:
+        index = lists.detach().cpu()
+        own, facts = all_lists(upright, index)[: upright.list_entries].long(), interval_facts(upright, index)
+        sound = _lists_fit(upright, own, facts) and torch.equal(index, _assembled(upright, own, facts))
+    if not sound:
+        raise ConfigError("GBLR tensor: its lists are damaged, they do not fit its layout")
+
+
+def _assembled(layout: Layout, lists: Tensor, facts: Tensor) -> Tensor:
+    """The index buffer with these lists and intervals."""
+    blocks = layout.col_blocks, layout.row_blocks
+    after = tables(blocks, lists, layout.col_table_at, layout.num_components, layout.narrow)
+    before = [halved(lists), halved(facts.reshape(-1))] if layout.narrow else [lists, facts.reshape(-1)]
+    return torch.cat([*before, *after]).to(torch.int32)
+
+
+def _lists_fit(layout: Layout, lists: Tensor, facts: Tensor) -> bool:
+    """Do lists and intervals of an upright layout name components, and each where its interval meets a block."""
+    num, (m, n), splits = layout.num_components, layout.shape, len(layout.split_sizes)
+    row_width, row_start, col_width, col_start, order = facts
+    if lists.numel() and (int(lists.min()) < 0 or int(lists.max()) >= num):
+        return False
+    if not torch.equal(order.sort().values, torch.arange(num, device=order.device)):
+        return False
+    if int((row_width + col_width).sum().clamp(max=m * n)) != layout.stored:
+        return False
+    split = torch.repeat_interleave(torch.tensor(layout.split_sizes, device=lists.device))
+    listed = sum(block.size for block in layout.col_blocks)
+    return _axis_fits(layout.col_blocks, lists[:listed], col_width, col_start, n, torch.zeros_like(split), 1) and (
+        _axis_fits(layout.row_blocks, lists[listed:], row_width, row_start, m // splits, split, splits)
+    )
+
+
+def _axis_fits(
+    blocks: tuple[Block, ...], lists: Tensor, width: Tensor, start: Tensor, length: int, split: Tensor, splits: int
+) -> bool:
+    """Does each block's list name, in order, all components of its split whose interval meets it.
+
+    It may name others, to have as many as other blocks (``even`` of :func:`~gblr_plugin.kernels.layout.pack`).
+    """
+    if not bool(((width > 0) & (width <= length) & (start >= 0) & (start < length)).all()):
+        return False
+    block, per_split = blocks[0].stop - blocks[0].start, len(blocks) // splits
+    sizes = torch.tensor([own.size for own in blocks], device=lists.device)
+    owner = torch.repeat_interleave(torch.arange(len(blocks), device=lists.device), sizes)
+    if not _ascend(lists, owner) or not torch.equal(owner // per_split, split[lists]):
+        return False
+    ends = sizes.cumsum(0).tolist()
+    for own, end in zip(blocks, ends, strict=True):
+        low, high = (int(lists[end - own.size]), int(lists[end - 1])) if own.size else (-1, -1)
+        if own.first != (low if own.size and high - low == own.size - 1 else -1):
+            return False
+    begin = owner % per_split * block
+    stop, end = (begin + block).clamp(max=length), (start + width)[lists]
+    met = ((start[lists] < stop) & (end > begin)) | (begin < end - length)
+    last = (start + width - 1) % length // block
+    wraps = start + width > length
+    ways = torch.where(wraps, per_split - start // block + last + 1, last - start // block + 1)
+    return int(met.sum()) == int(ways.clamp(max=per_split).sum())
+
+
+def _ascend(lists: Tensor, owner: Tensor) -> bool:
+    """Do the lists of all blocks name ascending components, none of them twice."""
+    return bool(((lists.diff() > 0) | (owner.diff() > 0)).all())
+
+
+def check_operands(
+    x: Tensor, factors: Tensor, lists: Tensor, bias: Tensor | None, scales: Tensor | None, *sizes: int
+) -> None:
+    """Raise unless a kernel that is given these arguments stays within them.
+
+    Compiled programs call the operator with buffers alone, and may hold others than the weight that was traced.
+
+    Args:
+        x: (tokens, n).
+        factors: Flat factors.
+        lists: int32 index buffer.
+        bias: (m,) or ``None``.
+        scales: Of int8 factors, else ``None``.
+        sizes: As in the operator of :mod:`~gblr_plugin.kernels.compiled`.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    components, m, entries = sizes[8:]
+    rest = [lists, factors, *([] if bias is None else [bias]), *([] if scales is None else [scales])]
+    dtype = factors.dtype if scales is None else scales.dtype
+    sound = (
+        x.dim() == 2
+        and x.dtype == dtype
+        and (bias is None or (bias.shape == (m,) and bias.dtype == dtype))
+        and (scales is None or (scales.shape == (components,) and factors.dtype == torch.int8))
+        and all(part.device == x.device and part.dim() == 1 and _has_memory(part) for part in rest)
+        and (lists.dtype, factors.numel()) == (torch.int32, entries)
+        and all(part.is_contiguous() and not part.is_neg() for part in (lists, factors, *rest[3:]))
+    )
+    fact = (x.shape[-1], *sizes)
+    if sound and not is_known(lists, fact):
+        sound = _leads_inside(lists, *fact)
+        if sound:
+            vouch(lists, fact)
+    if not sound:
+        raise ConfigError("GBLR tensor: the operands of a compiled product do not fit together")
+
+
+def _leads_inside(lists: Tensor, n: int, *sizes: int) -> bool:
+    """Do block tables, lists and groups name places and components that there are."""
+    cols_at, cols, col_groups, col_width, rows_at, rows, row_groups, row_width, num, m, entries = sizes
+    index, upright = lists.detach().cpu(), cols_at < rows_at
+    axes = [(cols_at, cols, col_width, n, col_groups), (rows_at, rows, row_width, m, row_groups)]
+    axes = axes if upright else axes[::-1]
+    found, list_at, data_at = [], 0, 0
+    for at, count, widest, length, _ in axes:
+        if min(at, count - 1) < 0 or at + 5 * count > len(index):
+            return False
+        blocks, stop = [], 0
+        for row in index[at : at + 5 * count].view(count, 5).tolist():
+            start, width, size = row[:3]
+            if row != [stop, width, size, list_at, data_at] or not (0 < width <= widest and 0 <= size <= num):
+                return False
+            blocks.append(Block(start, start + width, size, list_at, data_at, -1))
+            stop, list_at, data_at = stop + width, list_at + size, data_at + size * width
+        if stop != length:
+            return False
+        found.append(tuple(blocks))
+    narrow = not col_groups  # narrow lists come without groups
+    words = index.view(torch.int16) if narrow else index
+    if data_at != entries or list_at > len(words):
+        return False
+    own = words[:list_at].long()
+    owner = torch.repeat_interleave(torch.tensor([block.size for axis in found for block in axis]))
+    if own.numel() and (int(own.min()) < 0 or int(own.max()) >= num or not _ascend(own, owner)):
+        return False
+    if narrow:
+        return lists.is_cpu
+    groups = tables((found[0], found[1]), own, axes[0][0], num)[1:]
+    return all(
+        torch.equal(index[at : at + len(words)], words.to(torch.int32))
+        for (*_, at), words in zip(axes, groups, strict=True)
+    )
