@@ -41,7 +41,8 @@ FACTOR_DTYPES = (None, "int8")
 _MOST_UNPACKED = 64  # times the factors: what the matrix made of a file may take
 
 
-_STATE = {"factors", "lists", "packing", "plan", "outer_shape", "scales"}
+_STATE = {"factors", "lists", "packing", "plan", "outer_shape"}  # what files must hold
+_PARTS = _STATE | {"scales", "matrix"}
 
 
 class _Ready:
@@ -178,32 +179,7 @@ class GBLRTensor(TorchAOBaseTensor):
         Raises:
             ConfigError: If they do not.
         """
-        self._checked()
-
-    def _checked(self) -> _Ready | None:
-        """What :meth:`check` found sound, and the matrix made that the plan asks for; None where it did not look."""
-        if torch.compiler.is_compiling():
-            return None
-        ready = self._ready
-        if type(ready) is _Ready and ready.holds():
-            return ready
-        if not self.__dict__.keys() >= _STATE:
-            raise ConfigError("GBLR tensor: it has no state, as if a file had named its class alone")
-        _check_parts(self)
-        buffers = (self.factors, self.lists, *(() if self.scales is None else (self.scales,)))
-        if self.lists.is_meta or not product.is_plain(*buffers):
-            return None
-        if not is_known(self.lists, self.packing):
-            # A copy: others may hold a file's memory, and tensors of inference mode do not count their changes.
-            with torch.inference_mode(False), torch.no_grad():
-                lists = self.lists.detach().clone()
-                check_index(self.packing, lists)
-                vouch(lists, self.packing)
-                self.lists = lists
-        if self.matrix is None and _is_believable(self):
-            self.matrix = self._own_matrix()
-        self._ready = _Ready(self)
-        return self._ready
+        _checked(self)
 
     def _vouched(self, source: GBLRTensor | None = None) -> GBLRTensor:
         """Itself, packed here or (where a source is given) copied from one that was found sound."""
@@ -214,7 +190,7 @@ class GBLRTensor(TorchAOBaseTensor):
     @torch.compiler.disable
     def __tensor_flatten__(self) -> Any:
         """As the base's, after a check: compiled programs take the buffers from here."""
-        self._checked()
+        _checked(self)
         return super().__tensor_flatten__()
 
     @classmethod
@@ -242,8 +218,10 @@ class GBLRTensor(TorchAOBaseTensor):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; another buffer, layout or plan is checked before it is used."""
-        if name in _STATE:
+        if name in _PARTS:
             self.__dict__["_ready"] = None
+        elif name in _OWN_NAMES:
+            raise ConfigError(f"GBLR tensor: {name} is part of its class and cannot be set")
         super().__setattr__(name, value)
 
     @classmethod
@@ -309,7 +287,7 @@ class GBLRTensor(TorchAOBaseTensor):
 
         ``dtype`` stays what it is: that of inputs, outputs and scales. An int8 weight comes back itself.
         """
-        self._checked()
+        _checked(self)
         if self.scales is not None:
             return self
         factors, scales = quantize(self.packing, self.factors, self.lists)
@@ -351,7 +329,7 @@ class GBLRTensor(TorchAOBaseTensor):
         Raises:
             ConfigError: For the transpose of a matrix with row splits.
         """
-        self._checked()
+        _checked(self)
         return unpack(self.packing, self.factors, self.lists, self.scales)
 
     def _stored_components(self) -> tuple[StructuredMatrix, Any]:
@@ -380,7 +358,7 @@ class GBLRTensor(TorchAOBaseTensor):
 
     def to_dense(self) -> Tensor:
         """The matrix in the outer shape, dtype as stored."""
-        self._checked()
+        _checked(self)
         return to_dense(self.packing, self.factors, self.lists, self.scales).reshape(self.outer_shape)
 
     def dequantize(self) -> Tensor:
@@ -430,12 +408,38 @@ class GBLRTensor(TorchAOBaseTensor):
         )
 
 
+def _checked(weight: GBLRTensor) -> _Ready | None:
+    """What :meth:`check` found sound, and the matrix made that the plan asks for; None where it did not look."""
+    if torch.compiler.is_compiling():
+        return None
+    ready = weight._ready
+    if type(ready) is _Ready and ready.holds():
+        return ready
+    if not weight.__dict__.keys() >= _PARTS:
+        raise ConfigError("GBLR tensor: it has no state, as if a file had named its class alone")
+    _check_parts(weight)
+    buffers = (weight.factors, weight.lists, *(() if weight.scales is None else (weight.scales,)))
+    if weight.lists.is_meta or not product.is_plain(*buffers):
+        return None
+    if not is_known(weight.lists, weight.packing):
+        # A copy: others may hold a file's memory, and tensors of inference mode do not count their changes.
+        with torch.inference_mode(False), torch.no_grad():
+            lists = weight.lists.detach().clone()
+            check_index(weight.packing, lists)
+            vouch(lists, weight.packing)
+            weight.lists = lists
+    if weight.matrix is None and _is_believable(weight):
+        weight.matrix = weight._own_matrix()
+    weight._ready = _Ready(weight)
+    return weight._ready
+
+
 def _set_state(weight: GBLRTensor, state: Any) -> None:
     """Take what ``__getstate__`` gave; a file may claim anything.
 
     Its buffers are not read: files of torch's old format fill them later. The first use checks them.
     """
-    if not isinstance(state, dict) or not state.keys() >= _STATE - {"scales"}:
+    if not isinstance(state, dict) or not state.keys() >= _STATE:
         raise ConfigError("GBLR tensor: its state is damaged")
     hidden = [key for key in state if not isinstance(key, str) or hasattr(GBLRTensor, key)]
     if hidden:
@@ -463,6 +467,11 @@ def _check_parts(weight: GBLRTensor) -> None:
             f"GBLR tensor: it claims {tuple(weight.shape)}, {weight.dtype} on {weight.device}, "
             f"its buffers are {sizes}, {own.dtype} on {own.device}"
         )
+    matrix = weight.matrix
+    if matrix is not None and (
+        not isinstance(matrix, Tensor) or (matrix.shape, matrix.dtype, matrix.device) != (sizes, own.dtype, own.device)
+    ):
+        raise ConfigError("GBLR tensor: the matrix beside its factors is of another shape, dtype or device")
 
 
 def _is_believable(weight: GBLRTensor) -> bool:
@@ -479,6 +488,7 @@ def _costs_here(device: torch.device, dtype: torch.dtype, kernel: str) -> Costs:
 
 
 GBLRTensor.__setstate__ = _set_state  # torchao puts its own in place of a class's
+_OWN_NAMES = set(vars(GBLRTensor)) - {"_ready"}
 implements = GBLRTensor.implements
 implements_torch_function = GBLRTensor.implements_torch_function
 
@@ -513,7 +523,7 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _linear(x: Tensor, weight: GBLRTensor, bias: Tensor | None) -> Tensor:
-    weight._checked()
+    _checked(weight)
     m, n = weight.packing.shape
     if x.shape[-1] != n:
         raise GBLRError(f"GBLR tensor: input of shape {tuple(x.shape)} does not fit a {m} x {n} weight")
@@ -536,7 +546,7 @@ def _quick_linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor 
         return None
     ready = weight._ready
     if type(ready) is not _Ready or not ready.holds():
-        ready = weight._checked()
+        ready = _checked(weight)
         if ready is None:
             return None
     if ready.call is not None:
@@ -580,7 +590,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
             raise GBLRError(
                 f"GBLR tensor: input {tuple(input.shape)} does not fit a convolution weight {weight.outer_shape}"
             )
-        weight._checked()
+        _checked(weight)
         x, factors, scales, bias = _operands(input, weight, bias)
         options = (
             _sizes(stride, dims),
@@ -646,6 +656,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
 
 def _transposed(func: Any, args: Any, kwargs: Any) -> GBLRTensor:
     self = args[0]
+    _checked(self)
     if len(self.outer_shape) != 2:
         raise GBLRError(f"GBLR tensor: only 2-D weights can be transposed, this one is {self.outer_shape}")
     with _mode_of(self):
@@ -699,8 +710,8 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
             "GBLR tensor: a converted weight cannot be copied into a dense one; load it with assign=True, or a file of "
             "save() with load()"
         )
-    source._checked()
-    target._checked()
+    _checked(source)
+    _checked(target)
     try:
         return _copy_of_torchao(func, types, args, kwargs)
     except ValueError:
