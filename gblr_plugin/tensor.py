@@ -189,8 +189,8 @@ class GBLRTensor(TorchAOBaseTensor):
 
     @torch.compiler.disable
     def __tensor_flatten__(self) -> Any:
-        """As the base's, after a check: compiled programs take the buffers from here."""
-        _checked(self)
+        """As the base's, after a check: compilers take the buffers from here."""
+        _look(self)
         return super().__tensor_flatten__()
 
     @classmethod
@@ -409,9 +409,12 @@ class GBLRTensor(TorchAOBaseTensor):
 
 
 def _checked(weight: GBLRTensor) -> _Ready | None:
-    """What :meth:`check` found sound, and the matrix made that the plan asks for; None where it did not look."""
-    if torch.compiler.is_compiling():
-        return None
+    """What :meth:`check` found sound, None where it did not look: what a compiler traces, it looked at before."""
+    return None if torch.compiler.is_compiling() else _look(weight)
+
+
+def _look(weight: GBLRTensor) -> _Ready | None:
+    """Check the parts of a weight that are not known to be sound, and make the matrix that its plan asks for."""
     ready = weight._ready
     if type(ready) is _Ready and ready.holds():
         return ready

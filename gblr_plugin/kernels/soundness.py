@@ -34,8 +34,11 @@ _KNOWN: dict[int, _Known] = {}  # by the identity of the index buffer
 
 
 def is_known(lists: Tensor, fact: object) -> bool:
-    """Was an index buffer vouched for, for a layout (or for arguments of the operator), and not written to since."""
-    known = _KNOWN.get(id(lists))
+    """Was an index buffer vouched for, for a layout (or for arguments of the operator), and not written to since.
+
+    What is known for a layout is known for that of the transposed matrix.
+    """
+    known, fact = _KNOWN.get(id(lists)), _upright(fact)
     return (
         known is not None
         and known.buffer() is lists
@@ -45,11 +48,15 @@ def is_known(lists: Tensor, fact: object) -> bool:
     )
 
 
+def _upright(fact: object) -> object:
+    return fact.t() if isinstance(fact, Layout) and fact.transposed else fact
+
+
 def vouch(lists: Tensor, fact: object) -> None:
     """Remember that an index buffer is sound; buffers without memory, and those without a count of changes, are not."""
     if type(lists) not in PLAIN or lists.is_meta or lists.is_inference():
         return
-    key, known = id(lists), _KNOWN.get(id(lists))
+    key, known, fact = id(lists), _KNOWN.get(id(lists)), _upright(fact)
     if known is None or known.buffer() is not lists or known[1:3] != (lists._version, lists.data_ptr()):
         forget = weakref.ref(lists, lambda _: _KNOWN.pop(key, None))
         known = _KNOWN[key] = _Known(forget, lists._version, lists.data_ptr(), [])
@@ -125,13 +132,14 @@ def check_index(layout: Layout, lists: Tensor) -> None:
     Raises:
         ConfigError: If they do not.
     """
-    upright = layout.t() if layout.transposed else layout
+    if layout.transposed:
+        layout = layout.t()
     if layout.dense:
         sound = not lists.numel()
     else:
         index = lists.detach().cpu()
-        own, facts = all_lists(upright, index)[: upright.list_entries].long(), interval_facts(upright, index)
-        sound = _lists_fit(upright, own, facts) and torch.equal(index, _assembled(upright, own, facts))
+        own, facts = all_lists(layout, index)[: layout.list_entries].long(), interval_facts(layout, index)
+        sound = _lists_fit(layout, own, facts) and torch.equal(index, _assembled(layout, own, facts))
     if not sound:
         raise ConfigError("GBLR tensor: its lists are damaged, they do not fit its layout")
 
@@ -213,7 +221,8 @@ def check_operands(
         ConfigError: If it does not.
     """
     components, m, entries = sizes[8:]
-    rest = [lists, factors, *([] if bias is None else [bias]), *([] if scales is None else [scales])]
+    buffers = [lists, factors, *([] if scales is None else [scales])]
+    rest = [*buffers, *([] if bias is None else [bias])]
     dtype = factors.dtype if scales is None else scales.dtype
     sound = (
         x.dim() == 2
@@ -222,7 +231,7 @@ def check_operands(
         and (scales is None or (scales.shape == (components,) and factors.dtype == torch.int8))
         and all(part.device == x.device and part.dim() == 1 and _has_memory(part) for part in rest)
         and (lists.dtype, factors.numel()) == (torch.int32, entries)
-        and all(part.is_contiguous() and not part.is_neg() for part in (lists, factors, *rest[3:]))
+        and all(part.is_contiguous() and not part.is_neg() for part in buffers)
     )
     fact = (x.shape[-1], *sizes)
     if sound and not is_known(lists, fact):
@@ -250,12 +259,13 @@ def _leads_inside(lists: Tensor, n: int, *sizes: int) -> bool:
                 return False
             blocks.append(Block(start, start + width, size, list_at, data_at, -1))
             stop, list_at, data_at = stop + width, list_at + size, data_at + size * width
-        if stop != length:
+        if stop != length or widest != blocks[0].stop - blocks[0].start:
             return False
         found.append(tuple(blocks))
-    narrow = not col_groups  # narrow lists come without groups
+    narrow = not col_groups and not row_groups  # narrow lists come without groups
     words = index.view(torch.int16) if narrow else index
-    if data_at != entries or list_at > len(words):
+    before = -(-list_at // 2) - (-5 * num // 2) if narrow else list_at + 5 * num  # lists and intervals
+    if data_at != entries or axes[0][0] != before:
         return False
     own = words[:list_at].long()
     owner = torch.repeat_interleave(torch.tensor([block.size for axis in found for block in axis]))

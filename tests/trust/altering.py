@@ -14,7 +14,6 @@ import argparse
 import copy
 import copyreg
 import dataclasses
-import functools
 import io
 import json
 import os
@@ -526,7 +525,8 @@ def use(module: Any) -> None:
         x = x.clone().requires_grad_()
         y = product(x, weight)
         y.sum().backward()
-        assert x.grad is not None and x.grad.shape == x.shape
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
         same(y.detach(), first, "a product with gradients")
     copy.deepcopy(weight)
     if len(weight.packing.split_sizes) == 1:
