@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.decorators import skip
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode, return_and_correct_aliasing
 
@@ -22,7 +23,7 @@ from .kernels.costs import Costs
 from .kernels.layout import Block, Layout, interval_facts, narrowed, pack, pack_for, quantize, to_dense, unpack
 from .kernels.measure import is_stale, measured_plan
 from .kernels.plan import BUCKETS, Plan, candidates, fixed_plan, predicted_cost
-from .kernels.quick import launcher
+from .kernels.quick import Launcher, launcher
 from .kernels.soundness import check_index, check_sizes, is_known, vouch
 from .quiet import quiet_import
 from .structure import Intervals, StructuredMatrix
@@ -48,15 +49,25 @@ _PARTS = _STATE | {"scales", "matrix"}
 class _Ready:
     """The buffers of a weight that were checked, and the short way to its kernels; no file can hold one."""
 
-    __slots__ = ("call", "factors", "factors_at", "lists", "lists_at", "scales", "scales_at", "version")
+    __slots__ = (
+        *("call", "packing", "plan", "version"),
+        *("factors", "factors_at", "lists", "lists_at", "scales", "scales_at"),
+    )
 
     def __init__(self, weight: GBLRTensor) -> None:
+        self.packing, self.plan = weight.packing, weight.plan
         self.factors, self.lists, self.scales = weight.factors, weight.lists, weight.scales
         self.factors_at, self.lists_at = self.factors.data_ptr(), self.lists.data_ptr()
         self.scales_at = 0 if self.scales is None else self.scales.data_ptr()
         self.version = self.lists._version
-        self.call = launcher(weight.packing, weight.plan, self.factors, self.lists, self.scales)
+        self.call: Launcher | None = self._first
 
+    def _first(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Make the short way where it is taken first; a weight that is only on the way to another does not need it."""
+        self.call = launcher(self.packing, self.plan, self.factors, self.lists, self.scales)
+        return None if self.call is None else self.call(x, bias)
+
+    @skip
     def holds(self) -> bool:
         """Are the buffers in their places, and the lists as they were: asked before every product."""
         lists, scales = self.lists, self.scales
@@ -135,13 +146,15 @@ class GBLRTensor(TorchAOBaseTensor):
         matrix: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.factors = factors
-        self.lists = lists
-        self.packing = packing
-        self.plan = plan
-        self.outer_shape = tuple(outer_shape)
-        self.scales = scales
-        self.matrix = matrix
+        self.__dict__.update(  # there is nothing to check anew
+            factors=factors,
+            lists=lists,
+            packing=packing,
+            plan=plan,
+            outer_shape=tuple(outer_shape),
+            scales=scales,
+            matrix=matrix,
+        )
         self.dense_elements = self._dense_elements()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -187,10 +200,12 @@ class GBLRTensor(TorchAOBaseTensor):
             vouch(self.lists, self.packing)
         return self
 
-    @torch.compiler.disable
+    @skip
     def __tensor_flatten__(self) -> Any:
         """As the base's, after a check: compilers take the buffers from here."""
-        _look(self)
+        ready = self._ready
+        if type(ready) is not _Ready or not ready.holds():
+            _look(self)
         return super().__tensor_flatten__()
 
     @classmethod
@@ -334,6 +349,7 @@ class GBLRTensor(TorchAOBaseTensor):
 
     def _stored_components(self) -> tuple[StructuredMatrix, Any]:
         """The components with factors as they are stored, int8 too, and their scales; without the transposition."""
+        _checked(self)
         if self.packing.transposed:
             return self.t()._stored_components()  # type: ignore[no-any-return]  # a GBLRTensor
         if not self.packing.dense:
@@ -354,7 +370,7 @@ class GBLRTensor(TorchAOBaseTensor):
         layout, values, lists = pack(matrix, plan.block_rows, plan.block_cols, plan.even and len(shape) == 2)
         scales = scales[interval_facts(layout, lists)[4]]
         layout, lists = narrowed(layout, lists)
-        return cls(values, lists, layout, plan, shape, scales)
+        return cls(values, lists, layout, plan, shape, scales)._vouched()
 
     def to_dense(self) -> Tensor:
         """The matrix in the outer shape, dtype as stored."""
@@ -410,14 +426,15 @@ class GBLRTensor(TorchAOBaseTensor):
 
 def _checked(weight: GBLRTensor) -> _Ready | None:
     """What :meth:`check` found sound, None where it did not look: what a compiler traces, it looked at before."""
-    return None if torch.compiler.is_compiling() else _look(weight)
+    if torch.compiler.is_compiling():
+        return None
+    ready = weight._ready
+    return ready if type(ready) is _Ready and ready.holds() else _look(weight)
 
 
+@torch.compiler.disable
 def _look(weight: GBLRTensor) -> _Ready | None:
     """Check the parts of a weight that are not known to be sound, and make the matrix that its plan asks for."""
-    ready = weight._ready
-    if type(ready) is _Ready and ready.holds():
-        return ready
     if not weight.__dict__.keys() >= _PARTS:
         raise ConfigError("GBLR tensor: it has no state, as if a file had named its class alone")
     _check_parts(weight)
@@ -433,8 +450,8 @@ def _look(weight: GBLRTensor) -> _Ready | None:
             weight.lists = lists
     if weight.matrix is None and _is_believable(weight):
         weight.matrix = weight._own_matrix()
-    weight._ready = _Ready(weight)
-    return weight._ready
+    weight._ready = ready = _Ready(weight)
+    return ready
 
 
 def _set_state(weight: GBLRTensor, state: Any) -> None:
@@ -654,12 +671,14 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
     self = args[0]
     with _mode_of(self):
         result = self._apply_fn_to_data(func)
+    if type(self.lists) is Tensor:
+        result.lists = self.lists  # a view made below autograd would count its changes apart
     return return_and_correct_aliasing(func, args, kwargs, result)  # type: ignore[no-any-return]  # untyped in torch
 
 
 def _transposed(func: Any, args: Any, kwargs: Any) -> GBLRTensor:
     self = args[0]
-    _checked(self)
+    ready = _checked(self)
     if len(self.outer_shape) != 2:
         raise GBLRError(f"GBLR tensor: only 2-D weights can be transposed, this one is {self.outer_shape}")
     with _mode_of(self):
@@ -667,6 +686,8 @@ def _transposed(func: Any, args: Any, kwargs: Any) -> GBLRTensor:
         result = GBLRTensor(
             self.factors, self.lists, self.packing.t(), self.plan, self.outer_shape[::-1], self.scales, matrix
         )
+    if ready is not None:
+        result._ready = _Ready(result)
     return return_and_correct_aliasing(func, args, kwargs, result)  # type: ignore[no-any-return]  # untyped in torch
 
 
@@ -684,20 +705,11 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
 
 _copy_of_torchao = GBLRTensor._ATEN_OP_TABLE[GBLRTensor][aten.copy_.default]
 _clone_of_torchao = GBLRTensor._ATEN_OP_TABLE[GBLRTensor][aten.clone.default]
-_alias_of_torchao = GBLRTensor._ATEN_OP_TABLE[GBLRTensor][aten.alias.default]
 
 
 @implements(aten.clone.default)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
     return _clone_of_torchao(func, types, args, kwargs)._vouched(args[0])  # type: ignore[no-any-return]  # as above
-
-
-@implements([aten.alias.default, aten.detach.default])
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> GBLRTensor:
-    result: GBLRTensor = _alias_of_torchao(func, types, args, kwargs)
-    if type(result.lists) is Tensor:
-        result.lists = args[0].lists  # a view made below autograd would count its changes apart
-    return result
 
 
 @implements(aten.copy_.default)

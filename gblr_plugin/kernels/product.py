@@ -25,9 +25,11 @@ KERNELS = ("dense", "blocks", "compiled")
 
 def is_plain(*tensors: Tensor) -> bool:
     """May code that torch cannot see run: no tracing, no dispatch mode (FLOP counters too), no functorch transform."""
+    for tensor in tensors:
+        if type(tensor) not in PLAIN:
+            return False
     return (
-        all(type(tensor) in PLAIN for tensor in tensors)
-        and not torch._C._is_tracing()
+        not torch._C._is_tracing()
         and not is_in_torch_dispatch_mode()
         and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0

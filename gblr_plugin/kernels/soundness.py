@@ -38,13 +38,13 @@ def is_known(lists: Tensor, fact: object) -> bool:
 
     What is known for a layout is known for that of the transposed matrix.
     """
-    known, fact = _KNOWN.get(id(lists)), _upright(fact)
+    known = _KNOWN.get(id(lists))
     return (
         known is not None
         and known.buffer() is lists
         and known.version == lists._version
         and known.address == lists.data_ptr()
-        and any(fact is other or fact == other for other in known.facts)
+        and _upright(fact) in known.facts
     )
 
 
@@ -220,26 +220,30 @@ def check_operands(
     Raises:
         ConfigError: If it does not.
     """
-    components, m, entries = sizes[8:]
-    buffers = [lists, factors, *([] if scales is None else [scales])]
-    rest = [*buffers, *([] if bias is None else [bias])]
-    dtype = factors.dtype if scales is None else scales.dtype
+    num, m, entries = sizes[8:]
+    dtype, device, fact = x.dtype, x.device, (*x.shape[1:], *sizes)
     sound = (
-        x.dim() == 2
-        and x.dtype == dtype
-        and (bias is None or (bias.shape == (m,) and bias.dtype == dtype))
-        and (scales is None or (scales.shape == (components,) and factors.dtype == torch.int8))
-        and all(part.device == x.device and part.dim() == 1 and _has_memory(part) for part in rest)
-        and (lists.dtype, factors.numel()) == (torch.int32, entries)
-        and all(part.is_contiguous() and not part.is_neg() for part in buffers)
+        _holds(factors, entries, torch.int8 if scales is not None else dtype, device)
+        and (scales is None or _holds(scales, num, dtype, device))
+        and (bias is None or _holds(bias, m, dtype, device, False))
     )
-    fact = (x.shape[-1], *sizes)
     if sound and not is_known(lists, fact):
-        sound = _leads_inside(lists, *fact)
+        sound = x.dim() == 2 and _holds(lists, lists.numel(), torch.int32, device) and _leads_inside(lists, *fact)
         if sound:
             vouch(lists, fact)
     if not sound:
         raise ConfigError("GBLR tensor: the operands of a compiled product do not fit together")
+
+
+def _holds(buffer: Tensor, numel: int, dtype: torch.dtype, device: torch.device, contiguous: bool = True) -> bool:
+    """Are there so many numbers in the memory of a buffer, one after the other unless that does not matter."""
+    return (
+        buffer.shape == (numel,)
+        and buffer.dtype == dtype
+        and buffer.device == device
+        and (not contiguous or (buffer.is_contiguous() and not buffer.is_neg()))
+        and _has_memory(buffer)
+    )
 
 
 def _leads_inside(lists: Tensor, n: int, *sizes: int) -> bool:

@@ -367,7 +367,9 @@ def test_compiled_programs_refuse_what_was_altered_before_and_after() -> None:
     with torch.no_grad():
         torch.testing.assert_close(program(x), module(x), rtol=1e-4, atol=1e-4)
         module.weight.lists.view(torch.int16)[:9] = 32767
-        with pytest.raises(Exception, match="its lists are damaged|do not fit together"):  # in an error of the compiler
+        with pytest.raises(
+            Exception, match=r"its lists are damaged|do not fit together"
+        ):  # in an error of the compiler
             program(x)
         torch.compiler.reset()
         with pytest.raises(Exception, match="its lists are damaged"):
