@@ -587,7 +587,7 @@ def outcome(number: int, seed: int) -> tuple[str, str, str]:
     except GBLRError:
         return way, "refused at the product", ""
     except Exception as error:
-        if way == "by hand" and type(error) is RuntimeError:  # factors that were made shorter in place
+        if way == "by hand" and type(error) in (RuntimeError, IndexError):  # factors that were made shorter in place
             return way, "refused by torch", ""
         return way, "wrong", traceback.format_exc()
     return way, "multiplied", ""
