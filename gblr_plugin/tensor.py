@@ -305,9 +305,12 @@ class GBLRTensor(TorchAOBaseTensor):
         _checked(self)
         if self.scales is not None:
             return self
+        plan = self.plan.by_factors()
+        if self._can_be_replanned() and self._lacks_kernel(plan):
+            return self.replan("factors").quantize()
         factors, scales = quantize(self.packing, self.factors, self.lists)
         packing, lists = narrowed(self.packing, self.lists)
-        return GBLRTensor(factors, lists, packing, self.plan.by_factors(), self.outer_shape, scales)._vouched()
+        return GBLRTensor(factors, lists, packing, plan, self.outer_shape, scales)._vouched()
 
     def replan(self, plan: Plan | str = "auto") -> GBLRTensor:
         """The same weight under another plan, for example measured anew on the device it now lies on."""
@@ -324,17 +327,24 @@ class GBLRTensor(TorchAOBaseTensor):
         is missing: torch would take their blocks one by one, and a fixed plan is made anew. Files are loaded, and
         weights move between kinds of devices, by way of this.
         """
-        splits = self.packing.transposed and len(self.packing.split_sizes) > 1  # these cannot be taken apart
-        real = type(self.factors) is Tensor and not self.factors.is_meta
-        if not real or splits or self.packing.dense:
+        if not self._can_be_replanned():
             return self
         if is_stale(self.plan, self.device, self.dtype):
             return self.replan("auto")
-        if "compiled" in dict(self.plan.kernels).values() and missing(self.device, self.dtype):
+        if self._lacks_kernel(self.plan):
             return self.replan("fixed")
         if self.packing.narrow and self.scales is None and not self.factors.is_cpu:
             return self.replan(self.plan)  # kernels there take wide lists
         return self
+
+    def _can_be_replanned(self) -> bool:
+        """Are there real factors in blocks, which can be taken apart."""
+        splits = self.packing.transposed and len(self.packing.split_sizes) > 1
+        return type(self.factors) is Tensor and not self.factors.is_meta and not splits and not self.packing.dense
+
+    def _lacks_kernel(self, plan: Plan) -> bool:
+        """Does a plan name the compiled kernel where it is missing."""
+        return "compiled" in dict(plan.kernels).values() and missing(self.device, self.dtype)
 
     def to_structured(self) -> StructuredMatrix:
         """The components stored, in their order; dense storage comes back as one component per row.
