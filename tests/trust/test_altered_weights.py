@@ -12,9 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import gblr_plugin as gblr
+from gblr_plugin.kernels.compiled import available
 
+COMPILED = available(torch.device("cpu"), torch.float32)
 CASES = int(os.environ.get("GBLR_ALTERED", "480"))
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
@@ -37,7 +40,7 @@ def test_no_altered_weight_crashes_a_process_or_multiplies_wrongly() -> None:
     assert sum(sum(outcomes.values()) for outcomes in told["counts"].values()) == CASES
     for way, outcomes in told["counts"].items():  # each way refuses, and lets what is sound through
         assert any(what.startswith("refused") for what in outcomes), way
-        assert outcomes.get("multiplied"), way
+        assert outcomes.get("multiplied") or (way == "operator" and not COMPILED), way
 
 
 CRASHES = """
