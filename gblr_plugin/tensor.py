@@ -307,7 +307,8 @@ class GBLRTensor(TorchAOBaseTensor):
             return self
         plan = self.plan.by_factors()
         if self._can_be_replanned() and self._lacks_kernel(plan):
-            return self.replan("factors").quantize()
+            here: GBLRTensor = self.replan("factors").quantize()
+            return here
         factors, scales = quantize(self.packing, self.factors, self.lists)
         packing, lists = narrowed(self.packing, self.lists)
         return GBLRTensor(factors, lists, packing, plan, self.outer_shape, scales)._vouched()
