@@ -13,36 +13,36 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from .after_import import after_import
+from .utils.after_import import after_import
 
 __version__ = "0.1.0"
 
 # Public name -> module that defines it. Resolved on first use (PEP 562), so that importing the package stays light.
 _EXPORTS = {
     "ConfigError": "errors",
-    "GBLRConfig": "config",
+    "GBLRConfig": "torchao.config",
     "GBLRConv1d": "layers",
     "GBLRConv2d": "layers",
     "GBLRError": "errors",
     "GBLRLayer": "layers",
     "GBLRLinear": "layers",
-    "GBLRTensor": "tensor",
-    "Intervals": "structure",
-    "LayerGoal": "learner",
-    "LayerSettings": "conversion",
-    "Schedule": "schedule",
-    "StructureLearner": "learner",
-    "StructuredMatrix": "structure",
-    "convert": "conversion",
+    "GBLRTensor": "tensor.gblr_tensor",
+    "Intervals": "matrix.structure",
+    "LayerGoal": "learning.learner",
+    "LayerSettings": "surgery.conversion",
+    "Schedule": "learning.schedule",
+    "StructureLearner": "learning.learner",
+    "StructuredMatrix": "matrix.structure",
+    "convert": "surgery.conversion",
     "decompose": "decomposition",
-    "export": "exporting",
-    "gaudi_mask": "mask",
-    "layer_filter": "selection",
+    "export": "exporting.program",
+    "gaudi_mask": "layers.masks",
+    "layer_filter": "surgery.selection",
     "load": "serialization",
-    "param_groups": "optim",
-    "prepare": "conversion",
-    "reorder": "reordering",
-    "report": "reporting",
+    "param_groups": "learning.optimizers",
+    "prepare": "surgery.conversion",
+    "reorder": "surgery.reorder",
+    "report": "surgery.report",
     "save": "serialization",
 }
 _BRIDGES = ("lightning", "nni", "plot", "tensorboard")
@@ -70,8 +70,10 @@ def _tell_torchao() -> None:
 
 
 def _tell_transformers() -> None:
-    with contextlib.suppress(ImportError):  # of an older transformers, or without torchao: ``gblr_plugin.hf`` says it
-        import_module(".hf", __name__)
+    with contextlib.suppress(
+        ImportError
+    ):  # of an older transformers, or without torchao: ``gblr_plugin.huggingface.folders`` says it
+        import_module(".huggingface.folders", __name__)
 
 
 after_import("torchao.core.config", _tell_torchao)

@@ -14,21 +14,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import __version__
 from .errors import ConfigError, GBLRError
+from .utils.arguments import OneLineParser
 
 if TYPE_CHECKING:
     from .run.yaml_config import Located
 
-__all__ = ["OneLineParser", "main"]
+__all__ = ["main"]
 
 S = TypeVar("S")
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]  # argparse prints its usage over several lines
-        """Exit with code 2."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,13 +142,13 @@ def _fail(code: int, message: str) -> int:
 
 
 def _bench(arguments: Sequence[str]) -> int:
-    from .bench import main as bench
+    from .bench.products import main as bench
 
     return int(bench(arguments) or 0)
 
 
 def _compress(arguments: argparse.Namespace) -> None:
-    from .sharded import CompressSettings, compress_folder
+    from .huggingface.compress_folder import CompressSettings, compress_folder
 
     splits = {}
     for text in arguments.row_splits:

@@ -18,11 +18,10 @@ import torch
 __all__ = ["SETS", "FeatureSet"]
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ["tests/kernels", "tests/test_tensor.py", "tests/test_conversion.py", "tests/serialization"]
-TESTS += ["tests/test_exporting.py", "tests/test_onnx.py"]
+TESTS = ["tests/kernels", "tests/tensor", "tests/surgery/test_conversion.py", "tests/serialization", "tests/exporting"]
 # These make processes for other processors or the GPU, whatever the processor here is.
-SAME_EVERYWHERE = ["tests/kernels/test_compile_cache.py", "tests/kernels/test_processor.py"]
-SAME_EVERYWHERE += ["tests/kernels/test_triton_cuda.py", "tests/serialization/test_processors.py"]
+SAME_EVERYWHERE = ["tests/kernels/cpu/test_compile_cache.py", "tests/kernels/cpu/test_processor.py"]
+SAME_EVERYWHERE += ["tests/kernels/cuda", "tests/serialization/test_processors.py"]
 
 
 class FeatureSet(NamedTuple):

@@ -59,4 +59,4 @@ def test_every_module_is_imported_on_other_systems(system: str) -> None:
         env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert {"gblr_plugin.kernels.threads", "gblr_plugin.run.private_network"} <= set(done.stdout.split())
+    assert {"gblr_plugin.kernels.cpu.threads", "gblr_plugin.run.private_network"} <= set(done.stdout.split())

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import ConfigError
-from ..files import write_atomic
-from ..progress import track
+from ..utils.files import write_atomic
+from ..utils.progress import track
 from .places import existing_folder, missing
 
 __all__ = ["STRETCH", "TokenFile", "Windows", "encode", "labelled_lines", "text_parts"]

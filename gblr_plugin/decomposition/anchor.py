@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..structure import Intervals, StructuredMatrix
+from ..matrix.structure import Intervals, StructuredMatrix
 
 __all__ = ["anchored"]
 

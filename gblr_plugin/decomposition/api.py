@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..structure import StructuredMatrix
+from ..matrix.metric import DAMPING, Metric
+from ..matrix.structure import StructuredMatrix
+from ..matrix.tiles import TiledAxis
 from .exact import exact
 from .interval_finder import interval
-from .metric import DAMPING, Metric
-from .problem import Grid, Problem
+from .problem import Problem
 from .pursuit import pursuit
 from .random import random
 from .svd import svd
@@ -149,7 +150,7 @@ def _solve(
     m, n = parts[0].shape
     limit = min(m, n) if max_components is None else max_components
     allowed = limit * (m + n) if budget is None else math.floor(budget * m * n + 1e-6)
-    rows, cols = Grid(m, tiles[0]), Grid(n, tiles[1])
+    rows, cols = TiledAxis(m, tiles[0]), TiledAxis(n, tiles[1])
     cheapest = int(rows.widths(torch.tensor(1)) + cols.widths(torch.tensor(1)))
     if allowed < cheapest:
         raise ConfigError(
@@ -191,7 +192,7 @@ def decompose(
             ``"svd"``, ``"interval"`` (the published initialiser) or ``"random"``.
         calibration: (N, n) input activations or their (n, n) second moment. The error minimised is then that of the
             output ``W x`` over these inputs, otherwise ``||W - W_hat||_F``. A square symmetric tensor is taken for a
-            moment; a :class:`~gblr_plugin.decomposition.metric.Metric` is used as it is.
+            moment; a :class:`~gblr_plugin.matrix.metric.Metric` is used as it is.
         align: Intervals begin and end at multiples of this many rows and columns; an int or a pair (rows, cols).
         max_components: Largest number K of components of each split; default ``min(m / row_splits, n)``.
         row_splits: Number of matrices stacked in the rows of the weight (packed q, k, v: 3), each given its share of

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..structure import StructuredMatrix
-from .exchange import Side
-from .problem import Grid, Problem
+from ..matrix.structure import StructuredMatrix
+from ..matrix.tiles import TiledAxis
+from .problem import Problem
+from .recovery.exchange import Side
 
 __all__ = ["exact", "lines"]
 
@@ -41,7 +42,7 @@ def lines(problem: Problem) -> StructuredMatrix | None:
     return min((one for one in found if one is not None), key=lambda one: one.stored, default=None)
 
 
-def _rows(weight: Tensor, cols: Grid, problem: Problem) -> StructuredMatrix | None:
+def _rows(weight: Tensor, cols: TiledAxis, problem: Problem) -> StructuredMatrix | None:
     present = weight.any(1).nonzero()[:, 0]
     if not 0 < len(present) <= problem.max_components:
         return None
@@ -52,5 +53,5 @@ def _rows(weight: Tensor, cols: Grid, problem: Problem) -> StructuredMatrix | No
     if int(spans.widths().sum()) + len(present) > problem.allowed:
         return None
     unit = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)[present]
-    narrow = Grid(len(weight), 1).intervals(torch.ones_like(present), present)
+    narrow = TiledAxis(len(weight), 1).intervals(torch.ones_like(present), present)
     return StructuredMatrix.from_factors(unit, entries.contiguous(), rows=narrow, cols=spans.intervals())

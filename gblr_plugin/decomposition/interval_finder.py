@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..mask import gaudi_mask, integer_locations, integer_widths
-from ..structure import Intervals, StructuredMatrix, multiply_adds
+from ..layers.masks import gaudi_mask
+from ..matrix.gaudi_mask import integer_locations, integer_widths
+from ..matrix.structure import Intervals, StructuredMatrix, multiply_adds
 from .joint import supported_solve
 from .problem import Problem
 from .triplets import singular_triplets

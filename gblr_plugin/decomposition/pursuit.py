@@ -5,7 +5,7 @@ is left where it is dense. Rounds add the blocks that pay most, then alternate b
 side are fitted jointly by least squares (the low-rank part is projected out exactly), and each interval is re-chosen
 as the maximum-sum interval of the joint gains less the price of a multiply-add. The price rises and falls until the
 cost meets the budget; the last sweeps keep the intervals and only fit. Before these, the low-rank part becomes
-components that leave out windows of an axis (:mod:`gblr_plugin.decomposition.windows`), which from then on are
+components that leave out windows of an axis (:mod:`gblr_plugin.decomposition.recovery.windows`), which from then on are
 components like the others.
 """
 
@@ -17,16 +17,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..structure import StructuredMatrix
+from ..matrix.structure import StructuredMatrix
+from ..matrix.tiles import TiledAxis
+from ..matrix.trapezoid_form import trapezoid_form
 from .effort import LARGE, Effort, default_effort, default_shares
 from .exact import lines
 from .joint import conjugate_gradient, gram_matrix, supported_solve
-from .problem import Grid, Problem
+from .problem import Problem
+from .recovery.shortest import shortest
+from .recovery.windows import best_windows
 from .search import find_blocks
-from .shortest import shortest
 from .spans import Spans, best_spans, cell_sums, joint_gains
-from .trapezoid import gauge_trapezoids, trapezoid
-from .windows import best_windows
+from .trapezoid import trapezoid
 
 __all__ = ["pursuit"]
 
@@ -124,7 +126,9 @@ class _Pursuit:
         left = seen @ state.right.T - u.T @ (v @ state.right.T)
         return replace(state, left=left, right=_orthonormal(seen.T @ left - v.T @ (u @ left)).T)
 
-    def _choose(self, gains: Tensor, grid: Grid, other: Tensor, exact: bool, spent: int = 0) -> tuple[Spans, Tensor]:
+    def _choose(
+        self, gains: Tensor, grid: TiledAxis, other: Tensor, exact: bool, spent: int = 0
+    ) -> tuple[Spans, Tensor]:
         """Intervals at the present price, or at the price at which all together cost no more than is allowed.
 
         Args:
@@ -473,7 +477,7 @@ def _finished(problem: Problem, state: _State, rank: int, gauged: bool) -> Struc
         return blocks
     shape = problem.metric.unwhiten(state.left.T @ exact.residual(state))
     if gauged:
-        low = gauge_trapezoids(state.left, shape, problem)
+        low = trapezoid_form(state.left, shape, problem.rows, problem.cols)
     else:
         norms = _norms(shape).sqrt()
         low = StructuredMatrix.from_factors((state.left * norms.T).T.contiguous(), shape / norms)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..structure import StructuredMatrix
+from ..matrix.structure import StructuredMatrix
 from .problem import Problem
 
 __all__ = ["random"]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.fused import search_kernels
-from ..structure import Intervals
-from .problem import Grid
+from ..matrix.structure import Intervals
+from ..matrix.tiles import TiledAxis
 from .spans import Spans, best_spans, cell_sums
 
 __all__ = ["Blocks", "find_blocks"]
@@ -43,7 +43,7 @@ def _stride(size: int, tile: int) -> int:
 
 
 def _tile_vectors(
-    residual: Tensor, height: int, width: int, rows: Grid, cols: Grid
+    residual: Tensor, height: int, width: int, rows: TiledAxis, cols: TiledAxis
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Leading right vector (T, width), squared singular value, first row and first column (T,) of each tile."""
     down, across = _stride(height, rows.tile), _stride(width, cols.tile)
@@ -93,8 +93,8 @@ def _apart(rows: Intervals, cols: Intervals, overlap: float, count: int, residua
 
 def find_blocks(
     residual: Tensor,
-    rows: Grid,
-    cols: Grid,
+    rows: TiledAxis,
+    cols: TiledAxis,
     *,
     count: int,
     candidates: int,
@@ -108,8 +108,8 @@ def find_blocks(
 
     Args:
         residual: (m, n) what is left to explain.
-        rows: Grid of the rows.
-        cols: Grid of the columns.
+        rows: TiledAxis of the rows.
+        cols: TiledAxis of the columns.
         count: Largest number of blocks.
         candidates: Number of tiles, those that gain most, whose blocks are settled and compared.
         price: Squared error that one multiply-add must save.

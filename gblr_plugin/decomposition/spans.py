@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels.fused import span_kernels
-from ..structure import Intervals
-from .problem import Grid
+from ..matrix.structure import Intervals
+from ..matrix.tiles import TiledAxis
 
 __all__ = ["Spans", "best_spans", "cell_sums", "joint_gains"]
 
@@ -27,10 +27,10 @@ class Spans:
 
     cells: Tensor
     start: Tensor
-    grid: Grid
+    grid: TiledAxis
 
     @classmethod
-    def none(cls, grid: Grid, device: torch.device) -> Spans:
+    def none(cls, grid: TiledAxis, device: torch.device) -> Spans:
         """No intervals at all."""
         empty = torch.zeros(0, dtype=torch.int64, device=device)
         return cls(empty, empty, grid)
@@ -60,7 +60,7 @@ class Spans:
         return Spans(torch.cat([self.cells, other.cells]), torch.cat([self.start, other.start]), self.grid)
 
 
-def cell_sums(values: Tensor, grid: Grid) -> Tensor:
+def cell_sums(values: Tensor, grid: TiledAxis) -> Tensor:
     """Sums of (K, length) values over the cells of the axis: (K, cells)."""
     if grid.tile == 1:
         return values
@@ -69,7 +69,9 @@ def cell_sums(values: Tensor, grid: Grid) -> Tensor:
     return sums
 
 
-def joint_gains(inside: Tensor, right: Tensor, image: Tensor, support: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+def joint_gains(
+    inside: Tensor, right: Tensor, image: Tensor, support: Tensor, scale: Tensor, grid: TiledAxis
+) -> Tensor:
     """What covering each cell is worth: the gain of what is covered, and of what is not, were it fitted alone.
 
     Args:
@@ -89,7 +91,7 @@ def joint_gains(inside: Tensor, right: Tensor, image: Tensor, support: Tensor, s
     return cell_sums(torch.where(support, inside, (right - image).square() * scale[:, None]), grid)
 
 
-def best_spans(gains: Tensor, grid: Grid, price: float) -> tuple[Spans, Tensor]:
+def best_spans(gains: Tensor, grid: TiledAxis, price: float) -> tuple[Spans, Tensor]:
     """The interval of each component that maximises its gains less its price.
 
     Kadane's maximum-sum subarray by running minima of prefix sums; an interval that wraps is the complement of the

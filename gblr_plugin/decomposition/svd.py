@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..structure import StructuredMatrix
+from ..matrix.structure import StructuredMatrix
 from .problem import Problem
 
 __all__ = ["low_rank_factors", "svd"]

@@ -1,107 +1,13 @@
-r"""Low rank at a lower price: the factors of any rank-r product can be gauged into trapezoids.
-
-A product A C of rank r is unchanged by A R, R^-1 C: r^2 free numbers. They suffice to make A lower trapezoidal
-(component k on rows k .. m) and C upper trapezoidal (component k on columns k .. n). Both are plain intervals, so the
-cost falls from r (m + n) to r (m + n) - r (r - 1). An orthogonal LQ settles the first side; the second is an LU
-without row exchanges, whose growth is held down by the choice of the row and the column at which the zeros begin.
-"""
+"""The best low-rank matrix in trapezoid form; see :mod:`gblr_plugin.matrix.trapezoid_form`."""
 
 from __future__ import annotations
 
-import itertools
-
-import torch
-from torch import Tensor
-
-from ..structure import Intervals, StructuredMatrix
-from .problem import Grid, Problem
+from ..matrix.structure import StructuredMatrix
+from ..matrix.trapezoid_form import trapezoid_form
+from .problem import Problem
 from .svd import low_rank_factors
 
-__all__ = ["gauge_trapezoids", "least_error", "lu_no_pivot", "trapezoid"]
-
-MAX_GROWTH = 1e6
-"""Largest accepted growth of the factors: past it float32 copies of them would lose the product."""
-
-
-ROW_OFFSETS = 4
-COL_OFFSETS = 8
-"""Rows and columns at which the triangles may begin; of all pairs the one of least growth is kept."""
-
-
-def lu_no_pivot(matrix: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
-    """(L, U) with L unit lower triangular and ``L U = matrix``, without exchanging rows.
-
-    Args:
-        matrix: (r, r) floating point, all leading minors non-zero (else the factors are not finite).
-        block: Size below which columns are eliminated one by one.
-    """
-    size = len(matrix)
-    if size <= block:
-        work = matrix.clone()
-        for k in range(size - 1):
-            work[k + 1 :, k] /= work[k, k].clone()
-            work[k + 1 :, k + 1 :] -= torch.outer(work[k + 1 :, k], work[k, k + 1 :])
-        return torch.tril(work, -1) + torch.eye(size, dtype=work.dtype, device=work.device), torch.triu(work)
-    half = size // 2
-    lower, upper = torch.zeros_like(matrix), torch.zeros_like(matrix)
-    lower[:half, :half], upper[:half, :half] = lu_no_pivot(matrix[:half, :half], block)
-    upper[:half, half:] = torch.linalg.solve_triangular(
-        lower[:half, :half], matrix[:half, half:], upper=False, unitriangular=True
-    )
-    lower[half:, :half] = torch.linalg.solve_triangular(
-        upper[:half, :half], matrix[half:, :half], upper=True, left=False
-    )
-    schur = matrix[half:, half:] - lower[half:, :half] @ upper[:half, half:]
-    lower[half:, half:], upper[half:, half:] = lu_no_pivot(schur, block)
-    return lower, upper
-
-
-def _offsets(grid: Grid, count: int) -> range:
-    """Indices at which the zeros of an axis may begin; a wrapped start is on the grid only where tiles divide it."""
-    step = max(grid.tile, grid.length // count // grid.tile * grid.tile)
-    return range(0, grid.length, step) if grid.cyclic else range(1)
-
-
-def _shift(interval: Intervals, offset: int) -> Intervals:
-    return Intervals.of_known(interval.width, (interval.start + offset) % interval.length, interval.length)
-
-
-def gauge_trapezoids(left: Tensor, right: Tensor, problem: Problem) -> StructuredMatrix | None:
-    """The product ``left @ right`` as trapezoids on the grids of the problem.
-
-    Args:
-        left: (m, r) float64.
-        right: (r, n) float64.
-        problem: Gives the grids of the rows and columns.
-
-    Returns:
-        A matrix equal to ``left @ right`` up to rounding, its components balanced in norm; ``None`` where no offset
-        keeps the growth below ``MAX_GROWTH`` (leading minors that vanish, e.g. of block-diagonal matrices).
-    """
-    rank = len(right)
-    rows, cols = problem.rows.trailing(rank, left.device), problem.cols.trailing(rank, left.device)
-    scale = float(torch.linalg.norm(left) * torch.linalg.norm(right)) or 1.0
-    best: tuple[float, StructuredMatrix] | None = None
-    for down, across in itertools.product(_offsets(problem.rows, ROW_OFFSETS), _offsets(problem.cols, COL_OFFSETS)):
-        # LQ of the leading block of `left`, as the QR of its transpose: left @ basis is lower trapezoidal.
-        lowered = torch.roll(left, -down, 0)
-        basis, _ = torch.linalg.qr(lowered[:rank].T)
-        lowered, turned = lowered @ basis, torch.roll(basis.T @ right, -across, 1)
-        lower, upper = lu_no_pivot(turned[:, :rank])
-        if not bool(torch.isfinite(lower).all() and torch.isfinite(upper).all()):
-            continue
-        new_left = lowered @ lower
-        new_right = torch.linalg.solve_triangular(lower, turned, upper=False, unitriangular=True)
-        norm_left, norm_right = torch.linalg.norm(new_left, dim=0), torch.linalg.norm(new_right, dim=1)
-        product = norm_left * norm_right
-        growth = float(product.max()) / scale
-        if not growth <= MAX_GROWTH or (best is not None and growth >= best[0]):
-            continue
-        balance = torch.where(product > 0, (norm_right / norm_left).sqrt(), torch.ones_like(product))
-        u = torch.roll((new_left * balance).T, down, 1)
-        v = torch.roll(new_right / balance[:, None], across, 1)
-        best = growth, StructuredMatrix.from_factors(u, v, _shift(rows, down), _shift(cols, across))
-    return None if best is None else best[1]
+__all__ = ["least_error", "trapezoid"]
 
 
 def _rank(problem: Problem) -> int:
@@ -109,7 +15,10 @@ def _rank(problem: Problem) -> int:
 
 
 def least_error(problem: Problem) -> float:
-    """Relative error, in the metric of the problem, of :func:`trapezoid` where its gauge exists; else it has more."""
+    """Relative error, in the metric of the problem, of :func:`trapezoid` where a stable trapezoid form exists.
+
+    Elsewhere the error of :func:`trapezoid` is larger.
+    """
     energy = problem.triplets[1].square()
     return float((energy[_rank(problem) :].sum() / energy.sum().clamp(min=1e-300)).sqrt())
 
@@ -121,7 +30,7 @@ def trapezoid(problem: Problem) -> StructuredMatrix:
     left, right = low_rank_factors(problem, rank)
     if rank == 0:
         return StructuredMatrix.from_factors(left.T.contiguous(), right.contiguous())
-    found = gauge_trapezoids(left, right, problem)
+    found = trapezoid_form(left, right, problem.rows, problem.cols)
     if found is not None:
         return found
     rank = min(rank, problem.allowed // (m + n))

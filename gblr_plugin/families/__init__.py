@@ -6,10 +6,11 @@ counted as GBLR counts, and a trainable layer.
 
 from __future__ import annotations
 
+from typing import Any
+
 from .base import FamilyMatrix
 from .layers import FamilyConv1d, FamilyConv2d, FamilyLayer, FamilyLinear
 from .registry import get, names
-from .swapping import convert, replace
 
 __all__ = [
     "FamilyConv1d",
@@ -22,3 +23,11 @@ __all__ = [
     "names",
     "replace",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("convert", "replace"):
+        from ..surgery import families
+
+        return getattr(families, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..allocation import Curve, least_maximum
-from ..decomposition.metric import Metric
+from ..decomposition.curves import Curve, least_maximum
 from ..errors import ConfigError
+from ..matrix.metric import Metric
 from .base import check_count, check_weight, options_of, too_small
 from .grid import BlockGrid, grid_factors
 from .partition import Partition

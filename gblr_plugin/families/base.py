@@ -12,9 +12,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..decomposition.metric import Metric
 from ..errors import BudgetError, ConfigError
-from ..structure import StructuredMatrix
+from ..matrix.metric import Metric
+from ..matrix.structure import StructuredMatrix
 
 __all__ = ["FamilyMatrix", "check_count", "check_weight", "options_of", "output_metric", "too_small"]
 
@@ -148,7 +148,7 @@ class FamilyMatrix(ABC):
     @classmethod
     def trainable(cls, dense: nn.Module, budget: float, **options: Any) -> nn.Module:
         """The trainable form of a dense module: project its weight, then :meth:`module_like`."""
-        from ..swap import weight_matrix  # imports the GBLR layers
+        from ..layers.dense import weight_matrix  # imports the GBLR layers
 
         return cls.from_dense(weight_matrix(dense), budget, **options).module_like(dense)
 

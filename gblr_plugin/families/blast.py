@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..decomposition.metric import Metric
+from ..matrix.metric import Metric
 from .base import FamilyMatrix, check_count, too_small
 from .low_rank import truncated_svd
 from .partition import Partition, cut_blocks, join_blocks

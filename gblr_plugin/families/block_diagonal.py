@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..decomposition.metric import Metric
-from ..structure import StructuredMatrix
+from ..matrix.metric import Metric
+from ..matrix.structure import StructuredMatrix
 from .base import FamilyMatrix, check_count, too_small
 from .dense_blocks import block_components, fit_blocks
 from .partition import Partition

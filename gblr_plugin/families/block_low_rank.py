@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..decomposition.metric import Metric
+from ..matrix.metric import Metric
 from .base import check_count, too_small
 from .grid import BlockGrid, grid_factors
 from .partition import Partition

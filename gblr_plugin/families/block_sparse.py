@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..decomposition.metric import Metric
 from ..errors import ConfigError
-from ..structure import StructuredMatrix
+from ..matrix.metric import Metric
+from ..matrix.structure import StructuredMatrix
 from .base import FamilyMatrix, check_count, too_small
 from .dense_blocks import block_components, fit_blocks
 from .low_rank import truncated_svd

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..decomposition.metric import Metric
-from ..structure import Intervals, StructuredMatrix
+from ..matrix.metric import Metric
+from ..matrix.structure import Intervals, StructuredMatrix
 from .partition import Partition, cut_blocks
 
 __all__ = ["block_components", "fit_blocks"]

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..decomposition import decompose
-from ..decomposition.metric import Metric
-from ..structure import StructuredMatrix
+from ..matrix.metric import Metric
+from ..matrix.structure import StructuredMatrix
 from .base import FamilyMatrix
 
 __all__ = ["Gblr"]
@@ -94,7 +94,7 @@ class Gblr(FamilyMatrix):
 
     def module_like(self, dense: nn.Module) -> nn.Module:
         """A :class:`gblr_plugin.GBLRLayer`."""
-        from ..swap import structured_like
+        from ..layers.dense import structured_like
 
         layer = structured_like(dense, self.structured, align=self.align)
         layer.free_gauge()

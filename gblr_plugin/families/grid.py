@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..decomposition.metric import Metric
-from ..structure import StructuredMatrix
+from ..matrix.metric import Metric
+from ..matrix.structure import StructuredMatrix
 from .base import FamilyMatrix
 from .partition import Partition, cut_blocks, join_blocks
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..layers import CONV_ATTRIBUTES
-from ..swap import check_structurable, weight_matrix
+from ..layers.dense import check_structurable, weight_matrix
 from .base import FamilyMatrix
 
 __all__ = ["FamilyConv1d", "FamilyConv2d", "FamilyLayer", "FamilyLinear", "layer_like"]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import GBLRConv1d, GBLRConv2d, GBLRLayer, GBLRLinear
-from ..sharding import whole, write_whole
-from ..structure import StructuredMatrix
-from ..swap import structured_like, weight_matrix
+from ..layers.dense import structured_like, weight_matrix
+from ..layers.distributed_parameters import whole, write_whole
+from ..matrix.structure import StructuredMatrix
 
 __all__ = ["LearnedRankConv1d", "LearnedRankConv2d", "LearnedRankLinear", "learned_rank_like"]
 

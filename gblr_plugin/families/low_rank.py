@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..decomposition.metric import Metric
-from ..structure import StructuredMatrix
+from ..matrix.metric import Metric
+from ..matrix.structure import StructuredMatrix
 from .base import FamilyMatrix, too_small
 
 __all__ = ["LowRank", "truncated_svd"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..structure import Intervals
+from ..matrix.structure import Intervals
 
 __all__ = ["Partition", "cut_blocks", "join_blocks"]
 

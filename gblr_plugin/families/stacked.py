@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decomposition.metric import Metric
 from ..errors import ConfigError
-from ..structure import StructuredMatrix
+from ..matrix.metric import Metric
+from ..matrix.structure import StructuredMatrix
 from .base import FamilyMatrix
 
 __all__ = ["Stacked", "stack"]

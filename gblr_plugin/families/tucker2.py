@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..decomposition.metric import Metric
 from ..errors import ConfigError
+from ..matrix.metric import Metric
 from .base import FamilyMatrix, check_count, too_small
 
 __all__ = ["Tucker2"]

@@ -34,7 +34,7 @@ def _installed(kind: str) -> bool:
 
 @lru_cache
 def _has_bfloat16() -> bool:
-    from .processor import abilities  # numba takes a second to import
+    from .cpu.processor import abilities  # numba takes a second to import
 
     return abilities().bfloat16
 
@@ -59,10 +59,10 @@ def missing(device: torch.device, dtype: torch.dtype) -> bool:
 def _kernel(kind: str) -> Callable[..., Tensor]:
     """The kernel of a device type; imported on first use, since numba takes a second to import."""
     if kind == "cuda":
-        from . import triton_cuda
+        from .cuda import triton_product as triton_cuda
 
         return triton_cuda.product
-    from . import numba_team
+    from .cpu import numba_team
 
     return numba_team.product
 

@@ -68,7 +68,7 @@ class Stored(NamedTuple):
         far = of_rows + of_cols if (of_rows + of_cols) * self.dtype.itemsize > FAR else 0
         shared = False
         if self.kernel == "compiled" and threads > 1:
-            from .numba_team import is_shared  # needs numba
+            from .cpu.numba_team import is_shared  # needs numba
 
             shared = is_shared(self.dtype, tokens, of_rows + of_cols, threads)
         each = 1000 * threads if shared else 1000

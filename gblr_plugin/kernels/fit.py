@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..files import write_text
-from ..progress import track
-from ..structure import Intervals, StructuredMatrix
+from ..matrix.structure import Intervals, StructuredMatrix
+from ..utils.files import write_text
+from ..utils.progress import track
 from .costs import BUCKETS, CASES, PLACES, Costs, Stored, case_of, recorded
 from .measure import circumstances, interleaved_medians
 from .plan import Plan, candidates, stored_as
@@ -99,7 +99,7 @@ def _facts(device: torch.device, dtype: torch.dtype, kernel: str) -> dict[str, s
     """What a measurement holds for."""
     compiler = ""
     if kernel == "compiled":
-        from .compile_cache import identity  # needs numba
+        from .cpu.compile_cache import identity  # needs numba
 
         compiler = identity()
     return {**circumstances(device, dtype), "kernel": kernel, "torch": torch.__version__, "compiler": compiler}

@@ -20,14 +20,15 @@ _PLAIN = Tensor, torch.nn.Parameter
 @lru_cache
 def _module(package: str, name: str) -> Any:
     """A file of kernels, imported on first use, or ``None`` where the package that it needs is missing."""
-    return None if find_spec(package) is None else import_module(f".{package}_{name}", __package__)
+    folder = {"numba": "cpu", "triton": "cuda"}[package]
+    return None if find_spec(package) is None else import_module(f".{folder}.{package}_{name}", __package__)
 
 
 def mask_kernels(tables: Tensor, size: int, others: Sequence[Tensor | None]) -> Any:
     """Fused kernels for masks of ``size`` elements together, or ``None`` for torch operations.
 
     Args:
-        tables: (2, 3N) from :func:`~gblr_plugin.mask.mask_tables`.
+        tables: (2, 3N) from :func:`~gblr_plugin.matrix.gaudi_mask.mask_tables`.
         size: K * N.
         others: Factors and upstream gradients. On the CPU they must have the tables' dtype.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..structure import Intervals, StructuredMatrix
+from ..matrix.structure import Intervals, StructuredMatrix
 
 __all__ = [
     "Batch",

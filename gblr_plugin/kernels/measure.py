@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..structure import StructuredMatrix
+from ..matrix.structure import StructuredMatrix
 from . import compiled, product
 from .layout import Layout, pack_for
 from .plan import MATRIX, Plan, candidates

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 
 from ..errors import ConfigError
-from ..structure import Intervals, StructuredMatrix
+from ..matrix.structure import Intervals, StructuredMatrix
 from .compiled import WIDEST, available
 from .costs import BUCKETS, Costs, Stored, recorded
 from .layout import GROUP, Layout, active_counts, is_narrow, set_fields

@@ -94,7 +94,7 @@ _Run = Callable[[Tensor, int, Tensor | None], Tensor]
 
 
 def _compiled(layout: Layout, dtype: torch.dtype, factors: Tensor, lists: Tensor, scales: Tensor | None) -> _Run:
-    from .numba_team import WORTH_THREADS, kernel_for, run_product  # numba takes a second to import
+    from .cpu.numba_team import WORTH_THREADS, kernel_for, run_product  # numba takes a second to import
 
     m, n = layout.shape
     places = (

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from ..blockwise import MaskedAxis, active_blocks, block_dense, mask_reach
 from ..errors import ConfigError, GBLRError
-from ..gauge import gauged, ungauged
-from ..mask import integer_locations, integer_widths, mask_tables, masked_factor, table_mask, transformed
-from ..quiet import check_version
-from ..sharding import attach, whole, write_whole
-from ..structure import Intervals, StructuredMatrix, multiply_adds
+from ..matrix.gaudi_mask import integer_locations, integer_widths, mask_tables
+from ..matrix.low_rank_form import to_low_rank_form, to_trapezoid_form
+from ..matrix.structure import Intervals, StructuredMatrix, multiply_adds
+from ..utils.optional_imports import check_version
+from .blockwise import MaskedAxis, active_blocks, block_dense, mask_reach
+from .distributed_parameters import attach, whole, write_whole
+from .masks import masked_factor, table_mask, transformed
 from .product import Product, choose_product
 from .storage import keep_components, replace_storage
 
@@ -252,7 +253,7 @@ class GBLRLayer(nn.Module):
         rows, cols = self.intervals()
         sizes = (self.U.shape[0] // self.row_splits,) * self.row_splits
         if not self._gauge_is_free:
-            u, v, free = ungauged(whole(self.U), whole(self.V), rows, cols, sizes, self.align)
+            u, v, free = to_low_rank_form(whole(self.U), whole(self.V), rows, cols, sizes, self.align)
             write_whole(self.U, u)
             write_whole(self.V, v)
             self.ungauged.copy_(free)
@@ -267,7 +268,7 @@ class GBLRLayer(nn.Module):
             return
         rows, cols = self.intervals()
         sizes = (self.U.shape[0] // self.row_splits,) * self.row_splits
-        u, v, rows, cols = gauged(whole(self.U), whole(self.V), rows, cols, self.ungauged, sizes, self.align)
+        u, v, rows, cols = to_trapezoid_form(whole(self.U), whole(self.V), rows, cols, self.ungauged, sizes, self.align)
         write_whole(self.U, u)
         write_whole(self.V, v)
         write_whole(self.widths, torch.stack([rows.width / rows.length, cols.width / cols.length]))
@@ -372,7 +373,7 @@ class GBLRLayer(nn.Module):
         sizes = (self.U.shape[0] // self.row_splits,) * self.row_splits
         u, v = whole(self.U), whole(self.V)
         if self._gauge_is_free:
-            u, v, rows, cols = gauged(u, v, rows, cols, self.ungauged, sizes, self.align)
+            u, v, rows, cols = to_trapezoid_form(u, v, rows, cols, self.ungauged, sizes, self.align)
         return StructuredMatrix.from_factors(u, v, rows, cols, sizes).live()
 
     def _choose_product(self, positions: int, linear: bool) -> Product:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from ..structure import StructuredMatrix
+from ..matrix.structure import StructuredMatrix
 from .base import GBLRLayer, check_align
 
 __all__ = ["CONV_ATTRIBUTES", "GBLRConv1d", "GBLRConv2d"]

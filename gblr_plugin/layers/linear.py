@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..blockwise import MaskedAxis, block_linear
-from ..structure import StructuredMatrix
+from ..matrix.structure import StructuredMatrix
 from .base import GBLRLayer, check_align
+from .blockwise import MaskedAxis, block_linear
 
 __all__ = ["GBLRLinear"]
 

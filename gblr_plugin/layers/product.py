@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..blockwise import MaskedAxis
+from .blockwise import MaskedAxis
 
 __all__ = ["Product", "choose_product"]
 

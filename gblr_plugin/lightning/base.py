@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ..quiet import check_version
+from ..utils.optional_imports import check_version
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion import LayerSettings, prepare_layers
 from ..errors import ConfigError
 from ..layers import GBLRLayer
-from ..learner import NON_FINITE, LayerGoal, StructureLearner
-from ..optim import split_structure_group
-from ..patterns import as_patterns, check_used, matches, value_of
-from ..schedule import Schedule
-from ..selection import Pattern, log_skipped, select_layers
-from ..starts import INITIALISERS, UNBUDGETED
+from ..learning.learner import NON_FINITE, LayerGoal, StructureLearner
+from ..learning.optimizers import split_structure_group
+from ..learning.schedule import Schedule
+from ..surgery.conversion import LayerSettings, prepare_layers
+from ..surgery.patterns import as_patterns, check_used, matches, value_of
+from ..surgery.selection import Pattern, log_skipped, select_layers
+from ..surgery.starts import INITIALISERS, UNBUDGETED
 from .base import Callback
 from .checkpoint import match_checkpoint
 from .reporter import log_pictures, log_scalars, scalars
@@ -54,7 +54,7 @@ class GBLRCallback(Callback):
         threshold: Alternatively a fixed lambda, as published.
         layers: Full names (of the LightningModule's submodules), glob patterns over names, or types and their names.
             Default: every layer that can be structured and made cheaper; tied weights and output heads stay dense, as
-            :func:`~gblr_plugin.selection.select_layers` says, and what stays dense is logged. If the model has
+            :func:`~gblr_plugin.surgery.selection.select_layers` says, and what stays dense is logged. If the model has
             structured layers already (from :func:`gblr_plugin.prepare`), those are driven as they are; frozen ones go
             on from their structure.
         exclude: The same kinds of patterns, taken away again.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import GBLRLayer
-from ..structure import StructuredMatrix
-from ..swap import replace_modules, structurable, structured_like, weight_matrix
+from ..layers.dense import replace_modules, structurable, structured_like, weight_matrix
+from ..matrix.structure import StructuredMatrix
 
 __all__ = ["match_checkpoint"]
 

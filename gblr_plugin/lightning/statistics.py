@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layers import GBLRLayer
-from ..structure import multiply_adds
+from ..matrix.structure import multiply_adds
 
 __all__ = ["Statistics", "layer_statistics", "total_statistics"]
 

@@ -5,7 +5,7 @@ Importing this package imports NNI 3.0 (quietly) and registers the structured la
 
 from __future__ import annotations
 
-from ..quiet import quiet_import
+from ..utils.optional_imports import quiet_import
 
 with quiet_import("gblr_plugin.nni", needs="nni (pip install 'nni>=3.0')", tested="nni>=3.0,<4"):
     from .compressors import compressor_names, create_compressor, register_compressor

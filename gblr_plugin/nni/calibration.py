@@ -14,11 +14,11 @@ from nni.compression.utils import Evaluator, TorchEvaluator
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ..allocation import allocate, check_rule
-from ..decomposition.calibration import Calibration, CalibrationSettings
+from ..calibration.allocation import allocate, check_rule
+from ..calibration.batches import Calibration, CalibrationSettings
 from ..errors import ConfigError
-from ..random_state import accelerators_of, keep_random_state
-from ..swap import can_gain
+from ..layers.dense import can_gain
+from ..utils.random_state import accelerators_of, keep_random_state
 from .evaluators import LightningEvaluator
 from .settings import LayerPlan
 
@@ -152,7 +152,8 @@ def allocated_budgets(
         By name, for the layers of those groups that can gain at all.
 
     Raises:
-        ConfigError: See :func:`gblr_plugin.allocation.allocate`; also if a group's layers start at different budgets.
+        ConfigError: See :func:`gblr_plugin.calibration.allocation.allocate`; also if a group's layers start at
+            different budgets.
     """
     groups: dict[Any, dict[str, LayerPlan]] = {}
     for name, layer in plan.items():

@@ -10,10 +10,10 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from .. import families
-from ..decomposition.calibration import CalibrationSettings
+from ..calibration.batches import CalibrationSettings
 from ..errors import ConfigError
-from ..starts import LEARNED_RANK
-from ..swap import weight_matrix
+from ..layers.dense import weight_matrix
+from ..surgery.starts import LEARNED_RANK
 from .calibration import allocated_budgets, calibration_data
 from .evaluators import record_optimizers
 from .optimizers import check_recorded, rename_recorded

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from ..errors import ConfigError
-from ..optim import STRUCTURE_KEY, split_structure_group, structure_parameters
+from ..learning.optimizers import STRUCTURE_KEY, split_structure_group, structure_parameters
 
 __all__ = ["StructuredOptimizerHelper", "StructuredSchedulerHelper", "adopt", "check_recorded", "rename_recorded"]
 

@@ -20,13 +20,13 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..conversion import prepare_layers
-from ..decomposition.calibration import Calibration, CalibrationSettings
+from ..calibration.batches import Calibration, CalibrationSettings
 from ..errors import ConfigError
 from ..layers import GBLRLayer
-from ..learner import StructureLearner
-from ..schedule import Schedule
-from ..swap import replace_modules
+from ..layers.dense import replace_modules
+from ..learning.learner import StructureLearner
+from ..learning.schedule import Schedule
+from ..surgery.conversion import prepare_layers
 from .calibration import allocated_budgets, calibration_data
 from .evaluators import record_optimizers
 from .optimizers import adopt, check_recorded, is_adopted

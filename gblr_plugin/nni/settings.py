@@ -20,16 +20,16 @@ from nni.compression.utils.fused_utils import FUSED_MODULES_TYPES_LIST
 from schema import Optional, Schema
 from torch import nn
 
-from ..allocation import RULES
-from ..conversion import LayerSettings
+from ..calibration.allocation import RULES
 from ..errors import ConfigError
 from ..families.learned_rank import LearnedRankConv1d, LearnedRankConv2d, LearnedRankLinear
 from ..layers import GBLRConv1d, GBLRConv2d, GBLRLayer, GBLRLinear
-from ..learner import LayerGoal
-from ..matrices import is_layer
-from ..patterns import check_used, matches
-from ..selection import choose, log_skipped
-from ..starts import INITIALISERS, UNBUDGETED
+from ..learning.learner import LayerGoal
+from ..surgery.conversion import LayerSettings
+from ..surgery.matrices import is_layer
+from ..surgery.patterns import check_used, matches
+from ..surgery.selection import choose, log_skipped
+from ..surgery.starts import INITIALISERS, UNBUDGETED
 
 __all__ = [
     "OWN_PREFIX",
@@ -526,7 +526,8 @@ def select_modules(model: nn.Module, entry: Mapping[str, Any], where: str) -> di
         where: Place of the entry, for messages.
 
     Returns:
-        Module by its first name: dense layers by the policy of :mod:`gblr_plugin.selection`, and structured ones.
+        Module by its first name: dense layers by the policy of :mod:`gblr_plugin.surgery.selection`, and structured
+        ones.
 
     Raises:
         ConfigError: For an unknown name, an invalid regular expression, a layer named in full that is tied or cannot be

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..structure import Intervals
+from ..matrix.structure import Intervals
 from ..tensorboard.pictures import POWER, blocks, colours, overlap_map, structure_image
 from .style import ACCENT, INK, MUTED, STEPS, house_axes
 

@@ -16,10 +16,10 @@ from torch import nn
 
 from .. import families
 from ..errors import ConfigError
-from ..files import write_text
 from ..nni.settings import read_config
-from ..reporting import report
 from ..serialization import load, save
+from ..surgery.report import report
+from ..utils.files import write_text
 from .comparison_report import PHASES, ComparisonReport, Row
 from .comparison_settings import ComparisonSettings
 from .console import Console
@@ -198,7 +198,7 @@ def _draw(output: Path, result: ComparisonReport) -> None:
         return
     from functools import partial
 
-    from ..files import write_atomic
+    from ..utils.files import write_atomic
 
     figure = plot.comparison(result)
     write_atomic(output / "comparison.png", partial(figure.savefig, format="png", dpi=150))

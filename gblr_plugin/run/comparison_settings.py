@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..decomposition.calibration import CalibrationSettings
+from ..calibration.batches import CalibrationSettings
 from ..errors import ConfigError
 from .settings import Method, RunSettings, Training
 

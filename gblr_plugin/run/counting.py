@@ -9,7 +9,7 @@ import torch
 
 from ..errors import ConfigError
 from ..nni.settings import read_config
-from ..reporting import Report, report
+from ..surgery.report import Report, report
 from .pipeline import config_list_of, make_task
 from .settings import RunSettings
 

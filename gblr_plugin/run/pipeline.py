@@ -20,16 +20,16 @@ from torch import nn
 from .. import __version__, families
 from ..errors import ConfigError
 from ..families import convert
-from ..files import write_atomic, write_text
 from ..lightning import GBLRCallback
 from ..nni import LightningEvaluator, create_compressor
-from ..progress import shown_by
-from ..reordering import reorder
-from ..reporting import Report, report
 from ..serialization import load, read_state, save
+from ..surgery.reorder import reorder
+from ..surgery.report import Report, report
 from ..tasks import get_task
 from ..tasks.base import ClassifierModule, PairsDataModule
-from ..tensor import GBLRTensor
+from ..tensor.gblr_tensor import GBLRTensor
+from ..utils.files import write_atomic, write_text
+from ..utils.progress import shown_by
 from .console import Console
 from .measure import METRICS, evaluate, interleaved_latency
 from .settings import Method, RunSettings, Training

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, GBLRError
-from ..files import write_atomic, write_text
 from ..serialization import save
+from ..utils.files import write_atomic, write_text
 from .console import Console
 from .pipeline import Job, environment
 from .search_report import SearchReport, TrialResult, short

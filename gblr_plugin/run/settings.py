@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..allocation import check_rule
-from ..decomposition.calibration import CalibrationSettings
+from ..calibration.allocation import check_rule
+from ..calibration.batches import CalibrationSettings
 from ..errors import ConfigError
-from ..kernels.threads import MOST_THREADS
-from ..starts import INITIALISERS
+from ..kernels.cpu.threads import MOST_THREADS
+from ..surgery.starts import INITIALISERS
 
 __all__ = ["Method", "RunSettings", "Training"]
 
@@ -134,7 +134,8 @@ class RunSettings:
         task: A built-in task by its name (see docs/models.md), or ``"package.module:Class"``.
         budget: Relative FLOPs of the compressed layers, in (0, 1], for a run without ``config_list``.
         config_list: NNI's compression config: which layers, and how far. Default: the task's layers at ``budget``.
-        allocation: With ``budget``: the layers share it, split by this rule (:func:`gblr_plugin.allocation.allocate`).
+        allocation: With ``budget``: the layers share it, split by this rule
+            (:func:`gblr_plugin.calibration.allocation.allocate`).
         calibration: Training batches to which one-shot starts are fitted; default none.
         reorder: Pairs of layers whose hidden units are brought into an order that suits blocks on intervals before
             anything is compressed, by names or patterns as :func:`gblr_plugin.reorder` takes them.

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..reporting import Report
+from ..surgery.report import Report
 from .measure import mean_and_spread
 
 __all__ = ["MethodResult", "RunReport"]

@@ -13,8 +13,8 @@ import pytorch_lightning as pl
 import torch
 
 from ..errors import GBLRError
-from ..files import write_text
-from ..reporting import report
+from ..surgery.report import report
+from ..utils.files import write_text
 from .console import Console
 from .measure import evaluate
 from .pipeline import DENSE, Job

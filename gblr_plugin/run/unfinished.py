@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..files import write_text
 from ..serialization import load, save
+from ..utils.files import write_text
 
 __all__ = ["Unfinished"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..files import replacing
+from ..utils.files import replacing
 
 __all__ = ["INDEX", "Container", "Entry", "entries_of", "shard_paths", "write_container"]
 

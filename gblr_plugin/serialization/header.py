@@ -95,7 +95,7 @@ def read_headers(containers: Iterable[Container], who: str = "load") -> Header:
             raise ConfigError(f"{who}: {path!r} is not a gblr_plugin model file")
         version = values.pop("version", None)
         if version != VERSION:
-            raise ConfigError(f"{who}: {path!r} has format version {version}, allowed are 1 and {VERSION}")
+            raise ConfigError(f"{who}: {path!r} has format version {version}, allowed is {VERSION}")
         if not _is_sound(values):
             raise ConfigError(f"{who}: {path!r} is damaged, or not a gblr_plugin model file")
         try:

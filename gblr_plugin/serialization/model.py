@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..families.layers import FamilyLayer, layer_like
-from ..frozen import hasten
 from ..layers import GBLRLayer
-from ..swap import replace_modules, structurable, weight_matrix
-from ..tensor import GBLRTensor
+from ..layers.dense import replace_modules, structurable, weight_matrix
+from ..tensor.frozen import hasten
+from ..tensor.gblr_tensor import GBLRTensor
 from .container import Container, entries_of, shard_paths, write_container
 from .families import family_record, restore_matrix
 from .header import NOTES, Header, read_headers
-from .version1 import read_torch, read_version1, repacked
 from .weights import flatten_weight, part_names, plan_record, unflatten_weight
 
 __all__ = ["flatten_model", "load", "read_state", "save"]
@@ -52,7 +51,7 @@ def load(
 
     Args:
         path: File written by :func:`save` (also by earlier versions), or a folder in the Hugging Face layout with a
-            file or shards of that kind (:func:`gblr_plugin.hf.save_pretrained`, ``gblr compress``).
+            file or shards of that kind (:func:`gblr_plugin.huggingface.folders.save_pretrained`, ``gblr compress``).
         model: The dense network (any weights, also on the meta device), or a function that makes it. Changed in place;
             tensors are taken from the file, on the CPU. ``None`` for a folder whose ``config.json`` names a class of
             `transformers`: files hold weights, never code, so that any other network must be given.
@@ -71,15 +70,13 @@ def load(
                 f"no file at {place!r}" if not os.path.exists(place) else f"{place!r} holds weights, not a network"
             )
             raise ConfigError(f"load: {missing}; give the dense network, load({place!r}, network)")
-        from ..hf import from_pretrained  # needs transformers
+        from ..huggingface.folders import from_pretrained  # needs transformers
 
         return from_pretrained(place, **options)
     if options:
         raise ConfigError(f"load: option {next(iter(options))!r} is for folders that transformers loads")
     if os.path.isfile(place) and _is_torch_file(place):
-        state, header = read_version1(place)
-        skeleton = _skeleton(model, header)
-        return _fill(skeleton, repacked(state, skeleton, place), header, place)
+        raise ConfigError(f"load: {place!r} is a file of torch.save; give one that gblr_plugin.save() wrote")
     containers = [Container(part) for part in (shard_paths(place) if os.path.isdir(place) else [place])]
     header = read_headers(containers)
     skeleton = _skeleton(model, header)
@@ -102,7 +99,7 @@ def read_state(path: str | os.PathLike[str], who: str) -> dict[str, Tensor]:
     place = os.fspath(path)
     state: Any
     if os.path.isfile(place) and _is_torch_file(place):
-        content = read_torch(place, who)
+        content = _read_torch(place, who)
         state = content.get("state", content) if isinstance(content, dict) else None
     else:
         container = Container(place, who)
@@ -113,6 +110,26 @@ def read_state(path: str | os.PathLike[str], who: str) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(type(value) is Tensor for value in state.values()):
         raise ConfigError(f"{who}: {place!r} holds no state dict of a dense network")
     return state
+
+
+def _read_torch(path: str, who: str) -> Any:
+    """What ``torch.save`` wrote, on the CPU, without running code of the file.
+
+    Args:
+        path: The file.
+        who: First word of error messages.
+
+    Raises:
+        ConfigError: If the file is missing, unreadable or damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{who}: no file at {path!r}") from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise ConfigError(f"{who}: cannot read {path!r}: {error.strerror}") from error
+    except Exception as error:  # torch raises half a dozen kinds over damaged and foreign files
+        raise ConfigError(f"{who}: {path!r} is damaged, or not a file of weights") from error
 
 
 def _is_torch_file(path: str) -> bool:

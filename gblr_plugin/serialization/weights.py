@@ -17,8 +17,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..kernels.layout import Layout, interval_facts, narrowed, pack, unpack
 from ..kernels.plan import Plan
-from ..structure import Intervals, StructuredMatrix
-from ..tensor import GBLRTensor
+from ..matrix.structure import Intervals, StructuredMatrix
+from ..tensor.gblr_tensor import GBLRTensor
 
 __all__ = ["flatten_weight", "part_names", "plan_record", "unflatten_weight"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..quiet import quiet_import
+from ..utils.optional_imports import quiet_import
 
 __all__ = ["HFNetwork", "Logits", "check_download", "load_tokenizer"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from ..swap import replace_modules
+from ..layers.dense import replace_modules
 
 __all__ = ["KernelPositions", "split_kernel_positions"]
 

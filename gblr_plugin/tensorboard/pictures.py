@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..layers import GBLRLayer
-from ..structure import Intervals, StructuredMatrix, multiply_adds
+from ..matrix.structure import Intervals, StructuredMatrix, multiply_adds
 
 __all__ = ["POWER", "blocks", "colours", "overlap_map", "structure_image"]
 

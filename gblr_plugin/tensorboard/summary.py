@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..layers import GBLRLayer
-from ..structure import Intervals, StructuredMatrix, multiply_adds
+from ..matrix.structure import Intervals, StructuredMatrix, multiply_adds
 from .records import (
     PLUGIN_NAME,
     STRUCTURE_TAG,
@@ -47,8 +47,8 @@ def write_structure(
         writer: ``torch.utils.tensorboard.SummaryWriter``, Lightning's ``TensorBoardLogger``, or a writer of event files
             that has ``add_summary`` or ``add_event``.
         layers: Layers by name: trainable :class:`~gblr_plugin.layers.GBLRLayer`, frozen
-            :class:`~gblr_plugin.tensor.GBLRTensor` or a module with such a weight, or
-            :class:`~gblr_plugin.structure.StructuredMatrix`.
+            :class:`~gblr_plugin.tensor.gblr_tensor.GBLRTensor` or a module with such a weight, or
+            :class:`~gblr_plugin.matrix.structure.StructuredMatrix`.
         step: Step of the snapshot, at least 0.
         budget: Relative FLOPs asked for, of every layer or by name.
         sigma: Smoothness of the masks; default that of the trainable layers (the exact boxcar for frozen ones).

@@ -30,13 +30,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gblr_plugin.allocation import RULES, allocate
+from gblr_plugin.calibration.allocation import RULES, allocate
+from gblr_plugin.calibration.batches import Calibration, Moments
+from gblr_plugin.calibration.sequential import evaluating, fit_layers, fitting_mask
 from gblr_plugin.decomposition import decompose
-from gblr_plugin.decomposition.calibration import Calibration, Moments
-from gblr_plugin.decomposition.metric import Metric
-from gblr_plugin.decomposition.sequential import evaluating, fit_layers, fitting_mask
-from gblr_plugin.structure import StructuredMatrix
-from gblr_plugin.swap import replace_modules, structured_like
+from gblr_plugin.layers.dense import replace_modules, structured_like
+from gblr_plugin.matrix.metric import Metric
+from gblr_plugin.matrix.structure import StructuredMatrix
 
 Found = dict[str, tuple[StructuredMatrix, Tensor | None]]
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from gblr_plugin.decomposition import METHODS, decompose
-from gblr_plugin.structure import StructuredMatrix
-from gblr_plugin.tensor import GBLRTensor
+from gblr_plugin.matrix.structure import StructuredMatrix
+from gblr_plugin.tensor.gblr_tensor import GBLRTensor
 
 HEADER = ("weight", "shape", "budget", "T", "method", "error", "K", "FLOPs", "latency", "s")
 

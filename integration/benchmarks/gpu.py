@@ -30,14 +30,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from gblr_plugin import mask, proximal
 from gblr_plugin.kernels import compiled, product
 from gblr_plugin.kernels.layout import pack
 from gblr_plugin.kernels.plan import candidates
 from gblr_plugin.layers import GBLRLinear
-from gblr_plugin.learner import LayerGoal, StructureLearner
-from gblr_plugin.optim import param_groups
-from gblr_plugin.structure import Intervals, StructuredMatrix
+from gblr_plugin.learning import proximal
+from gblr_plugin.learning.learner import LayerGoal, StructureLearner
+from gblr_plugin.learning.optimizers import param_groups
+from gblr_plugin.layers import masks as mask
+from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -417,7 +418,8 @@ def main() -> None:
 
 def use_triton_on_the_cpu() -> None:
     """Let the triton kernels serve tensors of the CPU, in the interpreter."""
-    from gblr_plugin.kernels import triton_cuda, triton_masks, triton_proximal
+    from gblr_plugin.kernels.cuda import triton_masks, triton_proximal
+    from gblr_plugin.kernels.cuda import triton_product as triton_cuda
 
     compiled._kernel = lambda kind: triton_cuda.product
     mask.mask_kernels = lambda *arguments: triton_masks

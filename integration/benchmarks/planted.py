@@ -13,7 +13,7 @@ import time
 import torch
 
 import gblr_plugin as gblr
-from gblr_plugin.structure import Intervals, StructuredMatrix
+from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 
 CASES = (
     (64, 8, 1),

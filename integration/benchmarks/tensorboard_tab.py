@@ -18,7 +18,7 @@ from tensorboard.plugins import base_plugin
 from torch.utils.tensorboard import SummaryWriter
 from werkzeug.test import Client
 
-from gblr_plugin.structure import Intervals, StructuredMatrix
+from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 from gblr_plugin.tensorboard import write_structure
 from gblr_plugin.tensorboard.plugin import GBLRPluginLoader
 

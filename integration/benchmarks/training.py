@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from gblr_plugin import GBLRLinear, Intervals, LayerGoal, StructuredMatrix, StructureLearner
-from gblr_plugin.blockwise import _Side
-from gblr_plugin.mask import gaudi_mask, mask_tables, masked_factor, table_mask
-from gblr_plugin.optim import param_groups
+from gblr_plugin.layers.blockwise import _Side
+from gblr_plugin.layers.masks import gaudi_mask, masked_factor, table_mask
+from gblr_plugin.learning.optimizers import param_groups
+from gblr_plugin.matrix.gaudi_mask import mask_tables
 
 SIGMA = 100.0
 clock: Callable[[], float] = time.perf_counter

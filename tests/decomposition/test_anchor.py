@@ -1,7 +1,7 @@
 import torch
 
 from gblr_plugin.decomposition.anchor import anchored
-from gblr_plugin.structure import Intervals, StructuredMatrix
+from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 
 
 def _lost(energy: list[float], start: int) -> float:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gblr_plugin.conversion import prepare
 from gblr_plugin.decomposition import METHODS, decompose, initialise
 from gblr_plugin.errors import ConfigError
+from gblr_plugin.surgery.conversion import prepare
 
 
 def spectrum(m: int, n: int, seed: int = 0) -> Tensor:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from gblr_plugin.decomposition.interval_finder import interval, longest_run
-from gblr_plugin.decomposition.metric import Metric
-from gblr_plugin.decomposition.problem import Grid, Problem
+from gblr_plugin.decomposition.problem import Problem
+from gblr_plugin.matrix.metric import Metric
+from gblr_plugin.matrix.tiles import TiledAxis
 
 
 def test_longest_run_wraps() -> None:
@@ -22,7 +23,7 @@ def test_longest_run_wraps() -> None:
 def test_budget_is_kept_and_steps_lower_the_error() -> None:
     g = torch.Generator().manual_seed(0)
     weight = torch.block_diag(*[torch.randn(12, 12, generator=g).double() for _ in range(4)])
-    task = Problem(weight, int(0.3 * 48 * 48), Grid(48, 1), Grid(48, 1), 48, Metric(), 0)
+    task = Problem(weight, int(0.3 * 48 * 48), TiledAxis(48, 1), TiledAxis(48, 1), 48, Metric(), 0)
     errors = []
     for steps in (1, 150):
         found = interval(task, steps=steps)
@@ -36,7 +37,7 @@ def test_tiles_start_with_components_and_never_end_worse_than_zero(align: int, b
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(56, 90, generator=g).double()  # neither is whole tiles of 16
     metric = Metric.from_moment((inputs := torch.randn(300, 90, generator=g).double()).T @ inputs)
-    task = Problem(weight, int(budget * 56 * 90), Grid(56, align), Grid(90, align), 56, metric, 0)
+    task = Problem(weight, int(budget * 56 * 90), TiledAxis(56, align), TiledAxis(90, align), 56, metric, 0)
     found = interval(task, steps=steps)
     assert found.num_components > 1
     assert 0.5 * task.allowed < found.stored <= task.allowed

@@ -25,7 +25,7 @@ def test_supported_solve_is_least_squares(
     setting: tuple[torch.Tensor, ...], chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunk is None:
-        kernels = pytest.importorskip("gblr_plugin.kernels.numba_solve")
+        kernels = pytest.importorskip("gblr_plugin.kernels.cpu.numba_solve")
         monkeypatch.setattr(joint, "solve_kernel", lambda gram, size: kernels.solve)
     else:
         monkeypatch.setattr(joint, "CHUNK_ENTRIES", chunk)
@@ -109,7 +109,7 @@ def test_compiled_and_batched_solves_agree(
 @pytest.mark.parametrize("ridge", [1e-10, 1e-6, 1e-3])
 def test_inverses_kept_along_the_axis_stay_exact(tile: int, ridge: float) -> None:
     """Components come and go 400 times; every index is compared with a dense solve of its own."""
-    kernels = pytest.importorskip("gblr_plugin.kernels.numba_solve")
+    kernels = pytest.importorskip("gblr_plugin.kernels.cpu.numba_solve")
     g = torch.Generator().manual_seed(2)
     factors = torch.randn(200, 150, generator=g, dtype=torch.float64)
     factors[100:] = factors[:100] + 1e-3 * factors[100:]  # pairs that are nearly parallel

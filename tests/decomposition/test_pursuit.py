@@ -8,16 +8,19 @@ import pytest
 import torch
 
 from gblr_plugin.decomposition.effort import Effort
-from gblr_plugin.decomposition.metric import Metric
-from gblr_plugin.decomposition.problem import Grid, Problem
+from gblr_plugin.decomposition.problem import Problem
 from gblr_plugin.decomposition.pursuit import _finished, _State, pursuit
 from gblr_plugin.decomposition.spans import Spans
 from gblr_plugin.decomposition.trapezoid import trapezoid
+from gblr_plugin.matrix.metric import Metric
+from gblr_plugin.matrix.tiles import TiledAxis
 
 
 def problem(m: int, n: int, budget: float, tile: int = 1, metric: Metric | None = None) -> Problem:
     weight = torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return Problem(weight, int(budget * m * n), Grid(m, tile), Grid(n, tile), min(m, n), metric or Metric(), 0)
+    return Problem(
+        weight, int(budget * m * n), TiledAxis(m, tile), TiledAxis(n, tile), min(m, n), metric or Metric(), 0
+    )
 
 
 @pytest.mark.parametrize("budget", [0.25, 0.5])
@@ -77,7 +80,7 @@ def test_factors_that_will_be_trained_do_not_cancel(trains: bool, least: float, 
 @pytest.mark.parametrize("limit", [1, 2, 5])
 def test_few_components(limit: int) -> None:
     weight = torch.randn(32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    task = Problem(weight, 400, Grid(32, 1), Grid(32, 1), limit, Metric(), 0)
+    task = Problem(weight, 400, TiledAxis(32, 1), TiledAxis(32, 1), limit, Metric(), 0)
     found = pursuit(task)
     assert found.num_components <= limit
     assert found.stored <= 400

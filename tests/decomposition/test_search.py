@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gblr_plugin.decomposition import search
-from gblr_plugin.decomposition.problem import Grid
 from gblr_plugin.decomposition.search import find_blocks
+from gblr_plugin.matrix.tiles import TiledAxis
 
 
 def test_planted_blocks_are_found_at_their_place() -> None:
@@ -19,8 +19,8 @@ def test_planted_blocks_are_found_at_their_place() -> None:
         residual[top : top + height, (left + torch.arange(width)) % 80] += torch.outer(u, v)
     found = find_blocks(
         residual,
-        Grid(64, 1),
-        Grid(80, 1),
+        TiledAxis(64, 1),
+        TiledAxis(80, 1),
         count=2,
         candidates=6,
         price=0.1,
@@ -39,8 +39,8 @@ def test_planted_blocks_are_found_at_their_place() -> None:
 def test_nothing_pays_in_silence() -> None:
     found = find_blocks(
         torch.zeros(16, 16),
-        Grid(16, 1),
-        Grid(16, 1),
+        TiledAxis(16, 1),
+        TiledAxis(16, 1),
         count=4,
         candidates=12,
         price=0.1,
@@ -54,7 +54,7 @@ def test_nothing_pays_in_silence() -> None:
 
 @pytest.mark.parametrize("tile", [1, 8])
 def test_compiled_and_batched_searches_agree(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = pytest.importorskip("gblr_plugin.kernels.numba_search")
+    kernels = pytest.importorskip("gblr_plugin.kernels.cpu.numba_search")
     residual = torch.randn(128, 96, generator=torch.Generator().manual_seed(3), dtype=torch.float64) ** 3
     found = []
     for given in (None, kernels):
@@ -62,8 +62,8 @@ def test_compiled_and_batched_searches_agree(tile: int, monkeypatch: pytest.Monk
         found.append(
             find_blocks(
                 residual,
-                Grid(128, tile),
-                Grid(96, tile),
+                TiledAxis(128, tile),
+                TiledAxis(96, tile),
                 count=30,
                 candidates=90,
                 price=2.0,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gblr_plugin.decomposition import spans as module
-from gblr_plugin.decomposition.problem import Grid
 from gblr_plugin.decomposition.spans import Spans, best_spans, cell_sums, joint_gains
+from gblr_plugin.matrix.tiles import TiledAxis
 
 
 def brute_force(net: torch.Tensor, cyclic: bool) -> float:
@@ -25,9 +25,9 @@ def brute_force(net: torch.Tensor, cyclic: bool) -> float:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_best_interval_is_optimal(length: int, tile: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if compiled:
-        kernels = pytest.importorskip("gblr_plugin.kernels.numba_spans")
+        kernels = pytest.importorskip("gblr_plugin.kernels.cpu.numba_spans")
         monkeypatch.setattr(module, "span_kernels", lambda gains: kernels)
-    grid = Grid(length, tile)
+    grid = TiledAxis(length, tile)
     gains = torch.rand(60, length, dtype=torch.float64, generator=torch.Generator().manual_seed(length)) ** 4
     sums = cell_sums(gains, grid)
     for price in (0.05, 0.2, 2.0):
@@ -40,7 +40,7 @@ def test_best_interval_is_optimal(length: int, tile: int, compiled: bool, monkey
 
 
 def test_widths_of_short_last_cells_are_whole_tiles_or_the_axis() -> None:
-    grid = Grid(11, 3)
+    grid = TiledAxis(11, 3)
     spans = Spans(torch.tensor([1, 2, 4, 0]), torch.tensor([3, 2, 0, 1]), grid)
     assert spans.widths().tolist() == [3, 6, 11, 0]
     support = spans.support()
@@ -50,7 +50,7 @@ def test_widths_of_short_last_cells_are_whole_tiles_or_the_axis() -> None:
 
 
 def test_join_and_select() -> None:
-    grid = Grid(8, 2)
+    grid = TiledAxis(8, 2)
     both = Spans(torch.tensor([1]), torch.tensor([2]), grid).join(Spans(torch.tensor([3]), torch.tensor([0]), grid))
     assert both.select(torch.tensor([1])).intervals().width.tolist() == [6]
     assert both.intervals().start.tolist() == [4, 0]
@@ -61,11 +61,11 @@ def test_join_and_select() -> None:
 def test_joint_gains_are_those_of_the_formula(
     length: int, tile: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels = pytest.importorskip("gblr_plugin.kernels.numba_spans")
+    kernels = pytest.importorskip("gblr_plugin.kernels.cpu.numba_spans")
     g = torch.Generator().manual_seed(0)
     inside, right, image = torch.rand(3, 7, length, generator=g, dtype=dtype)
     support, scale = torch.rand(7, length, generator=g) < 0.5, torch.rand(7, generator=g, dtype=dtype)
-    grid = Grid(length, tile)
+    grid = TiledAxis(length, tile)
     gains = torch.where(support, inside, (right - image) ** 2 * scale[:, None])
     expected = torch.stack([gains[:, c * tile : (c + 1) * tile].sum(1) for c in range(grid.cells)], 1)
     for given in (None, kernels):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gblr_plugin.decomposition.metric import Metric
-from gblr_plugin.decomposition.problem import Grid, Problem
-from gblr_plugin.decomposition.trapezoid import gauge_trapezoids, least_error, lu_no_pivot, trapezoid
+from gblr_plugin.decomposition.problem import Problem
+from gblr_plugin.decomposition.trapezoid import least_error, trapezoid
+from gblr_plugin.matrix.metric import Metric
+from gblr_plugin.matrix.tiles import TiledAxis
+from gblr_plugin.matrix.trapezoid_form import lu_no_pivot, trapezoid_form
 
 
 def problem(m: int, n: int, allowed: int, tile: int = 1, seed: int = 0) -> Problem:
     weight = torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return Problem(weight, allowed, Grid(m, tile), Grid(n, tile), min(m, n), Metric(), 0)
+    return Problem(weight, allowed, TiledAxis(m, tile), TiledAxis(n, tile), min(m, n), Metric(), 0)
 
 
 @pytest.mark.parametrize("size", [1, 5, 32, 45, 70])
@@ -30,7 +32,7 @@ def test_gauge_keeps_the_product_at_the_stated_cost(m: int, n: int, rank: int, t
     g = torch.Generator().manual_seed(1)
     left = torch.randn(m, rank, dtype=torch.float64, generator=g)
     right = torch.randn(rank, n, dtype=torch.float64, generator=g)
-    gauged = gauge_trapezoids(left, right, task)
+    gauged = trapezoid_form(left, right, task.rows, task.cols)
     assert gauged is not None
     torch.testing.assert_close(gauged.to_dense(), left @ right, atol=1e-8, rtol=1e-8)
     assert gauged.component_multiply_adds.sum() == int(task.trapezoid_cost()[rank])
@@ -45,12 +47,12 @@ def test_gauge_refuses_vanishing_minors() -> None:
     left = torch.zeros(16, 2, dtype=torch.float64)
     left[[8, 9], [0, 1]] = 1.0
     right = torch.eye(2, dtype=torch.float64).flip(0).repeat(1, 8)
-    assert gauge_trapezoids(left, right, task) is None
+    assert trapezoid_form(left, right, task.rows, task.cols) is None
 
 
 def test_fallback_is_the_svd_of_equal_cost() -> None:
     weight = torch.block_diag(torch.zeros(8, 8), torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
-    task = Problem(weight.double(), 128, Grid(16, 1), Grid(16, 1), 16, Metric(), 0)
+    task = Problem(weight.double(), 128, TiledAxis(16, 1), TiledAxis(16, 1), 16, Metric(), 0)
     found = trapezoid(task)
     values = torch.linalg.svdvals(weight.double())
     assert found.stored <= 128

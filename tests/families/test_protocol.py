@@ -13,7 +13,7 @@ import gblr_plugin as gblr
 from gblr_plugin import families
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.families import FamilyLayer, FamilyMatrix
-from gblr_plugin.structure import StructuredMatrix
+from gblr_plugin.matrix.structure import StructuredMatrix
 
 SHAPES = [(24, 32), (19, 29), (40, 13), (7, 64)]
 BUDGETS = [0.05, 0.15, 0.3, 0.5, 0.75, 0.9]

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from gblr_plugin.bench import random_structure
+from gblr_plugin.bench.products import random_structure
 from gblr_plugin.kernels import compiled
 from gblr_plugin.kernels.costs import BUCKETS, CASES, FEATURES, Costs, Stored, case_of, recorded
 from gblr_plugin.kernels.plan import fixed_plan

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from gblr_plugin.bench import random_structure
-from gblr_plugin.conversion import frozen_like
+from gblr_plugin.bench.products import random_structure
 from gblr_plugin.kernels import fit
 from gblr_plugin.kernels.costs import CASES, FEATURES, Costs, Stored, recorded
 from gblr_plugin.kernels.plan import Plan
-from gblr_plugin.structure import StructuredMatrix
-from gblr_plugin.tensor import GBLRTensor
+from gblr_plugin.matrix.structure import StructuredMatrix
+from gblr_plugin.surgery.conversion import frozen_like
+from gblr_plugin.tensor.gblr_tensor import GBLRTensor
 
 CPU = torch.device("cpu")
 ANY = Costs(1, dict.fromkeys(CASES, ((100.0, 10.0),)), dict.fromkeys(CASES, (1.0,) * len(FEATURES)))
@@ -218,7 +218,7 @@ def test_the_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_progress_is_shown(few: None, folder: Path) -> None:
-    from gblr_plugin.progress import shown_by
+    from gblr_plugin.utils.progress import shown_by
 
     shown: list[str] = []
     with shown_by(shown.append):

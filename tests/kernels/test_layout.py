@@ -20,7 +20,7 @@ from gblr_plugin.kernels.layout import (
     to_dense,
     unpack,
 )
-from gblr_plugin.structure import Intervals, StructuredMatrix
+from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 
 
 def matrix(align: int = 1, splits: int = 1) -> StructuredMatrix:

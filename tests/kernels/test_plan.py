@@ -13,8 +13,8 @@ from gblr_plugin.kernels import measure, product
 from gblr_plugin.kernels.layout import narrowed, pack, pack_for, quantize
 from gblr_plugin.kernels.measure import circumstances, interleaved_medians, is_stale, measured_plan
 from gblr_plugin.kernels.plan import MEMORY, Plan, candidates, fixed_plan, predicted_cost
-from gblr_plugin.structure import Intervals, StructuredMatrix
-from gblr_plugin.tensor import GBLRTensor
+from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
+from gblr_plugin.tensor.gblr_tensor import GBLRTensor
 
 
 def matrix(m: int = 256, n: int = 384, k: int = 60, align: int = 1) -> StructuredMatrix:

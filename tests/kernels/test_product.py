@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gblr_plugin.kernels import compiled, product
 from gblr_plugin.kernels.layout import narrowed, pack, quantize, to_dense
-from gblr_plugin.structure import Intervals, StructuredMatrix
+from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 
@@ -145,8 +145,8 @@ def test_bfloat16_on_odd_borders_takes_torch_operations() -> None:
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("team", [True, False])
 def test_threads_share_the_work(threads: int, team: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gblr_plugin.kernels import numba_team
-    from gblr_plugin.kernels import threads as threading
+    from gblr_plugin.kernels.cpu import numba_team
+    from gblr_plugin.kernels.cpu import threads as threading
 
     if not team:  # as after a fork, or where torch has another library of threads
         monkeypatch.setattr(threading, "_forked", True)
@@ -175,7 +175,7 @@ def test_threads_share_the_work(threads: int, team: bool, monkeypatch: pytest.Mo
 def test_threads_share_blocks_whose_components_are_no_whole_tiles(
     threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gblr_plugin.kernels import numba_team
+    from gblr_plugin.kernels.cpu import numba_team
 
     monkeypatch.setattr(numba_team, "WORTH_ROUNDS", 0)
     before = torch.get_num_threads()
@@ -195,9 +195,10 @@ def test_threads_share_blocks_whose_components_are_no_whole_tiles(
 
 FREED = """
 import torch
-from gblr_plugin.kernels import compiled, numba_team, product
+from gblr_plugin.kernels import compiled, product
+from gblr_plugin.kernels.cpu import numba_team
 from gblr_plugin.kernels.layout import narrowed, pack, quantize, to_dense
-from gblr_plugin.structure import Intervals, StructuredMatrix
+from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 
 numba_team.WORTH_THREADS = numba_team.WORTH_ROUNDS = 0
 u, v, bias = torch.randn(100, 128), torch.randn(100, 96), torch.randn(128)

@@ -21,7 +21,7 @@ from gblr_plugin.kernels import soundness
 from gblr_plugin.kernels.layout import Block, Layout, narrowed, pack, quantize
 from gblr_plugin.kernels.plan import Plan
 from gblr_plugin.kernels.soundness import check_index, check_sizes, is_known, vouch
-from gblr_plugin.structure import Intervals, StructuredMatrix
+from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 
 
 def matrix(components: int = 70, m: int = 48, n: int = 64, splits: int = 1, seed: int = 0) -> StructuredMatrix:
@@ -238,7 +238,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         calls.append(arguments)
         check_index(*arguments)
 
-    monkeypatch.setattr("gblr_plugin.tensor.check_index", count)
+    monkeypatch.setattr("gblr_plugin.tensor.gblr_tensor.check_index", count)
     return calls
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import gblr_plugin as gblr
+from gblr_plugin.layers.distributed_parameters import whole
 from gblr_plugin.lightning import GBLRCallback
-from gblr_plugin.sharding import whole
 
 try:
     import pytorch_lightning as pl

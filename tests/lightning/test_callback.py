@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import gblr_plugin
-from gblr_plugin.conversion import prepare
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.layers import GBLRLayer, GBLRLinear
-from gblr_plugin.learner import StructureLearner
+from gblr_plugin.learning.learner import StructureLearner
+from gblr_plugin.learning.optimizers import STRUCTURE_KEY
 from gblr_plugin.lightning import GBLRCallback
-from gblr_plugin.optim import STRUCTURE_KEY
+from gblr_plugin.surgery.conversion import prepare
 
 QUIET = {"picture_every_n_epochs": 0}
 

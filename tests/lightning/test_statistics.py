@@ -6,7 +6,7 @@ from torch import nn
 
 from gblr_plugin.layers import GBLRConv2d, GBLRLinear
 from gblr_plugin.lightning.statistics import layer_statistics, total_statistics
-from gblr_plugin.structure import Intervals, StructuredMatrix
+from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 
 
 def matrix(row_widths, col_widths, m, n, splits=1):

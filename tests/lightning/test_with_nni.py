@@ -11,7 +11,7 @@ pytest.importorskip("nni")
 import nni
 
 from gblr_plugin.errors import ConfigError
-from gblr_plugin.learner import StructureLearner
+from gblr_plugin.learning.learner import StructureLearner
 from gblr_plugin.lightning import GBLRCallback
 from gblr_plugin.nni import GBLRPruner, LightningEvaluator
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from gblr_plugin import ConfigError
-from gblr_plugin.decomposition.calibration import CalibrationSettings
+from gblr_plugin.calibration.batches import CalibrationSettings
 from gblr_plugin.nni import GBLRPruner, LightningEvaluator, create_compressor
 from gblr_plugin.nni.calibration import calibration_data
 from gblr_plugin.nni.settings import read_config

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from gblr_plugin.quiet import quiet_import
+from gblr_plugin.utils.optional_imports import quiet_import
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from gblr_plugin import ConfigError
-from gblr_plugin.conversion import prepare
+from gblr_plugin.learning.optimizers import STRUCTURE_KEY
 from gblr_plugin.nni import GBLRPruner
 from gblr_plugin.nni.optimizers import adopt, check_recorded, is_adopted
-from gblr_plugin.optim import STRUCTURE_KEY
+from gblr_plugin.surgery.conversion import prepare
 
 
 def built(pruner: GBLRPruner) -> torch.optim.Optimizer:

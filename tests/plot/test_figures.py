@@ -13,8 +13,8 @@ pytest.importorskip("matplotlib")
 from gblr_plugin import plot
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.layers import GBLRLinear
-from gblr_plugin.structure import Intervals, StructuredMatrix
-from gblr_plugin.tensor import GBLRTensor
+from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
+from gblr_plugin.tensor.gblr_tensor import GBLRTensor
 from gblr_plugin.tensorboard.pictures import overlap_map
 
 

@@ -16,13 +16,13 @@ from gblr_plugin import GBLRTensor, load, report
 from gblr_plugin.cli import main
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.layers import GBLRLayer
-from gblr_plugin.reordering import reorder
 from gblr_plugin.run import pipeline, starting
 from gblr_plugin.run.console import Console
 from gblr_plugin.run.measure import evaluate
 from gblr_plugin.run.pipeline import Job
 from gblr_plugin.run.settings import Method, RunSettings, Training
 from gblr_plugin.run.summary import RunReport
+from gblr_plugin.surgery.reorder import reorder
 from gblr_plugin.tasks import get_task
 from gblr_plugin.tasks.base import ClassifierModule
 

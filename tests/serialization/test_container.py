@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gblr_plugin import ConfigError, convert, families, load, prepare, save
-from gblr_plugin.conversion import LayerSettings
 from gblr_plugin.serialization import read_state
 from gblr_plugin.serialization.container import INDEX, Container, entries_of, shard_paths, write_container
 from gblr_plugin.serialization.families import family_record, restore_matrix
 from gblr_plugin.serialization.weights import unflatten_weight
+from gblr_plugin.surgery.conversion import LayerSettings
 
 
 def make():

@@ -11,8 +11,8 @@ from types import ModuleType
 
 import torch
 
-from gblr_plugin.structure import Intervals, StructuredMatrix
-from gblr_plugin.tensor import GBLRTensor
+from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
+from gblr_plugin.tensor.gblr_tensor import GBLRTensor
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 1e-5}
@@ -27,8 +27,9 @@ import torch
 from torch import nn
 import gblr_plugin as gblr
 from gblr_plugin.kernels.plan import Plan
-from gblr_plugin.tensor import GBLRTensor
-torch.serialization.add_safe_globals([gblr.structure.StructuredMatrix, gblr.structure.Intervals])
+from gblr_plugin.tensor.gblr_tensor import GBLRTensor
+from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
+torch.serialization.add_safe_globals([StructuredMatrix, Intervals])
 
 plans = {"fixed": "fixed", "auto": "auto", "blocks": Plan(16, 16)}
 for kind, (matrix, x, expected, tolerance) in torch.load(folder.parent / "cases.pt", weights_only=True).items():

@@ -20,7 +20,7 @@ import torch
 from tensorboard import default, program
 from torch.utils.tensorboard import SummaryWriter
 
-from gblr_plugin.structure import Intervals, StructuredMatrix
+from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 from gblr_plugin.tensorboard import write_structure
 from gblr_plugin.tensorboard.plugin import GBLRPluginLoader
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.layers import GBLRLinear
-from gblr_plugin.structure import Intervals, StructuredMatrix
-from gblr_plugin.tensor import GBLRTensor
+from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
+from gblr_plugin.tensor.gblr_tensor import GBLRTensor
 from gblr_plugin.tensorboard.pictures import colours, overlap_map, structure_image
 
 

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from werkzeug.test import Client
 
 import gblr_plugin.tensorboard
-from gblr_plugin.structure import StructuredMatrix
+from gblr_plugin.matrix.structure import StructuredMatrix
 from gblr_plugin.tensorboard import write_structure
 from gblr_plugin.tensorboard.plugin import GBLRPluginLoader
 from gblr_plugin.tensorboard.records import LayerRecord, LayerShape, encode_layer

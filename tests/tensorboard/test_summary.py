@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import gblr_plugin as gblr
 from gblr_plugin.layers import GBLRLinear
-from gblr_plugin.structure import Intervals, StructuredMatrix
+from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 from gblr_plugin.tensorboard import write_structure
 from gblr_plugin.tensorboard.records import decode_layer, decode_step
 from gblr_plugin.tensorboard.summary import structure_summary

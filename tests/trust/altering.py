@@ -39,7 +39,7 @@ from gblr_plugin.errors import GBLRError
 from gblr_plugin.kernels.compiled import available
 from gblr_plugin.kernels.layout import Block, Layout, pack
 from gblr_plugin.kernels.plan import Plan
-from gblr_plugin.structure import Intervals, StructuredMatrix
+from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 
 PATIENCE = 60.0  # seconds for one case; a hang is a failure
 TOKENS = (1, 3, 70)

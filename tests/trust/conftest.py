@@ -112,7 +112,13 @@ COMMANDS = ("gblr_plugin.cli", "gblr_plugin.run.pipeline", "gblr_plugin.run.comp
 @pytest.fixture(scope="session")
 def server():
     """One for all: it takes seconds to import the hosts."""
-    made = Server("gblr_plugin.lightning", "transformers", "gblr_plugin.sharded", "gblr_plugin.hf", *COMMANDS)
+    made = Server(
+        "gblr_plugin.lightning",
+        "transformers",
+        "gblr_plugin.huggingface.compress_folder",
+        "gblr_plugin.huggingface.folders",
+        *COMMANDS,
+    )
     yield made
     made.process.stdin.close()
     made.process.wait(timeout=30)

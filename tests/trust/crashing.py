@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import gblr_plugin as gblr
-from gblr_plugin.files import write_atomic
+from gblr_plugin.utils.files import write_atomic
 
 STEPS, EVERY = 36, 3
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -133,7 +133,7 @@ def sharded(folder: Path, rank: int, world: int) -> None:
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
     from torch.distributed.fsdp import fully_shard
 
-    from gblr_plugin.sharding import whole
+    from gblr_plugin.layers.distributed_parameters import whole
 
     model, order = network(), Order()
     layers = gblr.prepare(model)
@@ -318,7 +318,7 @@ def compare(folder: Path) -> None:
 
 
 def compress(folder: Path) -> None:
-    from gblr_plugin.sharded import CompressSettings, compress_folder
+    from gblr_plugin.huggingface.compress_folder import CompressSettings, compress_folder
 
     out = folder / "out"
     if (out / "config.json").exists() and not list(out.glob(".*/task.json")):  # killed after the last of it

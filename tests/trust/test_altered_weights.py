@@ -51,7 +51,7 @@ from torch.nn import functional as F
 from gblr_plugin import GBLRTensor
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.kernels.plan import Plan
-from gblr_plugin.structure import StructuredMatrix
+from gblr_plugin.matrix.structure import StructuredMatrix
 
 torch.manual_seed(0)
 matrix = StructuredMatrix.from_factors(torch.randn(20, 48), torch.randn(20, 64))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import gblr_plugin as gblr
-from gblr_plugin import conversion
+from gblr_plugin.surgery import conversion
 
 CANNOT = 77
 

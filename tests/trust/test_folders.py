@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gblr_plugin as gblr
-from gblr_plugin.conversion import LayerSettings
 from gblr_plugin.serialization.container import INDEX
+from gblr_plugin.surgery.conversion import LayerSettings
 
 transformers = pytest.importorskip("transformers")
 X = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
@@ -27,7 +27,7 @@ Change = Callable[[Path], object]
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: Any) -> tuple[Path, torch.Tensor]:
     """A folder of three shards, and what the network in it computes."""
-    from gblr_plugin import hf
+    from gblr_plugin.huggingface import folders as hf
 
     torch.manual_seed(0)
     config = transformers.ViTConfig(**SIZES, image_size=16, patch_size=4, num_labels=5)

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import gblr_plugin as gblr
-from gblr_plugin.conversion import LayerSettings
-from gblr_plugin.quiet import check_version
+from gblr_plugin.surgery.conversion import LayerSettings
+from gblr_plugin.utils.optional_imports import check_version
 
 
 def attributes_of(*modules: str) -> dict[str, int]:
@@ -263,11 +263,21 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 BRIDGES = [
     ("torch", "2.12.1+cu126", "gblr_plugin.layers.base", "gblr_plugin needs torch>=2.13,<2.14, and torch 2.12.1+cu126"),
-    ("torchao", "0.17.0", "gblr_plugin.tensor", "gblr_plugin.GBLRTensor needs torchao>=0.18,<0.19, and torchao 0.17"),
+    (
+        "torchao",
+        "0.17.0",
+        "gblr_plugin.tensor.gblr_tensor",
+        "gblr_plugin.GBLRTensor needs torchao>=0.18,<0.19, and torchao 0.17",
+    ),
     ("nni", "2.10", "gblr_plugin.nni", "gblr_plugin.nni needs nni>=3.0,<4, and nni 2.10"),
     ("pytorch-lightning", "1.9.5", "gblr_plugin.lightning.base", "gblr_plugin.lightning needs pytorch-lightning>=2.6"),
-    ("transformers", "5.13.1", "gblr_plugin.hf", "gblr_plugin.hf needs transformers>=5.14,<6, and transformers 5.13.1"),
-    ("numba", "0.61.2", "gblr_plugin.kernels.simd", "gblr_plugin.kernels needs numba>=0.62,<1, and numba 0.61.2"),
+    (
+        "transformers",
+        "5.13.1",
+        "gblr_plugin.huggingface.folders",
+        "gblr_plugin.huggingface.folders needs transformers>=5.14,<6, and transformers 5.13.1",
+    ),
+    ("numba", "0.61.2", "gblr_plugin.kernels.cpu.simd", "gblr_plugin.kernels needs numba>=0.62,<1, and numba 0.61.2"),
 ]
 
 

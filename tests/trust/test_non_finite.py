@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from gblr_plugin import ConfigError, GBLRError
+from gblr_plugin.learning.non_finite import save_diagnostic
 from gblr_plugin.lightning import GBLRCallback
-from gblr_plugin.non_finite import save_diagnostic
 
 
 def same(a, b):

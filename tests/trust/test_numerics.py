@@ -18,8 +18,8 @@ from gblr_plugin import Intervals, StructuredMatrix
 from gblr_plugin.kernels import product
 from gblr_plugin.kernels.layout import pack, to_dense
 from gblr_plugin.layers import GBLRLinear
+from gblr_plugin.layers.masks import gaudi_mask
 from gblr_plugin.layers.product import Product
-from gblr_plugin.mask import gaudi_mask
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Path and dtype: relative error of the forward and of the gradients, in the Frobenius norm, against float64 on the same

@@ -14,22 +14,22 @@ pytest.importorskip("nni")
 
 import gblr_plugin as gblr
 from gblr_plugin import families
-from gblr_plugin.allocation import allocate
-from gblr_plugin.conversion import LayerSettings
+from gblr_plugin.calibration.allocation import allocate
+from gblr_plugin.calibration.batches import CalibrationSettings, attention_mask, loss_of
 from gblr_plugin.data.images import image_folders
-from gblr_plugin.decomposition.calibration import CalibrationSettings, attention_mask, loss_of
-from gblr_plugin.decomposition.metric import Metric
 from gblr_plugin.errors import ConfigError, GBLRError
 from gblr_plugin.families.stacked import Stacked
+from gblr_plugin.matrix.metric import Metric
 from gblr_plugin.nni import create_compressor
 from gblr_plugin.nni.settings import read_config
 from gblr_plugin.run.search_space import SearchSpace
 from gblr_plugin.run.settings import Method, RunSettings
 from gblr_plugin.run.yaml_config import load_yaml
 from gblr_plugin.serialization import read_state
+from gblr_plugin.surgery.conversion import LayerSettings
 from gblr_plugin.tasks.hf import check_download
 from gblr_plugin.tasks.language import LanguageTask
-from gblr_plugin.tensor import GBLRTensor
+from gblr_plugin.tensor.gblr_tensor import GBLRTensor
 
 WEIGHT = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 LOW = families.get("low_rank")

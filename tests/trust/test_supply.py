@@ -67,7 +67,7 @@ def findings(source: str, allowed: frozenset[str] = frozenset()) -> list[str]:
 # The search starts NNI's service, in a network namespace of its own where the system allows it; kernels run on the
 # threads of torch's OpenMP library.
 SEARCH = {
-    "kernels/threads.py": frozenset({"ctypes"}),
+    "kernels/cpu/threads.py": frozenset({"ctypes"}),
     "run/private_network.py": frozenset({"ctypes", "socket"}),
     "run/search.py": frozenset({"subprocess"}),
     "run/search_service.py": frozenset({"ctypes", "socket"}),

@@ -1,0 +1,169 @@
+r"""Split one budget of multiply-adds over layers by a named rule; apart from the layers, for every family alike.
+
+A rule gives each layer a curve: an error over the multiply-adds spent. The curves are those of low-rank approximations
+priced as trapezoids (r (m + n) - r (r - 1) for rank r), read off one singular value decomposition a layer:
+
+* ``weight``: the share of ``||W||_F^2`` that is lost.
+* ``output``: the share of the output's energy ``E||W x||^2`` that is lost over calibration inputs.
+* ``sensitivity``: the rise of the loss to second order, with the Fisher matrix factored as E[x x^T] times E[g g^T], g
+  being the loss gradient at the layer's output (K-FAC, Martens & Grosse 2015): leaving out component k of the whitened
+  weight costs ``s_k^2 u_k^T E[g g^T] u_k``.
+
+The sum of the errors is then made as small as the budget allows, exactly for the curves' convex hulls: pieces are
+bought in order of error saved per multiply-add. ``alds`` makes the largest relative spectral error as small as possible
+instead (Liebenwein et al. 2021); ``uniform`` gives every layer the same share.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..decomposition.curves import Curve, least_maximum, least_sum, straight_curve
+from ..decomposition.triplets import singular_triplets
+from ..errors import ConfigError
+from ..families.alds import error_curve
+from ..layers.dense import check_structurable, weight_matrix
+from ..matrix.metric import Metric
+from .batches import Calibration
+from .sequential import layer_moments
+
+__all__ = ["FLOOR", "RULES", "allocate", "check_rule"]
+
+RULES = ("uniform", "weight", "output", "sensitivity", "alds")
+"""Names of the rules."""
+
+FLOOR = 0.1
+"""Least share of the group's relative budget that a layer without a bound of its own gets."""
+
+SMALLEST = 1.25
+"""Least multiply-adds of such a layer over those of rank 1: what the smallest member of every family costs."""
+
+Bounds = Mapping[str, tuple[float, float]]
+
+
+def check_rule(rule: str, calibration: object | None) -> None:
+    """Refuse an unknown rule, or one that needs batches where there are none.
+
+    Raises:
+        ConfigError: In one line.
+    """
+    if rule not in RULES:
+        near = difflib.get_close_matches(str(rule), RULES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"allocation: must be one of {', '.join(RULES)}, got {rule!r}{hint}")
+    if rule in ("output", "sensitivity") and calibration is None:
+        raise ConfigError(f"allocation: rule {rule!r} needs calibration batches; give calibration, or choose 'weight'")
+
+
+def allocate(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    budget: float,
+    rule: str = "weight",
+    *,
+    calibration: Calibration | None = None,
+    bounds: Bounds | None = None,
+    row_splits: Mapping[str, int] | None = None,
+) -> dict[str, float]:
+    """Split one budget over the layers of a model.
+
+    Args:
+        model: Only looked at; run on the calibration batches by the rules that need them.
+        layers: Its Linear, Conv1d, Conv2d or Hugging Face ``Conv1D`` modules by name.
+        budget: Relative FLOPs of all layers together, in (0, 1].
+        rule: One of ``RULES``.
+        calibration: Batches, for ``output``; for ``sensitivity`` its forward must return the loss.
+        bounds: Least and most relative FLOPs by layer name. By default the least is ``FLOOR`` times the budget, and
+            rank 1 where the budget pays for that; the most is 1.
+        row_splits: Matrices packed in the rows of a layer's weight, by name; 1 where absent.
+
+    Returns:
+        Relative FLOPs by layer name; weighted by the layers' sizes they add up to at most the budget.
+
+    Raises:
+        ConfigError: If the rule is unknown or lacks batches, a layer is never run, or bounds exclude the budget.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+        >>> shares = allocate(model, {"0": model[0], "1": model[1]}, 0.25)
+        >>> 64 * 64 * shares["0"] + 64 * 8 * shares["1"] <= 0.25 * (64 * 64 + 64 * 8)
+        True
+    """
+    check_rule(rule, calibration)
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
+        raise ConfigError(f"allocation: budget must be relative FLOPs in (0, 1], got {budget!r}")
+    for name, module in layers.items():
+        check_structurable(module, name)
+    dense = {name: weight_matrix(module).numel() for name, module in layers.items()}
+    given = bounds or {}
+    splits = {name: 1 if row_splits is None else row_splits.get(name, 1) for name in layers}
+    low = {name: given.get(name, (0.0, 1.0))[0] * size for name, size in dense.items()}
+    for name, module in layers.items():
+        if low[name] <= 0:
+            rows, cols = weight_matrix(module).shape
+            smallest = SMALLEST * (rows + splits[name] * cols)
+            low[name] = max(FLOOR * budget * dense[name], min(smallest, budget * dense[name]))
+    high = {name: min(given.get(name, (0.0, 1.0))[1], 1.0) * size for name, size in dense.items()}
+    low = {name: min(least, high[name]) for name, least in low.items()}
+    allowed = budget * sum(dense.values())
+    if not sum(low.values()) <= allowed * (1 + 1e-9) or not allowed <= sum(high.values()) * (1 + 1e-9):
+        total = sum(dense.values())
+        raise ConfigError(
+            f"allocation: the bounds of the layers allow relative FLOPs from {sum(low.values()) / total:.4g} to "
+            f"{sum(high.values()) / total:.4g}, which excludes the budget {budget:g}"
+        )
+    if rule == "uniform":
+        curves = {name: straight_curve(size) for name, size in dense.items()}
+        spent = least_maximum(curves, allowed, low, high)
+    elif rule == "alds":
+        curves = {name: error_curve(weight_matrix(module), splits[name]) for name, module in layers.items()}
+        spent = least_maximum(curves, allowed, low, high)
+    else:
+        curves = _spectral_curves(model, layers, rule, calibration, splits)
+        spent = least_sum(curves, allowed, low, high)
+    return {name: min(1.0, spent[name] / dense[name]) for name in layers}
+
+
+def _spectral_curves(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    rule: str,
+    calibration: Calibration | None,
+    splits: Mapping[str, int],
+) -> dict[str, Curve]:
+    if rule == "weight" or calibration is None:
+        return {name: _curve(weight_matrix(module), Metric(), None, splits[name]) for name, module in layers.items()}
+    inputs, gradients = layer_moments(model, layers, calibration, gradients=rule == "sensitivity")
+    if gradients and not any(float(gradient.diagonal().sum()) > 0 for gradient in gradients.values()):
+        raise ConfigError("allocation: all loss gradients are zero; there is nothing to weigh layers by")
+    metrics = {name: Metric.from_moment(moment, calibration.damping) for name, moment in inputs.items()}
+    return {
+        name: _curve(weight_matrix(module), metrics[name], gradients.get(name), splits[name])
+        for name, module in layers.items()
+    }
+
+
+def _curve(weight: Tensor, metric: Metric, gradient: Tensor | None, row_splits: int) -> Curve:
+    """Error over cost of low rank priced as trapezoids; a share of the whole unless gradients weigh it."""
+    if len(weight) % row_splits:
+        raise ConfigError(f"allocation: row_splits {row_splits} does not divide {len(weight)} rows")
+    lost: list[Tensor] = []
+    rows, n = len(weight) // row_splits, weight.shape[1]
+    for index, part in enumerate(metric.whiten(weight.double()).chunk(row_splits)):
+        left, values, _ = singular_triplets(part)
+        energy = values.square()
+        if gradient is not None:
+            own = slice(index * rows, (index + 1) * rows)
+            energy = energy * ((gradient[own, own] @ left) * left).sum(0)
+        lost.append(energy)
+    gains = torch.stack(lost).sum(0).cpu()
+    total = gains.sum()
+    if gradient is None:
+        gains = gains / total.clamp(min=torch.finfo(torch.float64).tiny)
+    rank = torch.arange(len(gains) + 1, dtype=torch.float64)
+    error = torch.cat([gains.flip(0).cumsum(0).flip(0), gains.new_zeros(1)])
+    return Curve(row_splits * (rank * (rows + n) - rank * (rank - 1)).clamp(max=rows * n), error)

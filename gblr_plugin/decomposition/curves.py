@@ -1,0 +1,128 @@
+"""Error over multiply-adds of several matrices, and how to split a budget so that their errors are smallest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Curve", "least_maximum", "least_sum", "straight_curve"]
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """What spending more on a layer gains.
+
+    Args:
+        cost: (J,) float64 multiply-adds, strictly increasing.
+        error: (J,) float64 error at that cost, not increasing.
+    """
+
+    cost: Tensor
+    error: Tensor
+
+    @classmethod
+    def envelope(cls, cost: Tensor, error: Tensor) -> Curve:
+        """The curve of the best of some choices: dominated ones are left out."""
+        order = torch.argsort(cost, stable=True)
+        cost, error = cost[order].double(), error[order].double().cummin(0).values
+        last = torch.ones(len(cost), dtype=torch.bool, device=cost.device)
+        last[:-1] = cost[1:] > cost[:-1]
+        return cls(cost[last], error[last])
+
+
+def straight_curve(size: int) -> Curve:
+    """An error that falls evenly to 0 at the dense cost: its largest is least where all get the same share."""
+    cost = torch.arange(0, 1001, dtype=torch.float64) * (size / 1000)
+    return Curve(cost, 1 - cost / size)
+
+
+def least_sum(
+    curves: Mapping[str, Curve], allowed: float, low: Mapping[str, float], high: Mapping[str, float]
+) -> dict[str, float]:
+    """Multiply-adds of each layer that minimise the sum of the convex hulls of the curves.
+
+    Args:
+        curves: By layer.
+        allowed: Multiply-adds of all layers together, at least those of ``low``.
+        low: Least multiply-adds of each layer.
+        high: Most multiply-adds of each layer.
+
+    Returns:
+        Multiply-adds by layer, within the bounds, in total at most ``allowed``.
+    """
+    spent = {name: float(low[name]) for name in curves}
+    pieces: list[tuple[float, str, float]] = []
+    for name, curve in curves.items():
+        cost, error = _hull(curve)
+        for begin, end, high_error, low_error in zip(cost[:-1], cost[1:], error[:-1], error[1:], strict=True):
+            width = min(end, high[name]) - max(begin, low[name])
+            if width > 0 and high_error > low_error:
+                pieces.append(((high_error - low_error) / (end - begin), name, width))
+    left = allowed - sum(spent.values())
+    # A layer's own pieces come in order, since slopes of a hull fall.
+    for _, name, width in sorted(pieces, key=lambda piece: -piece[0]):
+        bought = min(width, left)
+        spent[name] += bought
+        left -= bought
+        if left <= 0:
+            break
+    return _spread(spent, max(left, 0.0), high)
+
+
+def least_maximum(
+    curves: Mapping[str, Curve], allowed: float, low: Mapping[str, float], high: Mapping[str, float]
+) -> dict[str, float]:
+    """Multiply-adds of each layer that minimise the largest error over layers; arguments as :func:`least_sum`.
+
+    What is left when the next smaller error cannot be paid for is shared out in proportion.
+    """
+
+    def price(level: float) -> dict[str, float]:
+        chosen = {}
+        for name, curve in curves.items():
+            index = min(int((curve.error > level).sum()), len(curve.cost) - 1)
+            chosen[name] = min(max(float(curve.cost[index]), low[name]), high[name])
+        return chosen
+
+    levels = torch.cat([curve.error.cpu() for curve in curves.values()]).unique()
+    begin, end = 0, len(levels)
+    spent = {name: float(low[name]) for name in curves}
+    while begin < end:
+        middle = (begin + end) // 2
+        trial = price(float(levels[middle]))
+        if sum(trial.values()) <= allowed * (1 + 1e-12):
+            spent, end = trial, middle
+        else:
+            begin = middle + 1
+    return _spread(spent, max(allowed - sum(spent.values()), 0.0), high)
+
+
+def _hull(curve: Curve) -> tuple[list[float], list[float]]:
+    """Lower convex hull of a curve, by cost (Andrew's monotone chain)."""
+    points: list[tuple[float, float]] = []
+    for x, y in zip(curve.cost.tolist(), curve.error.tolist(), strict=True):
+        while len(points) > 1:
+            (x0, y0), (x1, y1) = points[-2:]
+            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
+                break
+            points.pop()
+        points.append((x, y))
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _spread(spent: dict[str, float], left: float, high: Mapping[str, float]) -> dict[str, float]:
+    """Share out what is left in proportion, up to the bounds."""
+    while left > 1e-9 * max(1.0, sum(spent.values())):
+        open_to_more = {name: cost for name, cost in spent.items() if cost < high[name] * (1 - 1e-12)}
+        if not open_to_more:
+            break
+        total = sum(open_to_more.values())
+        share = left
+        for name, cost in open_to_more.items():
+            more = min(share * (cost / total if total > 0 else 1 / len(open_to_more)), high[name] - cost)
+            spent[name] += more
+            left -= more
+    return spent

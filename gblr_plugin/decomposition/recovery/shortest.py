@@ -1,0 +1,143 @@
+r"""Cheapest exact form of a matrix of low rank: the basis of its row space on the shortest intervals, then exchanges.
+
+For each index, ``shortest_vectors`` of :mod:`~gblr_plugin.decomposition.recovery.vanishing` gives the shortest interval
+ending there that a vector of the row space lives on; the shortest independent ones are a basis of least total width (a
+matroid: greedy is optimal). The factors of the other side follow. What is left to choose, adding one component's factor
+to another's, is chosen by :class:`~gblr_plugin.decomposition.recovery.exchange.Exchange`. Sums of blocks on intervals
+are recovered at their true cost, and low rank without structure comes out as trapezoids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from ...matrix.structure import StructuredMatrix
+from ...matrix.tiles import TiledAxis
+from ..joint import supported_solve
+from ..problem import Problem
+from ..spans import Spans
+from ..trapezoid import trapezoid
+from ..triplets import singular_triplets
+from .exchange import Exchange, Side
+from .vanishing import LEVELS, shortest_vectors
+
+__all__ = ["shortest"]
+
+EXACT = 1e-5
+"""Largest relative error of what is called the matrix itself."""
+SINGULAR = 1e-6
+"""Singular values below this part of the first are rounding."""
+GAP = 1e-3
+"""Largest ratio of the first singular value of the rounding to the last before it."""
+INDEPENDENT = (1e-3, 1e-2, 1e-4)
+"""From which part of its norm on a row is independent of others: rounding lies below, small coefficients above."""
+LARGEST_TABLE = 1 << 26
+"""Entries of the Gram matrices of all windows beyond which it is not tried."""
+LARGEST_WORK = 1 << 35
+"""Multiply-adds (about) after which no further start is tried."""
+FITS = 20
+"""Alternating fits of the factors on the intervals found."""
+
+
+def _independent(vectors: Tensor, count: int, tolerance: float = 1e-3) -> list[int]:
+    """Positions of the first ``count`` rows of (N, d) that are independent of those before."""
+    basis = vectors.new_zeros(0, vectors.shape[1])
+    kept: list[int] = []
+    for index, vector in enumerate(vectors):
+        rest = vector / torch.linalg.vector_norm(vector)
+        for _ in range(2):
+            rest = rest - (basis @ rest) @ basis
+        size = torch.linalg.vector_norm(rest)
+        if float(size) > tolerance:
+            basis = torch.cat([basis, (rest / size)[None]])
+            kept.append(index)
+            if len(kept) == count:
+                break
+    return kept
+
+
+def _basis(space: Tensor, grid: TiledAxis, noise: float, least: float) -> Side | None:
+    """Vectors on the shortest intervals that span the same space as ``space`` (r, n)."""
+    cells, start, coefficients = shortest_vectors(space, grid, noise, least)
+    order = torch.argsort(Side(coefficients, cells, start, grid).spans().widths(), stable=True)
+    kept = order[_independent(coefficients[order], len(space))]
+    if len(kept) < len(space):
+        return None
+    vectors = (coefficients[kept] @ space) * Spans(cells[kept], start[kept], grid).support()
+    return Side(vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True), cells[kept], start[kept], grid)
+
+
+def _unstructured(basis: Side) -> bool:
+    """Whether intervals are no shorter than those of any space of that rank, as if no entry of it were zero."""
+    gap = (len(basis.cells) - 1) // basis.grid.tile
+    return float(basis.cells.double().mean()) > basis.grid.cells - gap - 0.5
+
+
+def _fitted(exchange: Exchange, turned: bool) -> StructuredMatrix:
+    """Both sides fitted to the target on the intervals found; ``turned``: rows are columns."""
+    target, u_spans, v_spans = exchange.target, exchange.rows.spans(), exchange.cols.spans()
+    u_support, v_support = u_spans.support(), v_spans.support()
+    u, v = exchange.rows.factors, exchange.cols.factors * v_support
+    for _ in range(FITS):
+        v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp(min=1e-300)
+        u, _ = supported_solve(v @ v.T, v @ target.T, u_support)
+        u = u / torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp(min=1e-300)
+        v, _ = supported_solve(u @ u.T, u @ target, v_support)
+    size = torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp(min=1e-300).sqrt()
+    row_side, col_side = (u * size, u_spans.intervals()), (v / size, v_spans.intervals())
+    if turned:
+        row_side, col_side = col_side, row_side
+    return StructuredMatrix.from_factors(row_side[0], col_side[0], row_side[1], col_side[1])
+
+
+def shortest(problem: Problem) -> StructuredMatrix | None:
+    """The matrix itself on intervals of least total width, or ``None`` where its rank or cost is beyond the budget.
+
+    Exact to the precision of the weight; meant for matrices whose rank is well below their size. Starts from the
+    columns and from the rows, and takes the first that the budget pays for.
+    """
+    m, n = problem.weight.shape
+    values = problem.triplets[1]
+    if not float(values[0]) > 0 or float(values[-1]) > SINGULAR * float(values[0]):
+        return None
+    plain = problem.metric.root is None
+    left, values, right = problem.triplets if plain else singular_triplets(problem.weight)
+    rank = int((values > SINGULAR * values[0]).sum())
+    if not 0 < rank <= problem.max_components or rank >= min(m, n) or 2 * max(m, n) * rank**2 > LARGEST_TABLE:
+        return None
+    noise = float(values[rank] / values[rank - 1])
+    if noise > GAP:
+        return None
+    generic = set()
+    work = 0
+    for least, turned in product(INDEPENDENT, (False, True)):
+        target, space = (problem.weight.T, left[:, :rank].T) if turned else (problem.weight, right[:rank])
+        rows, cols = (problem.cols, problem.rows) if turned else (problem.rows, problem.cols)
+        basis = _basis(space, cols, noise, least)
+        work += cols.cells * min(cols.tile, LEVELS) * cols.cells.bit_length() * rank**3
+        if basis is not None and _unstructured(basis):
+            generic.add(turned)
+            if len(generic) == 2:  # trapezoids are the cheapest then, at whatever budget
+                return _accepted(problem, trapezoid(replace(problem, allowed=int(problem.trapezoid_cost()[rank]))))
+            continue
+        if work > LARGEST_WORK:
+            return None
+        if basis is None or int(basis.spans().widths().sum()) + rank * min(rows.tile, rows.length) > problem.allowed:
+            continue
+        factors = torch.linalg.lstsq(basis.factors.T, target.T).solution
+        exchange = Exchange(factors, basis, target, rows, max(100 * noise, 1e-5), LARGEST_WORK - work)
+        exchange.run()
+        work += exchange.work
+        found = _accepted(problem, _fitted(exchange, turned)) if exchange.cost() <= problem.allowed else None
+        if found is not None or work > LARGEST_WORK:
+            return found
+    return None
+
+
+def _accepted(problem: Problem, found: StructuredMatrix) -> StructuredMatrix | None:
+    """A matrix that is within the budget and equals the weight."""
+    return found if found.stored <= problem.allowed and problem.error(found) < EXACT else None

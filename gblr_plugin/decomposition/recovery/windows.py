@@ -1,0 +1,129 @@
+r"""Low rank on fewer rows: each component of a rank-r product leaves out a window of one axis.
+
+A basis vector of an r-dimensional space can be made zero on any r - 1 indices (the freedom that trapezoids use), and
+nearly zero on many more: over z > r of them the smallest singular value of the z x r block grows like sqrt(z) - sqrt(r)
+only. So r windows are spread evenly over the axis, each with the direction of the space that is smallest on it, and
+made as long as a multiply-add saves more than it costs. On tiles, where trapezoids waste up to a tile a component, the
+windows lose nothing. What the other factors make up for once refitted is counted: index i loses the projection of its
+row on the directions that leave it out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...matrix.tiles import TiledAxis
+from ..joint import supported_solve
+from ..spans import Spans
+
+__all__ = ["Windows", "best_windows"]
+
+LENGTHS = (1.5, 2.0, 3.0, 1.0)
+"""Lengths of the windows that are compared, over the rank, in this order."""
+ITERATIONS = 4
+"""Of the inverse iteration that finds the smallest directions."""
+RIDGE = 1e-10
+CHUNK_ENTRIES = 1 << 24
+"""Largest number of entries gathered at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """r components of one factor, each zero on a window.
+
+    Args:
+        factor: (r, N), zero off ``spans``.
+        spans: Where the components live: the complements of their windows.
+        net: Multiply-adds saved times their price, less the squared error made.
+    """
+
+    factor: Tensor
+    spans: Spans
+    net: float
+
+
+def _starts(grid: TiledAxis, rank: int) -> tuple[Tensor, Tensor]:
+    """First cell of each window, evenly spread, and how many before it begin at the same cell; both (rank,) int64."""
+    index = torch.arange(rank)
+    start = index * grid.cells // rank
+    return start, index - torch.searchsorted(start, start)
+
+
+def _directions(factor: Tensor, zero: Tensor, turn: Tensor) -> Tensor:
+    """(r, r) unit columns: the direction that is smallest on each window, or next to smallest where ``turn`` says so.
+
+    Args:
+        factor: (N, r).
+        zero: (r, z) indices of the windows.
+        turn: (r,) which of the smallest directions to take.
+    """
+    rank = factor.shape[1]
+    eye = torch.eye(rank, dtype=factor.dtype, device=factor.device)
+    block = int(turn.max()) + 1
+    start = torch.randn(rank, block, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(factor)
+    columns = []
+    step = max(1, CHUNK_ENTRIES // (rank * max(rank, zero.shape[1])))
+    for chunk, turns in zip(zero.split(step), turn.split(step), strict=True):
+        rows = factor[chunk]
+        gram = rows.transpose(1, 2) @ rows
+        level = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-300)
+        root, _ = torch.linalg.cholesky_ex(gram + level[:, None, None] * eye)
+        found = start.expand(len(chunk), -1, -1)
+        for _ in range(ITERATIONS):
+            found = torch.linalg.qr(torch.cholesky_solve(found, root))[0]
+        columns.append(found[torch.arange(len(chunk), device=turns.device), :, turns])
+    return torch.cat(columns).T
+
+
+def _lost(factor: Tensor, directions: Tensor, left_out: Tensor) -> float:
+    """Squared error of leaving entries out, the others refitted.
+
+    Args:
+        factor: (N, r) in an orthonormal basis of the other side.
+        directions: (r, r) unit columns.
+        left_out: (r, N) bool, which components leave out which index.
+    """
+    share = directions.T @ factor.T
+    fitted, _ = supported_solve(directions.T @ directions, share, left_out)
+    return float((fitted * share).sum())
+
+
+def best_windows(factor: Tensor, grid: TiledAxis, price: float, least: float = 0.0) -> Windows | None:
+    """The windows that save most, among several lengths.
+
+    Args:
+        factor: (N, r) float64 factor of a product whose other factor has orthonormal rows.
+        grid: The axis of length N, which must be cyclic: a window in the middle leaves an interval that wraps.
+        price: Squared error that one multiply-add must save.
+        least: What the windows must save more than.
+
+    Returns:
+        The windows, or ``None`` where the grid has no room for them, or nothing is saved.
+    """
+    length, rank = factor.shape
+    if not grid.cyclic or rank < 2:
+        return None
+    start, turn = (part.to(factor.device) for part in _starts(grid, rank))
+    best: Windows | None = None
+    longest, top = grid.cells // 2, -math.inf
+    for cells in dict.fromkeys(max(1, round(times * rank / grid.tile)) for times in LENGTHS):
+        width = cells * grid.tile
+        if cells > longest or price * width * rank <= least:
+            continue
+        zero = (start[:, None] * grid.tile + torch.arange(width, device=factor.device)) % length
+        directions = _directions(factor, zero, turn)
+        spans = Spans(torch.full_like(start, grid.cells - cells), (start + cells) % grid.cells, grid)
+        support = spans.support()
+        if not bool(torch.isfinite(directions).all()):
+            continue
+        net = price * width * rank - _lost(factor, directions, ~support)
+        if net <= top:
+            longest = cells  # longer ones lose more still
+        top = max(top, net)
+        if net > least:
+            best, least = Windows((factor @ directions).T * support, spans, net), net
+    return best

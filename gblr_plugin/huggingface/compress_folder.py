@@ -1,0 +1,406 @@
+"""Compress a folder of safetensors layer by layer: models larger than memory, several processes, interrupted at will.
+
+Each layer's result is a small file of its own until the shard that it belongs to is written; whoever starts again finds
+what is done. A layer's result depends on its weight and the settings alone, so that neither an interruption nor the
+number of processes changes the output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from ..decomposition import METHODS, decompose
+from ..errors import ConfigError
+from ..layers.dense import structurable, weight_matrix
+from ..serialization.container import INDEX, Container, Entry, entries_of, shard_paths, write_container
+from ..serialization.header import NOTES, Header, read_headers
+from ..serialization.weights import flatten_weight, plan_record
+from ..surgery.conversion import frozen_like
+from ..surgery.patterns import check_used, value_of
+from ..surgery.selection import Skipped, log_skipped, select_layers
+from ..tensor.gblr_tensor import FACTOR_DTYPES, GBLRTensor
+from ..utils.files import replacing, write_text
+from ..utils.progress import track
+
+__all__ = ["CompressSettings", "CompressSummary", "compress_folder"]
+
+_WORK = ".gblr"  # folder of unfinished work inside the output
+_WHO = "compress"
+_PATIENCE = timedelta(days=365)  # for which a process waits for the others
+
+
+@dataclass(frozen=True)
+class CompressSettings:
+    """How layers are compressed.
+
+    Args:
+        budget: Relative FLOPs of each layer, in (0, 1].
+        include: Full names, glob patterns or type names; ``None`` for every layer that can gain, see
+            :func:`~gblr_plugin.surgery.selection.select_layers`. What stays dense is logged with the reason.
+        exclude: Taken away again.
+        method: As :func:`gblr_plugin.decompose` takes it.
+        align: Tile of rows and columns to which intervals snap.
+        row_splits: Matrices packed in the rows (packed query, key, value: 3), for all layers or by pattern.
+        seed: Of random draws.
+        factor_dtype: ``None`` keeps that of the weight; ``"int8"`` rounds factors.
+
+    Raises:
+        ConfigError: If a value is out of range.
+    """
+
+    budget: float
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    method: str = "gblr"
+    align: int = 1
+    row_splits: int | Mapping[str, int] = 1
+    seed: int = 0
+    factor_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.budget, (int, float)) and not isinstance(self.budget, bool)
+        if not number or not 0 < self.budget <= 1:
+            raise ConfigError(f"{_WHO}: budget must be relative FLOPs in (0, 1], got {self.budget!r}")
+        if self.method not in METHODS:
+            raise ConfigError(f"{_WHO}: method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        counts = self.row_splits.values() if isinstance(self.row_splits, Mapping) else (self.row_splits,)
+        for name, value in (("align", self.align), *(("row_splits", count) for count in counts)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{_WHO}: {name} must be a positive integer, got {value!r}")
+        if self.factor_dtype not in FACTOR_DTYPES:
+            raise ConfigError(f"{_WHO}: factor_dtype must be None or 'int8', got {self.factor_dtype!r}")
+
+
+@dataclass(frozen=True)
+class CompressSummary:
+    """What came out.
+
+    Args:
+        layers: Number of layers compressed.
+        relative_flops: Of these layers together.
+        bytes_before: Of the source's weights.
+        bytes_after: Of the output's.
+    """
+
+    layers: int
+    relative_flops: float
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layers} layers at relative FLOPs {self.relative_flops:.4f}; weights "
+            f"{self.bytes_before / 1e6:.1f} MB before, {self.bytes_after / 1e6:.1f} MB after"
+        )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    name: str
+    row_splits: int
+    key: str  # of its weight in the source
+    shard: Path
+    part: Path  # where its result waits
+
+
+def compress_folder(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    settings: CompressSettings,
+    *,
+    model: nn.Module | None = None,
+) -> CompressSummary | None:
+    """Compress the layers of a folder in the Hugging Face layout, one layer in memory at a time.
+
+    Started by ``torchrun`` the processes take layers in turn, then shards. Interrupted, even killed, and started again
+    with the same arguments (on any number of processes) it goes on with what is missing.
+
+    Args:
+        source: Folder with ``model.safetensors`` or shards and their index.
+        output: Folder with shards of the same names, their index, ``config.json`` (written last) and whatever else lies
+            in the source, for :func:`gblr_plugin.load`.
+        settings: What to compress, and how.
+        model: The dense network, best on the meta device; default what the source's ``config.json`` names.
+
+    Returns:
+        What came out; ``None`` on all processes but the first.
+
+    Raises:
+        ConfigError: If source and network do not fit together, nothing is selected, or the output holds something
+            else.
+        OSError: If a file cannot be written.
+    """
+    source, output = Path(source), Path(output)
+    if not source.is_dir():
+        raise ConfigError(f"{_WHO}: no folder at {str(source)!r}")
+    if source.resolve() == output.resolve():
+        raise ConfigError(f"{_WHO}: source and output are the same folder")
+    shards = shard_paths(source, _WHO)
+    network = model
+    if network is None:
+        from .folders import empty_network  # needs transformers
+
+        network = empty_network(source, _WHO)
+    names = _names_of(network, {path: _entries(path) for path in shards}, source)
+    layers, skipped = _select(network, settings, names, output / _WORK)
+    modules = dict(network.named_modules(remove_duplicate=False))
+    with _together() as (rank, processes, wait):
+        if rank == 0:
+            _begin(source, output, settings, shards, layers)
+            log_skipped(skipped)
+        wait()
+        mine = layers[rank::processes]  # by number, not by what is missing, which the others change meanwhile
+        todo = [layer for layer in mine if not layer.part.exists() and not (output / layer.shard.name).exists()]
+        for layer in track(todo, "decomposing"):
+            _decompose(modules[layer.name], layer, settings)
+        wait()
+        for shard in track([path for path in shards[rank::processes] if not (output / path.name).exists()], "writing"):
+            _write_shard(shard, output / shard.name, names[shard], [layer for layer in layers if layer.shard == shard])
+        wait()
+    return _finish(source, output, shards, layers, model is None) if rank == 0 else None
+
+
+# -- several processes -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _together() -> Iterator[tuple[int, int, Callable[[], object]]]:
+    """This process's number, how many there are as torchrun tells, and how each waits for all others.
+
+    They wait in a group of their own: the usual one gives up after half an hour, and parts may end further apart. A
+    process that ends takes the connections of those that wait for it along, so that they end too.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if started:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield 0, 1, lambda: None
+        return
+    group: Any = dist.group.WORLD if started else dist.new_group(backend="gloo", timeout=_PATIENCE)
+    try:
+        yield dist.get_rank(), dist.get_world_size(), partial(dist.barrier, group)
+    finally:
+        dist.destroy_process_group(group)
+
+
+# -- what there is ---------------------------------------------------------------------------------------------------
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    container = Container(path, _WHO)
+    container.close()
+    if "gblr" in container.metadata:
+        raise ConfigError(f"{_WHO}: {str(path)!r} is of a compressed model")
+    return container.entries
+
+
+def _names_of(
+    network: nn.Module, files: Mapping[Path, Mapping[str, Entry]], source: Path
+) -> dict[Path, dict[str, str]]:
+    """For each file, the network's name of each of its tensors; tensors that the network lacks are left out.
+
+    A checkpoint of a network's body names its tensors without the body's prefix, and one of a network with a head may
+    be read for its body alone.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict(keep_vars=True).items()}
+    prefix = f"{getattr(network, 'base_model_prefix', '')}."
+    found: dict[Path, dict[str, str]] = {}
+    for path, entries in files.items():
+        found[path] = {}
+        for key, entry in entries.items():
+            name = next((n for n in (key, prefix + key, key.removeprefix(prefix)) if n in shapes), None)
+            if name is None:
+                continue
+            if shapes[name] != entry.shape:
+                raise ConfigError(
+                    f"{_WHO}: {str(path)!r}: {key!r} has shape {entry.shape}, the network's {name!r} has {shapes[name]}"
+                )
+            found[path][key] = name
+    there = {name for names in found.values() for name in names.values()}
+    first: dict[int, str] = {}
+    state = network.state_dict(keep_vars=True)
+    for name in sorted(state, key=lambda n: n not in there):
+        first.setdefault(id(state[name]), name)
+    missing = [name for name, tensor in state.items() if first[id(tensor)] not in there]
+    if missing:
+        raise ConfigError(f"{_WHO}: {str(source)!r} has no tensor {missing[0]!r}, which the network needs")
+    return found
+
+
+def _select(
+    network: nn.Module, settings: CompressSettings, names: Mapping[Path, Mapping[str, str]], work: Path
+) -> tuple[list[_Layer], list[Skipped]]:
+    selection = select_layers(network, settings.include, settings.exclude)
+    chosen, splits_of = selection.layers, settings.row_splits
+    if isinstance(splits_of, Mapping):
+        check_used(f"{_WHO}: row_splits", splits_of, chosen, "chosen layer")
+    places = {name: (path, key) for path, inside in names.items() for key, name in inside.items()}
+    layers = []
+    for number, (name, module) in enumerate(chosen.items()):
+        rows, splits = weight_matrix(module).shape[0], value_of(splits_of, name, module, 1)
+        if rows % splits:
+            raise ConfigError(f"layer {name!r}: row_splits {splits} does not divide its {rows} rows")
+        path, key = places[f"{name}.weight"]
+        layers.append(_Layer(name, splits, key, path, work / f"{number:06d}.safetensors"))
+    return layers, selection.skipped
+
+
+def _begin(
+    source: Path, output: Path, settings: CompressSettings, shards: Iterable[Path], layers: Iterable[_Layer]
+) -> None:
+    """Note what is being done, or see that it is what was begun; remove what a killed process left half written."""
+    task = {
+        "settings": json.loads(json.dumps(asdict(settings))),
+        "layers": [layer.name for layer in layers],
+        "source": {path.name: [path.stat().st_size, _header_checksum(path)] for path in shards},
+    }
+    work, note = output / _WORK, output / _WORK / "task.json"
+    if note.exists():
+        try:
+            same = json.loads(note.read_text(encoding="utf-8")) == task
+        except ValueError:
+            same = False
+        if not same:
+            raise ConfigError(
+                f"{_WHO}: {str(output)!r} holds unfinished work on another source or with other settings; give these "
+                "again, or another output"
+            )
+    elif output.exists() and any(path.name != _WORK for path in output.iterdir()):
+        raise ConfigError(f"{_WHO}: {str(output)!r} is not empty; give a new folder")
+    for folder in (output, work):
+        for left in folder.glob(".*.*.*") if folder.exists() else ():
+            if left.is_file():
+                left.unlink()
+    write_text(note, json.dumps(task))
+
+
+def _header_checksum(path: Path) -> int:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return zlib.crc32(file.read(min(size, 100_000_000)))
+
+
+# -- the work --------------------------------------------------------------------------------------------------------
+
+
+def _decompose(module: Any, layer: _Layer, settings: CompressSettings) -> None:
+    """One layer's weight, compressed, into a file of its own."""
+    container = Container(layer.shard, _WHO)
+    empty = module.weight
+    try:
+        module.weight = nn.Parameter(container.read(layer.key), requires_grad=False)
+        container.close()
+        if not structurable(module):
+            raise ConfigError("it cannot be structured")
+        matrix = decompose(
+            weight_matrix(module),
+            settings.budget,
+            method=settings.method,
+            align=settings.align,
+            row_splits=layer.row_splits,
+            seed=settings.seed,
+        )
+        frozen: Any = frozen_like(module, matrix, factor_dtype=settings.factor_dtype)
+    except ConfigError as error:
+        raise ConfigError(f"layer {layer.name!r}: {error}") from error
+    finally:
+        module.weight = empty
+    header, name, weight = Header(), f"{layer.name}.weight", frozen.weight.data
+    note = {key: value for key, value in vars(frozen).items() if key in NOTES}
+    if note:
+        header.notes[layer.name] = note
+    tensors: dict[str, Tensor]
+    if isinstance(weight, GBLRTensor):
+        tensors, record = flatten_weight(name, weight)
+        header.weights[name] = {**record, "plan": header.number_of(plan_record(weight.plan))}
+    else:
+        tensors = {name: weight}
+        header.linear.extend([layer.name] if isinstance(frozen, nn.Linear) else [])
+    write_container(layer.part, entries_of(tensors), header.to_metadata(), tensors.__getitem__)
+
+
+def _write_shard(source: Path, output: Path, names: Mapping[str, str], layers: Iterable[_Layer]) -> None:
+    """A shard with its layers' results in place of their weights; one tensor in memory at a time."""
+    compressed = {layer.key: layer for layer in layers}
+    dense = Container(source, _WHO)
+    places: dict[str, tuple[Container, str]] = {}
+    parts = []
+    for key, name in names.items():
+        if key not in compressed:
+            places[name] = dense, key
+            continue
+        part = Container(compressed[key].part, _WHO)
+        parts.append(part)
+        places.update({inside: (part, inside) for inside in part.entries})
+    entries = {name: container.entries[key] for name, (container, key) in places.items()}
+
+    def read(name: str) -> Tensor:
+        container, key = places[name]
+        return container.read(key)
+
+    write_container(output, entries, read_headers(parts, _WHO).to_metadata(), read)
+    for container in (dense, *parts):
+        container.close()
+
+
+def _finish(
+    source: Path, output: Path, shards: list[Path], layers: list[_Layer], transformers_model: bool
+) -> CompressSummary:
+    """Index, other files and the config; then the work is no longer needed."""
+    files: dict[str, dict[str, Entry]] = {}
+    stored = dense = 0
+    for path in shards:
+        container = Container(output / path.name, _WHO)
+        container.close()
+        files[path.name] = container.entries
+    before = {path: _entries(path) for path in shards}
+    after = {name: entry for entries in files.values() for name, entry in entries.items()}
+    for layer in layers:
+        size = before[layer.shard][layer.key].shape
+        dense += torch.Size(size).numel()
+        name = f"{layer.name}.weight"
+        stored += torch.Size((after.get(f"{name}_factors") or after[name]).shape).numel()
+    if len(shards) > 1:
+        total = sum(entry.nbytes for entry in after.values())
+        weight_map = {name: file for file, entries in files.items() for name in entries}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(output / INDEX, json.dumps(index, indent=2) + "\n")
+    for other in sorted(source.iterdir()):
+        if (
+            other.is_file()
+            and other.suffix in (".json", ".txt", ".model", ".jinja")
+            and other.name
+            not in (
+                INDEX,
+                "config.json",
+            )
+        ):
+            with other.open("rb") as file, replacing(output / other.name) as out:
+                shutil.copyfileobj(file, out)
+    if transformers_model:
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config["quantization_config"] = {"quant_method": "gblr"}
+        write_text(output / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for layer in layers:
+        layer.part.unlink(missing_ok=True)
+    shutil.rmtree(output / _WORK)  # with the note of what was being done, which came first and goes last
+    return CompressSummary(
+        len(layers),
+        stored / dense,
+        sum(entry.nbytes for entries in before.values() for entry in entries.values()),
+        sum(entry.nbytes for entry in after.values()),
+    )

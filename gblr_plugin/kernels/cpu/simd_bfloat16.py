@@ -1,0 +1,279 @@
+"""Register tiles of ``simd`` for bfloat16, on processors with AVX512-BF16; sums are float32.
+
+The dot-product instruction takes pairs along the summed axis: columns in stage 1, components of a list in stage 2. A
+word is such a pair, two bfloat16 in 32 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from .simd import LANES, Emitter, tile
+
+__all__ = ["dot_tile", "expand_tile", "pair_tile", "reduce_tile", "weave_tile"]
+
+_I16, _I32 = ir.IntType(16), ir.IntType(32)
+_SUMS = ir.VectorType(ir.FloatType(), LANES)
+_WORDS = ir.VectorType(_I32, LANES)
+_HALVES = ir.VectorType(_I16, LANES)
+_ZERO = ir.Constant(_SUMS, [0.0] * LANES)
+_NONE = ir.Constant(_HALVES, [0] * LANES)
+_WEAVE = ir.Constant(ir.VectorType(_I32, 2 * LANES), [lane // 2 + LANES * (lane % 2) for lane in range(2 * LANES)])
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not have."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+_PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
+_SINGLES = ir.VectorType(_BFloat(), LANES)
+
+
+class _PairEmitter(Emitter):
+    def words(self, address: Any, mask: Any = None) -> Any:
+        if mask is None:
+            return self.b.bitcast(self.load(address, _WORDS, 2), _PAIRS)
+        kind = ir.FunctionType(_WORDS, [_WORDS.as_pointer(), _I32, mask.type, _WORDS])
+        function = self.declare("llvm.masked.load.v16i32.p0v16i32", kind)
+        pointer, nothing = self.b.inttoptr(address, _WORDS.as_pointer()), ir.Constant(_WORDS, [0] * LANES)
+        return self.b.bitcast(self.b.call(function, [pointer, ir.Constant(_I32, 2), mask, nothing]), _PAIRS)
+
+    def broadcast_word(self, address: Any) -> Any:
+        word = self.load(address, _I32, 2)
+        single = self.b.insert_element(ir.Constant(_WORDS, ir.Undefined), word, ir.Constant(_I32, 0))
+        spread = self.b.shuffle_vector(single, single, ir.Constant(_WORDS, [0] * LANES))
+        return self.b.bitcast(spread, _PAIRS)
+
+    def dot(self, sums: Any, a: Any, b: Any) -> Any:
+        kind = ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS])
+        return self.b.call(self.declare("llvm.x86.avx512bf16.dpbf16ps.512", kind), [sums, a, b])
+
+    def halves(self, address: Any, mask: Any) -> Any:
+        if mask is None:
+            return self.load(address, _HALVES, 2)
+        kind = ir.FunctionType(_HALVES, [_HALVES.as_pointer(), _I32, mask.type, _HALVES])
+        function = self.declare("llvm.masked.load.v16i16.p0v16i16", kind)
+        return self.b.call(
+            function, [self.b.inttoptr(address, _HALVES.as_pointer()), ir.Constant(_I32, 2), mask, _NONE]
+        )
+
+    def weave(self, first: Any, second: Any) -> Any:
+        """Pairs of the lanes of two vectors."""
+        return self.b.bitcast(self.b.shuffle_vector(first, second, _WEAVE), _PAIRS)
+
+    def widen(self, halves: Any) -> Any:
+        shifted = self.b.shl(self.b.zext(halves, _WORDS), ir.Constant(_WORDS, [16] * LANES))
+        return self.b.bitcast(shifted, _SUMS)
+
+    def store_rounded(self, sums: Any, address: Any, mask: Any) -> None:
+        kind = ir.FunctionType(_SINGLES, [_SUMS])
+        rounded = self.b.call(self.declare("llvm.x86.avx512bf16.cvtneps2bf16.512", kind), [sums])
+        rounded = self.b.bitcast(rounded, _HALVES)
+        pointer = self.b.inttoptr(address, _HALVES.as_pointer())
+        if mask is None:
+            self.b.store(rounded, pointer).align = 2
+            return
+        kind = ir.FunctionType(ir.VoidType(), [_HALVES, _HALVES.as_pointer(), _I32, mask.type])
+        function = self.declare("llvm.masked.store.v16i16.p0v16i16", kind)
+        self.b.call(function, [rounded, pointer, ir.Constant(_I32, 2), mask])
+
+
+def reduce_tile(components: int, tiles: int, narrow: bool = False) -> Any:
+    """Stage 1 of :func:`~gblr_plugin.kernels.cpu.simd.reduce_tile`.
+
+    Arguments as there, but: V and its stride in bfloat16; columns in pairs; x packed as (pairs, 16) words. z is
+    float32.
+    """
+
+    def emit(builder: ir.IRBuilder, a: Any) -> None:
+        e = _PairEmitter(builder)
+        v, v_stride, pairs, x, x_tile, z, z_tile, entries = a
+        targets = []
+        for r in range(components):
+            row = e.entry(entries, e.i(r), narrow)
+            base = e.at(z, e.b.mul(row, e.i(LANES)))
+            targets += [e.at(base, e.b.mul(z_tile, e.i(t))) for t in range(tiles)]
+        rows = [e.at(v, e.b.mul(v_stride, e.i(r)), 2) for r in range(components)]
+        panels = [e.at(x, e.b.mul(x_tile, e.i(t))) for t in range(tiles)]
+
+        def body(p: Any, sums: list[Any]) -> list[Any]:
+            inputs = [e.words(e.at(panel, e.b.mul(p, e.i(LANES)))) for panel in panels]
+            result = []
+            for r in range(components):
+                factor = e.broadcast_word(e.at(rows[r], p))
+                result += [e.dot(sums[r * tiles + t], factor, inputs[t]) for t in range(tiles)]
+            return result
+
+        sums = e.loop(pairs, [e.vector(target) for target in targets], body)
+        for value, target in zip(sums, targets, strict=True):
+            e.store_vector(value, target)
+
+    return tile(8, emit)
+
+
+def dot_tile(components: int, narrow: bool = False) -> Any:
+    """Stage 1 for one token: ``z[list[i], 0] += V[i, :] x`` for some components.
+
+    Arguments: address of V[first, 0], its row stride; columns in pairs; address of x, bfloat16 side by side; address of
+    z packed (K, 16) float32; address of the list entries.
+    """
+
+    def emit(builder: ir.IRBuilder, a: Any) -> None:
+        e = _PairEmitter(builder)
+        v, v_stride, pairs, x, z, entries = a
+        rows = [e.at(v, e.b.mul(v_stride, e.i(r)), 2) for r in range(components)]
+
+        def step(at: Any, sums: list[Any], mask: Any) -> list[Any]:
+            inputs = e.words(e.at(x, at), mask)
+            return [e.dot(sums[r], e.words(e.at(row, at), mask), inputs) for r, row in enumerate(rows)]
+
+        whole = e.b.sdiv(pairs, e.i(LANES))
+        sums = e.loop(whole, [_ZERO] * components, lambda c, sums: step(e.b.mul(c, e.i(LANES)), sums, None))
+        done = e.b.mul(whole, e.i(LANES))
+        rest = e.b.sub(pairs, done)
+        mask = e.first_lanes(rest)
+        some = e.b.select(e.b.icmp_signed(">", rest, e.i(0)), e.i(1), e.i(0))
+        sums = e.loop(some, sums, lambda _, sums: step(done, sums, mask))
+        for r in range(components):
+            target = e.at(z, e.b.mul(e.entry(entries, e.i(r), narrow), e.i(LANES)))
+            e.store(e.b.fadd(e.load(target, ir.FloatType()), e.total(sums[r])), target)
+
+    return tile(6, emit)
+
+
+def pair_tile(narrow: bool = False) -> Any:
+    """Rounds the rows of z that a list names and weaves them into pairs.
+
+    Arguments: address of z packed (K, 16) float32; address of the list, its length; address of the (pairs, 16) words.
+    """
+
+    def emit(builder: ir.IRBuilder, a: Any) -> None:
+        e = _PairEmitter(builder)
+        z, entries, count, out = a
+
+        def row(at: Any) -> Any:
+            return e.vector(e.at(z, e.b.mul(e.entry(entries, at, narrow), e.i(LANES))))
+
+        def put(p: Any, first: Any, second: Any) -> None:
+            kind = ir.FunctionType(_PAIRS, [_SUMS, _SUMS])
+            both = e.b.call(e.declare("llvm.x86.avx512bf16.cvtne2ps2bf16.512", kind), [second, first])
+            both = e.b.bitcast(both, ir.VectorType(_I16, 2 * LANES))
+            woven = e.b.shuffle_vector(both, both, _WEAVE)
+            e.store(e.b.bitcast(woven, _WORDS), e.at(out, e.b.mul(p, e.i(LANES))))
+
+        def body(p: Any, _: list[Any]) -> list[Any]:
+            at = e.b.mul(p, e.i(2))
+            put(p, row(at), row(e.b.add(at, e.i(1))))
+            return []
+
+        def last(_: Any, carried: list[Any]) -> list[Any]:
+            put(whole, row(e.b.mul(whole, e.i(2))), _ZERO)
+            return carried
+
+        whole = e.b.sdiv(count, e.i(2))
+        e.loop(whole, [], body)
+        e.loop(e.b.srem(count, e.i(2)), [], last)
+
+    return tile(4, emit)
+
+
+def weave_tile() -> Any:
+    """Rows of U two by two into words, the last with zeros where there is an odd number, for many tokens.
+
+    Arguments: address of U; number of rows; their length, a multiple of 16; address of the words, (pairs, length).
+    """
+
+    def emit(builder: ir.IRBuilder, a: Any) -> None:
+        e = _PairEmitter(builder)
+        u, count, width, out = a
+        vectors = e.b.sdiv(width, e.i(LANES))
+
+        def row(p: Any, second: bool) -> None:
+            first_row = e.at(u, e.b.mul(e.b.mul(p, e.i(2)), width), 2)
+            words = e.at(out, e.b.mul(p, width))
+
+            def step(j: Any, _: list[Any]) -> list[Any]:
+                at = e.b.mul(j, e.i(LANES))
+                top = e.halves(e.at(first_row, at, 2), None)
+                bottom = e.halves(e.at(first_row, e.b.add(at, width), 2), None) if second else _NONE
+                e.store(e.b.bitcast(e.weave(top, bottom), _WORDS), e.at(words, at))
+                return []
+
+            e.loop(vectors, [], step)
+
+        def whole_pair(p: Any, carried: list[Any]) -> list[Any]:
+            row(p, True)
+            return carried
+
+        def last_row(_: Any, carried: list[Any]) -> list[Any]:
+            row(whole, False)
+            return carried
+
+        whole = e.b.sdiv(count, e.i(2))
+        e.loop(whole, [], whole_pair)
+        e.loop(e.b.srem(count, e.i(2)), [], last_row)
+
+    return tile(4, emit)
+
+
+def expand_tile(tokens: int, vectors: int, masked: bool, woven: bool = False) -> Any:
+    """Stage 2 of :func:`~gblr_plugin.kernels.cpu.simd.expand_tile`.
+
+    Arguments: address of the words of the first token; number of components; address of U[0, first row], its row
+    stride; address of y[first token, first row], its row stride; address of bias[first row] or 0; lanes used (if
+    masked). U, y and bias are bfloat16; or, if ``woven``, U is given as the words of :func:`weave_tile`.
+    """
+
+    def emit(builder: ir.IRBuilder, a: Any) -> None:
+        e = _PairEmitter(builder)
+        z, count, u, u_stride, y, y_stride, bias, lanes = a
+        mask = e.first_lanes(lanes) if masked else None
+        halves = [e.at(bias, e.i(j * LANES), 2) for j in range(vectors)]
+        initial = e.with_bias([_ZERO] * vectors, bias, lambda j: e.widen(e.halves(halves[j], mask)))
+
+        def products(p: Any, sums: list[Any], factors: list[Any]) -> list[Any]:
+            inputs = e.at(z, e.b.mul(p, e.i(LANES)))
+            result = []
+            for t in range(tokens):
+                pair = e.broadcast_word(e.at(inputs, e.i(t)))
+                result += [e.dot(sums[t * vectors + j], pair, factors[j]) for j in range(vectors)]
+            return result
+
+        def woven_step(p: Any, sums: list[Any]) -> list[Any]:
+            row = e.at(u, e.b.mul(p, u_stride))
+            return products(p, sums, [e.words(e.at(row, e.i(j * LANES))) for j in range(vectors)])
+
+        def step(p: Any, sums: list[Any], second: bool) -> list[Any]:
+            first_row = e.at(u, e.b.mul(e.b.mul(p, e.i(2)), u_stride), 2)
+            second_row = e.at(first_row, u_stride, 2)
+            factors = []
+            for j in range(vectors):
+                offset = e.i(j * LANES)
+                top = e.halves(e.at(first_row, offset, 2), mask)
+                factors.append(e.weave(top, e.halves(e.at(second_row, offset, 2), mask) if second else _NONE))
+            return products(p, sums, factors)
+
+        if woven:
+            pairs = e.b.sdiv(e.b.add(count, e.i(1)), e.i(2))
+            sums = e.loop(pairs, initial * tokens, woven_step)
+        else:
+            whole = e.b.sdiv(count, e.i(2))
+            sums = e.loop(whole, initial * tokens, lambda p, sums: step(p, sums, True))
+            sums = e.loop(e.b.srem(count, e.i(2)), sums, lambda _, sums: step(whole, sums, False))
+        for t in range(tokens):
+            target = e.at(y, e.b.mul(y_stride, e.i(t)), 2)
+            for j in range(vectors):
+                e.store_rounded(sums[t * vectors + j], e.at(target, e.i(j * LANES), 2), mask)
+
+    return tile(8, emit)

@@ -1,0 +1,195 @@
+"""Between dense and structured modules: which can be structured, their weight as a matrix, and swapping them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..errors import ConfigError
+from ..matrix.structure import StructuredMatrix
+from ..tensor.frozen import FROZEN
+from . import GBLRConv1d, GBLRConv2d, GBLRLayer, GBLRLinear
+
+__all__ = [
+    "KINDS",
+    "can_gain",
+    "check_structurable",
+    "hooks_of",
+    "obstacle",
+    "replace_modules",
+    "stored_weight",
+    "structurable",
+    "structured_like",
+    "weight_matrix",
+]
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def _is_hf_conv1d(module: nn.Module) -> bool:
+    """Hugging Face's ``Conv1D``: a linear layer whose weight is stored (in, out). Recognised without importing it."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+"""Types of layers that can be structured, beside Hugging Face's ``Conv1D``."""
+
+
+def structurable(module: nn.Module) -> bool:
+    """Whether the module is of a kind that can be structured (exact types; subclasses may do other things)."""
+    return type(module) in KINDS or _is_hf_conv1d(module)
+
+
+def can_gain(module: nn.Module, row_splits: int = 1) -> bool:
+    """Whether one full rank-1 component per split costs less than the dense product: m + s n < m n."""
+    m, n = weight_matrix(module).shape
+    return m + row_splits * n < m * n
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why a layer cannot be structured as it stands, as the end of a message; ``None``: nothing is in the way.
+
+    The entries of its weight are not looked at.
+    """
+    kind = type(module).__name__
+    computed = isinstance(module.__dict__.get("weight"), Tensor)  # the old weight_norm and spectral_norm
+    if computed or parametrize.is_parametrized(module):
+        return "its weight is parametrized; remove the parametrization first"
+    if isinstance(module, FROZEN):
+        return "it is converted already"
+    if hasattr(module, "matrix_shape"):
+        return "it is structured already"
+    if hasattr(module, "structure_name"):
+        return "it is converted already, and stored dense"
+    if not structurable(module):
+        base = next((base.__name__ for base in KINDS if isinstance(module, base)), None)
+        return f"a {kind} cannot be structured" + (f": as a subclass of {base} it may compute more" if base else "")
+    if getattr(module, "groups", 1) != 1:
+        return f"convolution with groups={module.groups}: only groups=1 can be structured"
+    weight: Any = module.weight
+    if type(weight.data) is not Tensor:
+        return f"its weight is a {type(weight.data).__name__}, need a plain tensor"
+    if not weight.dtype.is_floating_point:
+        return f"its weight has dtype {weight.dtype}, need a floating point one"
+    if weight.dtype.itemsize < 2:
+        return f"its weight has dtype {weight.dtype}, need half precision or more"
+    return None
+
+
+def check_structurable(module: nn.Module, name: str) -> None:
+    """Refuse a layer that cannot be structured as it stands.
+
+    Raises:
+        ConfigError: If something is in the way, or its weight has NaN or infinite entries; it names the layer.
+    """
+    reason = obstacle(module)
+    if reason is not None:
+        allowed = "; allowed are Linear, Conv1d, Conv2d and Hugging Face Conv1D" if "cannot" in reason else ""
+        raise ConfigError(f"layer {name!r}: {reason}{allowed}")
+    weight: Any = module.weight
+    if not weight.is_meta and not bool(torch.isfinite(weight.detach()).all()):
+        raise ConfigError(f"layer {name!r}: its weight has NaN or infinite entries")
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The module's weight as an (m, n) matrix, for convolutions (c_out, c_in * prod(kernel)); shares memory."""
+    stored: Any = module.weight
+    weight: Tensor = stored.detach()
+    return weight.T if _is_hf_conv1d(module) else weight.flatten(1)
+
+
+def stored_weight(module: nn.Module, matrix: Tensor) -> Tensor:
+    """An (m, n) matrix in the shape, layout and dtype in which the module stores its weight."""
+    weight: Any = module.weight
+    return (matrix.T.contiguous() if _is_hf_conv1d(module) else matrix).reshape(weight.shape).to(weight)
+
+
+def structured_like(module: nn.Module, matrix: StructuredMatrix, *, align: int | tuple[int, int] = 1) -> GBLRLayer:
+    """A trainable structured module in place of a dense one.
+
+    Args:
+        module: nn.Linear, nn.Conv1d, nn.Conv2d or Hugging Face ``Conv1D``.
+        matrix: Start of its (m, n) weight matrix.
+        align: Tile of rows and columns to which intervals snap.
+
+    Returns:
+        The structured module, with the dense module's bias, dtype, device, training mode and ``requires_grad`` flags.
+        :func:`replace_modules` puts it in the dense module's place, and gives it the hooks.
+
+    Raises:
+        ConfigError: If the kind of module cannot be structured.
+    """
+    check_structurable(module, type(module).__name__)
+    weight: Any = module.weight
+    bias: Any = module.bias
+    matrix = matrix.to(device=weight.device, dtype=weight.dtype)
+    layer: GBLRLayer
+    if isinstance(module, nn.Conv1d):
+        layer = GBLRConv1d(matrix, module, bias, align=align)
+    elif isinstance(module, nn.Conv2d):
+        layer = GBLRConv2d(matrix, module, bias, align=align)
+    else:
+        layer = GBLRLinear(matrix, bias, align=align)
+    if bias is not None:
+        layer.bias.requires_grad_(bias.requires_grad)  # present whenever the dense one is
+    if not weight.requires_grad:
+        for parameter in (layer.U, layer.V, layer.widths, layer.locations):
+            parameter.requires_grad_(False)
+    layer.train(module.training)
+    return layer
+
+
+def hooks_of(module: nn.Module) -> dict[str, Any]:
+    """The module's hooks of every kind, by the attribute that holds them.
+
+    A handle that ``register_..._hook`` returned refers to these very dictionaries, so that a module which holds them
+    runs the hooks until the caller removes them.
+    """
+    return {name: vars(module)[name] for name in _HOOKS}
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
+    """Replace modules, by identity, wherever a parent holds them; shared modules stay shared.
+
+    The new module takes over all hooks of the old one, and the caller's handles go on removing them.
+
+    Args:
+        model: Changed in place, unless it is itself replaced.
+        replacements: ``id(old module)`` to new module.
+
+    Returns:
+        The model, or the module that replaces it.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in replacements:
+                parent._modules[name] = _with_hooks(replacements[id(child)], child)
+    return _with_hooks(replacements[id(model)], model) if id(model) in replacements else model
+
+
+def _with_hooks(new: nn.Module, old: nn.Module) -> nn.Module:
+    vars(new).update(hooks_of(old))
+    for hook in old._load_state_dict_pre_hooks.values():
+        bound: Any = hook  # torch wraps a hook that is called with its module, to which it holds a weak reference
+        if getattr(bound, "with_module", False) and bound.module() is old:
+            bound.module = weakref.ref(new)
+    return new

@@ -1,0 +1,136 @@
+"""Two forms of a low-rank part: trapezoids, which cost least, and full factors, which train best.
+
+A product A C of rank r is unchanged by A R, R^-1 C. These r^2 free numbers can make A lower and C upper trapezoidal
+(component k on the rows and on the columns from k), which costs r (r - 1) multiply-adds less; see
+:mod:`gblr_plugin.matrix.trapezoid_form`. Trapezoids keep the pivots of that elimination, and optimizers train them
+badly; full factors of balanced norm (the low-rank form) are as well conditioned as those of an SVD. A layer therefore
+trains such a part in low-rank form, and is counted and converted in trapezoid form.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .structure import Intervals
+from .tiles import TiledAxis
+from .trapezoid_form import trapezoid_form
+
+__all__ = ["to_low_rank_form", "to_trapezoid_form"]
+
+_logger = logging.getLogger(__name__)
+
+
+def _leading_trapezoids(rows: Intervals, cols: Intervals, tiles: tuple[int, int]) -> int:
+    """How many of the first components are trapezoids: intervals that lose one tile more at their start each."""
+    most = min(rows.num_components, rows.length, cols.length)
+    same = torch.ones(most, dtype=torch.bool, device=rows.width.device)
+    for part, tile in zip((rows, cols), tiles, strict=True):
+        straight = TiledAxis(part.length, tile).trailing(most, rows.width.device)
+        same &= (part.width[:most] == straight.width) & (straight.width > 0)
+        # A full interval starts anywhere; the others begin where the trapezoids do, turned by one offset.
+        partial = straight.width < part.length
+        turn = (part.start[:most] - straight.start) % part.length
+        if bool(partial.any()):
+            same &= ~partial | (turn == turn[int(partial.int().argmax())])
+    rank = int(same.int().cummin(0).values.sum())
+    return rank if rank > 1 else 0
+
+
+@torch.no_grad()
+def to_low_rank_form(
+    u: Tensor, v: Tensor, rows: Intervals, cols: Intervals, sizes: Sequence[int], tiles: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Replace leading trapezoids of each split by whole factors of balanced norm with the same product.
+
+    Args:
+        u: (K, m / s) row factors.
+        v: (K, n) column factors.
+        rows: Row intervals.
+        cols: Column intervals.
+        sizes: Components of each split.
+        tiles: Rows and columns to multiples of which intervals snap.
+
+    Returns:
+        u, v, and (K,) bool of the components replaced.
+    """
+    u, v = u.detach().clone(), v.detach().clone()
+    free = torch.zeros(u.shape[0], dtype=torch.bool, device=u.device)
+    first = 0
+    for size in sizes:
+        index = torch.arange(first, first + size, device=u.device)
+        rank = _leading_trapezoids(rows.select(index), cols.select(index), tiles)
+        first += size
+        if rank < 2:
+            continue
+        part = index[:rank]
+        left = u[part].double() * rows.select(part).support()
+        right = v[part].double() * cols.select(part).support()
+        # SVD of the product by way of its two thin factors.
+        q_left, r_left = torch.linalg.qr(left.T)
+        q_right, r_right = torch.linalg.qr(right.T)
+        a, s, b = torch.linalg.svd(r_left @ r_right.T)
+        u[part] = ((q_left @ a) * s.sqrt()).T.to(u.dtype)
+        v[part] = ((q_right @ b.T) * s.sqrt()).T.to(v.dtype)
+        free[part] = True
+    return u, v, free
+
+
+@torch.no_grad()
+def to_trapezoid_form(
+    u: Tensor,
+    v: Tensor,
+    rows: Intervals,
+    cols: Intervals,
+    free: Tensor,
+    sizes: Sequence[int],
+    tiles: tuple[int, int],
+) -> tuple[Tensor, Tensor, Intervals, Intervals]:
+    """Inverse of :func:`to_low_rank_form`: the whole factors of each split as trapezoids.
+
+    Where no order of elimination is stable, the largest part of the product that whole factors buy for the same cost
+    takes its place, with a warning.
+
+    Args:
+        u: (K, m / s) row factors.
+        v: (K, n) column factors.
+        rows: Row intervals, those of trapezoids for the components in ``free``.
+        cols: Column intervals, likewise.
+        free: (K,) bool.
+        sizes: Components of each split.
+        tiles: As for :func:`to_low_rank_form`.
+
+    Returns:
+        u, v, row and column intervals; trapezoids may begin at other columns than before, at the same cost.
+    """
+    u, v = u.detach().clone(), v.detach().clone()
+    widths = [rows.width.clone(), cols.width.clone()]
+    starts = [rows.start.clone(), cols.start.clone()]
+    first = 0
+    for size in sizes:
+        part = torch.arange(first, first + size, device=u.device)
+        part = part[free[part]]
+        first += size
+        if not len(part):
+            continue
+        left, right = u[part].double().T, v[part].double()
+        found = trapezoid_form(left, right, TiledAxis(rows.length, tiles[0]), TiledAxis(cols.length, tiles[1]))
+        if found is not None:
+            u[part], v[part] = found.u.to(u.dtype), found.v.to(v.dtype)
+            for side, intervals in enumerate((found.rows, found.cols)):
+                widths[side][part], starts[side][part] = intervals.width, intervals.start
+            continue
+        cost = int((rows.width[part] + cols.width[part]).sum())
+        kept = cost // (rows.length + cols.length)
+        _logger.warning("no stable trapezoids for a low-rank part of rank %d: kept rank %d", len(part), kept)
+        a, s, b = torch.linalg.svd(left @ right, full_matrices=False)
+        s = torch.where(torch.arange(len(s), device=s.device) < kept, s, 0)[: len(part)].sqrt()
+        u[part] = (a[:, : len(part)] * s).T.to(u.dtype)
+        v[part] = (b[: len(part)] * s[:, None]).to(v.dtype)
+        for side, length in enumerate((rows.length, cols.length)):
+            whole = torch.arange(len(part), device=u.device) < kept
+            widths[side][part], starts[side][part] = torch.where(whole, length, 0), torch.zeros_like(part)
+    return u, v, Intervals(widths[0], starts[0], rows.length), Intervals(widths[1], starts[1], cols.length)

@@ -1,0 +1,106 @@
+r"""Trapezoid form: any product of rank r can be written with factors that are trapezoids, at fewer multiply-adds.
+
+A product A C of rank r is unchanged by A R, R^-1 C: r^2 free numbers. They suffice to make A lower trapezoidal
+(component k on rows k .. m) and C upper trapezoidal (component k on columns k .. n). Both are plain intervals, so the
+cost falls from r (m + n) to r (m + n) - r (r - 1). An orthogonal LQ settles the first side; the second is an LU
+without row exchanges, whose growth is held down by the choice of the row and the column at which the zeros begin.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from .structure import Intervals, StructuredMatrix
+from .tiles import TiledAxis
+
+__all__ = ["lu_no_pivot", "trapezoid_form"]
+
+MAX_GROWTH = 1e6
+"""Largest accepted growth of the factors: past it float32 copies of them would lose the product."""
+
+
+ROW_OFFSETS = 4
+
+
+COL_OFFSETS = 8
+"""Rows and columns at which the triangles may begin; of all pairs the one of least growth is kept."""
+
+
+def lu_no_pivot(matrix: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
+    """(L, U) with L unit lower triangular and ``L U = matrix``, without exchanging rows.
+
+    Args:
+        matrix: (r, r) floating point, all leading minors non-zero (else the factors are not finite).
+        block: Size below which columns are eliminated one by one.
+    """
+    size = len(matrix)
+    if size <= block:
+        work = matrix.clone()
+        for k in range(size - 1):
+            work[k + 1 :, k] /= work[k, k].clone()
+            work[k + 1 :, k + 1 :] -= torch.outer(work[k + 1 :, k], work[k, k + 1 :])
+        return torch.tril(work, -1) + torch.eye(size, dtype=work.dtype, device=work.device), torch.triu(work)
+    half = size // 2
+    lower, upper = torch.zeros_like(matrix), torch.zeros_like(matrix)
+    lower[:half, :half], upper[:half, :half] = lu_no_pivot(matrix[:half, :half], block)
+    upper[:half, half:] = torch.linalg.solve_triangular(
+        lower[:half, :half], matrix[:half, half:], upper=False, unitriangular=True
+    )
+    lower[half:, :half] = torch.linalg.solve_triangular(
+        upper[:half, :half], matrix[half:, :half], upper=True, left=False
+    )
+    schur = matrix[half:, half:] - lower[half:, :half] @ upper[:half, half:]
+    lower[half:, half:], upper[half:, half:] = lu_no_pivot(schur, block)
+    return lower, upper
+
+
+def _offsets(axis: TiledAxis, count: int) -> range:
+    """Indices at which the zeros of an axis may begin; a wrapped start is on the grid only where tiles divide it."""
+    step = max(axis.tile, axis.length // count // axis.tile * axis.tile)
+    return range(0, axis.length, step) if axis.cyclic else range(1)
+
+
+def _shift(interval: Intervals, offset: int) -> Intervals:
+    return Intervals.of_known(interval.width, (interval.start + offset) % interval.length, interval.length)
+
+
+def trapezoid_form(left: Tensor, right: Tensor, rows: TiledAxis, cols: TiledAxis) -> StructuredMatrix | None:
+    """The product ``left @ right`` in trapezoid form.
+
+    Args:
+        left: (m, r) float64.
+        right: (r, n) float64.
+        rows: The axis of the m rows, with its tile.
+        cols: The axis of the n columns, with its tile.
+
+    Returns:
+        A matrix equal to ``left @ right`` up to rounding, its components balanced in norm; ``None`` where no offset
+        keeps the growth below ``MAX_GROWTH`` (leading minors that vanish, e.g. of block-diagonal matrices).
+    """
+    rank = len(right)
+    row_intervals, col_intervals = rows.trailing(rank, left.device), cols.trailing(rank, left.device)
+    scale = float(torch.linalg.norm(left) * torch.linalg.norm(right)) or 1.0
+    best: tuple[float, StructuredMatrix] | None = None
+    for down, across in itertools.product(_offsets(rows, ROW_OFFSETS), _offsets(cols, COL_OFFSETS)):
+        # LQ of the leading block of `left`, as the QR of its transpose: left @ basis is lower trapezoidal.
+        lowered = torch.roll(left, -down, 0)
+        basis, _ = torch.linalg.qr(lowered[:rank].T)
+        lowered, turned = lowered @ basis, torch.roll(basis.T @ right, -across, 1)
+        lower, upper = lu_no_pivot(turned[:, :rank])
+        if not bool(torch.isfinite(lower).all() and torch.isfinite(upper).all()):
+            continue
+        new_left = lowered @ lower
+        new_right = torch.linalg.solve_triangular(lower, turned, upper=False, unitriangular=True)
+        norm_left, norm_right = torch.linalg.norm(new_left, dim=0), torch.linalg.norm(new_right, dim=1)
+        product = norm_left * norm_right
+        growth = float(product.max()) / scale
+        if not growth <= MAX_GROWTH or (best is not None and growth >= best[0]):
+            continue
+        balance = torch.where(product > 0, (norm_right / norm_left).sqrt(), torch.ones_like(product))
+        u = torch.roll((new_left * balance).T, down, 1)
+        v = torch.roll(new_right / balance[:, None], across, 1)
+        best = growth, StructuredMatrix.from_factors(u, v, _shift(row_intervals, down), _shift(col_intervals, across))
+    return None if best is None else best[1]

@@ -1,0 +1,233 @@
+"""Which layers of a model are structured, and why the others are not: one policy for every way into this package.
+
+Layers are asked for by patterns (:mod:`.patterns`), or all of them by default. What cannot be structured as it stands,
+what is tied to another weight and output heads stay dense, and are listed with the reason. A layer that is asked for by
+its full name does not stay dense in silence: an output head is then structured, and anything else is an error.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..errors import ConfigError
+from ..layers import GBLRLayer
+from ..layers.dense import can_gain, check_structurable, obstacle
+from .heads import output_heads
+from .matrices import WeightMatrix, weight_matrices
+from .patterns import as_patterns, check_used, matches
+from .ties import check_untied, tied_layers
+
+__all__ = ["LayerFilter", "Pattern", "Selection", "Skipped", "choose", "layer_filter", "log_skipped", "select_layers"]
+
+Pattern = str | type[nn.Module]
+"""A full name, a glob pattern over full names, a type's name, or a type."""
+
+HEAD = "it is an output head; give its full name to structure it too"
+SMALL = "it is too small to gain from structure"
+
+_ALLOWED = "allowed are Linear, Conv1d, Conv2d and Hugging Face Conv1D"
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A weight that was asked for and stays dense.
+
+    Args:
+        name: Of the layer, or of a parameter of a module that is no layer.
+        reason: Why, as the end of a message.
+        share: Of the multiply-adds of all weight matrices of the model, each applied to one position (one token, one
+            place of an image): its share of their entries. :func:`gblr_plugin.report` counts with an input.
+    """
+
+    name: str
+    reason: str
+    share: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was asked for.
+
+    Args:
+        layers: What can be structured: module by name, in the model's order; one that appears twice has its first name.
+        skipped: What stays dense, in the model's order.
+    """
+
+    layers: dict[str, nn.Module]
+    skipped: list[Skipped]
+
+
+class Policy:
+    """What stays dense in a model unless it is asked for by its full name.
+
+    Args:
+        model: Only looked at.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tied, self._heads = tied_layers(model), output_heads(model)
+
+    def reason(self, matrix: WeightMatrix) -> str | None:
+        """Why a weight stays dense; ``None``: it can be structured."""
+        module = matrix.module
+        parameter = module._parameters.get(matrix.parameter)
+        if parameter is not None and matrix.parameter != "weight" and parameter.dim() == 3:
+            return f"a {type(module).__name__} holds the matrices of several experts in one parameter"
+        found = obstacle(module) or self._tied.get(id(module))
+        return HEAD if found is None and id(module) in self._heads else found
+
+    def default(self, matrix: WeightMatrix) -> str | None:
+        """The same, of a weight that nobody asked for: one that is too small to gain stays dense as well."""
+        reason = self.reason(matrix)
+        return SMALL if reason is None and not can_gain(matrix.module) else reason
+
+
+def choose(
+    model: nn.Module,
+    wanted: Callable[[str, nn.Module], bool],
+    named: Collection[str] = (),
+    *,
+    default: bool = False,
+) -> Selection:
+    """Apply the policy to what is asked for.
+
+    Args:
+        model: Only looked at.
+        wanted: Whether a module is asked for; takes its (first) name and itself.
+        named: Full (first) names of layers that are asked for.
+        default: Whether nobody asked for anything: layers too small to gain are then left out too. Otherwise they are
+            left to the caller, who knows into how many matrices their rows are split.
+
+    Raises:
+        ConfigError: If a layer that is asked for by its full name cannot be structured, or its weight is tied.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    chosen = {name: modules[name] for name in named}
+    for name, module in chosen.items():
+        check_structurable(module, name)
+    check_untied(model, chosen)
+    policy = Policy(model)
+    matrices = list(weight_matrices(model))
+    whole = sum(matrix.entries for matrix in matrices)
+    first_names = {id(module): name for name, module in modules.items()}
+    skipped = []
+    for matrix in matrices:
+        owner = first_names.get(id(matrix.module), "")
+        if owner in chosen or not owner or not wanted(owner, matrix.module):
+            continue
+        reason = policy.default(matrix) if default else policy.reason(matrix)
+        if reason is None:
+            chosen[owner] = matrix.module
+        else:
+            skipped.append(Skipped(matrix.name, reason, matrix.entries / whole if whole else 0.0))
+    return Selection({name: chosen[name] for name in modules if name in chosen}, skipped)
+
+
+class _Wish:
+    """Patterns of what is asked for, read against a model."""
+
+    def __init__(self, model: nn.Module, include: Iterable[Pattern] | None, exclude: Iterable[Pattern]) -> None:
+        modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+        self._names: dict[int, list[str]] = {}
+        for name, module in modules.items():
+            self._names.setdefault(id(module), []).append(name)
+        self._include = None if include is None else as_patterns("layers: include", include)
+        self._exclude = as_patterns("layers: exclude", exclude)
+        check_used("layers", [*(self._include or ()), *self._exclude], modules, "module of the model")
+        self.default = self._include is None
+        asked = {self._names[id(modules[p])][0]: modules[p] for p in self._include or () if p in modules}
+        self.named = [name for name, module in asked.items() if not self._matches(self._exclude, module)]
+        owners = [matrix.module for matrix in weight_matrices(model)]
+        for pattern in self._include or ():
+            if pattern not in modules and not any(self._matches([pattern], owner) for owner in owners):
+                raise ConfigError(f"layers: pattern {pattern!r} matches no layer that can be structured; {_ALLOWED}")
+
+    def _matches(self, patterns: Iterable[str], module: nn.Module) -> bool:
+        names = self._names.get(id(module), ())
+        return any(matches(pattern, name, module) for pattern in patterns for name in names)
+
+    def __call__(self, name: str, module: nn.Module) -> bool:
+        return (self._include is None or self._matches(self._include, module)) and not self._matches(
+            self._exclude, module
+        )
+
+
+def select_layers(
+    model: nn.Module, include: Iterable[Pattern] | None = None, exclude: Iterable[Pattern] = ()
+) -> Selection:
+    """Dense layers of a model that are to be structured.
+
+    Args:
+        model: Only looked at.
+        include: Full names, glob patterns over names (``"blocks.*.mlp.*"``), or types and their names
+            (``"Linear"``), which mean subclasses too. ``None``: every layer that can be structured and made cheaper.
+        exclude: The same kinds of patterns, taken away again.
+
+    Returns:
+        The layers, and what was asked for and stays dense: what cannot be structured, what is tied, output heads.
+
+    Raises:
+        ConfigError: If a pattern matches nothing, a layer named in full cannot be structured or is tied, or nothing is
+            left.
+    """
+    wish = _Wish(model, include, exclude)
+    selection = choose(model, wish, wish.named, default=wish.default)
+    if not selection.layers:
+        if selection.skipped:
+            largest = max(selection.skipped, key=lambda one: one.share)
+            reason = f"layer {largest.name!r}: {largest.reason}"
+        else:
+            reason = f"{_ALLOWED}, inside a model"
+        raise ConfigError(f"layers: the selection is empty; {reason}")
+    return selection
+
+
+class LayerFilter:
+    """A ``filter_fn`` for torchao's ``quantize_``, see :func:`layer_filter`."""
+
+    def __init__(self, model: nn.Module, include: Iterable[Pattern] | None, exclude: Iterable[Pattern]) -> None:
+        self._wish = _Wish(model, include, exclude)
+        self.selection = choose(model, self._wish, self._wish.named, default=self._wish.default)
+        self._passed = {id(module): module for module in self.selection.layers.values()}
+
+    def __call__(self, module: nn.Module, name: str) -> bool:
+        """Whether the layer was chosen, or is asked for and was prepared before."""
+        return id(module) in self._passed or (isinstance(module, GBLRLayer) and self._wish(name, module))
+
+
+def layer_filter(
+    model: nn.Module, include: Iterable[Pattern] | None = None, exclude: Iterable[Pattern] = ()
+) -> LayerFilter:
+    """The layers of :func:`select_layers` as a ``filter_fn`` for torchao's ``quantize_``; prepared ones pass too.
+
+    Args:
+        model: That is given to ``quantize_`` as well.
+        include: As :func:`select_layers` takes it.
+        exclude: The same.
+
+    Raises:
+        ConfigError: As :func:`select_layers`, except that nothing may be left.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 32))
+        >>> [name for name, module in model.named_modules() if layer_filter(model, ["Conv2d"])(module, name)]
+        ['0']
+    """
+    return LayerFilter(model, include, exclude)
+
+
+def log_skipped(skipped: Iterable[Skipped]) -> None:
+    """Warn of what stays dense, in one line per reason, with its share of the multiply-adds."""
+    groups: dict[str, list[Skipped]] = {}
+    for one in skipped:
+        groups.setdefault(one.reason, []).append(one)
+    for reason, group in groups.items():
+        names = group[0].name if len(group) == 1 else f"{len(group)} layers, {group[0].name} to {group[-1].name}"
+        share = sum(one.share for one in group)
+        _logger.warning("left dense: %s (%.1f%% of the multiply-adds of one position): %s", names, 100 * share, reason)

@@ -1,0 +1,134 @@
+"""Converted models on several processes: DistributedDataParallel, FSDP2, and tensor parallelism by components."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from ..errors import ConfigError
+from .gblr_tensor import GBLRTensor
+
+__all__ = ["ComponentParallel", "component_part", "frozen_weights", "keep_frozen_local"]
+
+
+def frozen_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The structured weights of a converted model, by name; a shared one under each of its names.
+
+    Every process holds all of them: ``fully_shard(model, ignored_params=set(frozen_weights(model).values()))``.
+    """
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: parameter for name, parameter in named if isinstance(parameter.data, GBLRTensor)}
+
+
+def keep_frozen_local(model: nn.Module) -> nn.Module:
+    """Tell DistributedDataParallel to leave the structured weights of a converted model alone.
+
+    Every process loads them itself.
+
+    Args:
+        model: The module that will be given to DistributedDataParallel.
+
+    Returns:
+        The model itself.
+    """
+    before = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    model._ddp_params_and_buffers_to_ignore = [*before, *frozen_weights(model)]  # type: ignore[assignment]  # as torch names it
+    return model
+
+
+@torch.no_grad()
+def component_part(weight: GBLRTensor, part: int, parts: int) -> GBLRTensor:
+    """Some of a weight's components, of about equal cost: the parts sum to the weight.
+
+    Args:
+        weight: A structured weight, floating-point or int8.
+        part: Number of the part, from 0.
+        parts: How many there are.
+
+    Raises:
+        ConfigError: If the weight is stored dense: it has no components to share out.
+    """
+    if weight.packing.dense:
+        raise ConfigError("component parallel: a weight that is stored dense has no components; leave it as it is")
+    matrix = weight.to_structured()
+    # From the most expensive one on, to and fro over the parts.
+    order = matrix.component_multiply_adds.argsort(descending=True, stable=True)
+    place = torch.arange(len(order), device=order.device) % (2 * parts)
+    mine = torch.zeros_like(order, dtype=torch.bool)
+    mine[order[torch.minimum(place, 2 * parts - 1 - place) == part]] = True
+    own = matrix.select(mine)
+    result: GBLRTensor = GBLRTensor.from_structured(own, shape=weight.outer_shape, factor_dtype=weight.factor_dtype)
+    return result
+
+
+class _SumOverMesh(torch.autograd.Function):
+    """Sum of the partial outputs; each process's part has the gradient of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, group: Any) -> Tensor:
+        total = partial.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class _SameInput(torch.autograd.Function):
+    """The input that every process has; its gradient is the sum of what the parts say."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class ComponentParallel(ParallelStyle):
+    """Tensor parallelism of a converted layer: each process holds some of its components, outputs are summed.
+
+    A structured weight is a sum of rank-1 blocks, so that this needs no block to lie on one process's rows or columns:
+    any structure, also one that wraps around, is shared out by cost. Inputs and outputs are the whole ones on every
+    process; the bias stays whole, and is added once. For ``torch.distributed.tensor.parallel.parallelize_module``.
+
+    Example:
+        >>> parallelize_module(model, mesh, {"blocks.*.fc1": ComponentParallel()})  # doctest: +SKIP
+
+    Raises:
+        ConfigError: When applied to a layer without a structured weight.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+        weight: Any = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or not isinstance(weight.data, GBLRTensor):
+            raise ConfigError(f"component parallel: a {type(module).__name__} without a structured weight")
+        group, layer = device_mesh.get_group(), module
+        part = component_part(weight.data, device_mesh.get_local_rank(), device_mesh.size())
+        layer.weight = nn.Parameter(part, requires_grad=False)
+        bias: Any = module.bias
+        layer.register_parameter("bias", None)
+        layer.register_parameter("whole_bias", bias)
+
+        def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return _SameInput.apply(arguments[0], group), *arguments[1:]
+
+        def after(_: nn.Module, __: Any, partial: Tensor) -> Tensor:
+            total: Tensor = _SumOverMesh.apply(partial, group)
+            if bias is None:
+                return total
+            shape = (-1, *(1,) * (len(weight.shape) - 2))  # channels of a convolution come before its positions
+            return total + layer.whole_bias.view(shape)  # type: ignore[operator]  # the parameter above
+
+        layer.register_forward_pre_hook(before)
+        layer.register_forward_hook(after)
+        return layer

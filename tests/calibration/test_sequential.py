@@ -1,0 +1,201 @@
+"""Layer-by-layer compression of small models."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gblr_plugin.calibration.batches import Calibration
+from gblr_plugin.calibration.sequential import compress_sequentially, fit_layers, input_rows, layer_moments
+from gblr_plugin.decomposition import decompose
+from gblr_plugin.errors import ConfigError
+from gblr_plugin.matrix.structure import StructuredMatrix
+from gblr_plugin.utils.progress import shown_by
+
+
+@pytest.fixture
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 16, 40, bias=False),
+        nn.GELU(),
+        nn.Linear(40, 30),
+    )
+
+
+def put(model: nn.Module, results: dict[str, tuple[StructuredMatrix, Tensor | None]]) -> nn.Module:
+    """A copy with the dense approximations in place."""
+    model = copy.deepcopy(model)
+    for name, (matrix, bias) in results.items():
+        layer = model.get_submodule(name)
+        layer.weight = nn.Parameter(matrix.to_dense().reshape(layer.weight.shape))
+        if bias is not None:
+            layer.bias = nn.Parameter(bias)
+    return model
+
+
+def output_error(model: nn.Module, changed: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        want = model(x)
+        return float((changed(x) - want).norm() / (want - want.mean(0)).norm())
+
+
+def test_each_correction_helps_and_the_model_is_left_alone(network: nn.Sequential) -> None:
+    x = torch.randn(400, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    layers = {name: network.get_submodule(name) for name in ("3", "5")}
+    before = copy.deepcopy(network.state_dict())
+    network.train()
+    errors = []
+    for sequential in (False, True):
+        results = compress_sequentially(
+            network, layers, x.split(100), lambda m, b: m(b), 0.25, sequential=sequential, method="trapezoid"
+        )
+        assert all(matrix.relative_flops <= 0.25 for matrix, _ in results.values())
+        errors.append(output_error(network, put(network, results), x))
+    assert errors[1] < errors[0] < 1
+    assert network.training
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in network.modules())
+
+
+def test_budgets_by_name_order_and_biases(network: nn.Sequential) -> None:
+    x = torch.randn(60, 2, 4, 4)
+    layers = {name: network.get_submodule(name) for name in ("5", "0", "3")}
+    shown: list[str] = []
+    with shown_by(shown.append):
+        results = compress_sequentially(
+            network, layers, [x], lambda m, b: m(b), {"0": 0.6, "3": 0.3, "5": 0.5}, method="svd"
+        )
+    assert list(results) == ["0", "3", "5"]
+    shapes = {name: (m.shape, None if b is None else tuple(b.shape)) for name, (m, b) in results.items()}
+    assert shapes == {"0": ((16, 18), (16,)), "3": ((40, 256), None), "5": ((30, 40), (30,))}
+    assert [text.partition(",")[0] for text in shown] == [f"decomposing {i + 1}/3: {n}" for i, n in enumerate("035")]
+    assert results["3"][0].relative_flops <= 0.3 < results["5"][0].relative_flops
+
+
+def test_without_a_bias_the_moments_are_not_centred() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 10, bias=False)
+    x = torch.randn(500, 12) + 3.0
+    found, bias = compress_sequentially(layer, {"": layer}, [x], lambda m, b: m(b), 0.4, method="svd")[""]
+    assert bias is None
+    root = torch.linalg.cholesky(x.T.double() @ x.double() / 500)
+    whitened = layer.weight.double() @ root
+    best = torch.linalg.svdvals(whitened)[2:].square().sum().sqrt()  # what rank 2 cannot hold
+    torch.testing.assert_close(((layer.weight - found.to_dense()).double() @ root).norm(), best, rtol=1e-2, atol=0)
+
+
+class Attention(nn.Module):
+    """Two projections of one input, masked positions that are garbage, and a packed projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(24, 24), nn.Linear(24, 24)
+        self.packed = nn.Linear(24, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.packed(torch.tanh(self.q(x)) * self.k(x))
+
+
+def test_shared_inputs_masks_and_splits() -> None:
+    torch.manual_seed(0)
+    model = Attention()
+    x = torch.randn(20, 6, 24)
+    mask = torch.ones(20, 6)
+    mask[:, 4:] = 0
+    garbage = x.clone()
+    garbage[:, 4:] = 100 * torch.randn(20, 2, 24)
+    layers = dict(model.named_children())
+    settings = {"method": "trapezoid", "row_splits": {"packed": 2}}
+    clean = compress_sequentially(model, layers, [x[:, :4]], lambda m, b: m(b), 0.5, **settings)
+    masked = compress_sequentially(model, layers, [garbage], lambda m, b: m(b), 0.5, mask=lambda _: mask, **settings)
+    assert clean["packed"][0].row_splits == 2
+    for name in layers:
+        torch.testing.assert_close(clean[name][0].to_dense(), masked[name][0].to_dense(), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(clean[name][1], masked[name][1], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(3, 5, 4, stride=2, padding=1, dilation=2),
+        nn.Conv1d(3, 5, 3, padding="same"),
+        nn.Conv2d(3, 5, (2, 3), padding=1, padding_mode="reflect"),
+        nn.Conv2d(3, 5, 3, stride=2),
+        nn.Linear(9, 5),
+    ],
+)
+def test_input_rows_are_what_the_weight_matrix_multiplies(layer: nn.Module) -> None:
+    x = torch.randn(2, *{nn.Conv1d: (3, 11), nn.Conv2d: (3, 8, 9), nn.Linear: (4, 9)}[type(layer)])
+    out = input_rows(layer, x) @ layer.weight.flatten(1).T + layer.bias
+    want = layer(x)
+    if not isinstance(layer, nn.Linear):
+        want = want.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(out, want)
+
+
+def test_errors_name_the_layer(network: nn.Sequential) -> None:
+    x = torch.randn(10, 2, 4, 4)
+    with pytest.raises(ConfigError, match="no batches"):
+        compress_sequentially(network, {"5": network[5]}, [], lambda m, b: m(b), 0.5)
+    with pytest.raises(ConfigError, match="'9' is never run"):
+        compress_sequentially(network, {"9": nn.Linear(20, 20)}, [x], lambda m, b: m(b), 0.5)
+    with pytest.raises(ConfigError, match="layer '5': decompose: budget"):
+        compress_sequentially(network, {"5": network[5]}, [x], lambda m, b: m(b), 5.0)
+    with pytest.raises(ConfigError, match="layer '1'"):
+        compress_sequentially(network, {"1": network[1]}, [x], lambda m, b: m(b), 0.5)
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in network.modules())
+
+
+def test_inputs_that_never_change_leave_the_weight_to_be_fitted(network: nn.Sequential) -> None:
+    with torch.no_grad():
+        network[3].weight.zero_()
+    layers = {"5": network[5]}
+    found, bias = compress_sequentially(network, layers, [torch.randn(20, 2, 4, 4)], lambda m, b: m(b), 0.5)["5"]
+    torch.testing.assert_close(found.to_dense(), decompose(network[5].weight.detach(), 0.5).to_dense())
+    constant = nn.functional.gelu(torch.zeros(40))
+    torch.testing.assert_close(found.to_dense() @ constant + bias, network[5](constant))
+
+
+class Branches(nn.Module):
+    """Convolutions that see one input by other patches, as the two ways through a residual block do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3)
+        self.way = nn.Conv2d(16, 24, 3, padding=1)
+        self.twin = nn.Conv2d(16, 24, 3, padding=1)
+        self.short = nn.Conv2d(16, 24, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x).relu()
+        return (self.way(h) * self.twin(h) + self.short(h)).square().mean()
+
+
+@pytest.mark.parametrize("loss", [False, True])
+def test_convolutions_share_moments_only_where_they_see_the_same_patches(loss: bool) -> None:
+    torch.manual_seed(0)
+    model = Branches()
+    layers = {name: module for name, module in model.named_children() if name != "stem"}
+    batches = [torch.randn(4, 3, 8, 8) for _ in range(2)]
+    calibration = Calibration(batches, lambda net, batch: net(batch), loss=loss)
+    found = fit_layers(
+        model, layers, calibration, lambda _n, w, metric: decompose(w, 0.5, method="trapezoid", calibration=metric)
+    )
+    assert {name: tuple(matrix.to_dense().shape) for name, (matrix, _) in found.items()} == {
+        "way": (24, 144),
+        "twin": (24, 144),
+        "short": (24, 16),
+    }
+    inputs, slopes = layer_moments(model, layers, calibration, gradients=loss)
+    assert inputs["way"] is inputs["twin"]
+    assert inputs["short"].shape == (16, 16)
+    assert set(slopes) == (set(layers) if loss else set())
+    rows = torch.cat([input_rows(model.short, model.stem(x).relu()).flatten(0, 1) for x in batches]).double()
+    torch.testing.assert_close(inputs["short"], rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
