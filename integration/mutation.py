@@ -34,7 +34,13 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 
 ROOT = Path(__file__).parents[1]
-SCOPE = {name: f"tests/test_{name}.py" for name in ("mask", "proximal", "schedule", "structure", "budget")}
+SCOPE = {
+    "matrix/gaudi_mask": "tests/layers/test_masks.py",
+    "matrix/structure": "tests/matrix/test_structure.py",
+    "learning/proximal": "tests/learning/test_proximal.py",
+    "learning/schedule": "tests/learning/test_schedule.py",
+    "learning/budget": "tests/learning/test_budget.py",
+}
 PATIENCE = 5.0  # times what the tests take without a change; beyond, a mutant counts as noticed
 SURVIVED = "survived"
 PRELOADED = (hypothesis, numba, torch._dynamo)
@@ -92,7 +98,7 @@ def noticed(module: str, text: str | None, seconds: float = 600.0) -> tuple[bool
         os.dup2(silent, 2)
         if text is not None:
             path = ROOT / "gblr_plugin" / f"{module}.py"
-            sys.meta_path.insert(0, Mutated(f"gblr_plugin.{module}", path, text))
+            sys.meta_path.insert(0, Mutated(f"gblr_plugin.{module.replace('/', '.')}", path, text))
         try:
             code = int(
                 pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", str(ROOT / SCOPE[module])])

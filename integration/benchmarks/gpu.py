@@ -34,10 +34,10 @@ from gblr_plugin.kernels import compiled, product
 from gblr_plugin.kernels.layout import pack
 from gblr_plugin.kernels.plan import candidates
 from gblr_plugin.layers import GBLRLinear
+from gblr_plugin.layers import masks as mask
 from gblr_plugin.learning import proximal
 from gblr_plugin.learning.learner import LayerGoal, StructureLearner
 from gblr_plugin.learning.optimizers import param_groups
-from gblr_plugin.layers import masks as mask
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,4 +1,4 @@
-"""What tests/kernels/test_processor.py runs: every tile, compiled for processors of many kinds and never run.
+"""What tests/kernels/cpu/test_processor.py runs: every tile, compiled for processors of many kinds and never run.
 
 A process of its own, which LLVM ends where it has no instruction for what a tile asks. Prints a processor's name after
 its tiles were compiled and looked at.

@@ -1,4 +1,4 @@
-"""What tests/kernels/test_triton_cuda.py runs in triton's interpreter; prints the name of each part that passed."""
+"""What tests/kernels/cuda/test_triton_product.py runs in triton's interpreter; prints the name of each part that passed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from gblr_plugin.kernels import compiled
 from gblr_plugin.kernels.cuda import triton_masks, triton_proximal
 from gblr_plugin.kernels.cuda import triton_product as triton_cuda
 from gblr_plugin.kernels.layout import pack
-from gblr_plugin.learning import proximal
 from gblr_plugin.layers import masks as mask
+from gblr_plugin.learning import proximal
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 
 generator = torch.Generator().manual_seed(0)
