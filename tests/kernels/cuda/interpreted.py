@@ -1,4 +1,4 @@
-"""What tests/kernels/cuda/test_triton_product.py runs in triton's interpreter; prints the name of each part that passed."""
+"""What test_triton_product.py runs in triton's interpreter; prints the name of each part that passed."""
 
 from __future__ import annotations
 
