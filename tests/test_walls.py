@@ -4,6 +4,7 @@ Deferred imports, those inside functions, count like any other.
 """
 
 import ast
+import runpy
 from functools import cache
 from pathlib import Path
 
@@ -12,23 +13,8 @@ import pytest
 import gblr_plugin
 
 PACKAGE = Path(gblr_plugin.__file__).parent
-BRIDGES = {"exporting", "huggingface", "lightning", "nni", "plot", "tensorboard", "torchao"}
-LEVELS = [
-    {"errors"},
-    {"utils"},
-    {"matrix"},
-    {"kernels"},
-    {"decomposition", "tensor"},
-    {"layers"},
-    {"families", "learning"},
-    {"calibration"},
-    {"serialization", "surgery"},
-    BRIDGES,
-    {"data"},
-    {"tasks"},
-    {"bench", "run"},
-    {"cli"},
-]
+ROOMS = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "rooms.py"))
+LEVELS = [set(rooms) for _, rooms in reversed(ROOMS["LEVELS"])]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # The only rooms that may import a host. NNI's evaluator trains by Lightning, so that bridge sees both.
 HOSTS = {
@@ -114,8 +100,12 @@ def circles():
     }
 
 
-def test_every_part_of_the_package_has_a_level():
+def test_every_room_has_a_level():
     assert {room_of(module) for module in FILES} - {""} == set(LEVEL)
+
+
+def test_the_picture_shows_these_levels():
+    assert ROOMS["PICTURE"].read_text(encoding="utf-8") == ROOMS["picture"](), "run python docs/rooms.py"
 
 
 def test_few_names_stand_directly_under_the_package():
