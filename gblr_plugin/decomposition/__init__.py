@@ -1,4 +1,4 @@
-"""Structured approximations of dense matrices: closed forms, interval pursuit, and the published initialiser.
+"""Structured approximations of dense matrices: closed forms and interval pursuit.
 
 One file a method; all solve the same :class:`~gblr_plugin.decomposition.problem.Problem`.
 """

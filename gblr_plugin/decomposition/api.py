@@ -14,7 +14,6 @@ from ..matrix.metric import DAMPING, Metric
 from ..matrix.structure import StructuredMatrix
 from ..matrix.tiles import TiledAxis
 from .exact import exact
-from .interval_finder import interval
 from .problem import Problem
 from .pursuit import pursuit
 from .random import random
@@ -47,7 +46,6 @@ METHODS: dict[str, Callable[[Problem], StructuredMatrix]] = {
     "pursuit": _pursuit,
     "svd": svd,
     "trapezoid": trapezoid,
-    "interval": interval,
     "random": random,
 }
 """Decomposition methods by name."""
@@ -189,7 +187,7 @@ def decompose(
         weight: (m, n) floating point, finite.
         budget: Allowed multiply-adds of a matrix-vector product over those of the dense matrix, m * n; in (0, 1].
         method: ``"gblr"`` (the best: `pursuit`, or `trapezoid` where that is better), ``"pursuit"``, ``"trapezoid"``,
-            ``"svd"``, ``"interval"`` (the published initialiser) or ``"random"``.
+            ``"svd"`` or ``"random"``.
         calibration: (N, n) input activations or their (n, n) second moment. The error minimised is then that of the
             output ``W x`` over these inputs, otherwise ``||W - W_hat||_F``. A square symmetric tensor is taken for a
             moment; a :class:`~gblr_plugin.matrix.metric.Metric` is used as it is.

@@ -12,7 +12,7 @@ from ..kernels.fused import span_kernels
 from ..matrix.structure import Intervals
 from ..matrix.tiles import TiledAxis
 
-__all__ = ["Spans", "best_spans", "cell_sums", "joint_gains"]
+__all__ = ["Spans", "best_spans", "cell_sums", "joint_gains", "longest_run"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,3 +127,13 @@ def best_spans(gains: Tensor, grid: TiledAxis, price: float) -> tuple[Spans, Ten
     pays = best > 0
     zero = torch.zeros_like(cells)
     return Spans(torch.where(pays, cells, zero), torch.where(pays, start, zero), grid), best.clamp(min=0)
+
+
+def longest_run(active: Tensor) -> tuple[Tensor, Tensor]:
+    """Longest cyclic run of True in each row of a (K, N) bool tensor: ((K,) widths, (K,) starts), int64."""
+    n = active.shape[1]
+    twice = torch.cat([active, active], 1)
+    index = torch.arange(2 * n, device=active.device).expand_as(twice)
+    last_gap = torch.where(twice, torch.full_like(index, -1), index).cummax(1).values
+    width, end = (index - last_gap).clamp(max=n).max(1)
+    return width, (end - width + 1) % n

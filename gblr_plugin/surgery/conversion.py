@@ -40,10 +40,10 @@ class LayerSettings:
     """How a dense layer is turned into a trainable structured one.
 
     Args:
-        initialiser: ``"svd"`` (full widths, as published), ``"trapezoid"``, ``"interval"``, ``"random"``, or at
-            ``budget`` a decomposition (``"pursuit"``, ``"gblr"``) or a family that GBLR contains
-            (``"block_low_rank"``, ``"block_sparse"``, ``"block_diagonal"``); ``"learned_rank"``: components of a full
-            SVD that are learned to be on or off as a whole, with no other settings.
+        initialiser: ``"svd"`` (full widths, as published), ``"trapezoid"``, ``"random"``, or at ``budget`` a
+            decomposition (``"pursuit"``, ``"gblr"``) or a family that GBLR contains (``"block_low_rank"``,
+            ``"block_sparse"``, ``"block_diagonal"``); ``"learned_rank"``: components of a full SVD that are learned to
+            be on or off as a whole, with no other settings.
         num_components: K per split; default min(m / s, n).
         row_splits: Number of matrices packed along the rows (packed query, key, value: 3).
         align: Tile of rows and columns to which intervals snap; an integer or a pair.

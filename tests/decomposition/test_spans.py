@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gblr_plugin.decomposition import spans as module
-from gblr_plugin.decomposition.spans import Spans, best_spans, cell_sums, joint_gains
+from gblr_plugin.decomposition.spans import Spans, best_spans, cell_sums, joint_gains, longest_run
 from gblr_plugin.matrix.tiles import TiledAxis
 
 
@@ -72,3 +72,12 @@ def test_joint_gains_are_those_of_the_formula(
         monkeypatch.setattr(module, "span_kernels", lambda gains, given=given: given)
         found = joint_gains(inside, right, image, support, scale, grid)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_longest_run_wraps() -> None:
+    active = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 0]]).bool()
+    width, start = longest_run(active)
+    assert width.tolist() == [2, 0, 6, 2]
+    for k in (0, 3):
+        covered = (torch.arange(6) - start[k]) % 6 < width[k]
+        assert bool((active[k] | ~covered).all())

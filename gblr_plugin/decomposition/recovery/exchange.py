@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ...matrix.tiles import TiledAxis
-from ..interval_finder import longest_run
-from ..spans import Spans
+from ..spans import Spans, longest_run
 from .vanishing import WindowSearch, by_cells, cancelled, running_sums
 
 __all__ = ["Exchange", "Side"]

@@ -3,7 +3,8 @@ r"""The published starting point (Lee & Kim, ICLR 2024, appendix): intervals fro
 Rows that belong together correlate in W W^T and columns in W^T W. A row of either matrix, smoothed along the axis and
 thresholded, shows runs; the longest becomes a component's interval. Adam then lowers ||W - W_hat||_F^2 over factors,
 widths and locations through Gaudi masks, the widths being projected on the budget after each step. Ours is the end:
-intervals are made exact and the row factors fitted to them. Kept for comparison: `pursuit` is better and much faster.
+intervals are made exact and the row factors fitted to them. `decompose.py
+--methods interval gblr` compares it with the package's methods, which are nearer to the weight and many times faster.
 """
 
 from __future__ import annotations
@@ -12,24 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..layers.masks import gaudi_mask
-from ..matrix.gaudi_mask import integer_locations, integer_widths
-from ..matrix.structure import Intervals, StructuredMatrix, multiply_adds
-from .joint import supported_solve
-from .problem import Problem
-from .triplets import singular_triplets
-
-__all__ = ["interval", "longest_run"]
-
-
-def longest_run(active: Tensor) -> tuple[Tensor, Tensor]:
-    """Longest cyclic run of True in each row of a (K, N) bool tensor: ((K,) widths, (K,) starts), int64."""
-    n = active.shape[1]
-    twice = torch.cat([active, active], 1)
-    index = torch.arange(2 * n, device=active.device).expand_as(twice)
-    last_gap = torch.where(twice, torch.full_like(index, -1), index).cummax(1).values
-    width, end = (index - last_gap).clamp(max=n).max(1)
-    return width, (end - width + 1) % n
+from gblr_plugin.decomposition.joint import supported_solve
+from gblr_plugin.decomposition.problem import Problem
+from gblr_plugin.decomposition.spans import longest_run
+from gblr_plugin.decomposition.triplets import singular_triplets
+from gblr_plugin.layers.masks import gaudi_mask
+from gblr_plugin.matrix.gaudi_mask import integer_locations, integer_widths
+from gblr_plugin.matrix.metric import Metric
+from gblr_plugin.matrix.structure import Intervals, StructuredMatrix, multiply_adds
+from gblr_plugin.matrix.tiles import TiledAxis
 
 
 def _smooth_rows(gram: Tensor, anchors: Tensor) -> Tensor:
@@ -134,3 +126,13 @@ def _frozen(u: Tensor, v: Tensor, widths: Tensor, locations: Tensor, problem: Pr
     whitened = problem.metric.whiten(v)
     u, _ = supported_solve(whitened @ whitened.T, whitened @ problem.metric.whiten(problem.weight).T, rows.support())
     return StructuredMatrix.from_factors(u, v, rows, cols).live()
+
+
+def published(
+    weight: Tensor, budget: float, *, align: int = 1, max_components: int | None = None, steps: int = 1000
+) -> StructuredMatrix:
+    """The published initialiser with the arguments of :func:`gblr_plugin.decompose`, in the dtype of the weight."""
+    m, n = weight.shape
+    count = min(m, n) if max_components is None else max_components
+    axes = TiledAxis(m, align), TiledAxis(n, align)
+    return interval(Problem(weight.double(), int(budget * m * n), *axes, count, Metric(), 0), steps).to(weight.dtype)

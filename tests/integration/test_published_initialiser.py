@@ -1,23 +1,32 @@
-"""The published initialiser."""
+"""The published initialiser, with which decompositions are compared."""
 
 from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from gblr_plugin.decomposition.interval_finder import interval, longest_run
 from gblr_plugin.decomposition.problem import Problem
 from gblr_plugin.matrix.metric import Metric
 from gblr_plugin.matrix.tiles import TiledAxis
 
+SCRIPT = Path(__file__).parents[2] / "integration" / "benchmarks" / "published_initialiser.py"
 
-def test_longest_run_wraps() -> None:
-    active = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 0]]).bool()
-    width, start = longest_run(active)
-    assert width.tolist() == [2, 0, 6, 2]
-    for k in (0, 3):
-        covered = (torch.arange(6) - start[k]) % 6 < width[k]
-        assert bool((active[k] | ~covered).all())
+
+def script() -> ModuleType:
+    """The comparison's module, which is in no package."""
+    spec = importlib.util.spec_from_file_location("published_initialiser", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+interval = script().interval
 
 
 def test_budget_is_kept_and_steps_lower_the_error() -> None:
