@@ -32,7 +32,14 @@ LEVELS: list[tuple[str, dict[str, str]]] = [
             "exporting": "ONNX, export",
         },
     ),
-    ("model", {"surgery": "select, prepare, convert, report", "serialization": "safetensors files"}),
+    (
+        "model",
+        {
+            "surgery": "select, prepare, convert, report",
+            "serialization": "safetensors files",
+            "monitoring": "records, statistics, pictures",
+        },
+    ),
     ("learning", {"calibration": "batches, moments, allocation of budgets"}),
     ("", {"learning": "learner, budget, schedule, proximal step", "families": "one file a family"}),
     ("matrices", {"layers": "trainable layers, their masks and products"}),

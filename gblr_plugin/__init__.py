@@ -2,8 +2,9 @@
 
 Only torch is imported here (and torchao with the tensor); NNI, Lightning and TensorBoard are imported when the bridge
 to them is used: ``gblr_plugin.nni``, ``gblr_plugin.lightning``, ``gblr_plugin.tensorboard``. Where a program imports
-torchao or transformers itself, they are told of this package: torchao of the config that its files may name,
-transformers of the folders that it is to read and write.
+torchao, transformers or torch's TensorBoard writer itself, this package is made known to them: torchao learns of the
+config that its files may name, transformers of the folders that it is to read and write, and the writer's logs get the
+snapshots of structures.
 """
 
 from __future__ import annotations
@@ -66,15 +67,27 @@ def __dir__() -> list[str]:
 
 
 def _tell_torchao() -> None:
+    """Files of torchao may name this package's config."""
     sys.modules["torchao.core.config"].ALLOWED_AO_MODULES.add(__name__)
 
 
 def _tell_transformers() -> None:
-    with contextlib.suppress(
-        ImportError
-    ):  # of an older transformers, or without torchao: ``gblr_plugin.huggingface.folders`` says it
+    """Folders of transformers may hold structured weights."""
+    # An older transformers, or no torchao: `gblr_plugin.huggingface.folders` says so when it is used.
+    with contextlib.suppress(ImportError):
         import_module(".huggingface.folders", __name__)
+
+
+def _tell_monitoring() -> None:
+    """Snapshots of structures go to the tab of TensorBoard where a program writes logs for it."""
+    from .monitoring.sinks import register_sink
+
+    def log_snapshot(*args: Any, **about: Any) -> None:
+        import_module(".tensorboard.summary", __name__).log_snapshot(*args, **about)
+
+    register_sink("tensorboard", log_snapshot)
 
 
 after_import("torchao.core.config", _tell_torchao)
 after_import("transformers.modeling_utils", _tell_transformers)
+after_import("torch.utils.tensorboard.writer", _tell_monitoring)

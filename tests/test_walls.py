@@ -31,9 +31,6 @@ HOSTS = {
 # To be opened: this list only ever gets shorter.
 KNOWN_UPWARDS = {
     ("families", "surgery.families"),
-    ("lightning.reporter", "tensorboard.pictures"),
-    ("lightning.reporter", "tensorboard.summary"),
-    ("plot.structure", "tensorboard.pictures"),
     ("serialization.model", "huggingface.folders"),
 }
 KNOWN_CIRCLES = {

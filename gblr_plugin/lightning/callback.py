@@ -16,6 +16,7 @@ from ..layers import GBLRLayer
 from ..learning.learner import NON_FINITE, LayerGoal, StructureLearner
 from ..learning.optimizers import split_structure_group
 from ..learning.schedule import Schedule
+from ..monitoring.statistics import layer_statistics, total_statistics
 from ..surgery.conversion import LayerSettings, prepare_layers
 from ..surgery.patterns import as_patterns, check_used, matches, value_of
 from ..surgery.selection import Pattern, log_skipped, select_layers
@@ -24,7 +25,6 @@ from .base import Callback
 from .checkpoint import match_checkpoint
 from .reporter import log_pictures, log_scalars, scalars
 from .resuming import Place
-from .statistics import layer_statistics, total_statistics
 
 __all__ = ["GBLRCallback"]
 

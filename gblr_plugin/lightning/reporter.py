@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..layers import GBLRLayer
-from .statistics import Statistics
+from ..monitoring.pictures import structure_image
+from ..monitoring.sinks import send_snapshot
+from ..monitoring.statistics import Statistics
 
 __all__ = ["log_pictures", "log_scalars", "scalars"]
 
@@ -68,9 +70,6 @@ def log_pictures(
     takers = [logger for logger in loggers if _takes_pictures(logger)]
     if not takers:
         return
-    from ..tensorboard.pictures import structure_image
-    from ..tensorboard.summary import write_structure
-
     images = {f"gblr_structure/{name}": structure_image(layer, max_size) for name, layer in layers.items()}
     for logger in takers:
         if callable(getattr(logger, "log_image", None)):
@@ -79,5 +78,4 @@ def log_pictures(
             continue
         for name, image in images.items():
             logger.experiment.add_image(name, image, global_step=step)
-        if hasattr(logger.experiment, "_get_file_writer"):
-            write_structure(logger, layers, step, budget=budget, lambdas=lambdas)
+        send_snapshot(logger, layers, step, budget=budget, lambdas=lambdas)

@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
-__all__ = ["Place", "random_state", "set_random_state"]
+from ..utils.random_state import random_state, set_random_state
 
-
-def random_state() -> dict[str, Any]:
-    """State of the generators of Python, numpy and torch (all devices), as values that a checkpoint may hold."""
-    kind, key, *rest = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": (str(kind), torch.from_numpy(np.asarray(key).astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-    }
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Draw what was drawn after :func:`random_state`; devices that are not there are left out."""
-    random.setstate(state["python"])
-    kind, key, *rest = state["numpy"]
-    np.random.set_state((kind, key.cpu().numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"].cpu())
-    for device, one in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
-        torch.cuda.set_rng_state(one.cpu(), device)
+__all__ = ["Place"]
 
 
 class Place:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..matrix.structure import Intervals
-from ..tensorboard.pictures import POWER, blocks, colours, overlap_map, structure_image
+from ..monitoring.pictures import POWER, blocks, colours, overlap_map, structure_image
 from .style import ACCENT, INK, MUTED, STEPS, house_axes
 
 __all__ = ["structure"]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..lightning.resuming import random_state, set_random_state
 from ..tasks.base import PairsDataModule, Task
+from ..utils.random_state import random_state, set_random_state
 from .measure import evaluate
 from .settings import Method
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_EXPORTS = {"structure_image": "pictures", "write_structure": "summary"}
+_EXPORTS = {"structure_image": "..monitoring.pictures", "write_structure": ".summary"}
 
 __all__ = ["structure_image", "write_structure"]
 
@@ -17,4 +17,4 @@ __all__ = ["structure_image", "write_structure"]
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+    return getattr(import_module(_EXPORTS[name], __name__), name)

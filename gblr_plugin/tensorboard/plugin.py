@@ -13,8 +13,8 @@ from tensorboard.backend import http_util
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
+from ..monitoring.records import PLUGIN_NAME, LayerRecord, LayerShape, StepRecord
 from .reader import RunLog, StructureReader, number
-from .records import PLUGIN_NAME, LayerRecord, LayerShape, StepRecord
 
 __all__ = ["GBLRPlugin", "GBLRPluginLoader"]
 

@@ -16,7 +16,7 @@ import numpy as np
 from tensorboard import errors
 from tensorboard.data import provider
 
-from .records import (
+from ..monitoring.records import (
     PLUGIN_NAME,
     STRUCTURE_TAG,
     SUMMARY_TAG,

@@ -1,14 +1,17 @@
-"""Random numbers for a pass over a model, after which the caller's go on as if none had been drawn."""
+"""The state of random generators: kept, set again, and left alone by a pass over a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import random
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["accelerators_of", "keep_random_state"]
+__all__ = ["accelerators_of", "keep_random_state", "random_state", "set_random_state"]
 
 
 def accelerators_of(model: nn.Module) -> set[torch.device]:
@@ -31,11 +34,32 @@ def keep_random_state(devices: Iterable[torch.device], seed: int | None = None) 
     with ExitStack() as kept:
         kept.enter_context(torch.random.fork_rng(devices=[]))
         for kind in sorted({place.type for place in places}):
-            own = [place.index for place in places if place.type == kind]
-            kept.enter_context(torch.random.fork_rng(own, device_type=kind))
+            indices = [place.index for place in places if place.type == kind]
+            kept.enter_context(torch.random.fork_rng(indices, device_type=kind))
         if seed is not None:
             torch.default_generator.manual_seed(seed)
             for place in places:
                 with torch.accelerator.device_index(place.index):
                     torch.get_device_module(place).manual_seed(seed)
         yield
+
+
+def random_state() -> dict[str, Any]:
+    """State of the generators of Python, numpy and torch (all devices), as values that a checkpoint may hold."""
+    kind, key, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (str(kind), torch.from_numpy(np.asarray(key).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Draw what was drawn after :func:`random_state`; devices that are not there are left out."""
+    random.setstate(state["python"])
+    kind, key, *rest = state["numpy"]
+    np.random.set_state((kind, key.cpu().numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    for device, cuda_state in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(cuda_state.cpu(), device)

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gblr_plugin.lightning import GBLRCallback
 from gblr_plugin.lightning.reporter import scalars
-from gblr_plugin.lightning.statistics import Statistics
+from gblr_plugin.monitoring.statistics import Statistics
 
 TOTALS = {"relative_flops", "live_components", "mean_row_width", "mean_column_width", "lambda"}
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import random
 
 import numpy as np
@@ -12,7 +11,6 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from gblr_plugin.lightning import GBLRCallback
-from gblr_plugin.lightning.resuming import random_state, set_random_state
 
 EPOCHS, BATCHES = 2, 4
 
@@ -199,18 +197,3 @@ def test_modules_that_fetch_batches_themselves(make_trainer, tmp_path):
     module = fit(make_trainer, Fetching("plain"), 0, more=[saved])
     again = fit(make_trainer, Fetching("plain"), 99, tmp_path / "step=06.ckpt")
     assert [rows for _, _, rows in again.seen] == [rows for _, _, rows in module.seen[6:]]
-
-
-def test_random_state_of_all_libraries():
-    def drawn():
-        return random.random(), np.random.rand(), np.random.randn(), torch.rand(()).item(), torch.randn(()).item()
-
-    state = random_state()
-    first = drawn()
-    assert drawn() != first
-    set_random_state(state)
-    assert drawn() == first
-    torch.save(state, file := io.BytesIO())
-    file.seek(0)
-    set_random_state(torch.load(file, weights_only=True))
-    assert drawn() == first

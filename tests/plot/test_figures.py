@@ -14,8 +14,8 @@ from gblr_plugin import plot
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.layers import GBLRLinear
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
+from gblr_plugin.monitoring.pictures import overlap_map
 from gblr_plugin.tensor.gblr_tensor import GBLRTensor
-from gblr_plugin.tensorboard.pictures import overlap_map
 
 
 def matrix(m=24, n=16, num=6, splits=1, seed=0):

@@ -17,9 +17,9 @@ from werkzeug.test import Client
 
 import gblr_plugin.tensorboard
 from gblr_plugin.matrix.structure import StructuredMatrix
+from gblr_plugin.monitoring.records import LayerRecord, LayerShape, encode_layer
 from gblr_plugin.tensorboard import write_structure
 from gblr_plugin.tensorboard.plugin import GBLRPluginLoader
-from gblr_plugin.tensorboard.records import LayerRecord, LayerShape, encode_layer
 
 ROOT = "/data/plugin/gblr/"
 HOSTILE = '"><script>window.hacked=1</script>'

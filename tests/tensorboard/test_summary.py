@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +15,9 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import gblr_plugin as gblr
-from gblr_plugin.layers import GBLRLinear
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
+from gblr_plugin.monitoring.records import decode_layer, decode_step
 from gblr_plugin.tensorboard import write_structure
-from gblr_plugin.tensorboard.records import decode_layer, decode_step
 from gblr_plugin.tensorboard.summary import structure_summary
 
 
@@ -46,46 +44,6 @@ def test_counts_and_energies_are_those_of_the_matrix() -> None:
     assert layer.shape.split_sizes == (2, 1)
     blocks = torch.einsum("km,kn->kmn", matrix.u, matrix.v).square().sum((1, 2))
     torch.testing.assert_close(torch.from_numpy(layer.energy).float(), blocks, rtol=0.045, atol=0.0)
-
-
-def test_every_kind_of_layer_tells_the_same_structure() -> None:
-    matrix = make_matrix()
-    trainable = GBLRLinear(matrix)
-    frozen = gblr.GBLRTensor.from_structured(matrix)
-    module = nn.Linear(6, 8)
-    module.weight = nn.Parameter(frozen, requires_grad=False)
-    step, layers = records_of(structure_summary({"m": matrix, "t": trainable, "f": frozen, "l": module}))
-    assert step.stored.tolist() == [matrix.stored] * 4
-    assert step.live.tolist() == [2] * 4
-    assert all(shape.dense == 48 for shape in step.layers)
-    live = [sorted(energy for energy in layer.energy if energy > 0) for layer in layers]
-    for energies in live[1:]:
-        assert energies == pytest.approx(live[0], rel=0.05)
-    assert all(math.isinf(value) for value in [step.sigma])
-
-
-def test_energies_of_trainable_layers_end_with_their_intervals() -> None:
-    layer = GBLRLinear(make_matrix())
-    with torch.no_grad():
-        for parameter in (layer.U, layer.V):
-            parameter.copy_(torch.randn_like(parameter))
-        layer.widths.copy_(torch.tensor([[0.75, 0.25, 0.5, 1.0], [0.5, 1.0, 0.2, 0.4]]))
-        layer.locations.copy_(torch.tensor([[0.5, 0.0, 0.75, 0.25], [0.8, 0.0, 0.0, 0.9]]))
-    matrix = layer.structure()
-    _, (logged,) = records_of(structure_summary({"a": layer}))
-    expected = torch.einsum("km,kn->kmn", matrix.u, matrix.v).square().sum((1, 2))
-    torch.testing.assert_close(torch.from_numpy(logged.energy).float(), expected, rtol=0.045, atol=0.0)
-
-
-def test_sigma_is_read_from_trainable_layers() -> None:
-    layer = GBLRLinear(make_matrix())
-    layer.set_sigma(7.0)
-    assert records_of(structure_summary({"a": layer}))[0].sigma == 7.0
-
-
-def test_dead_components_keep_their_number() -> None:
-    _, (layer,) = records_of(structure_summary({"a": GBLRLinear(make_matrix())}))
-    assert layer.row_width.tolist()[:3] == [3, 0, 4]
 
 
 class Logger:

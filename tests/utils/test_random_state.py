@@ -1,5 +1,8 @@
+import io
+import random
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -7,7 +10,7 @@ from torch.nn import functional as F
 
 from gblr_plugin.calibration.batches import Calibration
 from gblr_plugin.calibration.sequential import layer_moments
-from gblr_plugin.utils.random_state import accelerators_of, keep_random_state
+from gblr_plugin.utils.random_state import accelerators_of, keep_random_state, random_state, set_random_state
 
 
 class Accelerator:
@@ -84,3 +87,18 @@ def test_no_generator_of_another_device_is_seeded(monkeypatch):
     assert torch.equal(torch.get_rng_state(), before)
     assert not seeded
     assert accelerators_of(model.to("meta")) == set()
+
+
+def test_random_state_of_all_libraries():
+    def drawn():
+        return random.random(), np.random.rand(), np.random.randn(), torch.rand(()).item(), torch.randn(()).item()
+
+    state = random_state()
+    first = drawn()
+    assert drawn() != first
+    set_random_state(state)
+    assert drawn() == first
+    torch.save(state, file := io.BytesIO())
+    file.seek(0)
+    set_random_state(torch.load(file, weights_only=True))
+    assert drawn() == first

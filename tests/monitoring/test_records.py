@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gblr_plugin.tensorboard.records import (
+from gblr_plugin.monitoring.records import (
     LayerRecord,
     LayerShape,
     RecordError,

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from gblr_plugin.layers import GBLRConv2d, GBLRLinear
-from gblr_plugin.lightning.statistics import layer_statistics, total_statistics
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
+from gblr_plugin.monitoring.statistics import layer_statistics, total_statistics
 
 
 def matrix(row_widths, col_widths, m, n, splits=1):

@@ -10,11 +10,12 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError
 from ..layers import GBLRLayer
-from ..matrix.structure import Intervals, StructuredMatrix, multiply_adds
+from ..matrix.structure import Intervals, multiply_adds
+from .snapshot import structured_matrix
 
 __all__ = ["POWER", "blocks", "colours", "overlap_map", "structure_image"]
 
@@ -48,17 +49,13 @@ def blocks(source: Any) -> tuple[Intervals, Intervals, tuple[int, ...]]:
         rows, cols = source.intervals()
         sizes: tuple[int, ...] = (rows.num_components // source.row_splits,) * source.row_splits
     else:
-        if isinstance(source, nn.Module):
-            source = getattr(source, "weight", source)
-        if hasattr(source, "to_structured"):
-            source = source.to_structured()
-        if not isinstance(source, StructuredMatrix):
+        matrix = structured_matrix(source)
+        if matrix is None:
             raise ConfigError(
                 f"picture: a {type(source).__name__} has no structure; allowed are a StructuredMatrix, a structured "
-                "layer "
-                "and a converted layer or weight"
+                "layer and a converted layer or weight"
             )
-        rows, cols, sizes = source.rows, source.cols, source.split_sizes
+        rows, cols, sizes = matrix.rows, matrix.cols, matrix.split_sizes
     live = multiply_adds(rows.width, cols.width) > 0
     kept = tuple(int(part.sum()) for part in live.split(sizes))
     return rows.select(live), cols.select(live), kept

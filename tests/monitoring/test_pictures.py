@@ -7,8 +7,8 @@ from torch import nn
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.layers import GBLRLinear
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
+from gblr_plugin.monitoring.pictures import colours, overlap_map, structure_image
 from gblr_plugin.tensor.gblr_tensor import GBLRTensor
-from gblr_plugin.tensorboard.pictures import colours, overlap_map, structure_image
 
 
 def random_matrix(m, n, num, splits=1, seed=0):
