@@ -16,7 +16,6 @@ instead (Liebenwein et al. 2021); ``uniform`` gives every layer the same share.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 
 import torch
@@ -28,6 +27,7 @@ from ..errors import ConfigError
 from ..families.alds import error_curve
 from ..layers.dense import check_structurable, weight_matrix
 from ..matrix.metric import Metric
+from ..utils.validation import check_choice, check_share
 from .batches import Calibration
 from .sequential import layer_moments
 
@@ -51,10 +51,7 @@ def check_rule(rule: str, calibration: object | None) -> None:
     Raises:
         ConfigError: In one line.
     """
-    if rule not in RULES:
-        near = difflib.get_close_matches(str(rule), RULES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"allocation: must be one of {', '.join(RULES)}, got {rule!r}{hint}")
+    check_choice("allocation:", rule, RULES)
     if rule in ("output", "sensitivity") and calibration is None:
         raise ConfigError(f"allocation: rule {rule!r} needs calibration batches; give calibration, or choose 'weight'")
 
@@ -94,8 +91,7 @@ def allocate(
         True
     """
     check_rule(rule, calibration)
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
-        raise ConfigError(f"allocation: budget must be relative FLOPs in (0, 1], got {budget!r}")
+    check_share("allocation: budget", budget, "relative FLOPs")
     for name, module in layers.items():
         check_structurable(module, name)
     dense = {name: weight_matrix(module).numel() for name, module in layers.items()}

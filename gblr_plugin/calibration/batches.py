@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..matrix.metric import DAMPING, Metric
+from ..utils.validation import check_count, check_flag, check_share
 
 __all__ = [
     "Calibration",
@@ -49,14 +50,10 @@ class CalibrationSettings:
     loss: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.batches, bool) or not isinstance(self.batches, int) or self.batches < 1:
-            raise ConfigError(f"batches must be a whole number of at least 1, got {self.batches!r}")
-        number = isinstance(self.damping, (int, float)) and not isinstance(self.damping, bool)
-        if not number or not 0 < self.damping <= 1:
-            raise ConfigError(f"damping must be a number in (0, 1], got {self.damping!r}")
-        for name in ("sequential", "loss"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        check_count("batches", self.batches)
+        check_share("damping", self.damping)
+        check_flag("sequential", self.sequential)
+        check_flag("loss", self.loss)
 
     @classmethod
     def read(cls, value: CalibrationSettings | Mapping[str, Any] | bool | None) -> CalibrationSettings | None:

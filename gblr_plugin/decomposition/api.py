@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..matrix.metric import DAMPING, Metric
 from ..matrix.structure import StructuredMatrix
 from ..matrix.tiles import TiledAxis
+from ..utils.validation import check_choice, check_count, check_row_splits, check_share, check_tile, check_weight
 from .exact import exact
 from .problem import Problem
 from .pursuit import pursuit
@@ -51,61 +52,6 @@ METHODS: dict[str, Callable[[Problem], StructuredMatrix]] = {
 """Decomposition methods by name."""
 
 
-def _check_weight(weight: Tensor, row_splits: int) -> None:
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.dtype.is_floating_point:
-        what = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
-        raise ConfigError(f"decompose: weight must be a 2-d floating-point tensor (m, n), got {what}")
-    if weight.dtype.itemsize < 2:
-        raise ConfigError(f"decompose: weight must have half precision or more, got {weight.dtype}")
-    if min(weight.shape) < 1:
-        raise ConfigError(f"decompose: weight must have rows and columns, got shape {tuple(weight.shape)}")
-    if weight.is_meta:
-        raise ConfigError("decompose: weight is on the meta device, it has no values to approximate")
-    if not bool(torch.isfinite(weight).all()):
-        raise ConfigError("decompose: weight holds NaN or infinite values")
-    if not isinstance(row_splits, int) or row_splits < 1 or weight.shape[0] % row_splits:
-        raise ConfigError(
-            f"decompose: row_splits must be a positive divisor of the {weight.shape[0]} rows, got {row_splits!r}"
-        )
-
-
-def _check_budget(budget: object) -> None:
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
-        raise ConfigError(f"decompose: budget must be a number in (0, 1], got {budget!r}")
-
-
-def _check_tiles(align: int | tuple[int, int]) -> tuple[int, int]:
-    rows, cols = align if isinstance(align, (tuple, list)) and len(align) == 2 else (align, align)
-    for tile in (rows, cols):
-        if not isinstance(tile, int) or tile < 1:
-            raise ConfigError(f"decompose: align must be a positive int or a pair (rows, cols) of them, got {align!r}")
-    return rows, cols
-
-
-def _metric(calibration: Tensor | Metric | None, weight: Tensor, damping: float) -> Metric:
-    n = weight.shape[1]
-    if calibration is None:
-        return Metric()
-    if isinstance(calibration, Metric):
-        return calibration
-    if (
-        not isinstance(calibration, Tensor)
-        or calibration.dim() != 2
-        or calibration.shape[1] != n
-        or not len(calibration)
-    ):
-        what = tuple(calibration.shape) if isinstance(calibration, Tensor) else type(calibration).__name__
-        raise ConfigError(
-            f"decompose: calibration must be (N, {n}) activations or an ({n}, {n}) second moment, got {what}"
-        )
-    if not bool(torch.isfinite(calibration).all()):
-        raise ConfigError("decompose: calibration holds NaN or infinite values")
-    data = calibration.detach().to(device=weight.device, dtype=torch.float64)
-    if data.shape == (n, n) and torch.allclose(data, data.T, rtol=1e-4, atol=1e-6 * float(data.abs().max())):
-        return Metric.from_moment(data, damping)
-    return Metric.from_moment(data.T @ data / len(data), damping)
-
-
 def _something(problem: Problem, found: StructuredMatrix) -> StructuredMatrix:
     """The solution, or where a budget below rank 1 left nothing, the tile around the largest entry."""
     if found.num_components or not bool(problem.weight.any()):
@@ -128,18 +74,24 @@ def _solve(
     method: str,
     *,
     budget: float | None,
-    metric: Metric,
-    tiles: tuple[int, int],
+    calibration: Tensor | Metric | None,
+    damping: float,
+    align: int | tuple[int, int],
     max_components: int | None,
     row_splits: int,
     seed: int,
     trains: bool = False,
 ) -> StructuredMatrix:
-    """Solve each split on its own and stack the results in the dtype of the weight."""
-    if method not in METHODS:
-        raise ConfigError(f"decompose: method must be one of {', '.join(METHODS)}, got {method!r}")
-    if max_components is not None and (not isinstance(max_components, int) or max_components < 1):
-        raise ConfigError(f"decompose: max_components must be a positive int, got {max_components!r}")
+    """Check the arguments, solve each split on its own, and stack the results in the dtype of the weight."""
+    check_weight("decompose: weight", weight)
+    check_row_splits("decompose: row_splits", row_splits, len(weight))
+    if budget is not None:
+        check_share("decompose: budget", budget)
+    check_choice("decompose: method", method, METHODS)
+    tiles = check_tile("decompose: align", align)
+    if max_components is not None:
+        check_count("decompose: max_components", max_components)
+    metric = Metric.from_calibration("decompose", calibration, weight, damping)
     # Entries of about 1, by a power of 4, which rounds nothing: sums of squares have their range too.
     target = weight.detach().double()
     size = float(target.abs().max()) if weight.numel() else 0.0
@@ -206,14 +158,15 @@ def decompose(
     Raises:
         ConfigError: If an argument is out of the ranges above, or the budget does not pay for a single block.
     """
-    _check_weight(weight, row_splits)
-    _check_budget(budget)
+    if budget is None:
+        raise ConfigError("decompose: budget must be a number in (0, 1], got None")
     return _solve(
         weight,
         method,
-        budget=float(budget),
-        metric=_metric(calibration, weight, damping),
-        tiles=_check_tiles(align),
+        budget=budget,
+        calibration=calibration,
+        damping=damping,
+        align=align,
         max_components=max_components,
         row_splits=row_splits,
         seed=seed,
@@ -254,17 +207,15 @@ def initialise(
     Raises:
         ConfigError: As :func:`decompose`; also where a method that needs a budget is given none.
     """
-    if budget is not None:
-        _check_budget(budget)
-    elif method in METHODS and method not in ("svd", "trapezoid", "random"):
+    if budget is None and method in METHODS and method not in ("svd", "trapezoid", "random"):
         raise ConfigError(f"initialise: method {method!r} needs a budget; svd, trapezoid and random can do without")
-    _check_weight(weight, row_splits)
     return _solve(
         weight,
         method,
-        budget=None if budget is None else float(budget),
-        metric=_metric(calibration, weight, DAMPING),
-        tiles=_check_tiles(align),
+        budget=budget,
+        calibration=calibration,
+        damping=DAMPING,
+        align=align,
         max_components=num_components,
         row_splits=row_splits,
         seed=seed,

@@ -62,6 +62,36 @@ class Metric:
             raise ConfigError("calibration: the second moment is not positive semi-definite")
         return cls(moment, root, level)
 
+    @classmethod
+    def from_calibration(
+        cls, where: str, calibration: Tensor | Metric | None, weight: Tensor, damping: float
+    ) -> Metric:
+        """The metric that an argument ``calibration`` means.
+
+        Args:
+            where: Who takes the argument, for messages.
+            calibration: (N, n) rows of inputs, their (n, n) second moment, a metric, or ``None``: the Frobenius norm.
+            weight: (m, n) weight whose inputs these are; its device becomes the metric's.
+            damping: As for :meth:`from_moment`.
+
+        Raises:
+            ConfigError: For another shape, entries that are not finite, or no input other than zero.
+        """
+        n = weight.shape[1]
+        if calibration is None or isinstance(calibration, Metric):
+            return calibration or cls()
+        fits = isinstance(calibration, Tensor) and calibration.dim() == 2 and calibration.shape[1] == n
+        if not fits or not len(calibration):
+            given = tuple(calibration.shape) if isinstance(calibration, Tensor) else type(calibration).__name__
+            raise ConfigError(
+                f"{where}: calibration must be (N, {n}) inputs or their ({n}, {n}) second moment, got {given}"
+            )
+        if not bool(torch.isfinite(calibration).all()):
+            raise ConfigError(f"{where}: calibration holds NaN or infinite values")
+        data = calibration.detach().to(device=weight.device, dtype=torch.float64)
+        is_moment = len(data) == n and torch.allclose(data, data.T, rtol=1e-4, atol=1e-6 * float(data.abs().max()))
+        return cls.from_moment(data if is_moment else data.T @ data / len(data), damping)
+
     def weighted(self, gradient: Tensor, damping: float = DAMPING) -> Metric:
         """The same metric of inputs, with outputs weighed by the (m, m) second moment of their loss gradients.
 
