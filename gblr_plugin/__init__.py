@@ -30,7 +30,7 @@ _EXPORTS = {
     "GBLRTensor": "tensor.gblr_tensor",
     "Intervals": "matrix.structure",
     "LayerGoal": "learning.learner",
-    "LayerSettings": "surgery.conversion",
+    "LayerSettings": "surgery.starts",
     "Schedule": "learning.schedule",
     "StructureLearner": "learning.learner",
     "StructuredMatrix": "matrix.structure",

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..decomposition.curves import Curve, least_maximum
 from ..errors import ConfigError
 from ..matrix.metric import Metric
-from .base import check_count, check_weight, options_of, too_small
+from .checks import check_count, check_weight, too_small
 from .grid import BlockGrid, grid_factors
 from .partition import Partition
 
@@ -47,20 +47,28 @@ class Alds(BlockGrid):
     name = "alds"
 
     @classmethod
-    def _project(cls, weight: Tensor, allowed: int, *, metric: Metric, parts: int | None = None) -> Alds:
+    def _project(cls, weight: Tensor, max_multiply_adds: int, *, metric: Metric, parts: int | None = None) -> Alds:
         m, n = weight.shape
         best: tuple[float, int, int] | None = None
         for choice in _choices(weight, parts):
-            rank = int((choice.cost <= allowed).sum())
+            rank = int((choice.cost <= max_multiply_adds).sum())
             if rank and (best is None or float(choice.error[rank - 1]) < best[0]):
                 best = float(choice.error[rank - 1]), choice.parts, rank
         if best is None:
             count = parts or 1
-            raise too_small(cls.name, weight.shape, allowed, count * m + n, f"{count} parts of rank 1")
+            raise too_small(cls.name, weight.shape, max_multiply_adds, count * m + n, f"{count} parts of rank 1")
         return cls(*grid_factors(weight, Partition(m, 1), Partition(n, best[1]), best[2], metric))
 
     @classmethod
-    def budgets(cls, weights: Mapping[str, Tensor], budget: float, **options: Any) -> dict[str, float]:
+    def budgets(
+        cls,
+        weights: Mapping[str, Tensor],
+        budget: float,
+        *,
+        row_splits: Mapping[str, int] | None = None,
+        parts: int | None = None,
+        **options: Any,
+    ) -> dict[str, float]:
         """Budgets that minimise the largest error bound over the layers, by multiply-adds of one product each.
 
         Raises:
@@ -69,21 +77,18 @@ class Alds(BlockGrid):
         targets = {
             name: check_weight(f"{cls.name}: layer {name!r}", weight, budget) for name, weight in weights.items()
         }
-        parts = options.get("parts")
-        curves = {
-            name: error_curve(target, options_of(options, name)["row_splits"], parts)
-            for name, target in targets.items()
-        }
-        allowed = sum(budget * target.numel() for target in targets.values()) + 1e-6
+        splits = row_splits or {}
+        curves = {name: error_curve(target, splits.get(name, 1), parts) for name, target in targets.items()}
+        max_multiply_adds = sum(budget * target.numel() for target in targets.values()) + 1e-6
         least = {name: float(curve.cost[0]) for name, curve in curves.items()}
-        if sum(least.values()) > allowed:
+        if sum(least.values()) > max_multiply_adds:
             total = sum(target.numel() for target in targets.values())
             raise ConfigError(
                 f"{cls.name}: a budget of {budget:g} does not pay for rank 1 in each of {len(curves)} layers, which "
                 f"takes {sum(least.values()) / total:.4g}; raise the budget or leave layers out"
             )
         most = {name: float(target.numel()) for name, target in targets.items()}
-        spent = least_maximum(curves, allowed, least, most)
+        spent = least_maximum(curves, max_multiply_adds, least, most)
         return {name: min(1.0, cost / targets[name].numel()) for name, cost in spent.items()}
 
 

@@ -1,4 +1,8 @@
-"""The protocol of every structure family: a frozen (m, n) matrix with its product, cost and trainable form."""
+"""The protocol of every structure family: a frozen (m, n) matrix with its product and its cost.
+
+:class:`FamilyMatrix` is what a family implements; :class:`Stacked` holds several matrices of one family on top of each
+other, as packed projections (query, key and value in one weight) need them.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,18 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import BudgetError, ConfigError
+from ..errors import ConfigError
 from ..matrix.metric import Metric
 from ..matrix.structure import StructuredMatrix
+from .checks import check_weight, output_metric
 
-__all__ = ["FamilyMatrix", "check_count", "check_weight", "options_of", "output_metric", "too_small"]
+__all__ = ["FamilyMatrix", "Stacked"]
 
 Self = TypeVar("Self", bound="FamilyMatrix")
 
@@ -50,28 +56,29 @@ class FamilyMatrix(ABC):
                 range.
         """
         target = check_weight(cls.name, weight, budget)
-        known = inspect.signature(cls._project).parameters.keys() - {"weight", "allowed", "metric"}
+        known = inspect.signature(cls._project).parameters.keys() - {"weight", "max_multiply_adds", "metric"}
         for option in options:
             if option not in known | {"row_splits", "calibration"}:
                 allowed_names = ", ".join(sorted(known | {"row_splits", "calibration"}))
                 raise ConfigError(f"{cls.name}: no option {option!r}; allowed are {allowed_names}")
         row_splits = 1 if "row_splits" in known else options.pop("row_splits", 1)
         if row_splits != 1:
-            from .stacked import stack  # is a matrix of this protocol itself
-
-            return stack(cls, weight, budget, row_splits, options)
+            return _stack(cls, weight, budget, row_splits, options)
         if "calibration" not in known:
             options["metric"] = output_metric(cls.name, options.pop("calibration", None), target)
         m, n = target.shape
-        allowed = math.floor(budget * m * n + 1e-6)  # the slack undoes the rounding of cost / (m n)
+        max_multiply_adds = math.floor(budget * m * n + 1e-6)  # the slack undoes the rounding of cost / (m n)
         dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
         with torch.no_grad():
-            return cls._project(target, allowed, **options).to(dtype)
+            return cls._project(target, max_multiply_adds, **options).to(dtype)
 
     @classmethod
     @abstractmethod
-    def _project(cls: type[Self], weight: Tensor, allowed: int, *args: Any, **options: Any) -> Self:
-        """The closest member found, in float64, for ``allowed`` multiply-adds; options are keyword-only arguments."""
+    def _project(cls: type[Self], weight: Tensor, max_multiply_adds: int, *args: Any, **options: Any) -> Self:
+        """The closest member found, in float64, that costs at most ``max_multiply_adds``.
+
+        The family's options are keyword-only arguments, after ``metric``: the norm in which to be close.
+        """
 
     @property
     @abstractmethod
@@ -131,7 +138,16 @@ class FamilyMatrix(ABC):
         """(m,) int64 with ``to_dense()[row_order] == to_structured().to_dense()``; ``None`` for the identity."""
         return None
 
-    # -- trainable form -----------------------------------------------------------------------------------------------
+    # -- in a model ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def layer_options(cls, dense: nn.Module) -> dict[str, Any]:
+        """Options of :meth:`from_dense` that follow from the dense layer whose weight is projected; by default none.
+
+        Raises:
+            ConfigError: If the family has no matrices for this kind of layer.
+        """
+        return {}
 
     def convolve(self, conv: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution ``conv`` with this matrix as its (c_out, c_in * prod(kernel)) weight."""
@@ -139,99 +155,110 @@ class FamilyMatrix(ABC):
         output: Tensor = conv._conv_forward(x, kernel, bias)
         return output
 
-    def module_like(self, dense: nn.Module) -> nn.Module:
-        """A trainable module with this weight in place of a dense one."""
-        from .layers import layer_like  # the layers hold matrices of this protocol
-
-        return layer_like(dense, self)
-
     @classmethod
-    def trainable(cls, dense: nn.Module, budget: float, **options: Any) -> nn.Module:
-        """The trainable form of a dense module: project its weight, then :meth:`module_like`."""
-        from ..layers.dense import weight_matrix  # imports the GBLR layers
-
-        return cls.from_dense(weight_matrix(dense), budget, **options).module_like(dense)
-
-    @classmethod
-    def budgets(cls, weights: Mapping[str, Tensor], budget: float, **options: Any) -> dict[str, float]:
-        """Split one budget over several matrices; uniform unless the family defines an allocation of its own.
+    def budgets(
+        cls,
+        weights: Mapping[str, Tensor],
+        budget: float,
+        *,
+        row_splits: Mapping[str, int] | None = None,
+        **options: Any,
+    ) -> dict[str, float]:
+        """Split one budget over several matrices: all get the same, unless the family defines an allocation of its own.
 
         Args:
             weights: (m, n) matrices by layer name.
             budget: Relative FLOPs of all together, in (0, 1].
-            options: As :meth:`from_dense` takes them; ``row_splits`` also by name.
+            row_splits: Number of matrices stacked in the rows of a weight, by layer name; 1 where absent.
+            options: As :meth:`from_dense` takes them.
 
         Returns:
-            A budget for each name.
+            Relative FLOPs by layer name.
         """
         return dict.fromkeys(weights, budget)
 
 
-def options_of(options: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A family's options for one layer: ``row_splits`` and ``align`` may be given by name, 1 where absent."""
-    own = {**options, "row_splits": options.get("row_splits", 1)}
-    return {
-        key: value.get(name, 1) if key in ("row_splits", "align") and isinstance(value, Mapping) else value
-        for key, value in own.items()
-    }
+@dataclass(frozen=True, eq=False)
+class Stacked(FamilyMatrix):
+    """``W = [W_1; ...; W_s]``, each of the same family and shape; costs the sum of the parts.
+
+    Args:
+        parts: The s matrices. Their factors are named with the part's number at the end.
+    """
+
+    parts: tuple[FamilyMatrix, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.parts[0].name)  # shown as the family, which it is
+
+    @classmethod
+    def _project(cls, weight: Tensor, max_multiply_adds: int, *args: Any, **options: Any) -> Stacked:
+        raise ConfigError("stacked: project by a family's from_dense with row_splits")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        m, n = self.parts[0].shape
+        return m * len(self.parts), n
+
+    @property
+    def stored(self) -> int:
+        """Sum over the parts."""
+        return sum(part.stored for part in self.parts)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Sum over the parts."""
+        return sum(part.multiply_adds for part in self.parts)
+
+    def factors(self) -> dict[str, Tensor]:
+        """The factors of all parts."""
+        named = [(i, name, value) for i, part in enumerate(self.parts) for name, value in part.factors().items()]
+        return {f"{name}_{i}": value for i, name, value in named}
+
+    def with_factors(self, factors: Mapping[str, Tensor]) -> Stacked:
+        """The same geometry with other factors."""
+        return Stacked(
+            tuple(
+                part.with_factors({name: factors[f"{name}_{i}"] for name in part.factors()})
+                for i, part in enumerate(self.parts)
+            )
+        )
+
+    def to_dense(self) -> Tensor:
+        """The parts above each other."""
+        return torch.cat([part.to_dense() for part in self.parts])
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The parts' products beside each other."""
+        y = torch.cat([part.linear(x) for part in self.parts], dim=-1)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def to_structured(self) -> StructuredMatrix | None:
+        """A GBLR matrix with s row splits, where the parts are GBLR matrices in their own row order."""
+        matrices = [part.to_structured() for part in self.parts if part.row_order is None]
+        known = [matrix for matrix in matrices if matrix is not None]
+        if len(known) < len(self.parts):
+            return None
+        return StructuredMatrix.cat(known, 0)
 
 
-def check_weight(family: str, weight: Tensor, budget: float) -> Tensor:
-    """The (m, n) weight in float64, once it and the budget are seen to be usable.
+def _stack(
+    family: type[FamilyMatrix], weight: Tensor, budget: float, row_splits: Any, options: dict[str, Any]
+) -> Stacked:
+    """Project each of ``row_splits`` equal parts of the rows with the same budget.
 
     Raises:
-        ConfigError: Unless the weight is a finite 2-d floating-point tensor and the budget a number in (0, 1].
+        ConfigError: If the rows do not divide.
     """
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.dtype.is_floating_point or not weight.numel():
-        what = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
-        raise ConfigError(f"{family}: weight must be a non-empty 2-d floating-point tensor (m, n), got {what}")
-    if weight.is_meta:
-        raise ConfigError(f"{family}: weight is on the meta device, it has no values to approximate")
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
-        raise ConfigError(f"{family}: budget must be a number in (0, 1], got {budget!r}")
-    weight = weight.detach().double()
-    if not bool(torch.isfinite(weight).all()):
-        raise ConfigError(f"{family}: weight holds NaN or infinite values")
-    return weight
-
-
-def output_metric(family: str, calibration: Tensor | Metric | None, weight: Tensor) -> Metric:
-    """The norm of output errors over calibration inputs; the Frobenius norm without any.
-
-    Raises:
-        ConfigError: Unless the inputs are finite (N, n) rows or an (n, n) second moment.
-    """
-    if calibration is None:
-        return Metric()
-    if isinstance(calibration, Metric):
-        return calibration
-    n = weight.shape[1]
-    if (
-        not isinstance(calibration, Tensor)
-        or calibration.dim() != 2
-        or calibration.shape[1] != n
-        or not len(calibration)
-    ):
-        what = tuple(calibration.shape) if isinstance(calibration, Tensor) else type(calibration).__name__
-        raise ConfigError(f"{family}: calibration must be (N, {n}) inputs or an ({n}, {n}) second moment, got {what}")
-    data = calibration.detach().to(weight)
-    if not bool(torch.isfinite(data).all()):
-        raise ConfigError(f"{family}: calibration holds NaN or infinite values")
-    is_moment = len(data) == n and torch.allclose(data, data.T, rtol=1e-4, atol=1e-6 * float(data.abs().max()))
-    return Metric.from_moment(data if is_moment else data.T @ data / len(data))
-
-
-def too_small(family: str, shape: torch.Size, allowed: int, least: int, what: str) -> BudgetError:
-    """The error of a budget that does not pay for the smallest member of a family."""
-    m, n = shape
-    return BudgetError(
-        f"{family}: the budget allows {allowed} of the {m * n} multiply-adds of a {m} x {n} matrix, fewer than the "
-        f"{least} of {what}; raise the budget or leave this matrix dense"
-    )
-
-
-def check_count(family: str, name: str, value: Any, most: int) -> int:
-    """An option that counts something: an int in [1, most]."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ConfigError(f"{family}: {name} must be an integer from 1 to {most}, got {value!r}")
-    return value
+    if isinstance(row_splits, bool) or not isinstance(row_splits, int) or row_splits < 1 or len(weight) % row_splits:
+        raise ConfigError(
+            f"{family.name}: row_splits must be a positive divisor of the {len(weight)} rows, got {row_splits!r}"
+        )
+    metric, rows = options.get("calibration"), len(weight) // row_splits
+    parts = []
+    for index, part in enumerate(weight.chunk(row_splits)):
+        if isinstance(metric, Metric):
+            options = {**options, "calibration": metric.for_rows(index * rows, (index + 1) * rows)}
+        parts.append(family.from_dense(part, budget, **options))
+    return Stacked(tuple(parts))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..matrix.metric import Metric
-from .base import FamilyMatrix, check_count, too_small
+from .base import FamilyMatrix
+from .checks import check_count, too_small
 from .low_rank import truncated_svd
 from .partition import Partition, cut_blocks, join_blocks
 
@@ -47,18 +48,18 @@ class Blast(FamilyMatrix):
 
     @classmethod
     def _project(
-        cls, weight: Tensor, allowed: int, *, metric: Metric, blocks: int | None = None, iterations: int = 60
+        cls, weight: Tensor, max_multiply_adds: int, *, metric: Metric, blocks: int | None = None, iterations: int = 60
     ) -> Blast:
         m, n = weight.shape
         if blocks is None:
-            count = max(1, min(_BLOCKS, m, n, math.isqrt((m + n) // 8), math.isqrt(max(allowed - m - n, 0))))
+            count = max(1, min(_BLOCKS, m, n, math.isqrt((m + n) // 8), math.isqrt(max(max_multiply_adds - m - n, 0))))
         else:
             count = check_count(cls.name, "blocks", blocks, min(m, n))
         check_count(cls.name, "iterations", iterations, 10**6)
         each = m + n + count**2
-        rank = allowed // each
+        rank = max_multiply_adds // each
         if rank < 1:
-            raise too_small(cls.name, weight.shape, allowed, each, f"{count} x {count} blocks of rank 1")
+            raise too_small(cls.name, weight.shape, max_multiply_adds, each, f"{count} x {count} blocks of rank 1")
         rows, cols = Partition(m, count), Partition(n, count)
         if metric.moment is None:
             return cls(*_balanced(*_fit(weight, rows, cols, rank, iterations)))

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..matrix.metric import Metric
 from ..matrix.structure import StructuredMatrix
-from .base import FamilyMatrix, check_count, too_small
+from .base import FamilyMatrix
+from .checks import check_count, too_small
 from .dense_blocks import block_components, fit_blocks
 from .partition import Partition
 
@@ -39,7 +40,9 @@ class BlockDiagonal(FamilyMatrix):
     cols: Partition
 
     @classmethod
-    def _project(cls, weight: Tensor, allowed: int, *, metric: Metric, blocks: int | None = None) -> BlockDiagonal:
+    def _project(
+        cls, weight: Tensor, max_multiply_adds: int, *, metric: Metric, blocks: int | None = None
+    ) -> BlockDiagonal:
         m, n = weight.shape
 
         def cost(count: int) -> int:
@@ -47,11 +50,11 @@ class BlockDiagonal(FamilyMatrix):
 
         most = min(m, n)
         if blocks is None:
-            count = next((c for c in range(1, most + 1) if cost(c) <= allowed), most)
+            count = next((c for c in range(1, most + 1) if cost(c) <= max_multiply_adds), most)
         else:
             count = check_count(cls.name, "blocks", blocks, most)
-        if cost(count) > allowed:
-            raise too_small(cls.name, weight.shape, allowed, cost(count), f"{count} diagonal blocks")
+        if cost(count) > max_multiply_adds:
+            raise too_small(cls.name, weight.shape, max_multiply_adds, cost(count), f"{count} diagonal blocks")
         rows, cols = Partition(m, count), Partition(n, count)
         return cls(fit_blocks(weight, rows, cols, range(count), range(count), metric), rows, cols)
 

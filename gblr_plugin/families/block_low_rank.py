@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..matrix.metric import Metric
-from .base import check_count, too_small
+from .checks import check_count, too_small
 from .grid import BlockGrid, grid_factors
 from .partition import Partition
 
@@ -32,16 +32,18 @@ class BlockLowRank(BlockGrid):
 
     @classmethod
     def _project(
-        cls, weight: Tensor, allowed: int, *, metric: Metric, blocks: int | tuple[int, int] | None = None
+        cls, weight: Tensor, max_multiply_adds: int, *, metric: Metric, blocks: int | tuple[int, int] | None = None
     ) -> BlockLowRank:
         m, n = weight.shape
         if blocks is None:
-            blocks = max(1, min(_BLOCKS, m, n, allowed // (m + n)))
+            blocks = max(1, min(_BLOCKS, m, n, max_multiply_adds // (m + n)))
         pair = blocks if isinstance(blocks, (tuple, list)) and len(blocks) == 2 else (blocks, blocks)
         rows = Partition(m, check_count(cls.name, "blocks", pair[0], m))
         cols = Partition(n, check_count(cls.name, "blocks", pair[1], n))
         each = cols.count * m + rows.count * n
-        rank = min(allowed // each, rows.size, cols.size)
+        rank = min(max_multiply_adds // each, rows.size, cols.size)
         if rank < 1:
-            raise too_small(cls.name, weight.shape, allowed, each, f"{rows.count} x {cols.count} blocks of rank 1")
+            raise too_small(
+                cls.name, weight.shape, max_multiply_adds, each, f"{rows.count} x {cols.count} blocks of rank 1"
+            )
         return cls(*grid_factors(weight, rows, cols, rank, metric))

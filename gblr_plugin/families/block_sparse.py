@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from ..errors import ConfigError
 from ..matrix.metric import Metric
 from ..matrix.structure import StructuredMatrix
-from .base import FamilyMatrix, check_count, too_small
+from .base import FamilyMatrix
+from .checks import check_count, too_small
 from .dense_blocks import block_components, fit_blocks
 from .low_rank import truncated_svd
 from .partition import Partition, join_blocks
@@ -85,7 +86,7 @@ class BlockSparse(FamilyMatrix):
     def _project(
         cls,
         weight: Tensor,
-        allowed: int,
+        max_multiply_adds: int,
         *,
         metric: Metric,
         block: int | None = None,
@@ -97,22 +98,22 @@ class BlockSparse(FamilyMatrix):
             raise ConfigError(f"{cls.name}: low_rank_share must be a number in [0, 1), got {low_rank_share!r}")
         check_count(cls.name, "iterations", iterations, 10**6)
         side = _BLOCK if block is None else check_count(cls.name, "block", block, max(m, n))
-        pattern = _largest(m, n, side, (1 - low_rank_share) * allowed)
+        pattern = _largest(m, n, side, (1 - low_rank_share) * max_multiply_adds)
         while pattern is None and block is None and side > 1:
             side //= 2
-            pattern = _largest(m, n, side, (1 - low_rank_share) * allowed)
+            pattern = _largest(m, n, side, (1 - low_rank_share) * max_multiply_adds)
         if pattern is None:
             rows, cols = _grid(m, n, side)
             least = _cost(rows, cols, butterfly(rows.count, cols.count, 0))
             raise too_small(
                 cls.name,
                 weight.shape,
-                allowed,
+                max_multiply_adds,
                 round(least / (1 - low_rank_share)),
                 f"a diagonal of {side} x {side} blocks",
             )
         rows, cols, index = pattern
-        rank = (allowed - _cost(rows, cols, index)) // (m + n) if low_rank_share else 0
+        rank = (max_multiply_adds - _cost(rows, cols, index)) // (m + n) if low_rank_share else 0
         rank = min(rank, m, n)
         left, right = weight.new_zeros(m, rank), weight.new_zeros(rank, n)
         blocks = fit_blocks(weight, rows, cols, *index, metric)
@@ -159,12 +160,12 @@ def _cost(rows: Partition, cols: Partition, index: Pattern) -> int:
     return sum(heights[i] * widths[j] for i, j in zip(*index, strict=True))
 
 
-def _largest(m: int, n: int, side: int, allowed: float) -> tuple[Partition, Partition, Pattern] | None:
-    """The pattern of blocks of this side with the most butterfly factors that cost at most ``allowed``."""
+def _largest(m: int, n: int, side: int, max_multiply_adds: float) -> tuple[Partition, Partition, Pattern] | None:
+    """The pattern of blocks of this side with the most butterfly factors that cost at most ``max_multiply_adds``."""
     rows, cols = _grid(m, n, side)
     for strides in reversed(range(min(rows.count, cols.count).bit_length())):
         index = butterfly(rows.count, cols.count, strides)
-        if _cost(rows, cols, index) <= allowed:
+        if _cost(rows, cols, index) <= max_multiply_adds:
             return rows, cols, index
     return None
 

@@ -1,12 +1,15 @@
-"""GBLR itself as a family, so that it is chosen by name like its rivals."""
+"""GBLR itself as a family, so that it is chosen by name like its rivals.
+
+As a family, its structure is that of a decomposition, and only its factors train. To learn the structure, prepare the
+model with :class:`gblr_plugin.LayerSettings`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..decomposition import decompose
 from ..matrix.metric import Metric
@@ -22,8 +25,6 @@ class Gblr(FamilyMatrix):
 
     Options:
         method, calibration, align, max_components, row_splits, seed: As :func:`gblr_plugin.decompose` takes them.
-        learn_structure: Trainable form only: leave widths and locations to a :class:`gblr_plugin.StructureLearner`; by
-            default the structure that was found is fixed and its factors train.
 
     Args:
         structured: The matrix.
@@ -38,7 +39,7 @@ class Gblr(FamilyMatrix):
     def _project(
         cls,
         weight: Tensor,
-        allowed: int,
+        max_multiply_adds: int,
         *,
         method: str = "gblr",
         calibration: Tensor | Metric | None = None,
@@ -49,7 +50,7 @@ class Gblr(FamilyMatrix):
     ) -> Gblr:
         matrix = decompose(
             weight,
-            allowed / weight.numel(),
+            max_multiply_adds / weight.numel(),
             method=method,
             calibration=calibration,
             align=align,
@@ -91,19 +92,3 @@ class Gblr(FamilyMatrix):
     def to_structured(self) -> StructuredMatrix:
         """The matrix itself."""
         return self.structured
-
-    def module_like(self, dense: nn.Module) -> nn.Module:
-        """A :class:`gblr_plugin.GBLRLayer`."""
-        from ..layers.dense import structured_like
-
-        layer = structured_like(dense, self.structured, align=self.align)
-        layer.free_gauge()
-        return layer
-
-    @classmethod
-    def trainable(cls, dense: nn.Module, budget: float, *, learn_structure: bool = False, **options: Any) -> nn.Module:
-        """The trainable form; see ``learn_structure``."""
-        layer: Any = super().trainable(dense, budget, **options)
-        if not learn_structure:
-            layer.freeze_structure()
-        return layer  # type: ignore[no-any-return]  # a GBLRLayer

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..layers import CONV_ATTRIBUTES
-from ..layers.dense import check_structurable, weight_matrix
+from ..layers import CONV_ATTRIBUTES, GBLRLayer
+from ..layers.dense import check_structurable, structured_like, weight_matrix
 from .base import FamilyMatrix
+from .gblr import Gblr
 
-__all__ = ["FamilyConv1d", "FamilyConv2d", "FamilyLayer", "FamilyLinear", "layer_like"]
+__all__ = ["FamilyConv1d", "FamilyConv2d", "FamilyLayer", "FamilyLinear", "layer_like", "trainable"]
 
 
 class FamilyLayer(nn.Module):
@@ -185,4 +186,32 @@ def layer_like(dense: nn.Module, matrix: FamilyMatrix) -> FamilyLayer:
     if layer.bias is not None:
         layer.bias.requires_grad_(bias.requires_grad)
     layer.train(dense.training)
+    return layer
+
+
+def trainable(
+    family: type[FamilyMatrix], dense: nn.Module, budget: float, *, weight: Tensor | None = None, **options: Any
+) -> FamilyLayer | GBLRLayer:
+    """A layer of a family in place of a dense one: the weight is projected, and the factors train.
+
+    Args:
+        family: See :func:`gblr_plugin.families.get`.
+        dense: nn.Linear, nn.Conv1d, nn.Conv2d or Hugging Face ``Conv1D``.
+        budget: Relative FLOPs in (0, 1].
+        weight: (m, n) matrix to project in place of the layer's weight.
+        options: As :meth:`FamilyMatrix.from_dense` takes them.
+
+    Returns:
+        The layer; of gblr a structured layer whose structure is frozen.
+
+    Raises:
+        ConfigError: If the layer, the budget or an option cannot be used.
+    """
+    options |= family.layer_options(dense)
+    matrix = family.from_dense(weight_matrix(dense) if weight is None else weight, budget, **options)
+    if not isinstance(matrix, Gblr):
+        return layer_like(dense, matrix)
+    layer = structured_like(dense, matrix.structured, align=matrix.align)
+    layer.free_gauge()
+    layer.freeze_structure()
     return layer

@@ -1,17 +1,17 @@
-"""Low-rank matrices: the truncated SVD, with a rank from the budget or learned during training."""
+"""Low-rank matrices: the truncated SVD, with a rank from the budget."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..matrix.metric import Metric
 from ..matrix.structure import StructuredMatrix
-from .base import FamilyMatrix, too_small
+from .base import FamilyMatrix
+from .checks import too_small
 
 __all__ = ["LowRank", "truncated_svd"]
 
@@ -40,11 +40,11 @@ class LowRank(FamilyMatrix):
     right: Tensor
 
     @classmethod
-    def _project(cls, weight: Tensor, allowed: int, *, metric: Metric) -> LowRank:
+    def _project(cls, weight: Tensor, max_multiply_adds: int, *, metric: Metric) -> LowRank:
         m, n = weight.shape
-        rank = min(allowed // (m + n), m, n)
+        rank = min(max_multiply_adds // (m + n), m, n)
         if rank < 1:
-            raise too_small(cls.name, weight.shape, allowed, m + n, "rank 1")
+            raise too_small(cls.name, weight.shape, max_multiply_adds, m + n, "rank 1")
         left, right = truncated_svd(metric.whiten_rows(weight), rank, metric)
         return cls(metric.unwhiten_rows(left), right)
 
@@ -69,15 +69,3 @@ class LowRank(FamilyMatrix):
     def to_structured(self) -> StructuredMatrix:
         """The r components of full widths, at equal cost."""
         return StructuredMatrix.from_factors(self.left.T.contiguous(), self.right)
-
-    @classmethod
-    def trainable(cls, dense: nn.Module, budget: float, *, learned_rank: bool = False, **options: Any) -> nn.Module:
-        """Fixed rank, or with ``learned_rank`` a full SVD whose components are learned to be on or off.
-
-        A learned rank is a structured layer for :class:`gblr_plugin.StructureLearner`, which brings it to its budget.
-        """
-        if not learned_rank:
-            return super().trainable(dense, budget, **options)
-        from .learned_rank import learned_rank_like  # needs the GBLR layers
-
-        return learned_rank_like(dense)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..matrix.metric import Metric
-from .base import check_count, too_small
+from .checks import check_count, too_small
 from .grid import BlockGrid, grid_factors
 from .partition import Partition
 
@@ -37,14 +37,14 @@ class Monarch(BlockGrid):
     def _project(
         cls,
         weight: Tensor,
-        allowed: int,
+        max_multiply_adds: int,
         *,
         metric: Metric,
         blocks: int | None = None,
         block_rank: int | None = None,
     ) -> Monarch:
         m, n = weight.shape
-        units = allowed // (m + n)  # so many c b are paid for
+        units = max_multiply_adds // (m + n)  # so many c b are paid for
         if block_rank is not None:
             check_count(cls.name, "block_rank", block_rank, min(m, n))
         if blocks is None:
@@ -55,7 +55,7 @@ class Monarch(BlockGrid):
             rank = block_rank or max(1, min(units // count, -(-min(m, n) // count)))
         if count * rank > units:
             what = f"{count} blocks of rank {rank}"
-            raise too_small(cls.name, weight.shape, allowed, count * rank * (m + n), what)
+            raise too_small(cls.name, weight.shape, max_multiply_adds, count * rank * (m + n), what)
         order = _interleaved(m, count, weight.device)
         return cls(*grid_factors(weight[order], Partition(m, count), Partition(n, count), rank, metric))
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from ..matrix.metric import Metric
-from .base import FamilyMatrix, check_count, too_small
+from .base import FamilyMatrix
+from .checks import check_count, too_small
 
 __all__ = ["Tucker2"]
 
@@ -54,7 +55,7 @@ class Tucker2(FamilyMatrix):
     def _project(
         cls,
         weight: Tensor,
-        allowed: int,
+        max_multiply_adds: int,
         *,
         metric: Metric,
         kernel_size: tuple[int, ...] | None = None,
@@ -74,10 +75,10 @@ class Tucker2(FamilyMatrix):
             scale = metric.moment.diagonal().view(-1, taps).mean(1).sqrt()
         tensor = weight.reshape(len(weight), -1, taps) * scale[:, None]
         by_input = tensor.transpose(0, 1).flatten(1)
-        ranks = _ranks(tensor.flatten(1), by_input, allowed, taps, _input_positions(kernel, stride))
+        ranks = _ranks(tensor.flatten(1), by_input, max_multiply_adds, taps, _input_positions(kernel, stride))
         if ranks is None:
             least = by_input.shape[0] * _input_positions(kernel, stride) + taps + len(weight)
-            raise too_small(cls.name, weight.shape, allowed, least, "ranks (1, 1)")
+            raise too_small(cls.name, weight.shape, max_multiply_adds, least, "ranks (1, 1)")
         p, q = ranks
         b = _leading(by_input, q)
         for _ in range(iterations):
@@ -130,16 +131,15 @@ class Tucker2(FamilyMatrix):
         return y
 
     @classmethod
-    def trainable(cls, dense: nn.Module, budget: float, **options: Any) -> nn.Module:
-        """The trainable form of a convolution.
+    def layer_options(cls, dense: nn.Module) -> dict[str, Any]:
+        """The kernel size and stride of a convolution.
 
         Raises:
             ConfigError: If the module is not an nn.Conv1d or nn.Conv2d.
         """
         if not isinstance(dense, (nn.Conv1d, nn.Conv2d)):
             raise ConfigError(f"tucker2: only for Conv1d and Conv2d, got a {type(dense).__name__}")
-        geometry = {"kernel_size": dense.kernel_size, "stride": dense.stride}
-        return super().trainable(dense, budget, **geometry, **options)
+        return {"kernel_size": dense.kernel_size, "stride": dense.stride}
 
 
 def _shared(single: list[bool], values: tuple[int, ...], neutral: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -161,8 +161,10 @@ def _leading(matrix: Tensor, rank: int) -> Tensor:
     return leading
 
 
-def _ranks(by_output: Tensor, by_input: Tensor, allowed: int, taps: int, positions: int) -> tuple[int, int] | None:
-    """(p, q) of least bound on the error among those that cost at most ``allowed``; ``None`` if (1, 1) costs more."""
+def _ranks(
+    by_output: Tensor, by_input: Tensor, max_multiply_adds: int, taps: int, positions: int
+) -> tuple[int, int] | None:
+    """(p, q) of least bound on the error among those within the budget; ``None`` if (1, 1) costs more."""
 
     def tails(matrix: Tensor) -> list[float]:
         energy = torch.linalg.eigvalsh(matrix @ matrix.T).clamp(min=0)
@@ -173,7 +175,7 @@ def _ranks(by_output: Tensor, by_input: Tensor, allowed: int, taps: int, positio
     c_out, c_in = len(by_output), len(by_input)
     best: tuple[float, int, int] | None = None
     for q in range(1, c_in + 1):
-        p = min((allowed - c_in * q * positions) // (q * taps + c_out), c_out, q * taps)
+        p = min((max_multiply_adds - c_in * q * positions) // (q * taps + c_out), c_out, q * taps)
         if p < 1:
             break
         q_used = min(q, p * taps)  # a wider one would be redundant

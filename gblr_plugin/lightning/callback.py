@@ -17,10 +17,10 @@ from ..learning.learner import NON_FINITE, LayerGoal, StructureLearner
 from ..learning.optimizers import split_structure_group
 from ..learning.schedule import Schedule
 from ..monitoring.statistics import layer_statistics, total_statistics
-from ..surgery.conversion import LayerSettings, prepare_layers
+from ..surgery.conversion import prepare_layers
 from ..surgery.patterns import as_patterns, check_used, matches, value_of
 from ..surgery.selection import Pattern, log_skipped, select_layers
-from ..surgery.starts import INITIALISERS, UNBUDGETED
+from ..surgery.starts import INITIALISERS, UNBUDGETED, LayerSettings
 from .base import Callback
 from .checkpoint import match_checkpoint
 from .reporter import log_pictures, log_scalars, scalars

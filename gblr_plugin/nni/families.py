@@ -13,7 +13,8 @@ from .. import families
 from ..calibration.batches import CalibrationSettings
 from ..errors import ConfigError
 from ..layers.dense import weight_matrix
-from ..surgery.starts import LEARNED_RANK
+from ..surgery.conversion import prepare_layers
+from ..surgery.starts import FamilySettings
 from .calibration import allocated_budgets, calibration_data
 from .evaluators import record_optimizers
 from .optimizers import check_recorded, rename_recorded
@@ -57,27 +58,21 @@ class FamilyCompressor:
         fixed = next((name for name, layer in plan.items() if layer.goal.budget is None), None)
         if fixed is not None:
             raise ConfigError(f"layer {fixed!r}: {family} has no lambda; give sparse_ratio instead of sparse_threshold")
-        if options.get("learned_rank"):
-            raise ConfigError(
-                f"compressor {family!r}: a learned rank needs a schedule; take compressor 'gblr' with "
-                f"gblr: {{initialiser: {LEARNED_RANK}}}"
-            )
+        if "row_splits" in options:
+            raise ConfigError(f"compressor {family!r}: row_splits: it belongs into the config list, by layer")
         if evaluator is not None:
             record_optimizers(evaluator, model)
             check_recorded(evaluator, plan)
         data = None if calibrated is None else calibration_data(evaluator, model, calibrated)
         kind = families.get(family)
-        options.setdefault("row_splits", {name: layer.settings.row_splits for name, layer in plan.items()})
-        if family == "gblr":
-            options.setdefault("align", {name: layer.settings.align for name, layer in plan.items()})
-        elif any(layer.settings.align != (1, 1) for layer in plan.values()):
+        if family != "gblr" and any(layer.settings.align != (1, 1) for layer in plan.values()):
             _logger.warning("%s has no intervals: granularity is left out", family)
         budgets = _budgets(kind, plan, options)
         uniform = kind.budgets.__func__ is families.FamilyMatrix.budgets.__func__  # type: ignore[attr-defined]  # methods
         goals = {name: layer.goal.budget for name, layer in plan.items()}
         budgets |= allocated_budgets(model, plan, goals, data, "sensitivity" if uniform else None)
-        chosen = {name: layer.module for name, layer in plan.items()}
-        modules = families.replace(model, chosen, family, budgets, calibration=data, **options)
+        settings = {name: _settings(family, layer, budgets[name], options) for name, layer in plan.items()}
+        modules = prepare_layers(model, settings, calibration=data)
         _check_bounds(family, plan, modules)
         if evaluator is not None:
             rename_recorded(evaluator, {f"{name}.weight": _factor_names(name, new) for name, new in modules.items()})
@@ -101,6 +96,12 @@ class FamilyCompressor:
         """Nothing is wrapped; here because every compressor has it."""
 
 
+def _settings(family: str, layer: LayerPlan, budget: float, options: Mapping[str, Any]) -> FamilySettings:
+    """The settings of one layer: options for all layers, and what the config says of this one."""
+    of_layer = {"align": layer.settings.align} if family == "gblr" else {}
+    return FamilySettings(family, budget, layer.settings.row_splits, {**of_layer, **options})
+
+
 def _budgets(kind: Any, plan: Mapping[str, LayerPlan], options: Mapping[str, Any]) -> dict[str, float]:
     """Budget of each layer: its own, or its share of its group's."""
     groups: dict[Any, list[str]] = {}
@@ -110,7 +111,8 @@ def _budgets(kind: Any, plan: Mapping[str, LayerPlan], options: Mapping[str, Any
     budgets: dict[str, float] = {}
     for members in groups.values():
         weights: dict[str, Tensor] = {name: weight_matrix(plan[name].module) for name in members}
-        budgets.update(kind.budgets(weights, plan[members[0]].goal.budget, **options))
+        splits = {name: plan[name].settings.row_splits for name in members}
+        budgets.update(kind.budgets(weights, plan[members[0]].goal.budget, row_splits=splits, **options))
     return budgets
 
 

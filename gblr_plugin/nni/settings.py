@@ -22,14 +22,12 @@ from torch import nn
 
 from ..calibration.allocation import RULES
 from ..errors import ConfigError
-from ..families.learned_rank import LearnedRankConv1d, LearnedRankConv2d, LearnedRankLinear
 from ..layers import GBLRConv1d, GBLRConv2d, GBLRLayer, GBLRLinear
 from ..learning.learner import LayerGoal
-from ..surgery.conversion import LayerSettings
 from ..surgery.matrices import is_layer
 from ..surgery.patterns import check_used, matches
 from ..surgery.selection import choose, log_skipped
-from ..surgery.starts import INITIALISERS, UNBUDGETED
+from ..surgery.starts import INITIALISERS, UNBUDGETED, LayerSettings
 
 __all__ = [
     "OWN_PREFIX",
@@ -160,7 +158,7 @@ _WEIGHT_SETTING: dict[str, Any] = {
 }
 # NNI looks settings up by the module's type name. There is no bias target, and only activations can be quantized, if
 # asked for behind the norm and activation that a quantizer fuses with the layer.
-for _kind in (GBLRLinear, GBLRConv1d, GBLRConv2d, LearnedRankLinear, LearnedRankConv1d, LearnedRankConv2d):
+for _kind in (GBLRLinear, GBLRConv1d, GBLRConv2d):
     PruningSetting.register(_kind.__name__, {"weight": _WEIGHT_SETTING})
     QuantizationSetting.register(_kind.__name__, QuantizationSetting.activation_setting)
     if _kind not in FUSED_MODULES_TYPES_LIST:

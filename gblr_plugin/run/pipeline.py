@@ -19,10 +19,10 @@ from torch import nn
 
 from .. import __version__, families
 from ..errors import ConfigError
-from ..families import convert
 from ..lightning import GBLRCallback
 from ..nni import LightningEvaluator, create_compressor
 from ..serialization import load, read_state, save
+from ..surgery.conversion import convert
 from ..surgery.reorder import reorder
 from ..surgery.report import Report, report
 from ..tasks import get_task

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..families import registry
-from ..families.base import FamilyMatrix
+from ..families.base import FamilyMatrix, Stacked
 from ..families.partition import Partition
-from ..families.stacked import Stacked
 
 __all__ = ["family_record", "restore_matrix"]
 

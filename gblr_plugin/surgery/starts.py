@@ -1,61 +1,108 @@
-"""Where a structured layer starts: a decomposition of its weight, or a member of a family that GBLR contains."""
+"""How a dense layer becomes a trainable one: the settings that a user gives, and the layer that they make.
+
+:class:`LayerSettings` make a GBLR layer whose structure is learned; :class:`FamilySettings` make a layer of any family,
+whose structure is fixed from the start and whose factors train.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..decomposition import METHODS, initialise
+from ..decomposition.anchor import anchored
 from ..errors import BudgetError, ConfigError
+from ..families.layers import FamilyLayer, trainable
+from ..families.registry import get
+from ..layers import GBLRLayer
+from ..layers.dense import structured_like, weight_matrix
 from ..matrix.metric import Metric
 from ..matrix.structure import StructuredMatrix
 
-__all__ = ["EMBEDDED", "INITIALISERS", "LEARNED_RANK", "UNBUDGETED", "StartSettings", "start"]
+__all__ = ["EMBEDDED", "INITIALISERS", "UNBUDGETED", "FamilySettings", "LayerSettings", "structured_from"]
 
 EMBEDDED = ("block_low_rank", "block_sparse", "block_diagonal")
 """Families whose members are GBLR matrices as they stand (and low rank, which is ``"svd"`` at a budget)."""
 
-LEARNED_RANK = "learned_rank"
-"""A full SVD whose components are learned to be on or off as a whole: layers of their own, with no other settings."""
+INITIALISERS = (*METHODS, *EMBEDDED)
+"""Names of all initialisers."""
 
-INITIALISERS = (*METHODS, *EMBEDDED, LEARNED_RANK)
-"""Names of all starts."""
-
-UNBUDGETED = ("svd", "random", LEARNED_RANK)
-"""Starts on full widths unless they are given a budget."""
+UNBUDGETED = ("svd", "random")
+"""Initialisers that begin with full widths unless they are given a budget."""
 
 
-class StartSettings(Protocol):
-    """The settings of one layer that a start needs; see :class:`gblr_plugin.surgery.conversion.LayerSettings`."""
+@dataclass(frozen=True)
+class LayerSettings:
+    """How a dense layer is turned into a trainable GBLR layer, whose structure is learned.
 
-    @property
-    def initialiser(self) -> str:
-        """One of :data:`INITIALISERS`."""
+    Args:
+        initialiser: ``"svd"`` (full widths, as published), ``"trapezoid"``, ``"random"``, or at
+            ``budget`` a decomposition (``"pursuit"``, ``"gblr"``) or a family that GBLR contains
+            (``"block_low_rank"``, ``"block_sparse"``, ``"block_diagonal"``).
+        num_components: K per split; default min(m / s, n).
+        row_splits: Number of matrices packed along the rows (packed query, key, value: 3).
+        align: Tile of rows and columns to which intervals snap; an integer or a pair.
+        budget: Relative FLOPs to start at, for initialisers that take one.
+        seed: Of random initialisers.
+    """
 
-    @property
-    def num_components(self) -> int | None:
-        """K of each split."""
-
-    @property
-    def row_splits(self) -> int:
-        """Number of matrices stacked in the rows."""
-
-    @property
-    def align(self) -> int | tuple[int, int]:
-        """Tile of rows and columns."""
-
-    @property
-    def budget(self) -> float | None:
-        """Relative FLOPs."""
-
-    @property
-    def seed(self) -> int:
-        """Of random draws."""
+    initialiser: str = "svd"
+    num_components: int | None = None
+    row_splits: int = 1
+    align: int | tuple[int, int] = 1
+    budget: float | None = None
+    seed: int = 0
 
 
-def start(weight: Tensor, settings: StartSettings, metric: Metric | None = None) -> StructuredMatrix:
-    """The structured matrix from which a layer starts to learn.
+@dataclass(frozen=True)
+class FamilySettings:
+    """How a dense layer is turned into a layer of a family, whose structure is fixed and whose factors train.
+
+    Args:
+        family: Its name, see :func:`gblr_plugin.families.names`; ``"gblr"`` too.
+        budget: Relative FLOPs in (0, 1].
+        row_splits: Number of matrices packed along the rows (packed query, key, value: 3).
+        options: The family's own, see its class.
+    """
+
+    family: str
+    budget: float
+    row_splits: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def structured_from(
+    module: nn.Module,
+    settings: LayerSettings | FamilySettings,
+    target: Tensor | None = None,
+    metric: Metric | None = None,
+) -> GBLRLayer | FamilyLayer:
+    """The trainable layer that takes the place of a dense one.
+
+    Args:
+        module: The dense layer.
+        settings: What it is to become.
+        target: (m, n) matrix to approximate in place of the layer's weight.
+        metric: Norm in which to approximate; default the Frobenius norm.
+
+    Raises:
+        ConfigError: If the layer or a setting cannot be used.
+    """
+    weight = weight_matrix(module) if target is None else target
+    if isinstance(settings, FamilySettings):
+        options = {**settings.options, "row_splits": settings.row_splits, "calibration": metric}
+        return trainable(get(settings.family), module, settings.budget, weight=weight, **options)
+    tiles = settings.align if isinstance(settings.align, tuple) else (settings.align, settings.align)
+    layer = structured_like(module, anchored(initial_matrix(weight, settings, metric), tiles), align=settings.align)
+    layer.free_gauge()
+    return layer
+
+
+def initial_matrix(weight: Tensor, settings: LayerSettings, metric: Metric | None = None) -> StructuredMatrix:
+    """The GBLR matrix from which a layer begins to learn.
 
     Families are counted as they count: as components their dense blocks cost more, h w + min(h, w) multiply-adds, which
     learning takes away again. A budget below a family's smallest member is decomposed instead (an allocation may leave
@@ -87,10 +134,8 @@ def start(weight: Tensor, settings: StartSettings, metric: Metric | None = None)
     )
 
 
-def _embedded(weight: Tensor, settings: StartSettings, metric: Metric | None) -> StructuredMatrix | None:
-    """The family's member at the budget; ``None``: it has none so small."""
-    from ..families import get  # some of them convert, which starts layers
-
+def _embedded(weight: Tensor, settings: LayerSettings, metric: Metric | None) -> StructuredMatrix | None:
+    """The family's member at the budget; ``None`` where it has none so small."""
     name, budget = settings.initialiser, settings.budget
     if budget is None:
         raise ConfigError(f"initialise: {name!r} needs a budget")

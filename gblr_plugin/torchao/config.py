@@ -15,10 +15,10 @@ from ..errors import ConfigError
 from ..kernels.plan import Plan
 from ..layers import GBLRLayer
 from ..layers.dense import can_gain, check_structurable, hooks_of, obstacle, weight_matrix
-from ..surgery.conversion import TOO_SMALL, LayerSettings, frozen_like, structured_from
+from ..surgery.conversion import TOO_SMALL, frozen_like
 from ..surgery.matrices import weight_matrices
 from ..surgery.selection import LayerFilter, Skipped, choose, log_skipped
-from ..surgery.starts import INITIALISERS
+from ..surgery.starts import INITIALISERS, LayerSettings, structured_from
 from ..tensor.gblr_tensor import FACTOR_DTYPES
 from ..utils.optional_imports import quiet_import
 
@@ -50,7 +50,7 @@ class GBLRConfig(AOBaseConfig):
             one.
         align: Tile of rows and columns to which intervals snap: a number, or a pair, which is kept as a list as JSON
             has it.
-        initialiser: How trainable layers start, see :class:`~gblr_plugin.surgery.conversion.LayerSettings`.
+        initialiser: How trainable layers start, see :class:`~gblr_plugin.LayerSettings`.
         method: One-shot decomposition, see :func:`gblr_plugin.decompose`.
         num_components: K of trainable layers; default min(m, n).
         row_splits: Number of matrices packed along the rows.
@@ -175,7 +175,7 @@ def _transformed(module: nn.Module, config: GBLRConfig) -> nn.Module:
         setting = LayerSettings(
             config.initialiser, config.num_components, config.row_splits, config._tile, config.budget, config.seed
         )
-        return structured_from(type(module).__name__, module, setting)
+        return structured_from(module, setting)
     if config.budget is None:
         raise ConfigError("GBLRConfig: converting a layer that was not prepared needs a budget")
     matrix = decompose(

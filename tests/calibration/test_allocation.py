@@ -10,7 +10,8 @@ from scipy.optimize import linprog
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gblr_plugin import ConfigError, families
+import gblr_plugin as gblr
+from gblr_plugin import ConfigError
 from gblr_plugin.calibration.allocation import FLOOR, RULES, allocate
 from gblr_plugin.calibration.batches import Calibration
 from gblr_plugin.decomposition.curves import Curve, least_maximum, least_sum
@@ -172,7 +173,9 @@ def test_frozen_parameters_are_as_sensitive(net: Net, layers: dict[str, nn.Modul
 
 def test_families_take_an_allocation(net: Net, layers: dict[str, nn.Module], calibration: Calibration) -> None:
     shares = allocate(net, {n: layers[n] for n in ("low", "full")}, 0.5, "output", calibration=calibration)
-    new = families.replace(net, ["low", "full"], "low_rank", 0.5, calibration=calibration, allocation="output")
+    new = gblr.prepare(
+        net, ["low", "full"], family="low_rank", budget=0.5, calibration=calibration, allocation="output"
+    )
     for name, layer in new.items():
         assert 0 <= shares[name] - layer.relative_flops < (48 + 48) / 48**2
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import gblr_plugin as gblr
-from gblr_plugin import ConfigError, families
+from gblr_plugin import ConfigError
 from gblr_plugin.kernels.plan import dense_plan
 
 onnx = pytest.importorskip("onnx")
@@ -34,8 +34,8 @@ def model(request):
     gblr.prepare(network, ["0", "5"], settings=half)
     gblr.prepare(network, ["3"], settings=gblr.LayerSettings("trapezoid", budget=0.5, row_splits=3))
     gblr.prepare(network, ["6"], settings=gblr.LayerSettings("svd", budget=0.5))
-    families.replace(network, ["7"], "monarch", 0.5)
-    families.convert(network)
+    gblr.prepare(network, ["7"], family="monarch", budget=0.5)
+    gblr.convert(network)
     if request.param == "structured":  # none with the matrix beside its factors
         for number in (0, 3):
             network[number].weight = nn.Parameter(network[number].weight.replan("factors"), requires_grad=False)

@@ -152,7 +152,7 @@ class FamilyCase:
     def test_trains_and_freezes(self) -> None:
         dense = self.module()
         model = nn.Sequential(copy.deepcopy(dense))
-        layer = families.replace(model, None, self.name, 0.5, **self.layer_options)["0"]
+        layer = gblr.prepare(model, None, family=self.name, budget=0.5, **self.layer_options)["0"]
         assert model[0] is layer
         assert isinstance(layer, type(dense))
         assert layer.matrix_shape == tuple(dense.weight.flatten(1).shape)
@@ -174,7 +174,7 @@ class FamilyCase:
         assert all(not torch.equal(trained[name], value) for name, value in before.items())
         cost = layer.relative_flops
         wanted = model(x).detach()
-        frozen = families.convert(model)
+        frozen = gblr.convert(model)
         assert not any(value.requires_grad for name, value in frozen.named_parameters() if not name.endswith("bias"))
         torch.testing.assert_close(frozen(x), wanted)
         counted = frozen[0].relative_flops if isinstance(frozen[0], FamilyLayer) else frozen[0].weight.relative_flops
@@ -182,7 +182,7 @@ class FamilyCase:
 
     def test_layer_computes_its_weight(self) -> None:
         model = nn.Sequential(self.module())
-        layer: Any = families.replace(model, ["0"], self.name, 0.5, **self.layer_options)["0"]
+        layer: Any = gblr.prepare(model, ["0"], family=self.name, budget=0.5, **self.layer_options)["0"]
         x = self.input()
         dense = self.module()
         with torch.no_grad():
@@ -194,7 +194,7 @@ class FamilyCase:
         # Geometry comes from shape, budget and options; states carry the factors.
         models = [nn.Sequential(self.module(seed=seed)) for seed in (0, 1)]
         for model in models:
-            families.replace(model, None, self.name, 0.5, **self.fixed_geometry())
+            gblr.prepare(model, None, family=self.name, budget=0.5, **self.fixed_geometry())
         x = self.input()
         assert not torch.equal(models[0](x), models[1](x))
         models[1].load_state_dict(models[0].state_dict())
@@ -205,7 +205,7 @@ class FamilyCase:
 
     def test_survives_deepcopy_and_casts(self) -> None:
         model = nn.Sequential(self.module(torch.float32))
-        families.replace(model, None, self.name, 0.5, **self.layer_options)
+        gblr.prepare(model, None, family=self.name, budget=0.5, **self.layer_options)
         x = self.input(torch.float32)
         wanted = model(x)
         torch.testing.assert_close(copy.deepcopy(model)(x), wanted)
@@ -213,7 +213,7 @@ class FamilyCase:
 
     def test_autocast(self) -> None:
         model = nn.Sequential(self.module(torch.float32))
-        families.replace(model, None, self.name, 0.5, **self.layer_options)
+        gblr.prepare(model, None, family=self.name, budget=0.5, **self.layer_options)
         x = self.input(torch.float32)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = model(x)
@@ -326,7 +326,7 @@ def test_packed_projections_are_stacks_of_their_parts(name: str) -> None:
     torch.manual_seed(0)
     dense = nn.Linear(32, 3 * 20).double()
     model = nn.Sequential(copy.deepcopy(dense))
-    layer: Any = families.replace(model, ["0"], name, {"0": 0.5}, row_splits=3, **options)["0"]
+    layer: Any = gblr.prepare(model, ["0"], family=name, budget=0.5, row_splits=3, **options)["0"]
     parts = [families.get(name).from_dense(part, 0.5, **options) for part in dense.weight.detach().chunk(3)]
     assert layer.stored == sum(part.stored for part in parts)
     torch.testing.assert_close(layer.to_dense(), torch.cat([part.to_dense() for part in parts]))
@@ -334,6 +334,6 @@ def test_packed_projections_are_stacks_of_their_parts(name: str) -> None:
     wanted = model(x)
     torch.testing.assert_close(wanted, nn.functional.linear(x, layer.weight, dense.bias))
     assert gblr.report(model, x).layers[0].structure == name
-    torch.testing.assert_close(families.convert(model)(x), wanted)
+    torch.testing.assert_close(gblr.convert(model)(x), wanted)
     with pytest.raises(ConfigError, match="row_splits must be a positive divisor of the 60 rows, got 7"):
         families.get(name).from_dense(dense.weight.detach(), 0.5, row_splits=7, **options)

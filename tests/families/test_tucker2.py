@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gblr_plugin import families
 from gblr_plugin.errors import ConfigError
+from gblr_plugin.families.layers import trainable
 from gblr_plugin.families.tucker2 import Tucker2
 
 
@@ -50,7 +51,7 @@ CONVS: list[dict[str, Any]] = [
 def test_convolutions_equal_the_dense_kernel(settings: dict[str, Any], family: str) -> None:
     torch.manual_seed(0)
     dense = nn.Conv2d(8, 12, **settings).double()
-    layer: Any = families.get(family).trainable(dense, 0.7)
+    layer: Any = trainable(families.get(family), dense, 0.7)
     x = gaussian(2, 8, 9, 10)
     with torch.no_grad():
         dense.weight.copy_(layer.weight)
@@ -63,14 +64,14 @@ def test_conv1d() -> None:
     torch.manual_seed(0)
     dense = nn.Conv1d(8, 12, 5, padding=2, stride=2).double()
     for family in ("tucker2", "block_low_rank"):
-        layer: Any = families.get(family).trainable(dense, 0.5)
+        layer: Any = trainable(families.get(family), dense, 0.5)
         assert isinstance(layer, nn.Conv1d)
         x = gaussian(2, 8, 20)
         torch.testing.assert_close(layer(x), nn.functional.conv1d(x, layer.weight, dense.bias, 2, 2))
 
 
 def test_a_stride_is_paid_for_in_the_first_step() -> None:
-    layer: Any = families.get("tucker2").trainable(nn.Conv2d(16, 32, 3, stride=2, padding=1), 0.5)
+    layer: Any = trainable(families.get("tucker2"), nn.Conv2d(16, 32, 3, stride=2, padding=1), 0.5)
     matrix = layer.matrix()
     p, q, taps = matrix.core.shape
     assert matrix.stored == 16 * q + p * q * taps + 32 * p
@@ -80,6 +81,6 @@ def test_a_stride_is_paid_for_in_the_first_step() -> None:
 
 def test_linear_layers_are_refused() -> None:
     with pytest.raises(ConfigError, match="tucker2: only for Conv1d and Conv2d, got a Linear"):
-        families.get("tucker2").trainable(nn.Linear(8, 8), 0.5)
+        trainable(families.get("tucker2"), nn.Linear(8, 8), 0.5)
     with pytest.raises(ConfigError, match="kernel_size"):
         Tucker2.from_dense(gaussian(8, 18), 0.5)

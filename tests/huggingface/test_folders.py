@@ -8,8 +8,9 @@ import pytest
 import torch
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-from gblr_plugin import ConfigError, GBLRConfig, GBLRTensor, convert, families, load, prepare, report, save
-from gblr_plugin.surgery.conversion import LayerSettings
+import gblr_plugin as gblr
+from gblr_plugin import ConfigError, GBLRConfig, GBLRTensor, convert, load, prepare, report, save
+from gblr_plugin.surgery.starts import LayerSettings
 from gblr_plugin.tensor.frozen import FrozenLinear
 
 transformers = pytest.importorskip("transformers")
@@ -26,9 +27,9 @@ def gpt2():
     model = transformers.GPT2LMHeadModel(config).eval()
     prepare(model, ["*c_attn", "*c_fc"], settings=HALF)
     prepare(model, ["*attn.c_proj"])  # full widths of a square weight: stored dense, transposed
-    families.replace(model, ["*0.mlp.c_proj"], "monarch", 0.5)
+    gblr.prepare(model, ["*0.mlp.c_proj"], family="monarch", budget=0.5)
     prepare(model, ["*1.mlp.c_proj"], settings=HALF)
-    return families.convert(model), torch.randint(0, 60, (2, 6))
+    return gblr.convert(model), torch.randint(0, 60, (2, 6))
 
 
 def vit():
@@ -186,8 +187,8 @@ def to_int8(model):
 
 
 def to_families(model):
-    families.replace(model, ["*_proj"], "monarch", 0.5)
-    return families.convert(model)
+    gblr.prepare(model, ["*_proj"], family="monarch", budget=0.5)
+    return gblr.convert(model)
 
 
 @pytest.mark.parametrize("size", ["5GB", "8KB"])

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torchao.quantization import quantize_
 
-from gblr_plugin import GBLRConfig, LayerSettings, convert, families, load, prepare, save
+import gblr_plugin as gblr
+from gblr_plugin import GBLRConfig, LayerSettings, convert, load, prepare, save
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.layers import GBLRConv1d, GBLRConv2d, GBLRLinear
 from gblr_plugin.layers.dense import (
@@ -168,13 +169,13 @@ def converted(model, _folder):
 
 
 def of_a_family(model, _folder):
-    families.replace(model, ["0"], "block_diagonal", 0.5)
+    gblr.prepare(model, ["0"], family="block_diagonal", budget=0.5)
     return model
 
 
 def of_a_family_converted(model, _folder):
-    families.replace(model, ["0"], "low_rank", 0.5)
-    return families.convert(model)
+    gblr.prepare(model, ["0"], family="low_rank", budget=0.5)
+    return gblr.convert(model)
 
 
 def quantized_in_two_steps(model, _folder):
@@ -202,8 +203,8 @@ def loaded(model, folder):
 
 def loaded_family(model, folder):
     other = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24))
-    families.replace(other, ["0"], "monarch", 0.5)
-    save(families.convert(other), folder / "model.safetensors")
+    gblr.prepare(other, ["0"], family="monarch", budget=0.5)
+    save(gblr.convert(other), folder / "model.safetensors")
     return load(folder / "model.safetensors", model).train()
 
 

@@ -9,7 +9,8 @@ from gblr_plugin.layers import GBLRLinear
 from gblr_plugin.learning.learner import LayerGoal, StructureLearner
 from gblr_plugin.learning.schedule import Schedule
 from gblr_plugin.matrix.low_rank_form import to_low_rank_form, to_trapezoid_form
-from gblr_plugin.surgery.conversion import LayerSettings, convert, prepare_layers
+from gblr_plugin.surgery.conversion import convert, prepare_layers
+from gblr_plugin.surgery.starts import LayerSettings
 
 
 def trapezoids(m=24, n=36, splits=1, tile=1, budget=0.4, method="trapezoid", dtype=torch.float64):

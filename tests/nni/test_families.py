@@ -105,32 +105,3 @@ def test_packed_rows_of_the_config_are_split_for_every_family(kit: Any, name: st
     split, whole = (family.from_dense(weight, budget, row_splits=splits).to_dense() for splits in (2, 1))
     torch.testing.assert_close(model.fc2.weight, split)
     assert not torch.allclose(split, whole)
-
-
-def test_a_learned_rank_is_a_start_of_gblr(kit: Any) -> None:
-    """Which NNI drives to its budget; the family alone has no schedule, and says so before it touches the model."""
-    model = kit.MLP()
-    config = [{"op_names": ["fc1", "fc2"], "sparse_ratio": 0.5}]
-    with pytest.raises(ConfigError, match="a learned rank needs a schedule; take compressor 'gblr'"):
-        create_compressor("low_rank", model, config, learned_rank=True)
-    assert type(model.fc1) is nn.Linear
-    evaluator = kit.evaluator(model)
-    config[0]["gblr"] = {"initialiser": "learned_rank"}
-    pruner = create_compressor("gblr", model, config, evaluator, warmup_step=5, cooldown_begin_step=40)
-    assert model.fc1.structure_name == "low_rank"
-    pruner.compress(60, None)
-    pruner.unwrap_model()
-    for layer in (model.fc1, model.fc2):
-        structure = layer.structure()
-        assert structure.relative_flops <= 0.5
-        assert set(structure.rows.width.tolist()) == {layer.out_features}
-        assert set(structure.cols.width.tolist()) == {layer.in_features}
-
-
-@pytest.mark.parametrize("own", [{"num_components": 4}, {"row_splits": 2}])
-def test_a_learned_rank_takes_no_other_settings(kit: Any, own: dict[str, int]) -> None:
-    model = kit.MLP()
-    config = [{"op_names": ["fc1"], "sparse_ratio": 0.5, "gblr": {"initialiser": "learned_rank", **own}}]
-    with pytest.raises(ConfigError, match=f"layer 'fc1': learned_rank .* leave {next(iter(own))} out"):
-        create_compressor("gblr", model, config, kit.evaluator(model), warmup_step=5, cooldown_begin_step=40)
-    assert type(model.fc1) is nn.Linear

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+import gblr_plugin as gblr
 from gblr_plugin import ConfigError, convert, families, load, prepare, save
+from gblr_plugin.families.layers import trainable
 from gblr_plugin.serialization import read_state
 from gblr_plugin.serialization.container import INDEX, Container, entries_of, shard_paths, write_container
 from gblr_plugin.serialization.families import family_record, restore_matrix
 from gblr_plugin.serialization.weights import unflatten_weight
-from gblr_plugin.surgery.conversion import LayerSettings
+from gblr_plugin.surgery.starts import LayerSettings
 
 
 def make():
@@ -27,8 +29,8 @@ def path(tmp_path):
     torch.manual_seed(0)
     model = make()
     prepare(model, ["0"], settings=LayerSettings("pursuit", budget=0.5))
-    families.replace(model, ["2"], "block_sparse", 0.9)
-    save(families.convert(model.eval()), tmp_path / "model.safetensors")
+    gblr.prepare(model, ["2"], family="block_sparse", budget=0.9)
+    save(gblr.convert(model.eval()), tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
 
 
@@ -391,8 +393,8 @@ def test_parts_that_do_not_fit_together(changed):
     ],
 )
 def test_stacks_that_lie(tmp_path, change):
-    model = nn.Sequential(families.get("monarch").trainable(nn.Linear(32, 24), 0.5, row_splits=2))
-    save(families.convert(model.eval()), tmp_path / "stack.safetensors")
+    model = nn.Sequential(trainable(families.get("monarch"), nn.Linear(32, 24), 0.5, row_splits=2))
+    save(gblr.convert(model.eval()), tmp_path / "stack.safetensors")
     header, said, data = parts(tmp_path / "stack.safetensors")
     change(said["families"]["0"])
     write(tmp_path / "stack.safetensors", header, said, data)
@@ -458,8 +460,8 @@ def test_a_matrix_of_another_convolution(tmp_path, change):
         return nn.Sequential(nn.Conv2d(8, 16, 3))
 
     model = network()
-    families.replace(model, ["0"], "tucker2", 0.5)
-    save(families.convert(model.eval()), tmp_path / "conv.safetensors")
+    gblr.prepare(model, ["0"], family="tucker2", budget=0.5)
+    save(gblr.convert(model.eval()), tmp_path / "conv.safetensors")
     assert load(tmp_path / "conv.safetensors", network) is not None
     header, said, data = parts(tmp_path / "conv.safetensors")
     said["families"]["0"].update(change)

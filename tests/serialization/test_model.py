@@ -6,12 +6,14 @@ from safetensors import safe_open
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
+import gblr_plugin as gblr
 import gblr_plugin.serialization.container
 from gblr_plugin import ConfigError, GBLRTensor, convert, decompose, families, load, prepare, report, save
+from gblr_plugin.families.layers import trainable
 from gblr_plugin.kernels import compiled
 from gblr_plugin.kernels.layout import interval_facts
 from gblr_plugin.kernels.plan import Plan, dense_plan
-from gblr_plugin.surgery.conversion import LayerSettings
+from gblr_plugin.surgery.starts import LayerSettings
 
 pytestmark = pytest.mark.usefixtures("plans")
 HALF = LayerSettings("trapezoid", budget=0.5)
@@ -88,8 +90,8 @@ def test_every_family_comes_back_into_a_dense_skeleton(tmp_path, family):
     torch.manual_seed(0)
     network = make()
     network(X)
-    families.replace(network, ["0"] if family == "tucker2" else None, family, 0.6)
-    network = families.convert(network.eval())
+    gblr.prepare(network, ["0"] if family == "tucker2" else None, family=family, budget=0.6)
+    network = gblr.convert(network.eval())
     save(network, tmp_path / "model.safetensors")
     with torch.device("meta"):
         empty = make()
@@ -101,8 +103,8 @@ def test_every_family_comes_back_into_a_dense_skeleton(tmp_path, family):
 
 
 def test_stacked_families_and_lone_layers(tmp_path):
-    layer = families.get("monarch").trainable(nn.Linear(24, 36), 0.5, row_splits=3)
-    layer = families.convert(layer.eval())
+    layer = trainable(families.get("monarch"), nn.Linear(24, 36), 0.5, row_splits=3)
+    layer = gblr.convert(layer.eval())
     save(layer, tmp_path / "model.safetensors")
     loaded = load(tmp_path / "model.safetensors", nn.Linear(24, 36))
     x = torch.randn(2, 24)

@@ -13,7 +13,7 @@ from torch import nn
 from torchao.quantization import FqnToConfig, quantize_
 
 import gblr_plugin as gblr
-from gblr_plugin import ConfigError, GBLRConfig, GBLRLayer, GBLRTensor, LayerSettings, families
+from gblr_plugin import ConfigError, GBLRConfig, GBLRLayer, GBLRTensor, LayerSettings
 from gblr_plugin.huggingface.compress_folder import CompressSettings, compress_folder
 from gblr_plugin.layers.dense import structurable
 from gblr_plugin.serialization.container import Container
@@ -228,7 +228,7 @@ def test_prepare(case):
 def test_replace(case):
     _make, model, _example, left = case
     chosen = expected(model, left)
-    assert list(families.replace(model, None, "low_rank", 0.5)) == chosen
+    assert list(gblr.prepare(model, None, family="low_rank", budget=0.5)) == chosen
 
 
 def test_quantize_with_our_filter(case):
@@ -338,7 +338,7 @@ def by_name(name):
 
     return {
         "prepare": lambda model: gblr.prepare(model, [name], settings=HALF),
-        "replace": lambda model: families.replace(model, [name], "low_rank", 0.5),
+        "replace": lambda model: gblr.prepare(model, [name], family="low_rank", budget=0.5),
         "nni": nni,
         "filter": lambda model: quantize_(model, config, filter_fn=layer_filter(model, [name])),
         "fqn": lambda model: quantize_(model, FqnToConfig({name: config}), filter_fn=None),

@@ -6,8 +6,8 @@ from torch import nn
 
 from gblr_plugin import families
 from gblr_plugin.errors import ConfigError
-from gblr_plugin.surgery.conversion import LayerSettings, prepare_layers
-from gblr_plugin.surgery.starts import EMBEDDED, start
+from gblr_plugin.surgery.conversion import prepare_layers
+from gblr_plugin.surgery.starts import EMBEDDED, LayerSettings, initial_matrix
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def weight() -> torch.Tensor:
 def test_a_start_from_a_family_is_its_member_at_the_budget(
     weight: torch.Tensor, name: str, budget: float, row_splits: int
 ) -> None:
-    matrix = start(weight, LayerSettings(name, row_splits=row_splits, budget=budget))
+    matrix = initial_matrix(weight, LayerSettings(name, row_splits=row_splits, budget=budget))
     member = families.get(name).from_dense(weight, budget, row_splits=row_splits)
     torch.testing.assert_close(matrix.to_dense(), member.to_dense())
     assert member.relative_flops <= budget
@@ -38,10 +38,10 @@ def test_the_layer_computes_what_it_starts_from(weight: torch.Tensor, name: str)
 
 
 def test_a_layer_too_small_for_the_family_is_decomposed(weight: torch.Tensor) -> None:
-    matrix = start(weight, LayerSettings("block_diagonal", budget=0.05))
+    matrix = initial_matrix(weight, LayerSettings("block_diagonal", budget=0.05))
     assert matrix.num_components > 0
     assert matrix.relative_flops <= 0.05
-    expected = start(weight, LayerSettings("gblr", budget=0.05))
+    expected = initial_matrix(weight, LayerSettings("gblr", budget=0.05))
     torch.testing.assert_close(matrix.to_dense(), expected.to_dense())
 
 

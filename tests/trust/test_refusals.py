@@ -18,7 +18,8 @@ from gblr_plugin.calibration.allocation import allocate
 from gblr_plugin.calibration.batches import CalibrationSettings, attention_mask, loss_of
 from gblr_plugin.data.images import image_folders
 from gblr_plugin.errors import ConfigError, GBLRError
-from gblr_plugin.families.stacked import Stacked
+from gblr_plugin.families.base import Stacked
+from gblr_plugin.families.layers import layer_like
 from gblr_plugin.matrix.metric import Metric
 from gblr_plugin.nni import create_compressor
 from gblr_plugin.nni.settings import read_config
@@ -26,7 +27,7 @@ from gblr_plugin.run.search_space import SearchSpace
 from gblr_plugin.run.settings import Method, RunSettings
 from gblr_plugin.run.yaml_config import load_yaml
 from gblr_plugin.serialization import read_state
-from gblr_plugin.surgery.conversion import LayerSettings
+from gblr_plugin.surgery.starts import LayerSettings
 from gblr_plugin.tasks.hf import check_download
 from gblr_plugin.tasks.language import LanguageTask
 from gblr_plugin.tensor.gblr_tensor import GBLRTensor
@@ -104,7 +105,7 @@ REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
         "do not fit 10 columns",
     ),
     "a matrix of another layer": (
-        lambda _: LOW.from_dense(WEIGHT, 0.9).module_like(nn.Conv2d(6, 9, 1)),
+        lambda _: layer_like(nn.Conv2d(6, 9, 1), LOW.from_dense(WEIGHT, 0.9)),
         r"the convolution's weight matrix is \(9, 6\), got \(8, 6\)",
     ),
     "rows that do not divide": (

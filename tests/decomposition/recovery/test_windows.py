@@ -14,8 +14,7 @@ from gblr_plugin.decomposition.recovery.windows import best_windows
 from gblr_plugin.layers.dense import structured_like
 from gblr_plugin.matrix.metric import Metric
 from gblr_plugin.matrix.tiles import TiledAxis
-from gblr_plugin.surgery.conversion import LayerSettings
-from gblr_plugin.surgery.starts import start
+from gblr_plugin.surgery.starts import LayerSettings, initial_matrix
 
 
 def factor(length: int, rank: int) -> torch.Tensor:
@@ -65,7 +64,7 @@ def test_windows_beat_trapezoids(tile: int, monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_is_trained_keeps_its_low_rank_part_whole() -> None:
     weight = torch.randn(64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     settings = LayerSettings("gblr", budget=0.5)
-    started = start(weight, settings)
+    started = initial_matrix(weight, settings)
     assert not torch.equal(started.to_dense(), decompose(weight, 0.5).to_dense())
     layer = structured_like(nn.Linear(64, 64, dtype=torch.float64), started)
     assert layer.free_gauge() > 10  # there is a low-rank part in it
