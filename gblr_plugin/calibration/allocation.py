@@ -29,7 +29,7 @@ from ..layers.dense import check_structurable, weight_matrix
 from ..matrix.metric import Metric
 from ..utils.validation import check_choice, check_share
 from .batches import Calibration
-from .sequential import layer_moments
+from .layer_moments import layer_moments
 
 __all__ = ["FLOOR", "RULES", "allocate", "check_rule"]
 

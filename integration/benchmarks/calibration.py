@@ -31,8 +31,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gblr_plugin.calibration.allocation import RULES, allocate
-from gblr_plugin.calibration.batches import Calibration, Moments
-from gblr_plugin.calibration.sequential import evaluating, fit_layers, fitting_mask
+from gblr_plugin.calibration.batches import Calibration
+from gblr_plugin.calibration.inputs import evaluating, fitting_mask
+from gblr_plugin.calibration.moments import Moments
+from gblr_plugin.calibration.sequential import fit_layers
 from gblr_plugin.decomposition import decompose
 from gblr_plugin.layers.dense import replace_modules, structured_like
 from gblr_plugin.matrix.metric import Metric

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gblr_plugin.calibration.batches import Calibration
-from gblr_plugin.calibration.sequential import compress_sequentially, fit_layers, input_rows, layer_moments
+from gblr_plugin.calibration.inputs import input_rows
+from gblr_plugin.calibration.layer_moments import layer_moments
+from gblr_plugin.calibration.sequential import fit_layers
 from gblr_plugin.decomposition import decompose
 from gblr_plugin.errors import ConfigError
+from gblr_plugin.matrix.metric import Metric
 from gblr_plugin.matrix.structure import StructuredMatrix
 from gblr_plugin.utils.progress import shown_by
 
@@ -40,6 +44,28 @@ def put(model: nn.Module, results: dict[str, tuple[StructuredMatrix, Tensor | No
     return model
 
 
+def decomposed(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[Tensor],
+    budget: float | Mapping[str, float],
+    *,
+    mask: Callable[[object], Tensor | None] | None = None,
+    sequential: bool = True,
+    row_splits: Mapping[str, int] | None = None,
+    **options: str,
+) -> dict[str, tuple[StructuredMatrix, Tensor | None]]:
+    """The layers fitted by decompositions, in the dtype of their weights."""
+
+    def fit(name: str, target: Tensor, metric: Metric) -> StructuredMatrix:
+        share, splits = budget if isinstance(budget, float) else budget[name], (row_splits or {}).get(name, 1)
+        found = decompose(target, share, calibration=metric, row_splits=splits, **options)
+        return found.to(layers[name].weight.dtype)
+
+    calibration = Calibration(batches, lambda net, batch: net(batch), mask, sequential=sequential)
+    return fit_layers(model, layers, calibration, fit)
+
+
 def output_error(model: nn.Module, changed: nn.Module, x: Tensor) -> float:
     with torch.no_grad():
         want = model(x)
@@ -53,9 +79,7 @@ def test_each_correction_helps_and_the_model_is_left_alone(network: nn.Sequentia
     network.train()
     errors = []
     for sequential in (False, True):
-        results = compress_sequentially(
-            network, layers, x.split(100), lambda m, b: m(b), 0.25, sequential=sequential, method="trapezoid"
-        )
+        results = decomposed(network, layers, x.split(100), 0.25, sequential=sequential, method="trapezoid")
         assert all(matrix.relative_flops <= 0.25 for matrix, _ in results.values())
         errors.append(output_error(network, put(network, results), x))
     assert errors[1] < errors[0] < 1
@@ -69,9 +93,7 @@ def test_budgets_by_name_order_and_biases(network: nn.Sequential) -> None:
     layers = {name: network.get_submodule(name) for name in ("5", "0", "3")}
     shown: list[str] = []
     with shown_by(shown.append):
-        results = compress_sequentially(
-            network, layers, [x], lambda m, b: m(b), {"0": 0.6, "3": 0.3, "5": 0.5}, method="svd"
-        )
+        results = decomposed(network, layers, [x], {"0": 0.6, "3": 0.3, "5": 0.5}, method="svd")
     assert list(results) == ["0", "3", "5"]
     shapes = {name: (m.shape, None if b is None else tuple(b.shape)) for name, (m, b) in results.items()}
     assert shapes == {"0": ((16, 18), (16,)), "3": ((40, 256), None), "5": ((30, 40), (30,))}
@@ -83,7 +105,7 @@ def test_without_a_bias_the_moments_are_not_centred() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(12, 10, bias=False)
     x = torch.randn(500, 12) + 3.0
-    found, bias = compress_sequentially(layer, {"": layer}, [x], lambda m, b: m(b), 0.4, method="svd")[""]
+    found, bias = decomposed(layer, {"": layer}, [x], 0.4, method="svd")[""]
     assert bias is None
     root = torch.linalg.cholesky(x.T.double() @ x.double() / 500)
     whitened = layer.weight.double() @ root
@@ -113,43 +135,24 @@ def test_shared_inputs_masks_and_splits() -> None:
     garbage[:, 4:] = 100 * torch.randn(20, 2, 24)
     layers = dict(model.named_children())
     settings = {"method": "trapezoid", "row_splits": {"packed": 2}}
-    clean = compress_sequentially(model, layers, [x[:, :4]], lambda m, b: m(b), 0.5, **settings)
-    masked = compress_sequentially(model, layers, [garbage], lambda m, b: m(b), 0.5, mask=lambda _: mask, **settings)
+    clean = decomposed(model, layers, [x[:, :4]], 0.5, **settings)
+    masked = decomposed(model, layers, [garbage], 0.5, mask=lambda _: mask, **settings)
     assert clean["packed"][0].row_splits == 2
     for name in layers:
         torch.testing.assert_close(clean[name][0].to_dense(), masked[name][0].to_dense(), atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(clean[name][1], masked[name][1], atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv1d(3, 5, 4, stride=2, padding=1, dilation=2),
-        nn.Conv1d(3, 5, 3, padding="same"),
-        nn.Conv2d(3, 5, (2, 3), padding=1, padding_mode="reflect"),
-        nn.Conv2d(3, 5, 3, stride=2),
-        nn.Linear(9, 5),
-    ],
-)
-def test_input_rows_are_what_the_weight_matrix_multiplies(layer: nn.Module) -> None:
-    x = torch.randn(2, *{nn.Conv1d: (3, 11), nn.Conv2d: (3, 8, 9), nn.Linear: (4, 9)}[type(layer)])
-    out = input_rows(layer, x) @ layer.weight.flatten(1).T + layer.bias
-    want = layer(x)
-    if not isinstance(layer, nn.Linear):
-        want = want.flatten(2).transpose(1, 2)
-    torch.testing.assert_close(out, want)
-
-
 def test_errors_name_the_layer(network: nn.Sequential) -> None:
     x = torch.randn(10, 2, 4, 4)
     with pytest.raises(ConfigError, match="no batches"):
-        compress_sequentially(network, {"5": network[5]}, [], lambda m, b: m(b), 0.5)
+        decomposed(network, {"5": network[5]}, [], 0.5)
     with pytest.raises(ConfigError, match="'9' is never run"):
-        compress_sequentially(network, {"9": nn.Linear(20, 20)}, [x], lambda m, b: m(b), 0.5)
+        decomposed(network, {"9": nn.Linear(20, 20)}, [x], 0.5)
     with pytest.raises(ConfigError, match="layer '5': decompose: budget"):
-        compress_sequentially(network, {"5": network[5]}, [x], lambda m, b: m(b), 5.0)
+        decomposed(network, {"5": network[5]}, [x], 5.0)
     with pytest.raises(ConfigError, match="layer '1'"):
-        compress_sequentially(network, {"1": network[1]}, [x], lambda m, b: m(b), 0.5)
+        decomposed(network, {"1": network[1]}, [x], 0.5)
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in network.modules())
 
 
@@ -157,7 +160,7 @@ def test_inputs_that_never_change_leave_the_weight_to_be_fitted(network: nn.Sequ
     with torch.no_grad():
         network[3].weight.zero_()
     layers = {"5": network[5]}
-    found, bias = compress_sequentially(network, layers, [torch.randn(20, 2, 4, 4)], lambda m, b: m(b), 0.5)["5"]
+    found, bias = decomposed(network, layers, [torch.randn(20, 2, 4, 4)], 0.5)["5"]
     torch.testing.assert_close(found.to_dense(), decompose(network[5].weight.detach(), 0.5).to_dense())
     constant = nn.functional.gelu(torch.zeros(40))
     torch.testing.assert_close(found.to_dense() @ constant + bias, network[5](constant))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gblr_plugin.calibration.batches import Calibration
-from gblr_plugin.calibration.sequential import layer_moments
+from gblr_plugin.calibration.layer_moments import layer_moments
 from gblr_plugin.utils.random_state import accelerators_of, keep_random_state, random_state, set_random_state
 
 
