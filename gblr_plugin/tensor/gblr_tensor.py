@@ -22,7 +22,7 @@ from ..kernels.costs import Costs
 from ..kernels.layout import Block, Layout, interval_facts, narrowed, pack, pack_for, quantize, to_dense, unpack
 from ..kernels.measure import is_stale, measured_plan
 from ..kernels.plan import BUCKETS, Plan, candidates, fixed_plan, predicted_cost
-from ..kernels.quick import Launcher, launcher
+from ..kernels.direct import Launcher, launcher
 from ..kernels.soundness import check_index, check_sizes, is_known, vouch
 from ..matrix.structure import Intervals, StructuredMatrix
 from ..utils.optional_imports import quiet_import
@@ -212,7 +212,7 @@ class GBLRTensor(TorchAOBaseTensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """As the base's, but plain inference by ``F.linear`` goes straight to the compiled kernel."""
         if func is F.linear and not kwargs and not torch.compiler.is_compiling():
-            result = _quick_linear(*args)
+            result = _direct_linear(*args)
             if result is not None:
                 return result
         return super().__torch_function__(func, types, args, kwargs)
@@ -571,7 +571,7 @@ def _linear(x: Tensor, weight: GBLRTensor, bias: Tensor | None) -> Tensor:
     return y.view(*x.shape[:-1], m)
 
 
-def _quick_linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor | None:
+def _direct_linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor | None:
     """The product without the dispatcher, where nothing but the result is wanted; None where it may not be had so."""
     if type(weight) is not GBLRTensor:
         return None

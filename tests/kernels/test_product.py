@@ -150,8 +150,8 @@ def test_threads_share_the_work(threads: int, team: bool, monkeypatch: pytest.Mo
 
     if not team:  # as after a fork, or where torch has another library of threads
         monkeypatch.setattr(threading, "_forked", True)
-    monkeypatch.setattr(numba_team, "WORTH_THREADS", 0)
-    monkeypatch.setattr(numba_team, "WORTH_ROUNDS", 0)
+    monkeypatch.setattr(numba_team, "SHARED_TOKENS", 0)
+    monkeypatch.setattr(numba_team, "SHARED_BLOCKS", 0)
     original = matrix(31, 57, 33, 3)
     layout, factors, lists = pack(original, 16, 16)
     whole, scales = quantize(layout, factors, lists)
@@ -177,7 +177,7 @@ def test_threads_share_blocks_whose_components_are_no_whole_tiles(
 ) -> None:
     from gblr_plugin.kernels.cpu import numba_team
 
-    monkeypatch.setattr(numba_team, "WORTH_ROUNDS", 0)
+    monkeypatch.setattr(numba_team, "SHARED_BLOCKS", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -200,7 +200,7 @@ from gblr_plugin.kernels.cpu import numba_team
 from gblr_plugin.kernels.layout import narrowed, pack, quantize, to_dense
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 
-numba_team.WORTH_THREADS = numba_team.WORTH_ROUNDS = 0
+numba_team.SHARED_TOKENS = numba_team.SHARED_BLOCKS = 0
 u, v, bias = torch.randn(100, 128), torch.randn(100, 96), torch.randn(128)
 whole = StructuredMatrix.from_factors(u, v, Intervals.full(100, 128), Intervals.full(100, 96), (100,))
 for dtype in (torch.float32, torch.bfloat16):

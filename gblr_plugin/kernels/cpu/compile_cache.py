@@ -31,6 +31,7 @@ _SOURCES = (
     "numba_search.py",
     "numba_solve.py",
     "numba_spans.py",
+    "numba_stages.py",
     "numba_team.py",
     "processor.py",
 )

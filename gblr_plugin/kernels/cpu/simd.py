@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -20,14 +20,16 @@ from ...utils.optional_imports import check_version
 __all__ = [
     "LANES",
     "Emitter",
+    "Tile",
+    "choice",
     "dot_tile",
     "expand_tile",
+    "function",
     "load_float32",
     "load_int32",
     "load_int64",
     "reduce_tile",
     "take_ticket",
-    "tile",
     "widen_tile",
 ]
 
@@ -39,6 +41,17 @@ _BYTES = ir.VectorType(_I8, LANES)
 _VECTOR = ir.VectorType(_F32, LANES)
 _MASK = ir.VectorType(ir.IntType(1), LANES)
 _ZERO = ir.Constant(_VECTOR, [0.0] * LANES)
+
+
+def _suffix(kind: ir.VectorType) -> str:
+    """How LLVM names its functions of a vector type."""
+    name = f"v{kind.count}{'f32' if kind.element == _F32 else kind.element}"
+    return f"{name}.p0{name}"
+
+
+def _bytes(kind: ir.VectorType) -> int:
+    """Size of an element, which is all that addresses are aligned to."""
+    return 4 if kind.element == _F32 else int(kind.element.width) // 8
 
 
 class Emitter:
@@ -66,41 +79,45 @@ class Emitter:
         kind, size = (_I16, 2) if narrow else (_I32, 4)
         return self.b.zext(self.load(self.at(entries, at, size), kind, size), _I64)
 
-    def store(self, value: Any, address: Any) -> None:
+    def store(self, value: Any, address: Any, align: int = 4) -> None:
         """Write a value to an address."""
-        self.b.store(value, self.b.inttoptr(address, value.type.as_pointer())).align = 4
+        self.b.store(value, self.b.inttoptr(address, value.type.as_pointer())).align = align
 
-    def vector(self, address: Any, mask: Any = None) -> Any:
-        """16 float32, zero where masked out."""
+    def vector(self, address: Any, mask: Any = None, kind: Any = _VECTOR, align: int | None = None) -> Any:
+        """16 numbers side by side, zero where masked out; float32 unless ``kind`` is another vector type."""
+        align = align or _bytes(kind)
         if mask is None:
-            return self.load(address, _VECTOR)
-        name = "llvm.masked.load.v16f32.p0v16f32"
-        kind = ir.FunctionType(_VECTOR, [_VECTOR.as_pointer(), _I32, _MASK, _VECTOR])
-        function = self.declare(name, kind)
-        pointer = self.b.inttoptr(address, _VECTOR.as_pointer())
-        return self.b.call(function, [pointer, ir.Constant(_I32, 4), mask, _ZERO])
+            return self.load(address, kind, align)
+        name = f"llvm.masked.load.{_suffix(kind)}"
+        function = self.declare(name, ir.FunctionType(kind, [kind.as_pointer(), _I32, _MASK, kind]))
+        pointer = self.b.inttoptr(address, kind.as_pointer())
+        return self.b.call(function, [pointer, ir.Constant(_I32, align), mask, ir.Constant(kind, None)])
 
     def store_vector(self, value: Any, address: Any, mask: Any = None) -> None:
         """Write the lanes of a vector that the mask lets through."""
+        kind = value.type
         if mask is None:
-            self.store(value, address)
+            self.store(value, address, _bytes(kind))
             return
-        name = "llvm.masked.store.v16f32.p0v16f32"
-        kind = ir.FunctionType(ir.VoidType(), [_VECTOR, _VECTOR.as_pointer(), _I32, _MASK])
-        pointer = self.b.inttoptr(address, _VECTOR.as_pointer())
-        self.b.call(self.declare(name, kind), [value, pointer, ir.Constant(_I32, 4), mask])
+        name = f"llvm.masked.store.{_suffix(kind)}"
+        function = self.declare(name, ir.FunctionType(ir.VoidType(), [kind, kind.as_pointer(), _I32, _MASK]))
+        pointer = self.b.inttoptr(address, kind.as_pointer())
+        self.b.call(function, [value, pointer, ir.Constant(_I32, _bytes(kind)), mask])
 
     def bytes(self, address: Any, mask: Any = None) -> Any:
         """16 int8 as float32, zero where masked out."""
-        if mask is None:
-            values = self.load(address, _BYTES, 1)
-        else:
-            kind = ir.FunctionType(_BYTES, [_BYTES.as_pointer(), _I32, _MASK, _BYTES])
-            function = self.declare("llvm.masked.load.v16i8.p0v16i8", kind)
-            pointer = self.b.inttoptr(address, _BYTES.as_pointer())
-            zero = ir.Constant(_BYTES, [0] * LANES)
-            values = self.b.call(function, [pointer, ir.Constant(_I32, 1), mask, zero])
+        values = self.vector(address, mask, _BYTES)
         return self.b.sitofp(self.b.sext(values, ir.VectorType(_I32, LANES)), _VECTOR)
+
+    def chunks(self, count: Any, initial: list[Any], step: Callable[[Any, list[Any], Any], list[Any]]) -> list[Any]:
+        """``step(first index, values, mask)`` for every 16 of ``count`` numbers, masked for those that are left."""
+        full = self.b.sdiv(count, self.i(LANES))
+        values = self.loop(full, initial, lambda c, values: step(self.b.mul(c, self.i(LANES)), values, None))
+        done = self.b.mul(full, self.i(LANES))
+        rest = self.b.sub(count, done)
+        mask = self.first_lanes(rest)
+        some = self.b.zext(self.b.icmp_signed(">", rest, self.i(0)), _I64)
+        return self.loop(some, values, lambda _, values: step(done, values, mask))
 
     def declare(self, name: str, kind: ir.FunctionType) -> Any:
         """An LLVM intrinsic function, declared once per module."""
@@ -108,10 +125,10 @@ class Emitter:
         return module.globals[name] if name in module.globals else ir.Function(module, kind, name)
 
     def broadcast(self, scalar: Any) -> Any:
-        """A float32 in every lane."""
-        single = self.b.insert_element(ir.Constant(_VECTOR, ir.Undefined), scalar, ir.Constant(_I32, 0))
-        zeros = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
-        return self.b.shuffle_vector(single, ir.Constant(_VECTOR, ir.Undefined), zeros)
+        """A scalar in every lane."""
+        nothing = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
+        single = self.b.insert_element(nothing, scalar, ir.Constant(_I32, 0))
+        return self.b.shuffle_vector(single, nothing, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """``a * b + c`` per lane: one instruction where the processor has it, else a product and a sum."""
@@ -148,11 +165,7 @@ class Emitter:
     def first_lanes(self, count: Any) -> Any:
         """Mask of the lanes below ``count``."""
         lanes = ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES)))
-        single = self.b.insert_element(
-            ir.Constant(lanes.type, ir.Undefined), self.b.trunc(count, _I32), ir.Constant(_I32, 0)
-        )
-        spread = self.b.shuffle_vector(single, single, ir.Constant(lanes.type, [0] * LANES))
-        return self.b.icmp_signed("<", lanes, spread)
+        return self.b.icmp_signed("<", lanes, self.broadcast(self.b.trunc(count, _I32)))
 
     def loop(self, count: Any, initial: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
         """``for p in range(count)`` with the values carried in registers; count may be 0."""
@@ -177,14 +190,50 @@ class Emitter:
         return list(carried)
 
 
-def tile(arguments: int, emit: Callable[[ir.IRBuilder, Any], None]) -> Any:
-    """A numba intrinsic of int64 arguments that emits ``emit`` and returns nothing."""
+class Tile(NamedTuple):
+    """A piece of LLVM code with int64 arguments and no result.
 
+    Attributes:
+        arguments: Number of arguments.
+        emit: Writes the code at the place of a builder, given the values of the arguments.
+    """
+
+    arguments: int
+    emit: Callable[[ir.IRBuilder, Any], None]
+
+
+def choice(tiles: dict[int, Tile]) -> Any:
+    """A numba function ``f(key, *arguments)`` that runs the tile of a key; no other key may be given."""
+    count = 1 + next(iter(tiles.values())).arguments
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        key, *arguments = values
+        done = builder.append_basic_block("done")
+        blocks = {number: builder.append_basic_block(f"tile_{number}") for number in tiles}
+        switch = builder.switch(key, next(iter(blocks.values())))
+        for number, block in blocks.items():
+            switch.add_case(ir.Constant(_I64, number), block)
+            builder.position_at_end(block)
+            tiles[number].emit(builder, arguments)
+            builder.branch(done)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return _intrinsic(count, codegen)
+
+
+def function(tile: Tile) -> Any:
+    """A numba function that runs one tile."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        tile.emit(builder, values)
+        return context.get_dummy_value()
+
+    return _intrinsic(tile.arguments, codegen)
+
+
+def _intrinsic(arguments: int, codegen: Callable[..., Any]) -> Any:
     def typed(typing_context: Any, *kinds: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            emit(builder, values)
-            return context.get_dummy_value()
-
         return types.none(*([types.int64] * arguments)), codegen
 
     # numba reads the number of arguments off the signature.
@@ -236,7 +285,7 @@ def load_float32(typing_context: Any, address: Any) -> Any:
     return types.float32(types.int64), codegen
 
 
-def reduce_tile(components: int, tiles: int, narrow: bool = False) -> Any:
+def reduce_tile(components: int, tiles: int, narrow: bool = False) -> Tile:
     """Stage 1: ``z[list[i], :] += sum_c V[i, c] x[c, :]`` for some components and 16 * tiles tokens.
 
     Arguments: address of V[first, 0], its row stride; columns; address of x packed (columns, 16), its tile stride;
@@ -266,10 +315,10 @@ def reduce_tile(components: int, tiles: int, narrow: bool = False) -> Any:
         for value, target in zip(sums, targets, strict=True):
             e.store_vector(value, target)
 
-    return tile(8, emit)
+    return Tile(8, emit)
 
 
-def expand_tile(tokens: int, vectors: int, masked: bool, int8: bool = False, narrow: bool = False) -> Any:
+def expand_tile(tokens: int, vectors: int, masked: bool, int8: bool = False, narrow: bool = False) -> Tile:
     """Stage 2: ``y[t, :] = bias + sum_k z[list[k], t] U[k, :]`` for some tokens and 16 * vectors rows.
 
     Arguments: address of z[0, first token], its row stride; address of the int32 list, its length; address of
@@ -301,10 +350,10 @@ def expand_tile(tokens: int, vectors: int, masked: bool, int8: bool = False, nar
             for j in range(vectors):
                 e.store_vector(sums[t * vectors + j], e.at(target, e.i(j * LANES)), mask)
 
-    return tile(10, emit)
+    return Tile(10, emit)
 
 
-def dot_tile(components: int, int8: bool = False, narrow: bool = False) -> Any:
+def dot_tile(components: int, int8: bool = False, narrow: bool = False) -> Tile:
     """Stage 1 for one token: ``z[list[i]] += V[i, :] x`` for some components.
 
     Arguments: address of V[first, 0], its row stride; columns; addresses of x, of z and of the int32 list entries.
@@ -320,21 +369,15 @@ def dot_tile(components: int, int8: bool = False, narrow: bool = False) -> Any:
             inputs = e.vector(e.at(x, at), mask)
             return [e.fma(read(e.at(row, at, size), mask), inputs, sums[r]) for r, row in enumerate(rows)]
 
-        whole = e.b.sdiv(columns, e.i(LANES))
-        sums = e.loop(whole, [_ZERO] * components, lambda c, sums: step(e.b.mul(c, e.i(LANES)), sums, None))
-        done = e.b.mul(whole, e.i(LANES))
-        rest = e.b.sub(columns, done)
-        mask = e.first_lanes(rest)
-        some = e.b.select(e.b.icmp_signed(">", rest, e.i(0)), e.i(1), e.i(0))
-        sums = e.loop(some, sums, lambda _, sums: step(done, sums, mask))
+        sums = e.chunks(columns, [_ZERO] * components, step)
         for r in range(components):
             target = e.at(z, e.entry(entries, e.i(r), narrow))
             e.store(e.b.fadd(e.load(target, _F32), e.total(sums[r])), target)
 
-    return tile(6, emit)
+    return Tile(6, emit)
 
 
-def widen_tile() -> Any:
+def widen_tile() -> Tile:
     """int8 to float32.
 
     Arguments: address of the int8, their number, address of the float32.
@@ -344,15 +387,10 @@ def widen_tile() -> Any:
         e = Emitter(builder)
         source, count, target = a
 
-        def step(at: Any, mask: Any) -> list[Any]:
+        def step(at: Any, nothing: list[Any], mask: Any) -> list[Any]:
             e.store_vector(e.bytes(e.at(source, at, 1), mask), e.at(target, at), mask)
-            return []
+            return nothing
 
-        whole = e.b.sdiv(count, e.i(LANES))
-        done = e.b.mul(whole, e.i(LANES))
-        rest = e.b.sub(count, done)
-        mask = e.first_lanes(rest)
-        e.loop(whole, [], lambda c, _: step(e.b.mul(c, e.i(LANES)), None))
-        e.loop(e.b.select(e.b.icmp_signed(">", rest, e.i(0)), e.i(1), e.i(0)), [], lambda _, __: step(done, mask))
+        e.chunks(count, [], step)
 
-    return tile(3, emit)
+    return Tile(3, emit)

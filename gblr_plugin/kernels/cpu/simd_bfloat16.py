@@ -10,7 +10,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from .simd import LANES, Emitter, tile
+from .simd import LANES, Emitter, Tile
 
 __all__ = ["dot_tile", "expand_tile", "pair_tile", "reduce_tile", "weave_tile"]
 
@@ -42,31 +42,20 @@ _SINGLES = ir.VectorType(_BFloat(), LANES)
 
 class _PairEmitter(Emitter):
     def words(self, address: Any, mask: Any = None) -> Any:
-        if mask is None:
-            return self.b.bitcast(self.load(address, _WORDS, 2), _PAIRS)
-        kind = ir.FunctionType(_WORDS, [_WORDS.as_pointer(), _I32, mask.type, _WORDS])
-        function = self.declare("llvm.masked.load.v16i32.p0v16i32", kind)
-        pointer, nothing = self.b.inttoptr(address, _WORDS.as_pointer()), ir.Constant(_WORDS, [0] * LANES)
-        return self.b.bitcast(self.b.call(function, [pointer, ir.Constant(_I32, 2), mask, nothing]), _PAIRS)
+        """16 pairs."""
+        return self.b.bitcast(self.vector(address, mask, _WORDS, align=2), _PAIRS)
 
     def broadcast_word(self, address: Any) -> Any:
-        word = self.load(address, _I32, 2)
-        single = self.b.insert_element(ir.Constant(_WORDS, ir.Undefined), word, ir.Constant(_I32, 0))
-        spread = self.b.shuffle_vector(single, single, ir.Constant(_WORDS, [0] * LANES))
-        return self.b.bitcast(spread, _PAIRS)
+        """One pair in every lane."""
+        return self.b.bitcast(self.broadcast(self.load(address, _I32, 2)), _PAIRS)
 
     def dot(self, sums: Any, a: Any, b: Any) -> Any:
         kind = ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS])
         return self.b.call(self.declare("llvm.x86.avx512bf16.dpbf16ps.512", kind), [sums, a, b])
 
     def halves(self, address: Any, mask: Any) -> Any:
-        if mask is None:
-            return self.load(address, _HALVES, 2)
-        kind = ir.FunctionType(_HALVES, [_HALVES.as_pointer(), _I32, mask.type, _HALVES])
-        function = self.declare("llvm.masked.load.v16i16.p0v16i16", kind)
-        return self.b.call(
-            function, [self.b.inttoptr(address, _HALVES.as_pointer()), ir.Constant(_I32, 2), mask, _NONE]
-        )
+        """16 bfloat16, as bits."""
+        return self.vector(address, mask, _HALVES)
 
     def weave(self, first: Any, second: Any) -> Any:
         """Pairs of the lanes of two vectors."""
@@ -79,17 +68,10 @@ class _PairEmitter(Emitter):
     def store_rounded(self, sums: Any, address: Any, mask: Any) -> None:
         kind = ir.FunctionType(_SINGLES, [_SUMS])
         rounded = self.b.call(self.declare("llvm.x86.avx512bf16.cvtneps2bf16.512", kind), [sums])
-        rounded = self.b.bitcast(rounded, _HALVES)
-        pointer = self.b.inttoptr(address, _HALVES.as_pointer())
-        if mask is None:
-            self.b.store(rounded, pointer).align = 2
-            return
-        kind = ir.FunctionType(ir.VoidType(), [_HALVES, _HALVES.as_pointer(), _I32, mask.type])
-        function = self.declare("llvm.masked.store.v16i16.p0v16i16", kind)
-        self.b.call(function, [rounded, pointer, ir.Constant(_I32, 2), mask])
+        self.store_vector(self.b.bitcast(rounded, _HALVES), address, mask)
 
 
-def reduce_tile(components: int, tiles: int, narrow: bool = False) -> Any:
+def reduce_tile(components: int, tiles: int, narrow: bool = False) -> Tile:
     """Stage 1 of :func:`~gblr_plugin.kernels.cpu.simd.reduce_tile`.
 
     Arguments as there, but: V and its stride in bfloat16; columns in pairs; x packed as (pairs, 16) words. z is
@@ -119,10 +101,10 @@ def reduce_tile(components: int, tiles: int, narrow: bool = False) -> Any:
         for value, target in zip(sums, targets, strict=True):
             e.store_vector(value, target)
 
-    return tile(8, emit)
+    return Tile(8, emit)
 
 
-def dot_tile(components: int, narrow: bool = False) -> Any:
+def dot_tile(components: int, narrow: bool = False) -> Tile:
     """Stage 1 for one token: ``z[list[i], 0] += V[i, :] x`` for some components.
 
     Arguments: address of V[first, 0], its row stride; columns in pairs; address of x, bfloat16 side by side; address of
@@ -138,21 +120,15 @@ def dot_tile(components: int, narrow: bool = False) -> Any:
             inputs = e.words(e.at(x, at), mask)
             return [e.dot(sums[r], e.words(e.at(row, at), mask), inputs) for r, row in enumerate(rows)]
 
-        whole = e.b.sdiv(pairs, e.i(LANES))
-        sums = e.loop(whole, [_ZERO] * components, lambda c, sums: step(e.b.mul(c, e.i(LANES)), sums, None))
-        done = e.b.mul(whole, e.i(LANES))
-        rest = e.b.sub(pairs, done)
-        mask = e.first_lanes(rest)
-        some = e.b.select(e.b.icmp_signed(">", rest, e.i(0)), e.i(1), e.i(0))
-        sums = e.loop(some, sums, lambda _, sums: step(done, sums, mask))
+        sums = e.chunks(pairs, [_ZERO] * components, step)
         for r in range(components):
             target = e.at(z, e.b.mul(e.entry(entries, e.i(r), narrow), e.i(LANES)))
             e.store(e.b.fadd(e.load(target, ir.FloatType()), e.total(sums[r])), target)
 
-    return tile(6, emit)
+    return Tile(6, emit)
 
 
-def pair_tile(narrow: bool = False) -> Any:
+def pair_tile(narrow: bool = False) -> Tile:
     """Rounds the rows of z that a list names and weaves them into pairs.
 
     Arguments: address of z packed (K, 16) float32; address of the list, its length; address of the (pairs, 16) words.
@@ -185,10 +161,10 @@ def pair_tile(narrow: bool = False) -> Any:
         e.loop(whole, [], body)
         e.loop(e.b.srem(count, e.i(2)), [], last)
 
-    return tile(4, emit)
+    return Tile(4, emit)
 
 
-def weave_tile() -> Any:
+def weave_tile() -> Tile:
     """Rows of U two by two into words, the last with zeros where there is an odd number, for many tokens.
 
     Arguments: address of U; number of rows; their length, a multiple of 16; address of the words, (pairs, length).
@@ -224,10 +200,10 @@ def weave_tile() -> Any:
         e.loop(whole, [], whole_pair)
         e.loop(e.b.srem(count, e.i(2)), [], last_row)
 
-    return tile(4, emit)
+    return Tile(4, emit)
 
 
-def expand_tile(tokens: int, vectors: int, masked: bool, woven: bool = False) -> Any:
+def expand_tile(tokens: int, vectors: int, masked: bool, woven: bool = False) -> Tile:
     """Stage 2 of :func:`~gblr_plugin.kernels.cpu.simd.expand_tile`.
 
     Arguments: address of the words of the first token; number of components; address of U[0, first row], its row
@@ -276,4 +252,4 @@ def expand_tile(tokens: int, vectors: int, masked: bool, woven: bool = False) ->
             for j in range(vectors):
                 e.store_rounded(sums[t * vectors + j], e.at(target, e.i(j * LANES), 2), mask)
 
-    return tile(8, emit)
+    return Tile(8, emit)

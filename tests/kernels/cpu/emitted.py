@@ -6,8 +6,6 @@ its tiles were compiled and looked at.
 
 from __future__ import annotations
 
-from typing import Any
-
 import llvmlite.binding as llvm
 from llvmlite import ir
 
@@ -31,9 +29,8 @@ PROCESSORS = [
 ]
 
 
-def tiles(bfloat16: bool) -> list[tuple[int, Any]]:
-    """(number of arguments, function that emits it) of each tile."""
-    simd.tile = simd_bfloat16.tile = lambda arguments, emit: (arguments, emit)
+def tiles(bfloat16: bool) -> list[simd.Tile]:
+    """Every tile that the kernels choose from."""
     found = [simd.widen_tile()]
     for narrow in (False, True):
         found += [simd.reduce_tile(r, t, narrow) for r in (1, 2, 4, 8) for t in (1, 2)]

@@ -57,7 +57,7 @@ def child(*arguments: str, **variables: str) -> str:
 ASKED = """
 import torch
 from gblr_plugin.kernels.compiled import available
-from gblr_plugin.kernels.cpu.numba_float32 import TILES
+from gblr_plugin.kernels.cpu.numba_stages import TILES
 print(TILES, available(torch.device("cpu"), torch.bfloat16))
 """
 

@@ -94,7 +94,7 @@ _Run = Callable[[Tensor, int, Tensor | None], Tensor]
 
 
 def _compiled(layout: Layout, dtype: torch.dtype, factors: Tensor, lists: Tensor, scales: Tensor | None) -> _Run:
-    from .cpu.numba_team import WORTH_THREADS, kernel_for, run_product  # numba takes a second to import
+    from .cpu.numba_team import SHARED_TOKENS, kernel_for, run_product  # numba takes a second to import
 
     m, n = layout.shape
     places = (
@@ -106,7 +106,7 @@ def _compiled(layout: Layout, dtype: torch.dtype, factors: Tensor, lists: Tensor
     )
     product, narrow = kernel_for(dtype, scales is not None, layout.narrow), layout.narrow
     buffers = factors.data_ptr(), lists.data_ptr(), *places, 0 if scales is None else scales.data_ptr()
-    alone, threads = WORTH_THREADS // max(layout.entries, 1), torch.get_num_threads
+    alone, threads = SHARED_TOKENS // max(layout.entries, 1), torch.get_num_threads
 
     def run(x: Tensor, tokens: int, bias: Tensor | None) -> Tensor:
         y = x.new_empty(tokens, m) if x.dim() == 2 else x.new_empty(*x.shape[:-1], m)
