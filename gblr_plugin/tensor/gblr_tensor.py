@@ -19,10 +19,10 @@ from ..errors import ConfigError, GBLRError
 from ..kernels import fit, product
 from ..kernels.compiled import available, missing
 from ..kernels.costs import Costs
+from ..kernels.direct import Launcher, launcher
 from ..kernels.layout import Block, Layout, interval_facts, narrowed, pack, pack_for, quantize, to_dense, unpack
 from ..kernels.measure import is_stale, measured_plan
 from ..kernels.plan import BUCKETS, Plan, candidates, fixed_plan, predicted_cost
-from ..kernels.direct import Launcher, launcher
 from ..kernels.soundness import check_index, check_sizes, is_known, vouch
 from ..matrix.structure import Intervals, StructuredMatrix
 from ..utils.optional_imports import quiet_import
