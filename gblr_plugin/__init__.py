@@ -29,7 +29,7 @@ _EXPORTS = {
     "GBLRLinear": "layers",
     "GBLRTensor": "tensor.gblr_tensor",
     "Intervals": "matrix.structure",
-    "LayerGoal": "learning.learner",
+    "LayerGoal": "learning.goals",
     "LayerSettings": "surgery.starts",
     "Schedule": "learning.schedule",
     "StructureLearner": "learning.learner",

@@ -212,7 +212,7 @@ class WidthBudget:
         return torch.where(targets.isinf()[self._group], torch.zeros_like(threshold), threshold)
 
     @torch.no_grad()
-    def settle(self, widths: Tensor, targets: Tensor) -> Tensor:
+    def rounded(self, widths: Tensor, targets: Tensor) -> Tensor:
         """Whole widths that use each group's target up to less than one step of one interval.
 
         Components that only rounding made empty come back first, if they fit; then live widths grow, those whose

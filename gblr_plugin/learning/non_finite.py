@@ -1,11 +1,12 @@
-"""NaN and infinity in training: seen before an optimizer spreads them, explained in a file."""
+"""NaN and infinity in training: noticed before an optimizer spreads them, and described in a file."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..errors import ConfigError, GBLRError
 from ..layers import GBLRLayer
 from ..layers.distributed_parameters import all_finite, own_part
 from ..utils.files import write_text
 
-__all__ = ["drop_gradients", "find_cause", "gradients_finite", "save_diagnostic"]
+__all__ = ["NON_FINITE", "FiniteGuard", "drop_gradients", "find_cause", "gradients_finite", "save_diagnostic"]
 
+NON_FINITE = ("stop", "skip")
+"""What a training may do where gradients are not finite."""
+
+_logger = logging.getLogger(__name__)
+_CUDA_CHECK_EVERY = 32
+_MOST_SKIPPED = 100  # in a row: the training makes no progress then
 _PARTS = ("widths", "locations", "U", "V", "bias")
 
 
@@ -99,3 +107,78 @@ def save_diagnostic(
             continue
         return Path(path)
     return None
+
+
+class FiniteGuard:
+    """Ends a training, or leaves steps out, where gradients or the structure are NaN or infinite.
+
+    Args:
+        layers: Structured layers by name.
+        non_finite: ``"stop"`` or ``"skip"``, see :class:`~gblr_plugin.StructureLearner`.
+        folder: Where to write the diagnostic, or ``None``.
+        facts: Gives the present step, progress and smoothness, for the diagnostic.
+
+    Attributes:
+        skipped_steps: Optimizer steps that were not taken.
+        last_loss: A detached loss for the diagnostic, or ``None``.
+
+    Raises:
+        ConfigError: If ``non_finite`` is neither.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, GBLRLayer],
+        non_finite: str,
+        folder: str | os.PathLike[str] | None,
+        facts: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        if non_finite not in NON_FINITE:
+            raise ConfigError(f"structure learner: non_finite must be 'stop' or 'skip', got {non_finite!r}")
+        self._layers, self._non_finite, self._folder, self._facts = layers, non_finite, folder, facts
+        self.skipped_steps = 0
+        self.last_loss: Tensor | None = None
+        self._skipped_in_a_row = 0
+
+    def check_structure(self, widths: Tensor) -> None:
+        """Raise a GBLRError where widths (2, C) or locations are not finite; on CUDA looked at every 32nd step."""
+        if widths.is_cuda and self._facts()["step"] % _CUDA_CHECK_EVERY:
+            return  # reading the answer waits for the GPU
+        # All widths first, which every process sees: all processes go on together, or none.
+        locations = [layer.locations for layer in self._layers.values()]
+        if not (bool(torch.isfinite(widths).all()) and all_finite(locations)):
+            self.check_parameters()
+
+    def check_parameters(self) -> None:
+        """Raise a GBLRError where a parameter of a layer is not finite."""
+        if (cause := find_cause(self._layers, gradients=False)) is not None:
+            raise self._error(*cause)
+
+    @torch.no_grad()
+    def is_usable(self, optimizer: Optimizer) -> bool:
+        """Whether the gradients of an optimizer may be used; raises where the training is to stop."""
+        stops, step = self._non_finite == "stop", self._facts()["step"]
+        on_cuda = any(layer.widths.is_cuda for layer in self._layers.values())
+        if stops and on_cuda and step % _CUDA_CHECK_EVERY:
+            return True
+        if gradients_finite(optimizer):
+            self._skipped_in_a_row = 0
+            return True
+        if stops or self._skipped_in_a_row >= _MOST_SKIPPED:
+            raise self._error(*(find_cause(self._layers) or ("another", "the gradient of a parameter")))
+        self.check_parameters()
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row == 1:
+            _logger.warning("step %d: gradients are NaN or infinite; the step is skipped", step)
+        return False
+
+    def _error(self, name: str, what: str) -> GBLRError:
+        """The error to raise; the diagnostic is written first."""
+        known, loss = self._facts(), self.last_loss
+        facts = {"step": known["step"], "layer": name, "what": what, "loss": None if loss is None else str(float(loss))}
+        saved = save_diagnostic(self._layers, {**facts, **known, "skipped_steps": self.skipped_steps}, self._folder)
+        return GBLRError(
+            f"layer {name!r}: {what} became NaN or infinite at step {known['step']}; lower the learning rate or clip "
+            f"gradients (details in {saved or 'no file: none could be written'})"
+        )

@@ -1,10 +1,8 @@
-"""Optimizers: a group of their own for structure parameters, and a hook that runs once per real step."""
+"""The optimizer group of structure parameters, with its own options and learning rate."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
-from types import MethodType
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,9 +10,16 @@ from torch.optim import LBFGS, Optimizer
 
 from ..errors import ConfigError
 from ..layers import GBLRLayer
-from .non_finite import drop_gradients
 
-__all__ = ["STRUCTURE_KEY", "StepHook", "param_groups", "split_structure_group", "structure_parameters"]
+__all__ = [
+    "STRUCTURE_KEY",
+    "check_optimized",
+    "learning_rates",
+    "param_groups",
+    "restore_options",
+    "split_structure_group",
+    "structure_parameters",
+]
 
 STRUCTURE_KEY = "gblr_structure"
 """Marks, as an optimizer group's key, the group that holds widths and locations."""
@@ -38,6 +43,13 @@ def _structure_options(group: dict[str, Any], ratio: float) -> dict[str, Any]:
             options[key] = rate.clone() * ratio if isinstance(rate, Tensor) else rate * ratio
     options[STRUCTURE_KEY] = True
     return options
+
+
+def restore_options(optimizer: Optimizer) -> None:
+    """Give the structure's groups their own options back: schedulers that cycle momentum write to every group."""
+    for group in optimizer.param_groups:
+        if group.get(STRUCTURE_KEY):
+            group.update({key: _OWN_OPTIONS[key] for key in ("betas", "momentum") if key in group})
 
 
 def param_groups(model: nn.Module, *, structure_lr: float | None = None, **options: Any) -> list[dict[str, Any]]:
@@ -154,82 +166,6 @@ def split_structure_group(
             _extend_scheduler(scheduler, index, len(optimizer.param_groups), ratio)
         optimizer.add_param_group(new_group)
     return any(id(parameter) in ids for group in optimizer.param_groups for parameter in group["params"])
-
-
-class StepHook:
-    """Runs a function after each step that an optimizer really took.
-
-    ``Optimizer.register_step_post_hook`` fires for steps that a GradScaler skips inside a fused kernel, and twice for
-    subclasses that call ``super().step``; per-batch callbacks count micro-batches. Wrapping ``step`` on the instance,
-    and passing over steps with ``found_inf`` set, is exact for all of these.
-
-    Args:
-        optimizer: Its ``step`` is wrapped until :meth:`remove`.
-        function: Called without arguments after each real step.
-        before: Called before every step, also one that a scaler skips.
-        usable: Asked once the gradients are there (with a closure: after it); where it says no, the step is not taken.
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        function: Callable[[], None],
-        before: Callable[[], None] | None = None,
-        usable: Callable[[], bool] | None = None,
-    ) -> None:
-        self.optimizer = optimizer
-        self._function: Callable[[], None] | None = function
-        self._before = before
-        self._usable = usable
-        self._previous = optimizer.__dict__.get("step")  # None: the class's own
-        original = optimizer.step
-
-        @functools.wraps(original)
-        def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            for group in optimizer.param_groups:
-                if group.get(STRUCTURE_KEY):  # schedulers that cycle momentum (OneCycleLR) write to every group
-                    group.update({key: _OWN_OPTIONS[key] for key in ("betas", "momentum") if key in group})
-            if hook._before is not None:
-                hook._before()
-            closure: Any = args[0] if args else kwargs.get("closure")
-            taken = True
-
-            def judged() -> Any:
-                """The closure; without gradients the step after it changes nothing."""
-                nonlocal taken
-                loss = closure()
-                taken = hook._usable is None or hook._usable()
-                if not taken:
-                    drop_gradients(optimizer)
-                return loss
-
-            if closure is None:
-                if hook._usable is not None and not hook._usable():
-                    return None
-            elif args:
-                args = (judged, *args[1:])
-            else:
-                kwargs["closure"] = judged
-            result = original(*args, **kwargs)
-            found_inf = getattr(optimizer, "found_inf", None)
-            if taken and hook._function is not None and (found_inf is None or not float(found_inf)):
-                hook._function()
-            return result
-
-        hook = self
-        # A bound method: a scheduler made later wraps ``step.__func__``.
-        self._step = MethodType(step, optimizer)
-        optimizer.step = self._step  # type: ignore[method-assign]  # on the instance: see above
-
-    def remove(self) -> None:
-        """Stop; the optimizer's own ``step`` is restored unless something else has wrapped it meanwhile."""
-        self._function = self._before = self._usable = None
-        if self.optimizer.__dict__.get("step") is not self._step:
-            return
-        if self._previous is None:
-            del self.optimizer.step
-        else:
-            self.optimizer.step = self._previous  # type: ignore[method-assign]  # the instance alone
 
 
 def check_optimized(layers: dict[str, GBLRLayer], optimizers: Sequence[Optimizer]) -> None:

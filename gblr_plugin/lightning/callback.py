@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..layers import GBLRLayer
-from ..learning.learner import NON_FINITE, LayerGoal, StructureLearner
+from ..learning.goals import LayerGoal
+from ..learning.learner import StructureLearner
+from ..learning.non_finite import NON_FINITE
 from ..learning.optimizers import split_structure_group
 from ..learning.schedule import Schedule
 from ..monitoring.statistics import layer_statistics, total_statistics

@@ -23,7 +23,7 @@ from torch import nn
 from ..calibration.allocation import RULES
 from ..errors import ConfigError
 from ..layers import GBLRConv1d, GBLRConv2d, GBLRLayer, GBLRLinear
-from ..learning.learner import LayerGoal
+from ..learning.goals import LayerGoal
 from ..surgery.matrices import is_layer
 from ..surgery.patterns import check_used, matches
 from ..surgery.selection import choose, log_skipped

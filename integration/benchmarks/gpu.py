@@ -36,7 +36,8 @@ from gblr_plugin.kernels.plan import candidates
 from gblr_plugin.layers import GBLRLinear
 from gblr_plugin.layers import masks as mask
 from gblr_plugin.learning import proximal
-from gblr_plugin.learning.learner import LayerGoal, StructureLearner
+from gblr_plugin.learning.goals import LayerGoal
+from gblr_plugin.learning.learner import StructureLearner
 from gblr_plugin.learning.optimizers import param_groups
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 

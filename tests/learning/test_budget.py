@@ -96,7 +96,7 @@ def test_bounds_hold_within_a_group():
     assert costs[0] >= 0.15 * dense
     assert costs[1] <= 0.3 * dense
     assert sum(costs) <= targets.item()
-    settled = budget.settle(shrunk, targets)
+    settled = budget.rounded(shrunk, targets)
     final = [int(multiply_adds(*part).sum()) for part in settled.split([32, 32, 32], dim=1)]
     assert final[0] >= 0.15 * dense
     assert final[1] <= 0.3 * dense
@@ -123,7 +123,7 @@ def test_settle_uses_the_target_up(align, share):
     budget = WidthBudget(specs, [0, 0])
     targets = torch.tensor([share * sum(s.dense for s in specs)])
     shrunk = apply_thresholds(specs, widths, budget.thresholds(widths, targets))
-    settled = budget.settle(shrunk, targets)
+    settled = budget.rounded(shrunk, targets)
     cost = int(multiply_adds(settled[0], settled[1]).sum())
     assert targets.item() - max(align) * 2 < cost <= targets.item()
     dead = (shrunk == 0).any(0)
@@ -139,20 +139,20 @@ def test_settle_brings_back_what_only_rounding_emptied():
     widths = torch.full((2, 64), 0.1249)
     budget = WidthBudget(specs, [0])
     assert counted(specs, widths) == [0]
-    settled = budget.settle(widths, torch.tensor([0.25 * 4096]))
+    settled = budget.rounded(widths, torch.tensor([0.25 * 4096]))
     assert int(multiply_adds(settled[0], settled[1]).sum()) == 0.25 * 4096
 
 
 def test_settle_without_target_rounds():
     widths = draw(SPECS)
     budget = WidthBudget(SPECS, [0, 0, 0, 0])
-    assert torch.equal(budget.settle(widths, torch.tensor([math.inf])), budget.snap(widths))
+    assert torch.equal(budget.rounded(widths, torch.tensor([math.inf])), budget.snap(widths))
 
 
 def test_settle_raises_first_what_rounding_lost_most():
     specs = [spec(10, 10, num=3)]
     widths = torch.tensor([[0.54, 0.51, 0.5], [0.5, 0.5, 0.5]])
-    settled = WidthBudget(specs, [0]).settle(widths, torch.tensor([31.0]))
+    settled = WidthBudget(specs, [0]).rounded(widths, torch.tensor([31.0]))
     assert settled.tolist() == [[6, 5, 5], [5, 5, 5]]
 
 
@@ -192,7 +192,7 @@ def test_what_is_found_has_no_gradient():
     widths = draw(SPECS).requires_grad_()
     budget = WidthBudget(SPECS, [0, 0, 0, 0], lower=[10.0, 0, 0, 0])
     assert not budget.thresholds(widths, torch.tensor([800.0]), [0.1] * 4).requires_grad
-    assert not budget.settle(widths, torch.tensor([800.0])).requires_grad
+    assert not budget.rounded(widths, torch.tensor([800.0])).requires_grad
 
 
 def test_bounds_are_met_and_the_rest_of_the_target_used():
@@ -234,7 +234,7 @@ def test_pinned_components_are_counted_and_never_change(align):
     shrunk[:, pinned] = widths[:, pinned]
     cost = counted(specs, shrunk)[0]
     assert 1000 - 80 * align[0] < cost <= 1000
-    settled = budget.settle(shrunk, target)
+    settled = budget.rounded(shrunk, target)
     assert torch.equal(settled[:, pinned], budget.snap(widths)[:, pinned])
     assert settled[:, 0].tolist() == [0, 0]
     assert 1000 - 2 * align[0] < int(multiply_adds(*settled).sum()) <= 1000
@@ -242,13 +242,13 @@ def test_pinned_components_are_counted_and_never_change(align):
 
 def test_settle_raises_a_lone_component_as_far_as_it_goes():
     budget = WidthBudget([spec(10, 10, num=1)], [0])
-    settled = budget.settle(torch.tensor([[0.1], [0.1]]), torch.tensor([15.0]))
+    settled = budget.rounded(torch.tensor([[0.1], [0.1]]), torch.tensor([15.0]))
     assert int(settled.sum()) == 15
-    assert budget.settle(torch.tensor([[0.1], [0.1]]), torch.tensor([50.0])).tolist() == [[10], [10]]
+    assert budget.rounded(torch.tensor([[0.1], [0.1]]), torch.tensor([50.0])).tolist() == [[10], [10]]
 
 
 def test_settle_leaves_a_component_at_zero():
-    settled = WidthBudget([spec(10, 10, num=2)], [0]).settle(
+    settled = WidthBudget([spec(10, 10, num=2)], [0]).rounded(
         torch.tensor([[0.0, 0.5], [0.3, 0.5]]), torch.tensor([1000.0])
     )
     assert settled.tolist() == [[0, 10], [3, 10]]
@@ -260,7 +260,7 @@ def test_settle_goes_on_after_a_round_that_took_one():
     budget = WidthBudget(specs, [0, 0])
     widths = torch.tensor([[0.031, 0.001, 0.01], [0.031, 0.001, 0.01]])
     assert budget.snap(widths).sum() == 0
-    settled = budget.settle(widths, torch.tensor([33.0]))
+    settled = budget.rounded(widths, torch.tensor([33.0]))
     assert settled[:, 2].tolist() == [0, 0]
     assert bool((settled[:, :2] > 0).all())
 
@@ -277,7 +277,7 @@ def test_what_rounding_lost_is_a_share_of_the_axis(short, long, first):
     budget = WidthBudget(specs, [0, 0])
     widths = torch.tensor([[short, long], [0.5, 0.5]], dtype=torch.float64)
     before = budget.snap(widths)
-    after = budget.settle(widths, multiply_adds(*before).sum().double()[None] + 1)
+    after = budget.rounded(widths, multiply_adds(*before).sum().double()[None] + 1)
     expected = before.clone()
     expected[0, first] += 1
     assert torch.equal(after, expected)
@@ -287,7 +287,7 @@ def test_settle_passes_over_what_neither_group_nor_layer_can_pay():
     specs = [spec(64, 64, num=1, align=(16, 16)), spec(10, 10, num=1)]
     widths = torch.tensor([[0.36, 0.5], [0.36, 0.5]])
     budget = WidthBudget(specs, [0, 0], upper=[32.0, math.inf])
-    settled = budget.settle(widths, torch.tensor([44.0]))
+    settled = budget.rounded(widths, torch.tensor([44.0]))
     assert settled.sum(0).tolist() == [32, 12]
 
 
@@ -302,13 +302,13 @@ def test_pinned_components_stay_beside_others_that_take_all_there_is():
     specs = [spec(10, 12, num=6)]
     widths = torch.tensor([[0.5, 0.5, 0.0, 0.5, 0.04, 0.04], [0.5, 0.5, 0.5, 0.0, 0.5, 0.5]])
     pinned = torch.tensor([True, False, False, False, True, False])
-    settled = WidthBudget(specs, [0], pinned=pinned).settle(widths, torch.tensor([1000.0]))
+    settled = WidthBudget(specs, [0], pinned=pinned).rounded(widths, torch.tensor([1000.0]))
     # Left alone; raised; dead, rows and columns; emptied by rounding and left so; brought back and raised.
     assert settled.tolist() == [[5, 10, 0, 5, 0, 10], [6, 12, 6, 0, 6, 12]]
 
 
 def test_settle_raises_one_side_where_the_other_is_full():
-    settled = WidthBudget([spec(10, 10, num=1)], [0]).settle(torch.tensor([[0.1], [1.0]]), torch.tensor([17.0]))
+    settled = WidthBudget([spec(10, 10, num=1)], [0]).rounded(torch.tensor([[0.1], [1.0]]), torch.tensor([17.0]))
     assert settled.tolist() == [[7], [10]]
 
 
@@ -333,13 +333,13 @@ def test_one_cost_may_be_both_bounds():
     budget = WidthBudget(specs, [0], lower=[100.0], upper=[100.0])
     shrunk = apply_thresholds(specs, widths, budget.thresholds(widths, torch.tensor([1e4])))
     assert 90 < counted(specs, shrunk)[0] <= 100
-    assert int(multiply_adds(*budget.settle(shrunk, torch.tensor([1e4]))).sum()) == 100
+    assert int(multiply_adds(*budget.rounded(shrunk, torch.tensor([1e4]))).sum()) == 100
 
 
 def test_settle_keeps_a_layer_within_its_bound_where_the_group_has_more():
     specs = [spec(64, 64, num=1, align=(16, 16)), spec(10, 10, num=1)]
     budget = WidthBudget(specs, [0, 0], upper=[32.0, math.inf])
-    settled = budget.settle(torch.tensor([[0.36, 0.5], [0.36, 0.5]]), torch.tensor([200.0]))
+    settled = budget.rounded(torch.tensor([[0.36, 0.5], [0.36, 0.5]]), torch.tensor([200.0]))
     assert settled.sum(0).tolist() == [32, 20]
 
 
@@ -347,13 +347,13 @@ def test_settle_uses_the_target_of_each_group_up():
     specs = [spec(32, 32), spec(32, 32), spec(32, 32)]
     widths = draw(specs) * 0.5
     targets = torch.tensor([1500.0, 1200.0])
-    settled = WidthBudget(specs, [0, 1, 0]).settle(widths, targets)
+    settled = WidthBudget(specs, [0, 1, 0]).rounded(widths, targets)
     costs = [int(multiply_adds(*part).sum()) for part in settled.split([32, 32, 32], dim=1)]
     assert [costs[0] + costs[2], costs[1]] == targets.tolist()
 
 
 def test_settle_leaves_a_width_below_zero_at_zero():
-    settled = WidthBudget([spec(10, 10, num=1)], [0]).settle(torch.tensor([[-0.01], [0.5]]), torch.tensor([20.0]))
+    settled = WidthBudget([spec(10, 10, num=1)], [0]).rounded(torch.tensor([[-0.01], [0.5]]), torch.tensor([20.0]))
     assert settled.tolist() == [[0], [5]]
 
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from gblr_plugin.decomposition import decompose, initialise
 from gblr_plugin.layers import GBLRLinear
-from gblr_plugin.learning.learner import LayerGoal, StructureLearner
+from gblr_plugin.learning.goals import LayerGoal
+from gblr_plugin.learning.learner import StructureLearner
 from gblr_plugin.learning.schedule import Schedule
 from gblr_plugin.matrix.low_rank_form import to_low_rank_form, to_trapezoid_form
 from gblr_plugin.surgery.conversion import convert, prepare_layers

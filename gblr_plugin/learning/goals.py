@@ -1,0 +1,168 @@
+"""What layers are to become, and what each layer and each group of layers may cost while training goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, GBLRError
+from ..layers import GBLRLayer
+
+__all__ = ["CostTargets", "LayerGoal"]
+
+
+@dataclass(frozen=True)
+class LayerGoal:
+    """What a layer's structure is to become.
+
+    Args:
+        budget: Relative FLOPs to end at, in (0, 1]; lambda is found automatically.
+        threshold: Alternatively a fixed lambda, as published.
+        group: Layers of one group share one budget, weighted by their dense multiply-adds; ``None``: on its own.
+        min_flops: Least relative FLOPs of this layer within its group.
+        max_flops: Most relative FLOPs of this layer within its group.
+
+    Raises:
+        ConfigError: Unless exactly one of ``budget`` and ``threshold`` is given and all are in range.
+    """
+
+    budget: float | None = None
+    threshold: float | None = None
+    group: Hashable = None
+    min_flops: float = 0.0
+    max_flops: float = math.inf
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "threshold", "min_flops", "max_flops"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Real):
+                raise ConfigError(f"goal: {name} must be a number, got {value!r}")
+        if (self.budget is None) == (self.threshold is None):
+            raise ConfigError("goal: give either a budget or a fixed threshold (lambda), not both or none")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise ConfigError(f"goal: budget must be relative FLOPs in (0, 1], got {self.budget}")
+        if self.threshold is not None and not (0 <= self.threshold < math.inf):
+            raise ConfigError(f"goal: threshold (lambda) must be finite and at least 0, got {self.threshold}")
+        if not self.min_flops >= 0:
+            raise ConfigError(f"goal: min_flops must be relative FLOPs of at least 0, got {self.min_flops}")
+        if not self.max_flops >= self.min_flops:
+            raise ConfigError(f"goal: min_flops {self.min_flops} exceeds max_flops {self.max_flops}")
+
+
+class CostTargets:
+    """Multiply-adds that layers, and groups of layers that share one budget, may have while training goes on.
+
+    A group comes down from the cost with which it began to its budget. A group that began within its budget may have
+    all of it at once.
+
+    Args:
+        layers: Structured layers by name.
+        goals: A goal for each.
+
+    Attributes:
+        groups: For each layer the number of its group, 0 .. G - 1.
+        start_costs: Multiply-adds with which each layer began; ``None`` until :meth:`begin`.
+
+    Raises:
+        ConfigError: If the goals of a group contradict each other, its bounds exclude its budget, or layers that are to
+            meet a budget are on several devices.
+    """
+
+    def __init__(self, layers: Mapping[str, GBLRLayer], goals: Mapping[str, LayerGoal]) -> None:
+        self._layers, self._goals = list(layers.values()), list(goals.values())
+        self._dense = [math.prod(layer.matrix_shape) for layer in self._layers]
+        self.groups = _group_numbers(goals)
+        self.start_costs: list[float] | None = None
+        self._check_bounds(list(layers))
+
+    def by_group(self, values: list[float]) -> list[float]:
+        """(G,) sums over the layers of each group of (L,) values."""
+        sums = [0.0] * (max(self.groups, default=-1) + 1)
+        for value, group in zip(values, self.groups, strict=True):
+            sums[group] += value
+        return sums
+
+    def _check_bounds(self, names: list[str]) -> None:
+        sizes = list(zip(self._goals, self._dense, strict=True))
+        dense = self.by_group([float(size) for size in self._dense])
+        least = self.by_group([goal.min_flops * size for goal, size in sizes])
+        most = self.by_group([min(goal.max_flops, 2.0) * size for goal, size in sizes])
+        for name, layer, goal, group in zip(names, self._layers, self._goals, self.groups, strict=True):
+            if goal.budget is None:
+                continue
+            if layer.widths.device != self._layers[0].widths.device:
+                raise ConfigError(f"layer {name!r}: all structured layers must be on one device")
+            if not least[group] <= goal.budget * dense[group] <= most[group]:
+                raise ConfigError(
+                    f"layer {name!r}: the bounds of its group allow relative FLOPs from "
+                    f"{least[group] / dense[group]:.4g} to {most[group] / dense[group]:.4g}, "
+                    f"which excludes the budget {goal.budget:g}"
+                )
+
+    def begin(self) -> None:
+        """Record the present costs as those with which the layers began."""
+        self.start_costs = [float(layer.stored) for layer in self._layers]
+
+    def _begun(self) -> list[float]:
+        if self.start_costs is None:
+            raise GBLRError("structure learner: call begin() before the first step")
+        return self.start_costs
+
+    def begins_within_budget(self) -> list[bool]:
+        """(L,) whether each layer's group has a budget and began within it."""
+        if self.start_costs is None:
+            return [False] * len(self._layers)
+        within = [start <= end for start, end in zip(*self._from_and_to(), strict=True)]
+        return [within[group] and goal.budget is not None for goal, group in zip(self._goals, self.groups, strict=True)]
+
+    def _from_and_to(self) -> tuple[list[float], list[float]]:
+        """(G,) multiply-adds at which each group begins, and those to end at; infinite where nothing is to shrink."""
+        starts = self.by_group(self._begun())
+        dense = self.by_group([float(size) for size in self._dense])
+        sizes = zip(self._goals, self._dense, strict=True)
+        ends = self.by_group([math.inf if goal.budget is None else goal.budget * size for goal, size in sizes])
+        bounded = self.by_group([float(goal.max_flops < 1) for goal in self._goals])
+        for group, most in enumerate(dense):
+            # A budget of 1: layers that cost more than their dense matrices are stored as these.
+            if ends[group] >= most <= starts[group] and not bounded[group]:
+                ends[group] = math.inf
+        return starts, ends
+
+    def of_groups(self, covered: float, device: torch.device) -> Tensor:
+        """(G,) float64 multiply-adds that each group may have.
+
+        Args:
+            covered: Share of the descent from the starting cost to the budget that is done, in [0, 1].
+            device: Of the result.
+        """
+        now = [_between(start, end, covered) for start, end in zip(*self._from_and_to(), strict=True)]
+        return torch.tensor(now, dtype=torch.float64, device=device)
+
+    def of_layers(self, covered: float) -> list[float]:
+        """Most multiply-adds of each layer within its group; ``covered`` as for :meth:`of_groups`."""
+        bounds = zip(self._goals, self._dense, self._begun(), strict=True)
+        return [_between(start, goal.max_flops * size, covered) for goal, size, start in bounds]
+
+
+def _group_numbers(goals: Mapping[str, LayerGoal]) -> list[int]:
+    numbers: dict[Hashable, int] = {}
+    asked: dict[int, tuple[float | None, float | None]] = {}
+    found = []
+    for name, goal in goals.items():
+        key: Hashable = ("layer", name) if goal.group is None else ("group", goal.group)
+        number = numbers.setdefault(key, len(numbers))
+        this = goal.budget, goal.threshold
+        if asked.setdefault(number, this) != this:
+            raise ConfigError(f"layer {name!r}: group {goal.group!r} has two goals, {asked[number]} and {this}")
+        found.append(number)
+    return found
+
+
+def _between(start: float, end: float, covered: float) -> float:
+    """From the starting cost down to ``end``; an ``end`` above the start holds at once."""
+    return end if start <= end else start + (end - start) * covered
