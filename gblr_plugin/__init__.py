@@ -43,7 +43,7 @@ _EXPORTS = {
     "param_groups": "learning.optimizers",
     "prepare": "surgery.conversion",
     "reorder": "surgery.reorder",
-    "report": "surgery.report",
+    "report": "surgery.counting",
     "save": "serialization",
 }
 _BRIDGES = ("lightning", "nni", "plot", "tensorboard")

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..layers import CONV_ATTRIBUTES, GBLRLayer
+from ..layers import CONV_ATTRIBUTES, GBLRLayer, StructuredLayer
 from ..layers.dense import check_structurable, structured_like, weight_matrix
+from ..matrix.structure import StructuredMatrix
 from .base import FamilyMatrix
 from .gblr import Gblr
 
 __all__ = ["FamilyConv1d", "FamilyConv2d", "FamilyLayer", "FamilyLinear", "layer_like", "trainable"]
 
 
-class FamilyLayer(nn.Module):
+class FamilyLayer(StructuredLayer):
     """What the layers of all families share. The parameters are named as the factors of the family's matrix.
 
     Attributes:
@@ -41,14 +42,20 @@ class FamilyLayer(nn.Module):
         factors = self.matrix().factors()
         return self.geometry.with_factors({name: value.detach().clone() for name, value in factors.items()})
 
-    def freeze(self) -> None:
+    def frozen_structure(self) -> StructuredMatrix | None:
+        """The matrix as a GBLR matrix of equal cost; ``None`` where there is none, or its rows are in another order."""
+        matrix = self.frozen_matrix()
+        structured = matrix.to_structured() if matrix.row_order is None else None
+        return structured if structured is not None and structured.stored == matrix.multiply_adds else None
+
+    def freeze_factors(self) -> None:
         """Fix the factors as they are; the bias still trains if it did."""
         for factor in self.matrix().factors().values():
             factor.requires_grad_(False)
             factor.grad = None
 
     @property
-    def structure_name(self) -> str:
+    def structure_name(self) -> str:  # type: ignore[override]  # read alone
         """Name of the family, as the report shows it."""
         return self.geometry.name
 
@@ -66,11 +73,6 @@ class FamilyLayer(nn.Module):
     def multiply_adds(self) -> int:
         """Multiply-adds of one matrix-vector product, or of one output position of a convolution."""
         return self.geometry.multiply_adds
-
-    @property
-    def relative_flops(self) -> float:
-        """Multiply-adds over m * n."""
-        return self.geometry.relative_flops
 
     def to_dense(self) -> Tensor:
         """The (m, n) weight matrix; differentiable."""

@@ -27,7 +27,7 @@ from ..decomposition import METHODS, decompose
 from ..errors import ConfigError
 from ..layers.dense import structurable, weight_matrix
 from ..serialization.container import INDEX, Container, Entry, entries_of, shard_paths, write_container
-from ..serialization.header import NOTES, Header, read_headers
+from ..serialization.header import Header, read_headers
 from ..serialization.weights import flatten_weight, plan_record
 from ..surgery.conversion import frozen_like
 from ..surgery.patterns import check_used, value_of
@@ -320,16 +320,13 @@ def _decompose(module: Any, layer: _Layer, settings: CompressSettings) -> None:
     finally:
         module.weight = empty
     header, name, weight = Header(), f"{layer.name}.weight", frozen.weight.data
-    note = {key: value for key, value in vars(frozen).items() if key in NOTES}
-    if note:
-        header.notes[layer.name] = note
     tensors: dict[str, Tensor]
     if isinstance(weight, GBLRTensor):
         tensors, record = flatten_weight(name, weight)
         header.weights[name] = {**record, "plan": header.number_of(plan_record(weight.plan))}
     else:
         tensors = {name: weight}
-        header.linear.extend([layer.name] if isinstance(frozen, nn.Linear) else [])
+        header.full.append(layer.name)
     write_container(layer.part, entries_of(tensors), header.to_metadata(), tensors.__getitem__)
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..families.layers import FamilyLayer, layer_like
 from ..layers import GBLRLayer
-from ..layers.dense import replace_modules, structurable, weight_matrix
+from ..layers.dense import KINDS, replace_modules, structurable, weight_matrix
+from ..layers.full import FULL, as_full
 from ..serialization.container import INDEX, Container, Entry, entries_of, shard_paths, write_container
 from ..serialization.families import restore_matrix
 from ..serialization.header import Header, read_headers
@@ -196,7 +197,7 @@ def _check_complete(network: nn.Module, containers: Sequence[Container], header:
         if entry is None or name in ours:
             continue
         shape = tuple(tensor.shape)
-        if name.rpartition(".")[0] in header.linear:  # a Conv1D's weight, stored as that of an nn.Linear
+        if name.rpartition(".")[0] in header.full and len(shape) == 2:  # of a Conv1D, stored as that of an nn.Linear
             shape = entry.shape if sorted(entry.shape) == sorted(shape) else shape
         if entry.shape != shape or entry.dtype.is_floating_point != tensor.is_floating_point():
             raise ConfigError(f"{said}{name!r} is {entry.dtype} {entry.shape}, the network's {shape}")
@@ -284,9 +285,9 @@ class GBLRHfQuantizer(HfQuantizer):
             if module is None or not structurable(module) or last != "weight" or not parts:
                 raise ConfigError(f"load: {name!r} is no weight of the network that can be structured")
             replacements[id(module)] = _Carrier(module, name, parts)
-        for name in self._header.linear:
+        for name in self._header.full:
             module = modules.get(name)
-            if module is not None and structurable(module) and not isinstance(module, nn.Linear):
+            if module is not None and structurable(module) and not isinstance(module, KINDS):
                 rows, cols = weight_matrix(module).shape
                 bias = module.bias is not None
                 replacements[id(module)] = nn.Linear(cols, rows, bias=bias, device="meta", dtype=module.weight.dtype)
@@ -313,10 +314,10 @@ class GBLRHfQuantizer(HfQuantizer):
         modules = dict(model.named_modules(remove_duplicate=False))
         for name in self._header.families:
             family: Any = modules[name]
-            family.freeze()
-        for name, note in self._header.notes.items():
+            family.freeze_factors()
+        for name in self._header.full:
             if name in modules:
-                modules[name].__dict__.update(note)
+                as_full(modules[name])
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -384,7 +385,7 @@ def _holds_structure(model: nn.Module) -> bool:
 
 
 def _is_converted(module: nn.Module) -> bool:
-    return isinstance(module, FamilyLayer) or "structure_name" in vars(module)
+    return isinstance(module, (FamilyLayer, *FULL))
 
 
 @contextlib.contextmanager

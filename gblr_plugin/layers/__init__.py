@@ -7,5 +7,6 @@ and ``state_dict`` work as with any module.
 from .base import GBLRLayer
 from .convolutions import CONV_ATTRIBUTES, GBLRConv1d, GBLRConv2d
 from .linear import GBLRLinear
+from .protocol import StructuredLayer
 
-__all__ = ["CONV_ATTRIBUTES", "GBLRConv1d", "GBLRConv2d", "GBLRLayer", "GBLRLinear"]
+__all__ = ["CONV_ATTRIBUTES", "GBLRConv1d", "GBLRConv2d", "GBLRLayer", "GBLRLinear", "StructuredLayer"]

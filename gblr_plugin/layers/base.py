@@ -20,6 +20,7 @@ from .blockwise import MaskedAxis, active_blocks, block_dense, mask_reach
 from .distributed_parameters import attach, whole, write_whole
 from .masks import masked_factor, table_mask, transformed
 from .product import Product, choose_product
+from .protocol import StructuredLayer
 from .storage import keep_components, replace_storage
 
 __all__ = ["GBLRLayer", "check_align"]
@@ -27,7 +28,7 @@ __all__ = ["GBLRLayer", "check_align"]
 check_version("gblr_plugin", "torch>=2.13,<2.14")
 
 
-class GBLRLayer(nn.Module):
+class GBLRLayer(StructuredLayer):
     """What the structured layers share: parameters, masks, counting, and the choice of product.
 
     The layer's weight is the (m, n) matrix ``sum_k (b_k^R * u_k)(b_k^C * v_k)^T`` (paper Eq. 2), or with ``row_splits``
@@ -44,6 +45,7 @@ class GBLRLayer(nn.Module):
             :meth:`free_gauge`.
     """
 
+    structure_name = "gblr"
     U: nn.Parameter
     V: nn.Parameter
     widths: nn.Parameter
@@ -143,12 +145,6 @@ class GBLRLayer(nn.Module):
     def num_components(self) -> int:
         """Number of live components (both widths non-zero)."""
         return int((self.component_multiply_adds > 0).sum())
-
-    @property
-    def relative_flops(self) -> float:
-        """Multiply-adds over m * n; above 1 before learning has shrunk a full-rank start."""
-        m, n = self.matrix_shape
-        return self.stored / (m * n)
 
     # -- smoothness and structure ------------------------------------------------------------------------------------
 
@@ -375,6 +371,25 @@ class GBLRLayer(nn.Module):
         if self._gauge_is_free:
             u, v, rows, cols = to_trapezoid_form(u, v, rows, cols, self.ungauged, sizes, self.align)
         return StructuredMatrix.from_factors(u, v, rows, cols, sizes).live()
+
+    def frozen_structure(self) -> StructuredMatrix:
+        """:meth:`structure`, which is what the layer computes once its masks are exact boxcars.
+
+        Raises:
+            ConfigError: If the masks are still smooth.
+        """
+        if not self.hard:
+            raise ConfigError(
+                f"its masks are still smooth (sigma {self.sigma:g}); finish training or call freeze_structure() before "
+                "converting"
+            )
+        return self.structure()
+
+    def freeze_factors(self) -> None:
+        """Fix the factors as they are; the bias still trains if it did."""
+        for factor in (self.U, self.V):
+            factor.requires_grad_(False)
+            factor.grad = None
 
     def _choose_product(self, positions: int, linear: bool) -> Product:
         """The product of masked factors with fewest multiply-adds over ``positions`` inputs."""

@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 from ..errors import ConfigError
 from ..matrix.structure import StructuredMatrix
 from ..tensor.frozen import FROZEN
-from . import GBLRConv1d, GBLRConv2d, GBLRLayer, GBLRLinear
+from . import GBLRConv1d, GBLRConv2d, GBLRLayer, GBLRLinear, StructuredLayer
+from .full import FULL
 
 __all__ = [
     "KINDS",
@@ -76,9 +77,9 @@ def obstacle(module: nn.Module) -> str | None:
         return "its weight is parametrized; remove the parametrization first"
     if isinstance(module, FROZEN):
         return "it is converted already"
-    if hasattr(module, "matrix_shape"):
+    if isinstance(module, StructuredLayer):
         return "it is structured already"
-    if hasattr(module, "structure_name"):
+    if isinstance(module, FULL):
         return "it is converted already, and stored dense"
     if not structurable(module):
         base = next((base.__name__ for base in KINDS if isinstance(module, base)), None)

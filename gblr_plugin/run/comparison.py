@@ -18,7 +18,7 @@ from .. import families
 from ..errors import ConfigError
 from ..nni.settings import read_config
 from ..serialization import load, save
-from ..surgery.report import report
+from ..surgery.counting import report
 from ..utils.files import write_text
 from .comparison_report import PHASES, ComparisonReport, Row
 from .comparison_settings import ComparisonSettings

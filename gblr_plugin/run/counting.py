@@ -9,7 +9,8 @@ import torch
 
 from ..errors import ConfigError
 from ..nni.settings import read_config
-from ..surgery.report import Report, report
+from ..surgery.counting import report
+from ..surgery.report import Report
 from .pipeline import config_list_of, make_task
 from .settings import RunSettings
 

@@ -23,8 +23,9 @@ from ..lightning import GBLRCallback
 from ..nni import LightningEvaluator, create_compressor
 from ..serialization import load, read_state, save
 from ..surgery.conversion import convert
+from ..surgery.counting import report
 from ..surgery.reorder import reorder
-from ..surgery.report import Report, report
+from ..surgery.report import Report
 from ..tasks import get_task
 from ..tasks.base import ClassifierModule, PairsDataModule
 from ..tensor.gblr_tensor import GBLRTensor
@@ -347,7 +348,7 @@ class Job:
         """The compressed network and how its structure formed, from one start; as :meth:`compress` otherwise."""
         compressor, module, monitor = self._compressor(method, network.train(), seed, calibrated, label)
         if train:
-            compress_and_train(method.name, compressor, (method.training or self.settings.finetune).epochs)
+            compress_and_train(compressor, (method.training or self.settings.finetune).epochs)
         return convert(module.network).eval(), monitor.history
 
     def starting(self, method: Method, start: str) -> Method:

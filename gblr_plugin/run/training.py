@@ -27,7 +27,7 @@ def check_comparable(name: str, compressor: Any) -> None:
         )
 
 
-def compress_and_train(name: str, compressor: Any, epochs: int) -> None:
+def compress_and_train(compressor: Any, epochs: int) -> None:
     """Compress, train for so many epochs, and take NNI's wrappers off.
 
     NNI's pruners that choose once (``level``, ``l1``, ``l2``, ``fpgm``, and ``taylor`` and ``slim`` after their own
@@ -35,7 +35,6 @@ def compress_and_train(name: str, compressor: Any, epochs: int) -> None:
     prune end as zeros of a dense weight, which the report counts in full and notes.
 
     Args:
-        name: Of the compressor, for the note.
         compressor: From :func:`gblr_plugin.nni.create_compressor`, made with an evaluator; its model is changed.
         epochs: Passes over the training set.
     """
@@ -50,11 +49,11 @@ def compress_and_train(name: str, compressor: Any, epochs: int) -> None:
     else:
         model, masks = compressor.compress(None, epochs)
     compressor.unwrap_model()
-    _apply(name, model, masks)
+    _apply(model, masks)
 
 
 @torch.no_grad()
-def _apply(name: str, model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _apply(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Zero the pruned entries of the weights and biases that are there as such; structured layers have none."""
     for layer, targets in masks.items():
         module = model.get_submodule(layer)
@@ -63,6 +62,3 @@ def _apply(name: str, model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]
             if parameter is None or mask is None:
                 continue
             parameter.mul_(mask)
-            if target == "weight":
-                note = f"{name} left {float((parameter != 0).float().mean()):.0%} of its entries"
-                module.gblr_note = note  # type: ignore[assignment]  # a plain attribute

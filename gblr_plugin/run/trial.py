@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 
 from ..errors import GBLRError
-from ..surgery.report import report
+from ..surgery.counting import report
 from ..utils.files import write_text
 from .console import Console
 from .measure import evaluate

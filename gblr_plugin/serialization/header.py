@@ -10,12 +10,10 @@ from typing import Any
 from ..errors import ConfigError
 from .container import Container
 
-__all__ = ["FORMAT", "NOTES", "VERSION", "Header", "read_headers"]
+__all__ = ["FORMAT", "VERSION", "Header", "read_headers"]
 
 FORMAT = "gblr-plugin"
 VERSION = 2
-NOTES = ("structure_name", "gblr_note")
-"""Plain attributes of layers that the report shows."""
 _KEY = "gblr"
 
 
@@ -29,8 +27,7 @@ class Header:
         plans: The different plans.
         families: Record of each family layer by name, see :mod:`~gblr_plugin.serialization.families`.
         torchao: What torchao's own safetensors support says of each quantized dense weight.
-        linear: Modules that are an nn.Linear after conversion and hold a dense weight.
-        notes: Attributes of layers that the report shows.
+        full: Converted layers that are stored dense, see :mod:`gblr_plugin.layers.full`.
         tied: Names whose tensor is stored under another name.
     """
 
@@ -38,8 +35,7 @@ class Header:
     plans: list[dict[str, Any]] = field(default_factory=list)
     families: dict[str, Any] = field(default_factory=dict)
     torchao: dict[str, str] = field(default_factory=dict)
-    linear: list[str] = field(default_factory=list)
-    notes: dict[str, dict[str, str]] = field(default_factory=dict)
+    full: list[str] = field(default_factory=list)
     tied: dict[str, str] = field(default_factory=dict)
 
     def to_metadata(self) -> dict[str, str]:
@@ -70,9 +66,9 @@ class Header:
         """Add what another file of the same model says."""
         for name, record in other.weights.items():
             self.weights[name] = {**record, "plan": self.number_of(other.record(name)["plan"])}
-        for key in ("families", "torchao", "notes", "tied"):
+        for key in ("families", "torchao", "tied"):
             getattr(self, key).update(getattr(other, key))
-        self.linear.extend(other.linear)
+        self.full.extend(other.full)
 
 
 def read_headers(containers: Iterable[Container], who: str = "load") -> Header:
@@ -110,16 +106,6 @@ def _is_sound(values: Mapping[str, Any]) -> bool:
     if any(key not in like or type(value) is not type(like[key]) for key, value in values.items()):
         return False
     header = Header(**values)
-    return (
-        all(isinstance(part, dict) for part in (*header.weights.values(), *header.plans, *header.families.values()))
-        and all(isinstance(part, str) for part in (*header.torchao.values(), *header.linear, *header.tied.values()))
-        and sound_notes(header.notes)
-    )
-
-
-def sound_notes(notes: Mapping[Any, Any]) -> bool:
-    """Whether notes are texts under the names that the report shows, and nothing else."""
-    return all(
-        isinstance(note, dict) and all(key in NOTES and isinstance(note[key], str) for key in note)
-        for note in notes.values()
-    )
+    tables = (*header.weights.values(), *header.plans, *header.families.values())
+    texts = (*header.torchao.values(), *header.full, *header.tied.values())
+    return all(isinstance(table, dict) for table in tables) and all(isinstance(text, str) for text in texts)

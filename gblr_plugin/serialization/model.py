@@ -13,11 +13,12 @@ from ..errors import ConfigError
 from ..families.layers import FamilyLayer, layer_like
 from ..layers import GBLRLayer
 from ..layers.dense import replace_modules, structurable, weight_matrix
+from ..layers.full import FULL, as_full
 from ..tensor.frozen import hasten
 from ..tensor.gblr_tensor import GBLRTensor
 from .container import Container, entries_of, shard_paths, write_container
 from .families import family_record, restore_matrix
-from .header import NOTES, Header, read_headers
+from .header import Header, read_headers
 from .weights import flatten_weight, part_names, plan_record, unflatten_weight
 
 __all__ = ["flatten_model", "load", "read_state", "save"]
@@ -172,12 +173,8 @@ def flatten_model(model: nn.Module) -> tuple[dict[str, Tensor], Header]:
         else:
             _add(tensors, _flatten_torchao(name, value, header))
     for name, module in modules.items():
-        note = {key: value for key in NOTES if isinstance(value := vars(module).get(key), str)}
-        if note:
-            header.notes[name] = note
-        if type(module) is nn.Linear and "structure_name" in note:
-            # A Hugging Face Conv1D is an nn.Linear when converted; shapes alone do not tell where it is square.
-            header.linear.append(name)
+        if isinstance(module, FULL):
+            header.full.append(name)
         if isinstance(module, FamilyLayer) and all(modules[other] is not module for other in header.families):
             header.families[name] = family_record(module.geometry)
     return tensors, header
@@ -216,7 +213,7 @@ def _flatten_torchao(name: str, value: Tensor, header: Header) -> dict[str, Tens
 def _skeleton(model: nn.Module | Callable[[], nn.Module], header: Header) -> nn.Module:
     skeleton = model if isinstance(model, nn.Module) else model()
     structured = {name.removesuffix(".weight") for name in header.weights if name.endswith(".weight")}
-    _make_linear(skeleton, set(header.linear) | structured)
+    _make_linear(skeleton, set(header.full) | structured)
     return skeleton
 
 
@@ -276,10 +273,10 @@ def _fill(skeleton: nn.Module, state: dict[str, Tensor], header: Header, path: s
     modules = dict(skeleton.named_modules(remove_duplicate=False))
     for name in header.families:
         family: Any = modules[name]
-        family.freeze()
-    for name, note in header.notes.items():
+        family.freeze_factors()
+    for name in header.full:
         if name in modules:
-            modules[name].__dict__.update(note)
+            as_full(modules[name])
     for module in modules.values():
         hasten(module)
     empty = next(
@@ -315,7 +312,10 @@ def _restore_families(skeleton: nn.Module, state: Mapping[str, Tensor], header: 
 
 
 def _make_linear(model: nn.Module, linear: set[str]) -> None:
-    """Modules that became ``nn.Linear`` on conversion (Hugging Face ``Conv1D``) become so here."""
+    """Modules that became ``nn.Linear`` on conversion (Hugging Face ``Conv1D``) become so here.
+
+    Shapes do not tell which ones: a square weight looks the same in both.
+    """
     replacements: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if name in linear and structurable(module) and not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):

@@ -17,10 +17,10 @@ from ..calibration.allocation import allocate
 from ..calibration.batches import Calibration
 from ..calibration.sequential import fit_layers
 from ..errors import ConfigError
-from ..families.layers import FamilyLayer
 from ..families.registry import get
-from ..layers import GBLRLayer
+from ..layers import StructuredLayer
 from ..layers.dense import can_gain, check_structurable, replace_modules, weight_matrix
+from ..layers.full import as_full
 from ..matrix.metric import Metric
 from ..matrix.structure import StructuredMatrix
 from ..tensor.frozen import hasten
@@ -30,9 +30,6 @@ from .starts import FamilySettings, LayerSettings, structured_from
 from .ties import check_untied
 
 __all__ = ["convert", "frozen_like", "prepare", "prepare_layers"]
-
-TOO_SMALL = "too small to gain, kept dense"
-"""Note of a layer that was asked to be structured and stays dense, as the report shows it."""
 
 L = TypeVar("L", bound=nn.Module)
 
@@ -131,7 +128,7 @@ def prepare_layers(
     """Replace named dense layers by trainable structured ones, in place; of every family alike.
 
     Everything is checked and computed before the model is touched. A layer that cannot be cheaper than dense stays
-    dense, with a warning and a note that :func:`gblr_plugin.report` shows.
+    dense, with a warning, and is listed by :func:`gblr_plugin.report`.
 
     Args:
         model: Changed in place.
@@ -168,8 +165,7 @@ def prepare_layers(
             made[name] = structured_from(chosen[name], settings[name])
         except ConfigError as error:
             raise ConfigError(f"layer {name!r}: {error}") from error
-    for name, module in small.items():
-        module.gblr_note = TOO_SMALL  # type: ignore[assignment]  # a plain attribute
+    for name in small:
         _logger.warning("layer %r is too small to gain from structure and stays dense", name)
     layers = {name: made[name] for name in gaining}
     replace_modules(model, {id(chosen[name]): layer for name, layer in layers.items()})
@@ -221,7 +217,7 @@ def frozen_like(
     """
     from ..tensor.gblr_tensor import GBLRTensor  # needs torchao, which the trainable path does not
 
-    if not isinstance(module, GBLRLayer):  # a decomposition is in float32 where the weight is in half precision
+    if not isinstance(module, StructuredLayer):  # a decomposition is in float32 where the weight is in half precision
         like: Any = module.weight
         matrix = matrix.to(device=like.device, dtype=like.dtype)
     shape: tuple[int, ...] = matrix.shape
@@ -253,10 +249,8 @@ def frozen_like(
     new.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         new.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-    if full:  # plain attributes, shown by the report
-        new.structure_name, new.gblr_note = "full", "not cheaper than dense, stored dense"  # type: ignore[assignment]  # attributes
     new.train(module.training)
-    return hasten(new)
+    return as_full(new) if full else hasten(new)
 
 
 def convert(model: nn.Module, *, plan: Any = None) -> nn.Module:
@@ -276,24 +270,17 @@ def convert(model: nn.Module, *, plan: Any = None) -> nn.Module:
     Raises:
         ConfigError: If a layer's masks are still smooth: converting it would change the network; freeze it first.
     """
-    matrices: dict[nn.Module, StructuredMatrix] = {}
-    own_products: list[FamilyLayer] = []
+    matrices: dict[StructuredLayer, StructuredMatrix | None] = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, GBLRLayer):
-            if not layer.hard:
-                raise ConfigError(
-                    f"layer {name or type(layer).__name__!r}: its masks are still smooth (sigma {layer.sigma:g}); "
-                    "finish training or call freeze_structure() before converting"
-                )
-            matrices[layer] = layer.structure()
-        elif isinstance(layer, FamilyLayer):
-            matrix = layer.frozen_matrix()
-            structured = matrix.to_structured() if matrix.row_order is None else None
-            if structured is not None and structured.stored == matrix.multiply_adds:
-                matrices[layer] = structured
-            else:
-                own_products.append(layer)
-    frozen = {id(layer): frozen_like(layer, matrix, plan=plan) for layer, matrix in matrices.items()}
-    for layer in own_products:
-        layer.freeze()
+        if isinstance(layer, StructuredLayer):
+            try:
+                matrices[layer] = layer.frozen_structure()
+            except ConfigError as error:
+                raise ConfigError(f"layer {name or type(layer).__name__!r}: {error}") from error
+    frozen: dict[int, nn.Module] = {}
+    for layer, matrix in matrices.items():
+        if matrix is None:
+            layer.freeze_factors()
+        else:
+            frozen[id(layer)] = frozen_like(layer, matrix, plan=plan)
     return replace_modules(model, frozen)

@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..layers import StructuredLayer
 from ..layers.dense import KINDS, structurable, weight_matrix
+from ..layers.full import FULL
 from ..tensor.frozen import FROZEN
 
 __all__ = ["WeightMatrix", "is_layer", "weight_matrices", "weight_shape"]
@@ -43,14 +45,13 @@ class WeightMatrix:
 
 def is_layer(module: nn.Module) -> bool:
     """Whether the module is a layer with one weight matrix that can be structured, or is or was."""
-    return hasattr(module, "matrix_shape") or structurable(module) or isinstance(module, FROZEN)
+    return structurable(module) or isinstance(module, (StructuredLayer, *FROZEN, *FULL))
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
     """(m, n) of a layer's weight matrix."""
-    if hasattr(module, "matrix_shape"):
-        m, n = module.matrix_shape  # type: ignore[misc]  # a pair
-        return int(m), int(n)
+    if isinstance(module, StructuredLayer):
+        return module.matrix_shape
     weight: Any = module.weight
     if structurable(module) and type(weight.data) is Tensor:
         shape = weight_matrix(module).shape
@@ -72,7 +73,7 @@ def weight_matrices(model: nn.Module) -> Iterator[WeightMatrix]:
     for name, module in model.named_modules():
         if any(name.startswith(outer) for outer in inside):
             continue
-        if hasattr(module, "matrix_shape"):
+        if isinstance(module, StructuredLayer):
             inside.append(f"{name}.")
             yield WeightMatrix(name, module, "weight", weight_shape(module))
         elif is_layer(module) or isinstance(module, KINDS):

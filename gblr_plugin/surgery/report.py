@@ -1,25 +1,16 @@
-"""Count what a model costs: multiply-adds and parameters per layer and in total, and relative FLOPs."""
+"""What a model costs, as a value: per layer and in total, for JSON and as a table.
+
+:func:`gblr_plugin.report` (``counting.py``) makes it.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import textwrap
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-
-from .matrices import WeightMatrix, is_layer, weight_matrices, weight_shape
-from .raw_weights import RawWeights
-from .selection import Policy
-
-__all__ = ["LayerReport", "Report", "report"]
+__all__ = ["LayerReport", "Report"]
 
 _COLUMNS = 80
 
@@ -42,7 +33,7 @@ class LayerReport:
         kernel: Kernels that the plan of a converted weight chose, if any.
         padding: Stored entries of the planned layout over those of the structure; 1.0 without padding.
         predicted: Cost of a token by the plan's cost model, padding and overheads included, over the dense product's.
-        note: Why a layer stayed dense, if it was asked not to.
+        note: That a converted layer is stored dense, or that entries of a dense weight are zero.
         output_embedding: Whether its weight is that of an embedding too: the output layer of a language model.
         matrix_bytes: Of the dense matrix that the plan of a converted weight keeps beside its factors; mostly 0.
         left_dense: Why a dense weight stays so unless its layer is asked for by name, see
@@ -96,7 +87,7 @@ class Report:
 
     @property
     def structured(self) -> list[LayerReport]:
-        """The compressed layers; one that was asked to be but is too small to gain is dense, with a note."""
+        """The compressed layers."""
         return [layer for layer in self.layers if layer.structure != "dense"]
 
     @property
@@ -215,7 +206,7 @@ class Report:
         """What stays dense unless it is asked for by name, with its share of the multiply-adds: a line per reason."""
         groups: dict[str, list[LayerReport]] = {}
         for layer in self.layers:
-            if layer.left_dense and not layer.note:
+            if layer.left_dense:
                 groups.setdefault(layer.left_dense, []).append(layer)
         lines = []
         parts = {reason: sum(layer.multiply_adds for layer in group) for reason, group in groups.items()}
@@ -259,176 +250,3 @@ def _shortened(name: str, width: int) -> str:
             parts[index] = parts[index][:1]
     name = ".".join(parts)
     return name if len(name) <= width else "…" + name[len(name) - width + 1 :]
-
-
-def _positions(module: nn.Module, output: Tensor) -> int:
-    """Matrix-vector products of one call: output entries per output channel."""
-    channels = weight_shape(module)[0]
-    return output.numel() // channels if channels else 0
-
-
-def _layer_report(matrix: WeightMatrix, positions: int, embeddings: set[int], policy: Policy) -> LayerReport:
-    module, (m, n) = matrix.module, matrix.shape
-    stored, components, structure, kernel, padding, predicted, beside = m * n, 0, "dense", "", 1.0, 1.0, 0
-    weight: Any = None if hasattr(module, "matrix_shape") else getattr(module, "weight", None)
-    if hasattr(module, "matrix_shape"):
-        measured: Any = module
-        stored, structure = int(measured.stored), getattr(module, "structure_name", "gblr")
-        components = int(getattr(module, "num_components", 0))
-    elif hasattr(weight, "to_structured"):
-        stored, components, structure = int(weight.stored), int(weight.num_components), "gblr"
-        kernel = ", ".join(dict.fromkeys(name for _, name in weight.plan.kernels))
-        padding, predicted = float(weight.packing.padding), float(weight.predicted_cost)
-        beside = 0 if weight.matrix is None else int(weight.matrix.nbytes)
-    elif hasattr(module, "structure_name"):
-        structure = str(module.structure_name)
-    dense = m * n
-    return LayerReport(
-        name=matrix.name,
-        kind=type(module).__name__,
-        shape=(m, n),
-        structure=structure,
-        components=components,
-        multiply_adds=int(getattr(module, "multiply_adds", stored)) * positions,
-        dense_multiply_adds=dense * positions,
-        parameters=stored,
-        dense_parameters=dense,
-        kernel=kernel,
-        padding=padding,
-        predicted=predicted,
-        note=str(getattr(module, "gblr_note", "")),
-        output_embedding=id(weight) in embeddings,
-        matrix_bytes=beside,
-        left_dense=(policy.default(matrix) or "") if structure == "dense" else "",
-    )
-
-
-def _other_report(matrix: WeightMatrix, multiply_adds: int, policy: Policy) -> LayerReport:
-    return LayerReport(
-        name=matrix.name,
-        kind=type(matrix.module).__name__,
-        shape=matrix.shape,
-        structure="dense",
-        components=0,
-        multiply_adds=multiply_adds,
-        dense_multiply_adds=multiply_adds,
-        parameters=matrix.entries,
-        dense_parameters=matrix.entries,
-        left_dense=policy.default(matrix) or "",
-    )
-
-
-def _count_parameters(model: nn.Module, layers: list[tuple[nn.Module, LayerReport]]) -> tuple[int, int]:
-    """Stored parameters, and those of the dense model; each parameter once, also where layers are tied."""
-    owned: set[int] = set()
-    weights, dense = 0, 0
-    for module, layer in layers:
-        bias = getattr(module, "bias", None)
-        own = {id(p) for p in module.parameters() if p is not bias}
-        if not own or own - owned:
-            weights, dense = weights + layer.parameters, dense + layer.dense_parameters
-        owned |= own
-    rest = sum(p.numel() for p in model.parameters() if id(p) not in owned)
-    return weights + rest, dense + rest
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    flops: int = sdpa_flop_count(query, key, value)  # on shapes
-    return flops
-
-
-def _grouped_flops(left: Any, right: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
-    """Rows of a matrix, in groups, each times the matrix of its group: mixtures of experts."""
-    flops: int = 2 * math.prod(out_shape) * left[-1]
-    return flops
-
-
-# torch's counter knows attention on GPUs; the CPU's kernel has the same formula. It does not know grouped products.
-_FORMULAS: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-if hasattr(torch.ops.aten, "_grouped_mm"):
-    _FORMULAS[torch.ops.aten._grouped_mm] = _grouped_flops
-
-# Of these products one factor is a weight; all others are of two activations, in batches: attention.
-_WITH_WEIGHT = {
-    torch.ops.aten.mm,
-    torch.ops.aten.addmm,
-    torch.ops.aten.convolution,
-    torch.ops.aten._convolution,
-    torch.ops.aten.convolution_overrideable,
-}
-
-
-@torch.no_grad()
-def report(model: nn.Module, example_input: Any) -> Report:
-    """Count multiply-adds and parameters of a model on an example input.
-
-    Structured layers count the multiply-adds of their structured product (paper Eq. 4), however they are computed at
-    the moment; a layer used several times counts each time.
-
-    Args:
-        model: Dense, in training, or converted.
-        example_input: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
-
-    Returns:
-        The report; print it for a table.
-    """
-    matrices = [matrix for matrix in weight_matrices(model) if matrix.name or is_layer(matrix.module)]
-    layers = {matrix.name: matrix.module for matrix in matrices if is_layer(matrix.module)}
-    others = RawWeights((matrix for matrix in matrices if not is_layer(matrix.module)), model, _WITH_WEIGHT)
-    calls = dict.fromkeys(layers, 0)
-    names = {id(module): name for name, module in layers.items()}
-    counting = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    inside: Counter[Any] = Counter()  # layers, and what other modules make with their own weights
-    entered: list[tuple[Counter[Any], Counter[Any]]] = []
-
-    def before(_module: nn.Module, _args: Any) -> None:
-        entered.append((_by_operation(counting), inside.copy()))
-
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        begun, counted = entered.pop()
-        made = _by_operation(counting) - begun - (inside - counted)  # without that of layers inside
-        if id(module) not in names:
-            made = others.add(module, made, args, kwargs)
-        elif isinstance(output, Tensor):
-            calls[names[id(module)]] += _positions(module, output)
-        inside.update(made)
-
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    with contextlib.ExitStack() as undo:
-        for module in (*layers.values(), *others.modules):
-            undo.callback(module.register_forward_pre_hook(before).remove)
-            undo.callback(module.register_forward_hook(after, with_kwargs=True).remove)
-        undo.callback(_restore_modes, [(module, module.training) for module in model.modules()])
-        model.eval()
-        # torch's fused encoder layer would hide its layers from hooks and its products from the counter.
-        torch.backends.mha.set_fastpath_enabled(False)
-        undo.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
-        undo.enter_context(counting)
-        if isinstance(example_input, Mapping):
-            model(**example_input)
-        elif isinstance(example_input, tuple):
-            model(*example_input)
-        else:
-            model(example_input)
-    outside = _by_operation(counting) - inside
-    attention = sum(flops for operation, flops in outside.items() if operation not in _WITH_WEIGHT) // 2
-    embeddings = {id(module.weight) for module in model.modules() if type(module) is nn.Embedding}
-    policy = Policy(model)
-    reports = [
-        _layer_report(matrix, calls[matrix.name], embeddings, policy)
-        if matrix.name in layers
-        else _other_report(matrix, others.multiply_adds(matrix), policy)
-        for matrix in matrices
-    ]
-    counted = [(layers[entry.name], entry) for entry in reports if entry.name in layers]
-    parameters, dense_parameters = _count_parameters(model, counted)
-    return Report(reports, outside.total() // 2, parameters, dense_parameters, attention)
-
-
-def _by_operation(counting: FlopCounterMode) -> Counter[Any]:
-    return Counter(counting.get_flop_counts().get("Global", {}))
-
-
-def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, mode in modes:
-        module.training = mode

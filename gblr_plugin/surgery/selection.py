@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import ConfigError
-from ..layers import GBLRLayer
+from ..layers import StructuredLayer
 from ..layers.dense import can_gain, check_structurable, obstacle
 from .heads import output_heads
 from .matrices import WeightMatrix, weight_matrices
@@ -198,7 +198,7 @@ class LayerFilter:
 
     def __call__(self, module: nn.Module, name: str) -> bool:
         """Whether the layer was chosen, or is asked for and was prepared before."""
-        return id(module) in self._passed or (isinstance(module, GBLRLayer) and self._wish(name, module))
+        return id(module) in self._passed or (isinstance(module, StructuredLayer) and self._wish(name, module))
 
 
 def layer_filter(

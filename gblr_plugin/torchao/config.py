@@ -5,20 +5,21 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
 
+from .. import families
 from ..decomposition import METHODS, decompose
 from ..errors import ConfigError
 from ..kernels.plan import Plan
-from ..layers import GBLRLayer
+from ..layers import StructuredLayer
 from ..layers.dense import can_gain, check_structurable, hooks_of, obstacle, weight_matrix
-from ..surgery.conversion import TOO_SMALL, frozen_like
+from ..surgery.conversion import frozen_like
 from ..surgery.matrices import weight_matrices
 from ..surgery.selection import LayerFilter, Skipped, choose, log_skipped
-from ..surgery.starts import INITIALISERS, LayerSettings, structured_from
+from ..surgery.starts import INITIALISERS, FamilySettings, LayerSettings, structured_from
 from ..tensor.gblr_tensor import FACTOR_DTYPES
 from ..utils.optional_imports import quiet_import
 
@@ -59,6 +60,10 @@ class GBLRConfig(AOBaseConfig):
         seed: Of random initialisers and decompositions.
         factor_dtype: ``None`` keeps that of the weight; ``"int8"`` converts to int8 factors with a scale per component
             (weight-only). ``quantize_(model, Int8WeightOnlyConfig())`` does the same to a converted model.
+        family: Name of a structure family whose layers take the place of the dense ones, at ``budget`` and with
+            ``row_splits``; their structure is fixed, see :func:`gblr_plugin.prepare`. ``None``: GBLR as all else here
+            says.
+        options: The family's own.
 
     Example:
         >>> from torchao.quantization import quantize_
@@ -75,6 +80,8 @@ class GBLRConfig(AOBaseConfig):
     plan: Any = None
     seed: int = 0
     factor_dtype: Literal["int8"] | None = None
+    family: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.step not in ("prepare", "convert"):
@@ -87,6 +94,12 @@ class GBLRConfig(AOBaseConfig):
         for name, known in (("method", METHODS), ("initialiser", INITIALISERS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"GBLRConfig: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.family is None and self.options:
+            raise ConfigError("GBLRConfig: options are those of a family; give its name too")
+        if self.family is not None:
+            families.get(self.family)
+            if self.budget is None:
+                raise ConfigError(f"GBLRConfig: family {self.family!r} needs a budget")
         # torchao writes configs as JSON, and refuses tuples.
         if isinstance(self.align, tuple):
             self.align = list(self.align)
@@ -113,9 +126,9 @@ def _gblr_transform(module: nn.Module, config: GBLRConfig, *, parameter_name: st
     quantize_ would put another module in one of its places only; one that is used twice is to stay one. FqnToConfig
     names a parameter, and its patterns meet biases too: of a dense layer only the weight is structured.
     """
-    if parameter_name != "weight" and not isinstance(module, GBLRLayer):
+    if parameter_name != "weight" and not isinstance(module, StructuredLayer):
         return module
-    if not isinstance(module, GBLRLayer) and _stays_dense(module):
+    if not isinstance(module, StructuredLayer) and _stays_dense(module):
         return module
     new = _transformed(module, config)
     if new is not module:
@@ -165,12 +178,15 @@ def _left_dense(model: nn.Module, passes: Any) -> list[Skipped]:
 
 
 def _transformed(module: nn.Module, config: GBLRConfig) -> nn.Module:
-    if isinstance(module, GBLRLayer):
+    if isinstance(module, StructuredLayer):
         return module if config.step == "prepare" else _frozen(module, config)
     check_structurable(module, type(module).__name__)
     if not can_gain(module, config.row_splits):
-        module.gblr_note = TOO_SMALL  # type: ignore[assignment]  # a plain attribute, shown by the report
         return module
+    if config.family is not None:
+        settings = FamilySettings(config.family, float(config.budget or 0), config.row_splits, config.options)
+        layer = structured_from(module, settings)
+        return layer if config.step == "prepare" else _frozen(layer, config)
     if config.step == "prepare":
         setting = LayerSettings(
             config.initialiser, config.num_components, config.row_splits, config._tile, config.budget, config.seed
@@ -189,10 +205,12 @@ def _transformed(module: nn.Module, config: GBLRConfig) -> nn.Module:
     return frozen_like(module, matrix, plan=config._plan, factor_dtype=config.factor_dtype)
 
 
-def _frozen(layer: GBLRLayer, config: GBLRConfig) -> nn.Module:
-    if not layer.hard:
-        raise ConfigError(
-            f"GBLRConfig: masks are still smooth (sigma {layer.sigma:g}); finish training or call "
-            "freeze_structure() before converting"
-        )
-    return frozen_like(layer, layer.structure(), plan=config._plan, factor_dtype=config.factor_dtype)
+def _frozen(layer: StructuredLayer, config: GBLRConfig) -> nn.Module:
+    try:
+        matrix = layer.frozen_structure()
+    except ConfigError as error:
+        raise ConfigError(f"GBLRConfig: {error}") from error
+    if matrix is None:
+        layer.freeze_factors()
+        return layer
+    return frozen_like(layer, matrix, plan=config._plan, factor_dtype=config.factor_dtype)

@@ -115,7 +115,7 @@ def test_alds_shares_a_budget_by_the_largest_error() -> None:
 
     assert largest_error(budgets) < largest_error(dict.fromkeys(weights, 0.5))
     packed = {"qkv": torch.cat([weights["hard"]] * 3), "easy": torch.cat([easy] * 3)}
-    budgets = Alds.budgets(packed, 0.5, row_splits=3)
+    budgets = Alds.budgets(packed, 0.5, row_splits=dict.fromkeys(packed, 3))
     assert budgets["easy"] < 0.5 < budgets["qkv"]
     assert Alds.from_dense(packed["qkv"], budgets["qkv"], row_splits=3).relative_flops <= budgets["qkv"]
     with pytest.raises(ConfigError, match="does not pay for rank 1"):

@@ -20,7 +20,7 @@ from gblr_plugin.learning.optimizers import param_groups
 from gblr_plugin.learning.schedule import Schedule
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 from gblr_plugin.surgery.conversion import convert, prepare_layers
-from gblr_plugin.surgery.report import report
+from gblr_plugin.surgery.counting import report
 from gblr_plugin.surgery.starts import LayerSettings
 
 

@@ -134,7 +134,7 @@ def test_slices_of_one_buffer_are_not_tied():
     assert list(prepare(model)) == ["0", "1"]
 
 
-def test_too_small_layers_stay_dense_with_a_note(caplog):
+def test_too_small_layers_stay_dense_and_are_reported(caplog):
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1))
     with caplog.at_level(logging.WARNING):
         layers = prepare(model, ["Linear"], settings=HALF)
@@ -142,10 +142,10 @@ def test_too_small_layers_stay_dense_with_a_note(caplog):
     assert type(model[1]) is nn.Linear
     assert "'1' is too small to gain" in caplog.text
     shown = report(model, torch.randn(1, 16))
-    assert "1: too small to gain, kept dense" in str(shown)
+    assert "% 1: it is too small to gain from structure" in str(shown)
     assert shown.relative_flops <= 0.5  # of the layers that were compressed
     convert(model)
-    assert "1: too small to gain, kept dense" in str(report(model, torch.randn(1, 16)))
+    assert "% 1: it is too small to gain from structure" in str(report(model, torch.randn(1, 16)))
 
 
 def test_none_can_gain_is_an_error():

@@ -10,6 +10,7 @@ from torchao.core.config import config_from_dict, config_to_dict
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
 
 from gblr_plugin import ConfigError, GBLRConfig, GBLRConv2d, GBLRLinear, GBLRTensor, report
+from gblr_plugin.families import FamilyLinear
 from gblr_plugin.kernels.plan import Plan
 
 
@@ -31,7 +32,7 @@ def test_prepare_with_the_default_filter_takes_linear_layers():
     quantize_(model, GBLRConfig(step="prepare"))
     assert [type(module) for module in model] == [nn.Conv2d, nn.Flatten, GBLRLinear, nn.ReLU, nn.Linear]
     assert torch.allclose(model(X), before, atol=1e-5)
-    assert "4: too small to gain, kept dense" in str(report(model, X))
+    assert "% 4: it is too small to gain from structure" in str(report(model, X))
 
 
 @pytest.mark.usefixtures("plans")
@@ -55,6 +56,25 @@ def test_applying_a_config_twice_changes_nothing(step):
     before = list(model)
     quantize_(model, config, is_layer)
     assert all(a is b for a, b in zip(model, before, strict=True))
+
+
+@pytest.mark.parametrize(("family", "has_tensor"), [("low_rank", True), ("monarch", False)])
+def test_a_family_takes_the_place_of_the_layers(family, has_tensor):
+    prepared, at_once = make(), make()
+    quantize_(prepared, GBLRConfig(family=family, budget=0.5))
+    assert isinstance(prepared[2], FamilyLinear)
+    config = config_from_dict(config_to_dict(GBLRConfig(step="convert", family=family, budget=0.5)))
+    for model in (prepared, at_once):
+        quantize_(model, config)
+        assert isinstance(model[2].weight, GBLRTensor) is has_tensor
+        assert not any(parameter.requires_grad for name, parameter in model[2].named_parameters() if name != "bias")
+    assert torch.equal(prepared(X), at_once(X))
+    with pytest.raises(ConfigError, match="GBLRConfig: family 'monarch' needs a budget"):
+        GBLRConfig(family="monarch")
+    with pytest.raises(ConfigError, match=r"no structure named 'monarc'; .*did you mean 'monarch'"):
+        GBLRConfig(family="monarc", budget=0.5)
+    with pytest.raises(ConfigError, match="GBLRConfig: options are those of a family"):
+        GBLRConfig(options={"blocks": 2})
 
 
 def test_converted_layers_are_left_alone_by_prepare():
@@ -154,6 +174,8 @@ EVERY_FIELD = {
     "plan": "factors",
     "seed": 7,
     "factor_dtype": "int8",
+    "family": "block_low_rank",
+    "options": {"blocks": 2},
 }
 
 

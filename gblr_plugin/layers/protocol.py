@@ -1,0 +1,60 @@
+"""What a report, a conversion and a file ask of a structured layer, whatever its family."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..matrix.structure import StructuredMatrix
+
+__all__ = ["StructuredLayer"]
+
+
+class StructuredLayer(nn.Module):
+    """A trainable module whose weight is a structured (m, n) matrix: :class:`GBLRLayer` and the layers of families.
+
+    Attributes:
+        structure_name: Name of the family, as the report shows it.
+    """
+
+    structure_name: str
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(m, n) of the weight matrix."""
+        raise NotImplementedError
+
+    @property
+    def stored(self) -> int:
+        """Number of stored factor entries."""
+        raise NotImplementedError
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of one matrix-vector product, or of one output position of a convolution."""
+        return self.stored
+
+    @property
+    def num_components(self) -> int:
+        """Number of live components; 0 of a family that has none."""
+        return 0
+
+    @property
+    def relative_flops(self) -> float:
+        """Multiply-adds over m * n; above 1 before learning has shrunk a start of full widths."""
+        m, n = self.matrix_shape
+        return self.multiply_adds / (m * n)
+
+    def frozen_structure(self) -> StructuredMatrix | None:
+        """A copy of the weight as the GBLR matrix that conversion freezes.
+
+        Returns:
+            ``None`` if the layer keeps its own product when it is converted, see :meth:`freeze_factors`.
+
+        Raises:
+            ConfigError: If a frozen copy would not compute what the layer computes.
+        """
+        raise NotImplementedError
+
+    def freeze_factors(self) -> None:
+        """Fix the factors as they are; the bias still trains if it did."""
+        raise NotImplementedError
