@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from ..decomposition.curves import Curve, least_maximum, least_sum, straight_curve
-from ..decomposition.triplets import singular_triplets
 from ..errors import ConfigError
 from ..families.alds import error_curve
 from ..layers.dense import check_structurable, weight_matrix
 from ..matrix.metric import Metric
+from ..matrix.svd import singular_triplets
 from ..utils.validation import check_choice, check_share
 from .batches import Calibration
 from .layer_moments import layer_moments

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..matrix.metric import DAMPING, Metric
 from ..matrix.structure import StructuredMatrix
+from ..matrix.svd import truncated_svd
 from ..matrix.tiles import TiledAxis
 from ..utils.validation import check_choice, check_count, check_row_splits, check_share, check_tile, check_weight
 from .exact import exact
@@ -64,9 +65,8 @@ def _something(problem: Problem, found: StructuredMatrix) -> StructuredMatrix:
         for grid, count, place in zip((problem.rows, problem.cols), cells, places, strict=True)
     )
     inside = rows.support().T.to(problem.weight) * problem.weight * cols.support().to(problem.weight)
-    left, values, right = torch.linalg.svd(inside, full_matrices=False)
-    size = values[0].sqrt()
-    return StructuredMatrix.from_factors((left[:, :1] * size).T, right[:1] * size, rows, cols)
+    left, right = truncated_svd(inside, 1)
+    return StructuredMatrix.from_factors(left.T, right, rows, cols)
 
 
 def _solve(

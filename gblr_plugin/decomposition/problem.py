@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..matrix.metric import Metric
 from ..matrix.structure import StructuredMatrix, multiply_adds
+from ..matrix.svd import singular_triplets, truncated_svd
 from ..matrix.tiles import TiledAxis
-from .triplets import singular_triplets
 
 __all__ = ["Problem"]
 
@@ -45,6 +45,10 @@ class Problem:
     def triplets(self) -> tuple[Tensor, Tensor, Tensor]:
         """Thin SVD of the weight, whitened on both sides: (m, r), (r,), (r, n)."""
         return singular_triplets(self.metric.whiten_rows(self.metric.whiten(self.weight)))
+
+    def low_rank(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Best factors of a rank in the metric of the problem: A (m, rank) and C (rank, n)."""
+        return truncated_svd(self.weight, rank, self.metric, self.triplets)
 
     def trapezoid_cost(self) -> Tensor:
         """(r_max + 1,) int64 multiply-adds of trapezoids of rank 0 .. r_max (MATH: r (m + n) - r (r - 1) unaligned)."""

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ..matrix.structure import StructuredMatrix
 from .problem import Problem
 
-__all__ = ["low_rank_factors", "svd"]
-
-
-def low_rank_factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
-    """Best rank-r factors in the metric of the problem: A (m, r), orthogonal columns once whitened, C (r, n)."""
-    left, values, right = (problem.triplets[0][:, :rank], problem.triplets[1][:rank], problem.triplets[2][:rank])
-    scale = values.clamp(min=0).sqrt()
-    return problem.metric.unwhiten_rows(left * scale), problem.metric.unwhiten(right * scale[:, None])
+__all__ = ["svd"]
 
 
 def svd(problem: Problem) -> StructuredMatrix:
@@ -25,5 +16,5 @@ def svd(problem: Problem) -> StructuredMatrix:
     """
     m, n = problem.weight.shape
     rank = min(problem.allowed // (m + n), problem.max_components, m, n)
-    left, right = low_rank_factors(problem, rank)
+    left, right = problem.low_rank(rank)
     return StructuredMatrix.from_factors(left.T.contiguous(), right.contiguous())

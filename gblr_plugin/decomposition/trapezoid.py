@@ -5,7 +5,6 @@ from __future__ import annotations
 from ..matrix.structure import StructuredMatrix
 from ..matrix.trapezoid_form import trapezoid_form
 from .problem import Problem
-from .svd import low_rank_factors
 
 __all__ = ["least_error", "trapezoid"]
 
@@ -27,7 +26,7 @@ def trapezoid(problem: Problem) -> StructuredMatrix:
     """The best low-rank matrix whose trapezoids the budget pays; never above the SVD of equal cost."""
     m, n = problem.weight.shape
     rank = _rank(problem)
-    left, right = low_rank_factors(problem, rank)
+    left, right = problem.low_rank(rank)
     if rank == 0:
         return StructuredMatrix.from_factors(left.T.contiguous(), right.contiguous())
     found = trapezoid_form(left, right, problem.rows, problem.cols)

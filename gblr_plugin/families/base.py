@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..matrix.metric import Metric
 from ..matrix.structure import StructuredMatrix
-from .checks import check_weight, output_metric
+from ..utils.validation import check_row_splits
+from .checks import check_weight
 
 __all__ = ["FamilyMatrix", "Stacked"]
 
@@ -65,7 +66,7 @@ class FamilyMatrix(ABC):
         if row_splits != 1:
             return _stack(cls, weight, budget, row_splits, options)
         if "calibration" not in known:
-            options["metric"] = output_metric(cls.name, options.pop("calibration", None), target)
+            options["metric"] = Metric.from_calibration(cls.name, options.pop("calibration", None), target)
         m, n = target.shape
         max_multiply_adds = math.floor(budget * m * n + 1e-6)  # the slack undoes the rounding of cost / (m n)
         dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
@@ -251,10 +252,7 @@ def _stack(
     Raises:
         ConfigError: If the rows do not divide.
     """
-    if isinstance(row_splits, bool) or not isinstance(row_splits, int) or row_splits < 1 or len(weight) % row_splits:
-        raise ConfigError(
-            f"{family.name}: row_splits must be a positive divisor of the {len(weight)} rows, got {row_splits!r}"
-        )
+    check_row_splits(f"{family.name}: row_splits", row_splits, len(weight))
     metric, rows = options.get("calibration"), len(weight) // row_splits
     parts = []
     for index, part in enumerate(weight.chunk(row_splits)):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..matrix.metric import Metric
+from ..matrix.svd import truncated_svd
 from .base import FamilyMatrix
 from .checks import check_count, too_small
-from .low_rank import truncated_svd
 from .partition import Partition, cut_blocks, join_blocks
 
 __all__ = ["Blast"]
@@ -109,7 +109,7 @@ def _solve(normal: Tensor, right_side: Tensor) -> Tensor:
 
 def _fit(weight: Tensor, rows: Partition, cols: Partition, rank: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """Alternating least squares with momentum; returns (r, m), (r, n), (r, b, b) float64."""
-    left, right = truncated_svd(weight, rank, Metric())  # the cost of rank min(m, n) exceeds m n
+    left, right = truncated_svd(weight, rank)  # the cost of rank min(m, n) exceeds m n
     blocks = cut_blocks(weight, rows, cols).contiguous()  # (b, b, s, p)
     mirrored = blocks.permute(1, 0, 3, 2).contiguous()
     u, v = rows.split(left.T).transpose(0, 1), cols.split(right).transpose(0, 1)  # (b, r, s), (b, r, p)
@@ -137,7 +137,7 @@ def _fit_outputs(
     H couples the block columns. With E the error of the others, block column j is fitted to ``W_j + E H_.j H_jj^-1``
     in the metric of ``H_jj``, first its couplings and then its basis; the row bases are fitted in the whole metric.
     """
-    left, v = truncated_svd(weight, rank, metric)
+    left, v = truncated_svd(weight, rank, metric.of_inputs())
     moment = metric.moment
     assert moment is not None
     targets = rows.split(weight.T)  # (n, b, s)

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from ..errors import ConfigError
 from ..matrix.metric import Metric
 from ..matrix.structure import StructuredMatrix
+from ..matrix.svd import truncated_svd
 from .base import FamilyMatrix
 from .checks import check_count, too_small
 from .dense_blocks import block_components, fit_blocks
-from .low_rank import truncated_svd
 from .partition import Partition, join_blocks
 
 Pattern = tuple[tuple[int, ...], tuple[int, ...]]
@@ -118,7 +118,7 @@ class BlockSparse(FamilyMatrix):
         left, right = weight.new_zeros(m, rank), weight.new_zeros(rank, n)
         blocks = fit_blocks(weight, rows, cols, *index, metric)
         for _ in range(iterations if rank else 0):
-            left, right = truncated_svd(weight - _place(blocks, rows, cols, index), rank, metric)
+            left, right = truncated_svd(weight - _place(blocks, rows, cols, index), rank, metric.of_inputs())
             blocks = fit_blocks(weight - left @ right, rows, cols, *index, metric)
         return cls(blocks, left, right, rows, cols, index)
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..matrix.metric import Metric
 from ..matrix.structure import StructuredMatrix
+from ..matrix.svd import balanced
 from .base import FamilyMatrix
 from .partition import Partition, cut_blocks, join_blocks
 
@@ -62,10 +63,8 @@ def grid_factors(weight: Tensor, rows: Partition, cols: Partition, rank: int, me
 
 def _block_svd(blocks: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(..., s, c) and (..., c, p) factors of (..., s, p) blocks, balanced in norm; zero past the blocks' own rank."""
-    left, values, right = torch.linalg.svd(blocks, full_matrices=False)
-    short = max(rank - values.shape[-1], 0)
-    scale = values[..., :rank].sqrt()
-    left, right = left[..., :rank] * scale[..., None, :], right[..., :rank, :] * scale[..., None]
+    left, right = balanced(torch.linalg.svd(blocks, full_matrices=False), rank)
+    short = max(rank - right.shape[-2], 0)
     return F.pad(left, (0, short)), F.pad(right, (0, 0, 0, short))
 
 

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..matrix.metric import Metric
 from ..matrix.structure import StructuredMatrix
+from ..matrix.svd import truncated_svd
 from .base import FamilyMatrix
 from .checks import too_small
 
-__all__ = ["LowRank", "truncated_svd"]
-
-
-def truncated_svd(weight: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
-    """Best factors of rank ``r <= min(m, n)`` in a metric: (m, r) and (r, n)."""
-    left, values, right = torch.linalg.svd(metric.whiten(weight), full_matrices=False)
-    scale = values[:rank].sqrt()
-    return left[:, :rank] * scale, metric.unwhiten(right[:rank] * scale[:, None])
+__all__ = ["LowRank"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +38,7 @@ class LowRank(FamilyMatrix):
         rank = min(max_multiply_adds // (m + n), m, n)
         if rank < 1:
             raise too_small(cls.name, weight.shape, max_multiply_adds, m + n, "rank 1")
-        left, right = truncated_svd(metric.whiten_rows(weight), rank, metric)
-        return cls(metric.unwhiten_rows(left), right)
+        return cls(*truncated_svd(weight, rank, metric))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .structure import Intervals
+from .svd import truncated_svd
 from .tiles import TiledAxis
 from .trapezoid_form import trapezoid_form
 
@@ -72,9 +74,9 @@ def to_low_rank_form(
         # SVD of the product by way of its two thin factors.
         q_left, r_left = torch.linalg.qr(left.T)
         q_right, r_right = torch.linalg.qr(right.T)
-        a, s, b = torch.linalg.svd(r_left @ r_right.T)
-        u[part] = ((q_left @ a) * s.sqrt()).T.to(u.dtype)
-        v[part] = ((q_right @ b.T) * s.sqrt()).T.to(v.dtype)
+        a, c = truncated_svd(r_left @ r_right.T, rank)
+        u[part] = (q_left @ a).T.to(u.dtype)
+        v[part] = (c @ q_right.T).to(v.dtype)
         free[part] = True
     return u, v, free
 
@@ -126,10 +128,9 @@ def to_trapezoid_form(
         cost = int((rows.width[part] + cols.width[part]).sum())
         kept = cost // (rows.length + cols.length)
         _logger.warning("no stable trapezoids for a low-rank part of rank %d: kept rank %d", len(part), kept)
-        a, s, b = torch.linalg.svd(left @ right, full_matrices=False)
-        s = torch.where(torch.arange(len(s), device=s.device) < kept, s, 0)[: len(part)].sqrt()
-        u[part] = (a[:, : len(part)] * s).T.to(u.dtype)
-        v[part] = (b[: len(part)] * s[:, None]).to(v.dtype)
+        a, c = truncated_svd(left @ right, kept)
+        u[part] = F.pad(a.T, (0, 0, 0, len(part) - kept)).to(u.dtype)
+        v[part] = F.pad(c, (0, 0, 0, len(part) - kept)).to(v.dtype)
         for side, length in enumerate((rows.length, cols.length)):
             whole = torch.arange(len(part), device=u.device) < kept
             widths[side][part], starts[side][part] = torch.where(whole, length, 0), torch.zeros_like(part)

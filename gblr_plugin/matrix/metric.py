@@ -64,7 +64,7 @@ class Metric:
 
     @classmethod
     def from_calibration(
-        cls, where: str, calibration: Tensor | Metric | None, weight: Tensor, damping: float
+        cls, where: str, calibration: Tensor | Metric | None, weight: Tensor, damping: float = DAMPING
     ) -> Metric:
         """The metric that an argument ``calibration`` means.
 

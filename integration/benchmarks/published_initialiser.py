@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from gblr_plugin.decomposition.joint import supported_solve
 from gblr_plugin.decomposition.problem import Problem
 from gblr_plugin.decomposition.spans import longest_run
-from gblr_plugin.decomposition.triplets import singular_triplets
 from gblr_plugin.layers.masks import gaudi_mask
 from gblr_plugin.matrix.gaudi_mask import integer_locations, integer_widths
 from gblr_plugin.matrix.metric import Metric
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix, multiply_adds
+from gblr_plugin.matrix.svd import singular_triplets
 from gblr_plugin.matrix.tiles import TiledAxis
 
 

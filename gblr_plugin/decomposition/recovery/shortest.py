@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ...matrix.structure import StructuredMatrix
+from ...matrix.svd import singular_triplets
 from ...matrix.tiles import TiledAxis
 from ..joint import supported_solve
 from ..problem import Problem
 from ..spans import Spans
 from ..trapezoid import trapezoid
-from ..triplets import singular_triplets
 from .exchange import Exchange, Side
 from .vanishing import LEVELS, shortest_vectors
 
