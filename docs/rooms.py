@@ -20,6 +20,7 @@ LEVELS: list[tuple[str, dict[str, str]]] = [
     ("", {"run": "one run, comparisons, searches", "bench": "gblr bench"}),
     ("", {"tasks": "networks and trainings"}),
     ("", {"data": "digits, text, images"}),
+    ("", {"loading": "gblr_plugin.load: files, and folders of Hugging Face"}),
     (
         "bridges",
         {
@@ -94,7 +95,7 @@ def picture() -> str:
         width = (right - LEFT - GAP * (len(rooms) - 1)) / len(rooms)
         for place, (room, what) in enumerate(rooms.items()):
             x = LEFT + place * (width + GAP)
-            name = room + (".py" if room in ("cli", "errors") else "/")
+            name = room + (".py" if room in ("cli", "errors", "loading") else "/")
             lines += [
                 f'  <rect class="room" x="{x:.1f}" y="{y}" width="{width:.1f}" height="{BOX}" rx="6"/>',
                 f'  <text class="name" x="{x + width / 2:.1f}" y="{y + 20}">{escape(name)}</text>',

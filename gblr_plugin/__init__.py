@@ -39,7 +39,7 @@ _EXPORTS = {
     "export": "exporting.program",
     "gaudi_mask": "layers.masks",
     "layer_filter": "surgery.selection",
-    "load": "serialization",
+    "load": "loading",
     "param_groups": "learning.optimizers",
     "prepare": "surgery.conversion",
     "reorder": "surgery.reorder",

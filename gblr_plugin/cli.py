@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import __version__
-from .errors import ConfigError, GBLRError
+from .errors import ConfigError, GBLRError, first_line
 from .utils.arguments import OneLineParser
 
 if TYPE_CHECKING:
@@ -252,12 +252,7 @@ def _trial(arguments: argparse.Namespace) -> None:
     parse_overrides(located, overrides(parameters, located.data))
     settings = _read(located, RunSettings)
 
-    def prepare() -> Any:
-        from .run.pipeline import prepare_run
-
-        return Trial(prepare_run(settings), parameters, arguments.flops_price)
-
-    _carry_out(prepare, output, f"everything is in {output}")
+    _carry_out(lambda: Trial(settings, parameters, arguments.flops_price), output, f"everything is in {output}")
 
 
 def _search(config: Path, overrides: list[str], output: Path | None) -> None:
@@ -318,9 +313,9 @@ def _carry_out(prepare: Callable[[], Any], output: Path, last: str) -> None:
             raise
         except Exception as error:
             traceback.print_exc()
-            lines = str(error).strip().splitlines()
-            first = f": {lines[0]}" if lines else ""
-            raise GBLRError(f"the run failed: {type(error).__name__}{first} (details in {log})") from error
+            name, reason = type(error).__name__, first_line(error)
+            shown = name if reason == name else f"{name}: {reason}"
+            raise GBLRError(f"the run failed: {shown} (details in {log})") from error
         console.line(f"\n{result}\n")
         console.line(last)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BudgetError", "ConfigError", "GBLRError"]
+__all__ = ["BudgetError", "ConfigError", "GBLRError", "first_line"]
 
 
 class GBLRError(Exception):
@@ -15,3 +15,8 @@ class ConfigError(GBLRError, ValueError):
 
 class BudgetError(ConfigError):
     """A budget that does not pay for the smallest matrix of a structure."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type where the message is empty."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

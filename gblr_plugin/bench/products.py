@@ -33,6 +33,7 @@ from ..surgery.conversion import frozen_like
 from ..tensor.gblr_tensor import GBLRTensor
 from ..utils.arguments import OneLineParser
 from ..utils.files import write_text
+from ..utils.tables import table
 from .networks import GPT, ViT, replace_weights
 
 __all__ = ["Row", "main", "random_structure", "speed"]
@@ -391,21 +392,20 @@ def _settle(threads: int, patience: float) -> float:
 
 def _summary(rows: list[Row]) -> list[str]:
     """A line per goal: median and worst figure, and where the worst was."""
-    lines = [f"{'goal of':>38} {'goal':>5} {'median':>7} {'worst':>6}  worst case"]
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row.goal is not None:
             groups.setdefault(row.group, []).append(row)
+    cells = []
     for group, members in groups.items():
         controls = [row.control for row in members if row.control is not None]
         noise = f"; dense against dense {min(controls):.2f} to {max(controls):.2f}" if controls else ""
         worst = min(members, key=lambda row: row.figure)
         median = statistics.median(row.figure for row in members)
         reached = "" if worst.figure >= members[0].goal else "  below the goal"  # type: ignore[operator]  # not None
-        lines.append(
-            f"{group:>38} {members[0].goal:>5.2f} {median:>7.2f} {worst.figure:>6.2f}  {worst.name}{reached}{noise}"
-        )
-    return lines if groups else []
+        figures = [f"{value:.2f}" for value in (members[0].goal, median, worst.figure)]
+        cells.append([group, *figures, f"{worst.name}{reached}{noise}"])
+    return table(["goal of", "goal", "median", "worst", "worst case"], cells, left=(0, 4)) if cells else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:

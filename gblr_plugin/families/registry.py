@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import import_module
 
 from ..errors import ConfigError
+from ..utils.validation import did_you_mean
 from .base import FamilyMatrix
 
 __all__ = ["get", "names"]
@@ -36,8 +36,7 @@ def get(name: str) -> type[FamilyMatrix]:
         ConfigError: If there is none of that name.
     """
     if name not in _FAMILIES:
-        near = difflib.get_close_matches(str(name), _FAMILIES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, _FAMILIES)
         raise ConfigError(f"family: no structure named {name!r}; allowed are {', '.join(_FAMILIES)}{hint}")
     module, kind = _FAMILIES[name]
     family: type[FamilyMatrix] = getattr(import_module(f".{module}", __package__), kind)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..families.layers import FamilyLayer, layer_like
 from ..layers import GBLRLayer
 from ..layers.dense import KINDS, replace_modules, structurable, weight_matrix
@@ -111,7 +111,7 @@ def _class_of(folder: Path, who: str) -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         name = (config.architectures or [None])[0]
     except Exception as error:  # transformers raises many kinds
-        raise ConfigError(f"{who}: {str(folder / 'config.json')!r} cannot be used: {_first_line(error)}") from error
+        raise ConfigError(f"{who}: {str(folder / 'config.json')!r} cannot be used: {first_line(error)}") from error
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise ConfigError(f"{who}: {str(folder / 'config.json')!r} names {name!r}, no model of transformers")
@@ -135,11 +135,7 @@ def _on_meta(kind: Any, config: Any, folder: Path, who: str) -> Any:
         with torch.device("meta"):
             return kind(config).eval()
     except Exception as error:  # whatever comes of sizes that make no sense
-        raise ConfigError(f"{who}: {str(folder / 'config.json')!r} cannot be used: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(f"{who}: {str(folder / 'config.json')!r} cannot be used: {first_line(error)}") from error
 
 
 def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> nn.Module:
@@ -174,7 +170,7 @@ def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> nn.Module
     except ConfigError:
         raise
     except (RuntimeError, ValueError, KeyError, OSError, TypeError) as error:
-        raise ConfigError(f"load: {str(folder)!r} cannot be loaded: {_first_line(error)}") from error
+        raise ConfigError(f"load: {str(folder)!r} cannot be loaded: {first_line(error)}") from error
     return model.eval()
 
 

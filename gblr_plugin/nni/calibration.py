@@ -19,6 +19,7 @@ from ..calibration.batches import Calibration, CalibrationSettings
 from ..errors import ConfigError
 from ..layers.dense import can_gain
 from ..utils.random_state import accelerators_of, keep_random_state
+from ._compat import optimizer_helpers, scheduler_helpers, several_if_given_so, training_step
 from .evaluators import LightningEvaluator
 from .settings import LayerPlan
 
@@ -108,7 +109,7 @@ def _of_torch(
     evaluator: TorchEvaluator, model: nn.Module, count: int
 ) -> tuple[list[Any], Callable[[Any, Any], object]]:
     batches: list[Any] = []
-    step = evaluator._ori_training_step
+    step = training_step(evaluator)
 
     def recording(batch: Any, *args: Any, **kwargs: Any) -> Any:
         batches.append(batch)
@@ -116,19 +117,11 @@ def _of_torch(
             raise _EnoughError
         return step(batch, *args, **kwargs)
 
-    optimizers = [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0) for _ in evaluator._optimizer_helpers]
-    schedulers = [
-        torch.optim.lr_scheduler.LambdaLR(optimizers[0], lambda _: 1.0) for _ in evaluator._lr_scheduler_helpers
-    ]
+    optimizers = [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0) for _ in optimizer_helpers(evaluator)]
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizers[0], lambda _: 1.0) for _ in scheduler_helpers(evaluator)]
+    optimizer, scheduler = several_if_given_so(evaluator, optimizers, schedulers)
     with suppress(_EnoughError):
-        evaluator.training_func(
-            model,
-            optimizers[0] if evaluator._train_with_single_optimizer else optimizers,
-            recording,
-            None if not schedulers else schedulers[0] if evaluator._train_with_single_scheduler else schedulers,
-            count,
-            None,
-        )
+        evaluator.training_func(model, optimizer, recording, scheduler, count, None)
     return batches, lambda net, batch: step(batch, net)
 
 

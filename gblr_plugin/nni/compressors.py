@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import nn
 
 from .. import families
 from ..errors import ConfigError
+from ..utils.validation import did_you_mean
 from .evaluators import cure
 from .families import family_factory
 from .pruner import GBLRPruner
@@ -56,14 +56,13 @@ def _call(name: str, factory: Factory, *args: Any, **kwargs: Any) -> Any:
         for key, parameter in inspect.signature(factory).parameters.items()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
-    own = {key: parameter for key, parameter in list(parameters.items())[len(args) :] if key != "existed_wrappers"}
+    taken = {key: parameter for key, parameter in list(parameters.items())[len(args) :] if key != "existed_wrappers"}
     open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(factory).parameters.values())
     for key in kwargs:
-        if key not in own and not open_ended:
-            near = difflib.get_close_matches(key, own, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"compressor {name!r}: unknown argument {key!r}{hint} (allowed: {', '.join(own)})")
-    missing = [key for key, parameter in own.items() if parameter.default is parameter.empty and key not in kwargs]
+        if key not in taken and not open_ended:
+            hint = did_you_mean(key, taken)
+            raise ConfigError(f"compressor {name!r}: unknown argument {key!r}{hint} (allowed: {', '.join(taken)})")
+    missing = [key for key, parameter in taken.items() if parameter.default is parameter.empty and key not in kwargs]
     if missing:
         raise ConfigError(f"compressor {name!r}: argument {missing[0]!r} is missing")
     return factory(*args, **kwargs)
@@ -163,7 +162,6 @@ def create_compressor(
     """
     factory = _FACTORIES.get(name) if isinstance(name, str) else None
     if factory is None:
-        near = difflib.get_close_matches(str(name), _FACTORIES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, _FACTORIES)
         raise ConfigError(f"compressor: unknown name {name!r}{hint} (allowed: {', '.join(_FACTORIES)})")
     return _call(name, factory, model, config_list, evaluator, **kwargs)

@@ -21,8 +21,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigError
+from ._compat import record
 
-__all__ = ["LightningEvaluator", "cure", "record_optimizers"]
+__all__ = ["LightningEvaluator", "cure", "record_optimizers", "train_bound"]
 
 
 class _Named(type):
@@ -157,8 +158,31 @@ def record_optimizers(evaluator: Evaluator, model: nn.Module) -> None:
     if not isinstance(evaluator, Evaluator):
         raise ConfigError(f"evaluator: need an evaluator of NNI, got a {type(evaluator).__name__}")
     cure(evaluator)
-    if not evaluator._initialization_complete:
-        evaluator._init_optimizer_helpers(model)
+    record(evaluator, model)
+
+
+def train_bound(
+    evaluator: Evaluator,
+    model: nn.Module,
+    names: Mapping[str, str] | None = None,
+    *,
+    max_steps: int | None = None,
+    max_epochs: int | None = None,
+) -> None:
+    """Train a model for so many steps or epochs; the evaluator is bound to it meanwhile.
+
+    Args:
+        evaluator: Its optimizers are recorded.
+        model: Trained in place.
+        names: The model's names of parameters by those that were recorded, where they differ.
+        max_steps: Optimizer steps.
+        max_epochs: Or epochs.
+    """
+    evaluator.bind_model(model, names)
+    try:
+        evaluator.train(max_steps, max_epochs)
+    finally:
+        evaluator.unbind_model()
 
 
 def _as_tables(returned: Any) -> Any:

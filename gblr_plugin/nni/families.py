@@ -16,7 +16,7 @@ from ..layers.dense import weight_matrix
 from ..surgery.conversion import prepare_layers
 from ..surgery.starts import FamilySettings
 from .calibration import allocated_budgets, calibration_data
-from .evaluators import record_optimizers
+from .evaluators import record_optimizers, train_bound
 from .optimizers import check_recorded, rename_recorded
 from .settings import LayerPlan, read_config
 
@@ -85,11 +85,7 @@ class FamilyCompressor:
             The model, and no masks: the layers hold their factors alone.
         """
         if self.evaluator is not None and (max_steps or max_epochs):
-            self.evaluator.bind_model(self.bound_model)
-            try:
-                self.evaluator.train(max_steps, max_epochs)
-            finally:
-                self.evaluator.unbind_model()
+            train_bound(self.evaluator, self.bound_model, max_steps=max_steps, max_epochs=max_epochs)
         return self.bound_model, {}
 
     def unwrap_model(self) -> None:

@@ -19,6 +19,7 @@ from torch.optim import LBFGS, Optimizer
 
 from ..errors import ConfigError
 from ..learning.optimizers import STRUCTURE_KEY, split_structure_group, structure_parameters
+from ._compat import optimizer_helpers, recorded_groups, replace_helpers, scheduler_helpers
 
 __all__ = ["StructuredOptimizerHelper", "StructuredSchedulerHelper", "adopt", "check_recorded", "rename_recorded"]
 
@@ -44,10 +45,10 @@ class StructuredOptimizerHelper(OptimizerConstructHelper):
         """The helper of an evaluator as one of this class; itself if it is one already."""
         if isinstance(helper, cls):
             return helper
-        own = cls.__new__(cls)
-        own.__dict__.update(helper.__dict__)
-        own.structure_lr, own.sources, own._listeners = None, [], []
-        return own
+        adopted = cls.__new__(cls)
+        adopted.__dict__.update(helper.__dict__)
+        adopted.structure_lr, adopted.sources, adopted._listeners = None, [], []
+        return adopted
 
     def tell(self, listener: Callable[[Optimizer], None]) -> None:
         """Call a bound method with each optimizer built from now on, as long as its object lives."""
@@ -55,7 +56,7 @@ class StructuredOptimizerHelper(OptimizerConstructHelper):
 
     def rename(self, layer_names: Iterable[str]) -> None:
         """Put the parameters of structured layers where their weights are recorded."""
-        groups = _recorded_groups(self)
+        groups = recorded_groups(self)
         marked = next((group for group in groups if group.get(STRUCTURE_KEY)), None)
         held = {name for group in groups for name in group["params"]}
         for layer in layer_names:
@@ -82,8 +83,8 @@ class StructuredOptimizerHelper(OptimizerConstructHelper):
         split_structure_group(optimizer, structure, lr=self.structure_lr)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.sources = [
-            (source, rates[own] / rates[source] if rates[source] else 1.0)
-            for source, own in zip(sources, range(before, len(rates)), strict=True)
+            (source, rate / rates[source] if rates[source] else 1.0)
+            for source, rate in zip(sources, rates[before:], strict=True)
         ]
         self._listeners = [listener for listener in self._listeners if listener() is not None]
         for listener in self._listeners:
@@ -107,10 +108,10 @@ class StructuredSchedulerHelper(LRSchedulerConstructHelper):
         cls, helper: LRSchedulerConstructHelper, optimizer_helper: StructuredOptimizerHelper
     ) -> StructuredSchedulerHelper:
         """The helper of an evaluator as one of this class."""
-        own = helper if isinstance(helper, cls) else cls.__new__(cls)
-        own.__dict__.update(helper.__dict__)
-        own.optimizer_helper = optimizer_helper
-        return own
+        adopted = helper if isinstance(helper, cls) else cls.__new__(cls)
+        adopted.__dict__.update(helper.__dict__)
+        adopted.optimizer_helper = optimizer_helper
+        return adopted
 
     def call(self, optimizer: Optimizer) -> Any:
         """Build the scheduler; lists with one entry a group grow by the entries of the new groups' sources."""
@@ -137,19 +138,6 @@ class StructuredSchedulerHelper(LRSchedulerConstructHelper):
         return [*value, *(value[source] * ratio if rated else value[source] for source, ratio in sources)]
 
 
-def _recorded_groups(helper: OptimizerConstructHelper) -> list[dict[str, Any]]:
-    groups: list[dict[str, Any]] = helper.kwargs["params"] if "params" in helper.kwargs else helper.args[0]
-    return groups
-
-
-def _helpers(evaluator: Evaluator) -> list[OptimizerConstructHelper]:
-    several = getattr(evaluator, "_optimizer_helpers", None)  # TorchEvaluator, LightningEvaluator
-    if several is not None:
-        return list(several)
-    one = getattr(evaluator, "_optimizer_helper", None)  # TransformersEvaluator, DeepspeedTorchEvaluator
-    return [] if one is None else [one]
-
-
 def check_recorded(evaluator: Evaluator, layer_names: Iterable[str]) -> None:
     """Raise a ConfigError where training would silently pass over a layer.
 
@@ -160,7 +148,7 @@ def check_recorded(evaluator: Evaluator, layer_names: Iterable[str]) -> None:
     Raises:
         ConfigError: If an optimizer records no names, has no groups, or none holds a layer's weight.
     """
-    helpers = _helpers(evaluator)
+    helpers = optimizer_helpers(evaluator)
     if not helpers:
         raise ConfigError("evaluator: it has no optimizer; gblr learns the structure while the network trains")
     for helper in helpers:
@@ -169,12 +157,12 @@ def check_recorded(evaluator: Evaluator, layer_names: Iterable[str]) -> None:
             raise ConfigError(
                 f"evaluator: {name} has no parameter groups; structure parameters need a group of their own"
             )
-        if not any(group["params"] for group in _recorded_groups(helper)):
+        if not any(group["params"] for group in recorded_groups(helper)):
             raise ConfigError(
                 f"evaluator: its {name} holds no parameter of the model that NNI can name; build it from "
                 "model.parameters() (not named_parameters()) of this model"
             )
-    recorded = {name for helper in helpers for group in _recorded_groups(helper) for name in group["params"]}
+    recorded = {name for helper in helpers for group in recorded_groups(helper) for name in group["params"]}
     for layer in layer_names:
         if not {f"{layer}.weight", f"{layer}.U"} & recorded:
             raise ConfigError(
@@ -198,22 +186,15 @@ def adopt(
         listener: Bound method, told of each optimizer that is built.
     """
     layer_names = list(layer_names)
-    helpers = [StructuredOptimizerHelper.adopt(helper) for helper in _helpers(evaluator)]
+    helpers = [StructuredOptimizerHelper.adopt(helper) for helper in optimizer_helpers(evaluator)]
     for helper in helpers:
         helper.rename(layer_names)
         helper.structure_lr = structure_lr if structure_lr is not None else helper.structure_lr
         helper.tell(listener)
-    if hasattr(evaluator, "_optimizer_helpers"):
-        evaluator._optimizer_helpers = helpers
-        evaluator._lr_scheduler_helpers = [
-            StructuredSchedulerHelper.adopt(scheduler, helpers[evaluator._lrs_opt_map[index]])
-            for index, scheduler in enumerate(evaluator._lr_scheduler_helpers)
-        ]
-    else:
-        evaluator._optimizer_helper = helpers[0]
-        scheduler = getattr(evaluator, "_lr_scheduler_helper", None)
-        if scheduler is not None:
-            evaluator._lr_scheduler_helper = StructuredSchedulerHelper.adopt(scheduler, helpers[0])
+    schedulers = [
+        StructuredSchedulerHelper.adopt(scheduler, helpers[index]) for scheduler, index in scheduler_helpers(evaluator)
+    ]
+    replace_helpers(evaluator, helpers, schedulers)
 
 
 def rename_recorded(evaluator: Evaluator, names: Mapping[str, Iterable[str]]) -> None:
@@ -223,12 +204,12 @@ def rename_recorded(evaluator: Evaluator, names: Mapping[str, Iterable[str]]) ->
         evaluator: Its optimizers are built from the new names from now on.
         names: Recorded name to the names that take its place, in the same group.
     """
-    for helper in _helpers(evaluator):
-        for group in _recorded_groups(helper):
+    for helper in optimizer_helpers(evaluator):
+        for group in recorded_groups(helper):
             group["params"][:] = [new for old in group["params"] for new in names.get(old, (old,))]
 
 
 def is_adopted(evaluator: Evaluator) -> bool:
     """Whether the evaluator builds its optimizers for structured layers."""
-    helpers = _helpers(evaluator)
+    helpers = optimizer_helpers(evaluator)
     return bool(helpers) and all(isinstance(helper, StructuredOptimizerHelper) for helper in helpers)

@@ -27,6 +27,7 @@ from ..layers.dense import replace_modules
 from ..learning.learner import StructureLearner
 from ..learning.schedule import Schedule
 from ..surgery.conversion import prepare_layers
+from ._compat import is_wrapped, present_goal, wrapper_of
 from .calibration import allocated_budgets, calibration_data
 from .evaluators import record_optimizers
 from .optimizers import adopt, check_recorded, is_adopted
@@ -136,7 +137,7 @@ class GBLRPruner(ScheduledPruner):
         Raises:
             ConfigError: See the class; the first compressor is then as it was.
         """
-        was_wrapped = compressor._is_wrapped
+        was_wrapped = is_wrapped(compressor)
         try:
             pruner: GBLRPruner = super().from_compressor(
                 compressor,
@@ -147,7 +148,7 @@ class GBLRPruner(ScheduledPruner):
                 calibration=calibration,
             )
         except ConfigError:
-            if was_wrapped and not compressor._is_wrapped:
+            if was_wrapped and not is_wrapped(compressor):
                 compressor.wrap_model()
             raise
         return pruner
@@ -191,7 +192,7 @@ class GBLRPruner(ScheduledPruner):
     def _covered(self) -> float:
         """Share of the way that a driving pruner has covered: present goal over final goal."""
         ratios: list[float] = [
-            self._target_spaces[name][target]._setting[key] / goal
+            present_goal(self, name, target, key) / goal
             for name, targets in self.sparse_goals.items()
             for target, goals in targets.items()
             for key, goal in goals.items()
@@ -313,7 +314,7 @@ def _schedule(warmup_step: int, cooldown_begin_step: int | None, plan: Plan) -> 
 
 def _check_layers(plan: Plan, wrappers: Mapping[str, ModuleWrapper]) -> None:
     for name, layer in plan.layers.items():
-        if hasattr(layer.module, "_nni_wrapper"):
+        if wrapper_of(layer.module) is not None:
             raise ConfigError(
                 f"layer {name!r} is wrapped by another compressor; use GBLRPruner.from_compressor(that_compressor, "
                 "...) or unwrap the model first"

@@ -6,7 +6,6 @@ Everything that can be refused is refused here, with one line that says where, b
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 import math
 import re
@@ -28,6 +27,7 @@ from ..surgery.matrices import is_layer
 from ..surgery.patterns import check_used, matches
 from ..surgery.selection import choose, log_skipped
 from ..surgery.starts import INITIALISERS, UNBUDGETED, LayerSettings
+from ..utils.validation import did_you_mean
 
 __all__ = [
     "OWN_PREFIX",
@@ -298,11 +298,6 @@ def _entries(config_list: Any) -> list[tuple[str, dict[str, Any]]]:
     return entries
 
 
-def _near(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def _flat(entry: Mapping[str, Any], where: str, ignored: set[str]) -> dict[str, Any]:
     """Goal and own keys of an entry, wherever in it they stand, with their values read.
 
@@ -340,9 +335,8 @@ def _flat(entry: Mapping[str, Any], where: str, ignored: set[str]) -> dict[str, 
                     raise ConfigError(f"{place}: gblr must be a table of {', '.join(_OWN)}, got {raw!r}")
                 for own, value in raw.items():
                     if own not in _OWN:
-                        raise ConfigError(
-                            f"{place}: unknown key {own!r} in gblr{_near(own, _OWN)} (allowed: {', '.join(_OWN)})"
-                        )
+                        hint = did_you_mean(own, _OWN)
+                        raise ConfigError(f"{place}: unknown key {own!r} in gblr{hint} (allowed: {', '.join(_OWN)})")
                     put(own, value, f"{place}: gblr")
             elif key in _IGNORED:
                 if raw is not None:
@@ -352,7 +346,7 @@ def _flat(entry: Mapping[str, Any], where: str, ignored: set[str]) -> dict[str, 
                     raise ConfigError(f"{place}: {key} has no meaning for gblr: {_REFUSED[key]}")
             else:
                 known = [*others, *_GOAL, "gblr", *(OWN_PREFIX + name for name in _OWN)]
-                near = _near(key, [*known, *_OWN]) if key not in _OWN else f"; did you mean '{OWN_PREFIX}{key}'?"
+                near = did_you_mean(key, [*known, *_OWN]) if key not in _OWN else f"; did you mean '{OWN_PREFIX}{key}'?"
                 raise ConfigError(f"{place}: unknown key {key!r}{near} (allowed: {', '.join(known)})")
 
     read_table(entry, where, (*_SELECTION, "target_names", "target_settings"))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, GBLRError
 from ..layers import GBLRLayer
+from ._compat import is_wrapped, wrapper_of
 
 __all__ = ["GBLRTargetSpace", "GBLRWrapper", "layer_support"]
 
@@ -166,13 +167,13 @@ class GBLRWrapper(ModuleWrapper):
 
     def _refuse(self, message: str) -> None:
         # A fusion unwraps the first compressor before the second is made: leave things as they were.
-        if self.owner is not None and not self.owner._is_wrapped:
+        if self.owner is not None and not is_wrapped(self.owner):
             self.owner.wrap_model()
         raise ConfigError(message)
 
     def _create_target_spaces(self, settings: dict[str, Any], target_space_cls: type) -> dict[str, Any]:
-        own = GBLRTargetSpace if target_space_cls is PruningTargetSpace else target_space_cls
-        created: dict[str, Any] = super()._create_target_spaces(settings, own)
+        kind = GBLRTargetSpace if target_space_cls is PruningTargetSpace else target_space_cls
+        created: dict[str, Any] = super()._create_target_spaces(settings, kind)
         return created
 
     def register_fusion_info(self) -> None:
@@ -181,7 +182,7 @@ class GBLRWrapper(ModuleWrapper):
 
     def unwrap(self) -> None:
         """As NNI's, leaving no instance attribute behind; a no-op on an unwrapped layer."""
-        if not hasattr(self.module, "_nni_wrapper"):
+        if wrapper_of(self.module) is None:
             return
         super().unwrap()
         self.module.__dict__.pop("forward", None)
@@ -209,5 +210,6 @@ class GBLRWrapper(ModuleWrapper):
         args, kwargs = self.patch_inputs(*args, **kwargs)
         outputs = self.module_forward(*args, **kwargs)
         for fused in self.fused_modules[1:]:
-            outputs = fused._nni_wrapper.module_forward(outputs)
+            wrapper: Any = wrapper_of(fused)
+            outputs = wrapper.module_forward(outputs)
         return self.patch_outputs(outputs)

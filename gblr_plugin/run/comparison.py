@@ -22,10 +22,16 @@ from ..surgery.counting import report
 from ..utils.files import write_text
 from .comparison_report import PHASES, ComparisonReport, Row
 from .comparison_settings import ComparisonSettings
+from .compression import compress_once
 from .console import Console
+from .context import DENSE, RunContext, config_list_of, environment
+from .data import data_of
+from .dense import train_dense
 from .measure import evaluate
-from .pipeline import DENSE, Job, config_list_of, environment
+from .output import draw
+from .pipeline import check
 from .settings import Method
+from .starting import compress
 
 __all__ = ["Comparison"]
 
@@ -45,10 +51,10 @@ class Comparison:
 
     def __init__(self, settings: ComparisonSettings) -> None:
         self.settings = settings
-        self._jobs = {budget: Job(settings.at(budget)) for budget in settings.budgets}
-        self._any = next(iter(self._jobs.values()))
+        self._contexts = {budget: RunContext.of(settings.at(budget)) for budget in settings.budgets}
+        self._any = next(iter(self._contexts.values()))
         for budget in {min(settings.budgets), max(settings.budgets)}:
-            self._jobs[budget].check()
+            check(self._contexts[budget])
 
     def run(self, output: Path, console: Console) -> ComparisonReport:
         """Do it all; ``comparison.json`` in ``output`` is complete after every row.
@@ -67,18 +73,20 @@ class Comparison:
             torch.set_num_threads(self.settings.threads)
         result = self._earlier(output)
         events = output / "tensorboard" / time.strftime("%Y%m%d-%H%M%S")
-        for job in self._jobs.values():
-            job.show_on(console, events)
+        self._contexts = {
+            budget: replace(context, console=console, events=events) for budget, context in self._contexts.items()
+        }
+        self._any = next(iter(self._contexts.values()))
         for seed in self.settings.seeds:
             dense = self._dense(seed, output, result, console)
-            for budget, job in self._jobs.items():
+            for budget, context in self._contexts.items():
                 for method in self.settings.methods:
                     missing = [p for p in self._phases(method) if result.find(method.name, budget, p, seed) is None]
                     for phase in missing:
-                        self._one(job, method, budget, phase, seed, copy.deepcopy(dense), result)
+                        self._add_row(context, method, budget, phase, seed, copy.deepcopy(dense), result)
                         self._done(output, result, console)
         write_text(output / "comparison.txt", f"{result}\n")
-        _draw(output, result)
+        draw(output, {"comparison": lambda plot: plot.comparison(result)})
         return result
 
     def _earlier(self, output: Path) -> ComparisonReport:
@@ -117,41 +125,42 @@ class Comparison:
     def _dense(self, seed: int, output: Path, result: ComparisonReport, console: Console) -> nn.Module:
         """The seed's trained network; also recorded as it is and after the fine-tuning that the others get."""
         path = output / "dense" / f"seed{seed}.safetensors"
-        job = self._any
+        context = self._any
         if not path.exists() or result.find(DENSE, 1.0, "one_shot", seed) is None:
             start = time.monotonic()
-            network = job.train_dense(seed)
+            network = train_dense(context, seed)
             save(network, path)
-            self._record(result, job, DENSE, 1.0, "one_shot", seed, network, 1.0, start)
+            self._record(result, context, DENSE, 1.0, "one_shot", seed, network, 1.0, start)
             self._done(output, result, console)
-        network = load(path, job.task.network)
+        network = load(path, context.task.network)
         if result.find(DENSE, 1.0, "fine_tuned", seed) is None:
             start = time.monotonic()
-            longer = job.train_dense(seed, copy.deepcopy(network), self.settings.finetune, 1000 + seed)
-            self._record(result, job, DENSE, 1.0, "fine_tuned", seed, longer, 1.0, start)
+            longer = train_dense(context, seed, copy.deepcopy(network), self.settings.finetune, 1000 + seed)
+            self._record(result, context, DENSE, 1.0, "fine_tuned", seed, longer, 1.0, start)
             self._done(output, result, console)
         return network
 
-    def _one(
-        self, job: Job, method: Method, budget: float, phase: str, seed: int, network: nn.Module, result: Any
+    def _add_row(
+        self, context: RunContext, method: Method, budget: float, phase: str, seed: int, network: nn.Module, result: Any
     ) -> None:
         """One row: the network compressed by a method at a budget, as far as the phase goes."""
         pl.seed_everything(1000 + seed)
         start = time.monotonic()
-        chosen = list(read_config(_named(network), config_list_of(method, job.settings, job.task)).layers)
+        entries = config_list_of(method, context.settings, context.task)
+        chosen = list(read_config(_named(network), entries).layers)
         if phase == "fine_tuned":
-            network = job.compress(method, network, seed)
+            network, _ = compress(context, method, network, seed)
         else:
             plain = replace(method, name=_FIXED[method.name], options={}, compact=False, starts=[], folds=0)
-            network = job.compress(plain, network, seed, calibrated=phase == "calibrated", train=False)
+            network, _ = compress_once(context, plain, network, seed, calibrated=phase == "calibrated", train=False)
         share = _share_left(_named(network), chosen) if method.name not in _FIXED else None
-        counted = report(network, job.task.example_input()).relative_flops if share is None else share
-        self._record(result, job, method.name, budget, phase, seed, network, counted, start)
+        counted = report(network, context.task.example_input()).relative_flops if share is None else share
+        self._record(result, context, method.name, budget, phase, seed, network, counted, start)
 
     def _record(
         self,
         result: ComparisonReport,
-        job: Job,
+        context: RunContext,
         method: str,
         budget: float,
         phase: str,
@@ -160,7 +169,7 @@ class Comparison:
         relative_flops: float,
         start: float,
     ) -> None:
-        data = job.data(seed)
+        data = data_of(context.task, seed, self.settings.finetune)
         held_out = evaluate(network, data.test_dataloader(), result.metric)
         train = evaluate(network, data.train_sample(), result.metric)
         result.rows.append(
@@ -188,17 +197,3 @@ def _share_left(model: nn.Module, chosen: list[str]) -> float:
     """Weights that a mask left of the chosen layers: the multiply-adds of a product that could skip every zero."""
     weights: list[Any] = [model.get_submodule(name).weight for name in chosen]
     return float(sum(int((weight != 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights))
-
-
-def _draw(output: Path, result: ComparisonReport) -> None:
-    """The figure, where matplotlib is installed."""
-    try:
-        from .. import plot
-    except ImportError:
-        return
-    from functools import partial
-
-    from ..utils.files import write_atomic
-
-    figure = plot.comparison(result)
-    write_atomic(output / "comparison.png", partial(figure.savefig, format="png", dpi=150))

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..utils.tables import table
 from .measure import mean_and_spread
 
 __all__ = ["PHASES", "ComparisonReport", "Row"]
@@ -121,27 +122,22 @@ class ComparisonReport:
         text = [
             f"{self.task}: {self.metric} on held-out data ({better} is better), mean ± half range over seeds {seeds}"
         ]
-        columns = [*PHASES, "training", "loss", "rel. FLOPs"]
-        wide = max([6, *(len(name) for name in self.methods)])
-
-        def line(name: str, cells: list[str]) -> str:
-            return f"{name:<{wide}}" + "".join(f"{cell:>16}" for cell in cells)
-
-        def row(name: str, budget: float) -> str:
-            cells = []
-            for phase in PHASES:
-                found = self.select(name, phase, budget)
-                value = mean_and_spread([one.held_out for one in found]) if found else None
-                cells.append("" if value is None else f"{value[0]:.3f} ± {value[1]:.3f}")
-            found = self.select(name, "fine_tuned", budget)
-            if found:
-                cells.append(f"{mean_and_spread([one.train for one in found])[0]:.3f}")
-                cells.append(f"{mean_and_spread([one.held_out_loss for one in found])[0]:.4f}")
-                cells.append(f"{mean_and_spread([one.relative_flops for one in found])[0]:.4f}")
-            return line(name, cells)
-
+        header = ["method", *(phase.replace("_", "-") for phase in PHASES), "training", "loss", "rel. FLOPs"]
         for budget in self.budgets:
-            text += ["", f"budget {budget:g}", line("method", [column.replace("_", "-") for column in columns])]
-            text += [row(name, budget) for name in self.methods if any(self.select(name, p, budget) for p in PHASES)]
-            text.append(row("dense", 1.0))
+            names = [name for name in self.methods if any(self.select(name, phase, budget) for phase in PHASES)]
+            rows = [self._cells(name, budget) for name in names] + [self._cells("dense", 1.0)]
+            text += ["", f"budget {budget:g}", *table(header, rows)]
         return "\n".join(text)
+
+    def _cells(self, name: str, budget: float) -> list[str]:
+        """A method's row of the table at one budget; empty cells where it has no figures."""
+        cells = [name]
+        for phase in PHASES:
+            found = [row.held_out for row in self.select(name, phase, budget)]
+            mean, spread = mean_and_spread(found) if found else (0.0, 0.0)
+            cells.append(f"{mean:.3f} ± {spread:.3f}" if found else "")
+        tuned = self.select(name, "fine_tuned", budget)
+        for key, digits in (("train", 3), ("held_out_loss", 4), ("relative_flops", 4)):
+            mean = mean_and_spread([getattr(row, key) for row in tuned])[0] if tuned else 0.0
+            cells.append(f"{mean:.{digits}f}" if tuned else "")
+        return cells

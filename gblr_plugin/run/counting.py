@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..nni.settings import read_config
 from ..surgery.counting import report
 from ..surgery.report import Report
-from .pipeline import config_list_of, make_task
+from .context import config_list_of, make_task
 from .settings import RunSettings
 
 __all__ = ["count_config"]
@@ -36,8 +36,7 @@ def count_config(settings: RunSettings) -> Report:
     try:
         counted = report(network, example)
     except (RuntimeError, NotImplementedError, IndexError, TypeError, ValueError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ConfigError(f"model: the network cannot be counted without weights: {first}") from error
+        raise ConfigError(f"model: the network cannot be counted without weights: {first_line(error)}") from error
     budgets = _budgets(settings, task, network)
     layers = [
         replace(

@@ -10,8 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,12 @@ import torch
 
 from ..errors import ConfigError, GBLRError
 from ..serialization import save
-from ..utils.files import write_atomic, write_text
+from ..utils.files import write_text
 from .console import Console
-from .pipeline import Job, environment
+from .context import RunContext, environment
+from .dense import train_dense
+from .output import draw
+from .pipeline import check
 from .search_report import SearchReport, TrialResult, short
 from .search_service import ServiceSpec
 from .search_settings import SearchSettings
@@ -49,13 +51,13 @@ class Search:
         self.settings = read_settings(SearchSettings, located)
         self.space = SearchSpace.read(located)
         self._run = asdict(self.settings.run)
-        self._job = Job(self.settings.run)
-        self._job.check()
-        self.settings.tuner.check(self.space.keys, self._job.task.higher_is_better)
+        self._context = RunContext.of(self.settings.run)
+        check(self._context)
+        self.settings.tuner.check(self.space.keys, self._context.task.higher_is_better)
         for key, value, changed in self.space.check(self._run, located):
             if isinstance(value, str) or key.startswith("model."):  # names: of compressors, initialisers, rules, files
                 try:
-                    Job(changed).check()
+                    check(RunContext.of(changed))
                 except ConfigError as error:
                     raise self.space.fail(key, value, error, located) from error
         if importlib.util.find_spec("nni_node") is None:
@@ -95,7 +97,7 @@ class Search:
             why = next((f": trial {trial.number}: {trial.message}" for trial in result.trials if trial.message), "")
             raise GBLRError(f"no trial came to its end{why}")
         write_text(output / "search.txt", f"{result}\n")
-        _draw(output, result)
+        draw(output, {"search": lambda plot: plot.search(result)})
         return result
 
     def _shares_dense(self) -> bool:
@@ -109,15 +111,15 @@ class Search:
         run = self.settings.run
         if run.threads is not None:
             torch.set_num_threads(run.threads)
-        self._job.show_on(console, output / "tensorboard")
+        context = replace(self._context, console=console, events=output / "tensorboard")
         start = time.monotonic()
         path = output / "dense.safetensors"
-        save(self._job.train_dense(run.seeds[0]), path)
+        save(train_dense(context, run.seeds[0]), path)
         console.line(f"dense network trained once for all trials, {time.monotonic() - start:.0f} s")
         return path
 
     def _report(self, trials: list[TrialResult]) -> SearchReport:
-        task = self._job.task
+        task = self._context.task
         return SearchReport(
             self.settings.run.task, task.metric, task.higher_is_better, trials, environment(), asdict(self.settings)
         )
@@ -131,7 +133,7 @@ class Search:
         tuner = settings.tuner
         return ServiceSpec(
             space=self.space.keys,
-            tuner={"name": tuner.name, "class_args": tuner.class_args(self._job.task.higher_is_better)},
+            tuner={"name": tuner.name, "class_args": tuner.class_args(self._context.task.higher_is_better)},
             command=f"{home} {shlex.join(words)}",
             code_folder=os.getcwd(),
             trials=settings.trials,
@@ -232,13 +234,3 @@ def _show(rows: list[dict[str, Any]], result: SearchReport, shown: set[int], con
         latest = f" {result.metric} {row['result'][result.metric]:.2f}" if row["result"] else ""
         parts.append(f"trial {row['number']}{latest}")
     console.progress(", ".join(parts))
-
-
-def _draw(output: Path, result: SearchReport) -> None:
-    """The figure, where matplotlib is installed."""
-    try:
-        from .. import plot
-    except ImportError:
-        return
-    figure = plot.search(result)
-    write_atomic(output / "search.png", partial(figure.savefig, format="png", dpi=150))

@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..utils.tables import table
+
 __all__ = ["SearchReport", "TrialResult", "short"]
 
 
@@ -128,9 +130,7 @@ class SearchReport:
             ]
             for trial in self.done
         ]
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-        lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in [header, *rows]]
-        text += ["", lines[0], "-" * len(lines[0]), *lines[1:]]
+        text += ["", *table(header, rows, left=())]
         lost = [trial for trial in self.trials if trial.state in ("failed", "stopped")]
         if lost:
             text.append("")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError
+from ..utils.validation import did_you_mean
 from .settings import RunSettings
 from .yaml_config import Located
 
@@ -46,9 +46,7 @@ class Tuner:
 
     def __post_init__(self) -> None:
         if self.name not in TUNERS:
-            near = difflib.get_close_matches(self.name.lower(), [name.lower() for name in TUNERS], n=1)
-            found = next((name for name in TUNERS if near and name.lower() == near[0]), None)
-            hint = f"; did you mean {found!r}?" if found else ""
+            hint = did_you_mean(self.name, TUNERS)
             raise ConfigError(f"name: unknown tuner {self.name!r}{hint} (allowed: {', '.join(TUNERS)})")
         if "optimize_mode" in self.args:
             raise ConfigError("args: leave optimize_mode out, it follows from the task's metric")

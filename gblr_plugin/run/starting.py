@@ -1,4 +1,4 @@
-"""From which of several starts a method is trained: each has a trial, judged on training data or on folds of it."""
+"""Compression from the best of several starts: each has a trial, judged on training data or on folds of it."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from ..tasks.base import PairsDataModule, Task
 from ..utils.random_state import random_state, set_random_state
+from .compression import Compressed, compress_once
+from .context import RunContext, config_list_of
+from .data import data_of
+from .dense import train_dense
 from .measure import evaluate
 from .settings import Method
 
-if TYPE_CHECKING:
-    from .pipeline import Compressed, Job
-
-__all__ = ["Fold", "best_start"]
+__all__ = ["Fold", "best_start", "compress", "starting_from"]
 
 
 class Fold:
     """A task without one part of its training data, which takes the place of the held-out data.
 
     Args:
-        task: The whole task.
+        task: The task with all of its data.
         index: Of the part, from 0.
         count: Number of parts, at least 2.
     """
@@ -41,51 +42,72 @@ class Fold:
         return self._task.data(seed, batch_size).fold(self._index, self._count)
 
 
-def best_start(job: Job, method: Method, network: nn.Module, seed: int) -> tuple[str, Compressed | None]:
-    """The start that is best after its trial, and the network of that trial where it was a whole training.
+def compress(context: RunContext, method: Method, network: nn.Module, seed: int, **options: Any) -> Compressed:
+    """The network, compressed by a method from its best start; arguments as :func:`~.compression.compress_once`."""
+    if method.starts:
+        best, found = best_start(context, method, network, seed)
+        if found is not None:
+            return found
+        method = starting_from(context, method, best)
+    return compress_once(context, method, network, seed, **options)
+
+
+def starting_from(context: RunContext, method: Method, start: str) -> Method:
+    """The method from one start."""
+    entries = config_list_of(method, context.settings, context.task)
+    for entry in entries:
+        entry.pop("gblr_initialiser", None)
+        entry["gblr"] = {**entry.get("gblr", {}), "initialiser": start}
+    return replace(method, starts=[], folds=0, config_list=entries)
+
+
+def best_start(context: RunContext, method: Method, network: nn.Module, seed: int) -> tuple[str, Compressed | None]:
+    """The start that is best after its trial, and the network of that trial where it was a full training.
 
     Without folds the best has the lowest loss on training data. With folds it has the best figure of the task in the
     mean over parts of the training data, each of which neither the trial nor the dense network that it starts from has
     seen: one is trained for every fold. Held-out data is not looked at. Every trial draws the same random numbers.
 
     Args:
-        job: The run.
+        context: Of the run.
         method: With its starts.
         network: The run's dense network.
         seed: Of the split.
     """
-    training = (method.training or job.settings.finetune).shortened(method.trial)
-    judged = job.task.metric if method.folds else "loss"
-    sign = -1 if method.folds and job.task.higher_is_better else 1
+    task, training = context.task, context.training_of(method).shortened(method.trial)
+    judged = task.metric if method.folds else "loss"
+    sign = -1 if method.folds and task.higher_is_better else 1
     figures = dict.fromkeys(method.starts, 0.0)
     best, found = method.starts[0], None
     kept = random_state()
 
-    def worse(start: str) -> float:
+    def badness(start: str) -> float:
         return math.inf if math.isnan(figures[start]) else sign * figures[start]
 
-    for part, begun in _parts(job, method, network, seed):
-        data = part.data(seed, training)
+    for part, begun in _trial_grounds(context, method, network, seed):
+        data = data_of(part.task, seed, training)
         sample = data.test_dataloader() if method.folds else data.train_sample()
         for start in method.starts:
             set_random_state(kept)
-            short = replace(job.starting(method, start), training=training)
-            tried = part.compress_once(short, copy.deepcopy(begun), seed, label=f"{method.name}-from-{start}")
-            figures[start] += evaluate(tried[0], sample, job.task.metric)[judged] / max(method.folds, 1)
-            if method.trial == 1 and not method.folds and (found is None or worse(start) < worse(best)):
+            short = replace(starting_from(context, method, start), training=training)
+            tried = compress_once(part, short, copy.deepcopy(begun), seed, label=f"{method.name}-from-{start}")
+            figures[start] += evaluate(tried[0], sample, task.metric)[judged] / max(method.folds, 1)
+            if method.trial == 1 and not method.folds and (found is None or badness(start) < badness(best)):
                 best, found = start, tried
-    best = min(method.starts, key=worse)
+    best = min(method.starts, key=badness)
     set_random_state(kept)
     shown = ", ".join(f"{start} {figure:.4f}" for start, figure in figures.items())
     name = f"{judged} on {method.folds} unseen parts" if method.folds else f"training {judged}"
-    job.say(f"seed {seed}  {method.name}  starts from {best!r}; {name} after a trial: {shown}")
+    context.console.line(f"seed {seed}  {method.name}  starts from {best!r}; {name} after a trial: {shown}")
     return best, found
 
 
-def _parts(job: Job, method: Method, network: nn.Module, seed: int) -> Iterator[tuple[Job, nn.Module]]:
+def _trial_grounds(
+    context: RunContext, method: Method, network: nn.Module, seed: int
+) -> Iterator[tuple[RunContext, nn.Module]]:
     """Where trials are made, and the network that they start from."""
     if not method.folds:
-        yield job, network
+        yield context, network
     for index in range(method.folds):
-        part = job.on(Fold(job.task, index, method.folds), f"fold{index}")
-        yield part, network if method.start == "initial" else part.train_dense(seed)
+        part = context.on(Fold(context.task, index, method.folds), f"fold{index}")
+        yield part, network if method.start == "initial" else train_dense(part, seed)

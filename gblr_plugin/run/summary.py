@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..surgery.report import Report
+from ..utils.tables import table
 from .measure import mean_and_spread
 
 __all__ = ["MethodResult", "RunReport"]
@@ -119,16 +120,9 @@ class RunReport:
                     *[f"{method.latency[batch]:.2f}" for batch in batches],
                 ]
             )
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-        def line(cells: list[str]) -> str:
-            first = cells[0].ljust(widths[0])
-            return "  ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))])
-
         seeds = ", ".join(str(seed["seed"]) for seed in self.methods[0].seeds)
         over = f"mean ± half range over seeds {seeds}" if len(self.methods[0].seeds) > 1 else f"seed {seeds}"
-        text = [f"{self.task}: {self.metric} on held-out data, {over}", "", line(header)]
-        text += ["-" * len(line(header)), *map(line, rows)]
+        text = [f"{self.task}: {self.metric} on held-out data, {over}", "", *table(header, rows)]
         if len(self.methods) > 1:
             chosen = self.methods[1]
             text += ["", f"layers of {chosen.name}, first seed", str(chosen.layers)]

@@ -16,9 +16,11 @@ from ..errors import GBLRError
 from ..surgery.counting import report
 from ..utils.files import write_text
 from .console import Console
+from .context import DENSE
 from .measure import evaluate
-from .pipeline import DENSE, Job
+from .pipeline import prepare_run
 from .search_service import PARAMETERS
+from .settings import RunSettings
 from .summary import RunReport
 
 __all__ = ["Trial", "next_parameters"]
@@ -48,14 +50,17 @@ class Trial:
     hyperparameters, because NNI with several trials at a time was seen to list them beside the wrong one.
 
     Args:
-        job: The run, checked.
+        settings: Of the run, which is checked.
         parameters: What the tuner chose.
         flops_price: Subtracted from the metric (added, where lower is better) for relative FLOPs of 1.
+
+    Raises:
+        ConfigError: If something in the settings cannot be used.
     """
 
-    def __init__(self, job: Job, parameters: dict[str, Any], flops_price: float = 0.0) -> None:
-        self._job, self._parameters, self._price = job, parameters, flops_price
-        job.watchers.append(_EpochResults(self))
+    def __init__(self, settings: RunSettings, parameters: dict[str, Any], flops_price: float = 0.0) -> None:
+        self._job = prepare_run(settings, _EpochResults(self))
+        self._parameters, self._price = parameters, flops_price
 
     def run(self, output: Path, console: Console) -> RunReport:
         """Run, and report the end.
@@ -73,20 +78,20 @@ class Trial:
 
     def result(self, quality: float, relative_flops: float) -> dict[str, Any]:
         """What is reported about a network."""
-        task = self._job.task
+        task = self._job.context.task
         price = self._price * relative_flops
         return {
             "default": quality - price if task.higher_is_better else quality + price,
             task.metric: quality,
             "relative_flops": relative_flops,
             "metric": task.metric,
-            "compressor": self._job.settings.methods[0].name,
+            "compressor": self._job.context.settings.methods[0].name,
             "parameters": self._parameters,
         }
 
     def epoch(self, network: torch.nn.Module, batches: Any, device: torch.device) -> None:
         """Report a network that is still being trained; the run goes on exactly as it would without."""
-        task = self._job.task
+        task = self._job.context.task
         with torch.random.fork_rng(devices=[]):  # loaders draw from it
             there = ((x.to(device), target.to(device)) for x, target in batches)
             quality = evaluate(network, there, task.metric)[task.metric]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import types
@@ -14,6 +13,7 @@ from typing import Any, TypeVar, Union
 import yaml
 
 from ..errors import ConfigError
+from ..utils.validation import did_you_mean
 
 __all__ = ["Located", "load_yaml", "parse_overrides", "read_settings"]
 
@@ -196,8 +196,7 @@ def _build(kind: Any, data: Any, path: tuple[Any, ...], located: Located) -> Any
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in data:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(key, fields)
             raise located.fail((*path, key), f"unknown key{hint} (allowed: {', '.join(fields)})")
     hints = typing.get_type_hints(kind)
     values = {name: _convert(hints[name], data[name], (*path, name), located) for name in data}

@@ -42,21 +42,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     write_container(path, entries_of(tensors), header.to_metadata(), tensors.__getitem__)
 
 
-def load(
-    path: str | os.PathLike[str], model: nn.Module | Callable[[], nn.Module] | None = None, **options: Any
-) -> nn.Module:
-    """Load a saved model.
-
-    A plan that was measured on another processor, or with another number of threads, is measured anew; one that was not
-    measured, or is :meth:`~gblr_plugin.kernels.plan.Plan.pinned`, is kept, unless its compiled kernel is missing here.
+def load(path: str | os.PathLike[str], network: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    """Load a saved model into a dense network; see :func:`gblr_plugin.load`, which also makes the network.
 
     Args:
-        path: File written by :func:`save` (also by earlier versions), or a folder in the Hugging Face layout with a
-            file or shards of that kind (:func:`gblr_plugin.huggingface.folders.save_pretrained`, ``gblr compress``).
-        model: The dense network (any weights, also on the meta device), or a function that makes it. Changed in place;
-            tensors are taken from the file, on the CPU. ``None`` for a folder whose ``config.json`` names a class of
-            `transformers`: files hold weights, never code, so that any other network must be given.
-        options: Of ``from_pretrained``, where transformers makes the network.
+        path: File written by :func:`save`, or a folder with a file or shards of that kind.
+        network: The dense network, or a function that makes it. Changed in place.
 
     Returns:
         The model with frozen structured weights, in evaluation mode.
@@ -65,22 +56,11 @@ def load(
         ConfigError: If the file is missing, damaged or not of this format, or does not fit the network.
     """
     place = os.fspath(path)
-    if model is None:
-        if not os.path.exists(os.path.join(place, "config.json")):
-            missing = (
-                f"no file at {place!r}" if not os.path.exists(place) else f"{place!r} holds weights, not a network"
-            )
-            raise ConfigError(f"load: {missing}; give the dense network, load({place!r}, network)")
-        from ..huggingface.folders import from_pretrained  # needs transformers
-
-        return from_pretrained(place, **options)
-    if options:
-        raise ConfigError(f"load: option {next(iter(options))!r} is for folders that transformers loads")
     if os.path.isfile(place) and _is_torch_file(place):
         raise ConfigError(f"load: {place!r} is a file of torch.save; give one that gblr_plugin.save() wrote")
     containers = [Container(part) for part in (shard_paths(place) if os.path.isdir(place) else [place])]
     header = read_headers(containers)
-    skeleton = _skeleton(model, header)
+    skeleton = _skeleton(network, header)
     stored = {name: tensor for container in containers for name, tensor in container.read_all()}
     for container in containers:
         container.close()
@@ -210,8 +190,8 @@ def _flatten_torchao(name: str, value: Tensor, header: Header) -> dict[str, Tens
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
-def _skeleton(model: nn.Module | Callable[[], nn.Module], header: Header) -> nn.Module:
-    skeleton = model if isinstance(model, nn.Module) else model()
+def _skeleton(network: nn.Module | Callable[[], nn.Module], header: Header) -> nn.Module:
+    skeleton = network if isinstance(network, nn.Module) else network()
     structured = {name.removesuffix(".weight") for name in header.weights if name.endswith(".weight")}
     _make_linear(skeleton, set(header.full) | structured)
     return skeleton

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -10,6 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from ..errors import ConfigError
+from ..utils.validation import did_you_mean
 
 __all__ = ["as_patterns", "check_used", "matches", "value_of"]
 
@@ -57,8 +57,7 @@ def check_used(what: str, patterns: Iterable[str], modules: Mapping[str, nn.Modu
     """
     for pattern in patterns:
         if not any(matches(pattern, name, module) for name, module in modules.items()):
-            near = difflib.get_close_matches(pattern, modules, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(pattern, modules)
             raise ConfigError(f"{what}: pattern {pattern!r} matches no {among}{hint}")
 
 

@@ -10,6 +10,8 @@ import textwrap
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..utils.tables import aligned, table
+
 __all__ = ["LayerReport", "Report"]
 
 _COLUMNS = 80
@@ -165,7 +167,8 @@ class Report:
     def __str__(self) -> str:
         """A table that fits 80 columns; shares are of the model's multiply-adds."""
         total = self.multiply_adds
-        rows = [("layer", "shape", "structure", "comp.", "mult-adds", "params", "rel.", "share")]
+        header = ("layer", "shape", "structure", "comp.", "mult-adds", "params", "rel.", "share")
+        rows: list[tuple[str, ...]] = []
         for layer in self.layers:
             counts = _short(layer.multiply_adds), _short(layer.parameters)
             components = str(layer.components) if layer.components else "-"
@@ -177,17 +180,10 @@ class Report:
                 rows.append((name, "", "", "", _short(value), "", "", _share(value, total)))
         rel = f"{self.model_relative_flops:.3f}"
         last = ("total", "", "", "", _short(total), _short(self.parameters), rel, _share(total, total))
-        widths = [max(len(row[i]) for row in [*rows, last]) for i in range(8)]
-        widths[0] = min(widths[0], max(_COLUMNS - sum(widths[1:]) - 7, 8))
-
-        def line(row: tuple[str, ...]) -> str:
-            left = (_shortened(row[0], widths[0]).ljust(widths[0]), row[1].rjust(widths[1]), row[2].ljust(widths[2]))
-            return " ".join(
-                [*left, *(cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True))]
-            ).rstrip()
-
-        rule = "-" * (sum(widths) + 7)
-        text = [line(rows[0]), rule, *map(line, rows[1:]), rule, line(last), *self._plans()]
+        others = max(map(len, aligned([row[1:] for row in (header, *rows, last)], left=(1,), gap=" ")))
+        longest = max(_COLUMNS - others - 1, 8)
+        rows = [(_shortened(row[0], longest), *row[1:]) for row in rows]
+        text = [*table(header, rows, total=last, left=(0, 2), gap=" "), *self._plans()]
         notes = [
             f"{_shortened(layer.name, _COLUMNS - len(layer.note) - 2)}: {layer.note}"
             for layer in self.layers

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..utils.optional_imports import quiet_import
+from ..utils.validation import check_flag, did_you_mean
 
 __all__ = ["HFNetwork", "Logits", "check_download", "load_tokenizer"]
 
@@ -36,12 +36,11 @@ def check_download(place: object, download: object) -> None:
     """
     if place is not None and (not isinstance(place, str) or not place):
         raise ConfigError(f"model: pretrained and tokenizer must be a folder or a name of the hub, got {place!r}")
-    if not isinstance(download, bool):
-        raise ConfigError(f"model: download must be true or false, got {download!r}")
+    check_flag("model: download", download)
 
 
 def _not_there(what: str, place: str, download: bool, error: Exception) -> ConfigError:
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    first = first_line(error)
     if Path(place).is_dir():
         return ConfigError(f"model: {what}: the folder {place!r} cannot be used: {first}")
     if download:
@@ -107,9 +106,7 @@ class HFNetwork:
         known = {*vars(kind()), *kind.attribute_map, "num_labels"}  # the last is a property
         for name in arguments:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"model: unknown argument {name!r} of {config}{hint}")
+                raise ConfigError(f"model: unknown argument {name!r} of {config}{did_you_mean(name, known)}")
         self._missing: ConfigError | None = None
         try:
             self.config = kind(**arguments)
@@ -125,7 +122,7 @@ class HFNetwork:
         try:
             network: nn.Module = _transformers(self._model)(self.config)
         except (TypeError, ValueError, RuntimeError, ZeroDivisionError, AssertionError, KeyError) as error:
-            raise ConfigError(f"model: {_first_line(error)}") from error
+            raise ConfigError(f"model: {first_line(error)}") from error
         return network
 
     def __call__(self) -> nn.Module:
@@ -173,7 +170,3 @@ def load_tokenizer(kind: str, place: str, download: bool) -> Any:
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a place without files
         raise _not_there("tokenizer", place, download, FileNotFoundError("no tokenizer files"))
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -66,11 +66,11 @@ def test_summary_names_the_worst_case() -> None:
         Row("products", name, 32, 0.25, 1.0, 1.0, figure, goal, "group")
         for name, figure, goal in (("fast", 1.2, 0.85), ("slow", 0.5, 0.85), ("even", 0.9, 0.85), ("other", 0.1, None))
     ]
-    _, line = bench._summary(rows)
+    _, _, line = bench._summary(rows)
     assert line.split() == ["group", "0.85", "0.90", "0.50", "slow", "below", "the", "goal"]
     assert bench._summary(rows[3:]) == []
     controls = [replace(row, control=control) for row, control in zip(rows[:2], (0.98, 1.04), strict=True)]
-    assert bench._summary(controls)[1].endswith("slow  below the goal; dense against dense 0.98 to 1.04")
+    assert bench._summary(controls)[2].endswith("slow  below the goal; dense against dense 0.98 to 1.04")
 
 
 def test_every_section_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from gblr_plugin.cli import main
 from gblr_plugin.errors import ConfigError, GBLRError
 from gblr_plugin.run import private_network, search
 from gblr_plugin.run.console import Console
-from gblr_plugin.run.pipeline import Job
+from gblr_plugin.run.pipeline import prepare_run
 from gblr_plugin.run.search_report import SearchReport, TrialResult
 from gblr_plugin.run.search_service import ServiceSpec, trial_rows
 from gblr_plugin.run.search_settings import TUNERS, SearchSettings, Tuner
@@ -299,15 +299,15 @@ def reported(monkeypatch):
     return told
 
 
-def a_job(located, project, **parameters):
+def settings_of(located, project, **parameters):
     sys.path.insert(0, str(project))
-    return Job(with_parameters(located("").data["run"], parameters))
+    return with_parameters(located("").data["run"], parameters)
 
 
 def test_a_trial_reports_every_epoch_and_changes_nothing(located, project, reported):
     chosen = {"budget": 0.8, "compressor": "gblr"}
-    told = Trial(a_job(located, project, **chosen), chosen, 10.0).run(project, Console(sys.stderr))
-    plain = a_job(located, project, **chosen).run(project, Console(sys.stderr))
+    told = Trial(settings_of(located, project, **chosen), chosen, 10.0).run(project, Console(sys.stderr))
+    plain = prepare_run(settings_of(located, project, **chosen)).run(project, Console(sys.stderr))
     assert told["gblr"].seeds[0]["loss"] == plain["gblr"].seeds[0]["loss"]
 
     figures = plain["gblr"].seeds[0]
@@ -328,10 +328,9 @@ def test_a_trial_reports_every_epoch_and_changes_nothing(located, project, repor
 
 
 def test_a_trial_that_diverges_fails(located, project, reported, monkeypatch):
-    job = a_job(located, project)
-    trial = Trial(job, {})
+    trial = Trial(settings_of(located, project), {})
     nothing = {"accuracy": float("nan"), "loss": float("nan")}
-    monkeypatch.setattr("gblr_plugin.run.pipeline.evaluate", lambda *args: nothing)
+    monkeypatch.setattr("gblr_plugin.run.recording.evaluate", lambda *args: nothing)
     with pytest.raises(GBLRError, match="the trial diverged: its accuracy is nan"):
         trial.run(project, Console(sys.stderr))
     assert reported["final"] == []

@@ -52,26 +52,26 @@ OPTIONS += [
 
 def test_a_run_goes_on_after_the_last_training_that_it_finished(project, monkeypatch, capfd):
     command = ["run", "config.yaml", "--output", "out", *OPTIONS]
-    compress, asked = pipeline.Job.compress, []
+    compress, asked = pipeline.compress, []
 
-    def interrupted(self, method, *arguments, **options):
+    def interrupted(context, method, *arguments, **options):
         asked.append(method.name)
         if method.name == "low_rank":
             raise KeyboardInterrupt
-        return compress(self, method, *arguments, **options)
+        return compress(context, method, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Job, "compress", interrupted)
+        patch.setattr(pipeline, "compress", interrupted)
         assert main(command) == 1
     assert not (project / "out/report.json").exists()
 
-    def counted(self, method, *arguments, **options):
+    def counted(context, method, *arguments, **options):
         asked.append(method.name)
-        return compress(self, method, *arguments, **options)
+        return compress(context, method, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Job, "compress", counted)
-        patch.setattr(pipeline.Job, "_fit_dense", None)  # not again
+        patch.setattr(pipeline, "compress", counted)
+        patch.setattr(pipeline, "fit_dense", None)  # not again
         assert main(command) == 0
     assert asked == ["gblr", "low_rank", "low_rank"]
     assert not (project / "out/.unfinished").exists()
@@ -92,7 +92,7 @@ def test_other_settings_begin_anew(project, monkeypatch, other, capfd):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Job, "compress", stop)
+        patch.setattr(pipeline, "compress", stop)
         for more in ([], other):
             assert main(["run", "config.yaml", "--output", "out", *OPTIONS, *more]) == 1
     task = json.loads((project / "out/.unfinished/task.json").read_text())

@@ -189,13 +189,6 @@ def test_damaged_buffers_are_named_not_saved(tmp_path, part, dtype):
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_a_network_of_its_own_must_be_given(path):
-    with pytest.raises(ConfigError, match="holds weights, not a network; give the dense network"):
-        load(path)
-    with pytest.raises(ConfigError, match="no file"):
-        load(path.parent / "other.safetensors")
-
-
 def test_hugging_face_layers_also_square_ones_stored_dense(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(

@@ -11,6 +11,8 @@ from nni.compression.pruning.scheduled_pruner import ScheduledPruner
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ._compat import parameter_names
+from .evaluators import train_bound
 
 __all__ = ["check_comparable", "compress_and_train"]
 
@@ -40,12 +42,7 @@ def compress_and_train(compressor: Any, epochs: int) -> None:
     """
     if isinstance(compressor, Pruner) and not isinstance(compressor, ScheduledPruner):
         model, masks = compressor.compress(None, None)
-        evaluator = compressor.evaluator
-        evaluator.bind_model(model, compressor._get_param_names_map())
-        try:
-            evaluator.train(None, epochs)
-        finally:
-            evaluator.unbind_model()
+        train_bound(compressor.evaluator, model, parameter_names(compressor), max_epochs=epochs)
     else:
         model, masks = compressor.compress(None, epochs)
     compressor.unwrap_model()

@@ -1,0 +1,108 @@
+"""What a run has found so far: figures of every network, evaluated as it is and as it comes back from its file."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..serialization import load, save
+from ..surgery.counting import report
+from ..surgery.report import Report
+from ..tasks.base import PairsDataModule
+from .context import RunContext
+from .measure import evaluate, interleaved_latency
+
+__all__ = ["Records"]
+
+
+class Records:
+    """Figures by method over the seeds, and the networks of the first seed.
+
+    Args:
+        context: Of the run.
+
+    Attributes:
+        figures: One table a seed, by name.
+        networks: Of the first seed, by name, as they come back from their files.
+        reports: What their layers cost.
+        histories: Curves of the first seed in which a method's structure was learned.
+    """
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self.figures: dict[str, list[dict[str, Any]]] = {}
+        self.networks: dict[str, nn.Module] = {}
+        self.reports: dict[str, Report] = {}
+        self.histories: dict[str, dict[str, list[tuple[int, float]]]] = {}
+
+    def evaluate(
+        self, network: nn.Module, data: PairsDataModule, start: float, seed: int
+    ) -> tuple[dict[str, Any], nn.Module]:
+        """Figures of a network, and the network that its file gives back.
+
+        Args:
+            network: Dense, or converted.
+            data: Of the seed.
+            start: ``time.monotonic()`` when its training began.
+            seed: Of the split.
+        """
+        task = self._context.task
+        metric = task.metric
+        figures = evaluate(network, data.test_dataloader(), metric)
+        train = evaluate(network, data.train_dataloader(), metric)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.safetensors"
+            save(network, path)
+            reloaded = load(path, task.network)
+            size = path.stat().st_size
+        again = evaluate(reloaded, data.test_dataloader(), metric)
+        counted = report(network, task.example_input())
+        result = {
+            "seed": seed,
+            **figures,
+            f"train_{metric}": train[metric],
+            f"reloaded_{metric}": again[metric],
+            "relative_flops": counted.relative_flops,
+            "model_relative_flops": counted.model_relative_flops,
+            "multiply_adds": counted.multiply_adds,
+            "parameters": counted.parameters,
+            "file_bytes": size,
+            "seconds": time.monotonic() - start,
+        }
+        return result, reloaded
+
+    def add(self, name: str, result: dict[str, Any], network: nn.Module, history: dict[str, Any]) -> None:
+        """Keep the figures of a seed, and say them on the console.
+
+        Args:
+            name: Of the method.
+            result: From :meth:`evaluate`.
+            network: Kept if the seed is the first.
+            history: Curves of its structure by name, (step, value) each; empty where none was learned.
+        """
+        if history:
+            curves = {key: [(step, value) for step, value in points] for key, points in history.items()}
+            self.histories.setdefault(name, curves)
+        self.figures.setdefault(name, []).append(result)
+        task = self._context.task
+        if result["seed"] == self._context.settings.seeds[0]:
+            self.networks[name] = network
+            self.reports[name] = report(network, task.example_input())
+        self._context.console.line(
+            f"seed {result['seed']}  {name:<12} {task.metric} {result[task.metric]:.3f}  "
+            f"rel. FLOPs {result['relative_flops']:.4f}  {result['seconds']:.0f} s"
+        )
+
+    def latency(self) -> dict[str, dict[str, float]]:
+        """Milliseconds of a forward pass of each network by batch size."""
+        found: dict[str, dict[str, float]] = {name: {} for name in self.networks}
+        for batch in self._context.settings.latency_batch:
+            self._context.console.progress(f"latency at batch {batch}")
+            seconds = interleaved_latency(self.networks, self._context.task.example_input(batch))
+            for name, value in seconds.items():
+                found[name][str(batch)] = 1e3 * value
+        return found
