@@ -40,7 +40,7 @@ def load(
     if network is not None:
         if options:
             raise ConfigError(f"load: option {next(iter(options))!r} is for folders that transformers loads")
-        return serialization.load(path, network)
+        return serialization.load_into(path, network)
     place = os.fspath(path)
     if not os.path.exists(os.path.join(place, "config.json")):
         missing = f"no file at {place!r}" if not os.path.exists(place) else f"{place!r} holds weights, not a network"

@@ -1,4 +1,4 @@
-"""Sends scalars and pictures of structures to whatever loggers a Trainer has."""
+"""Curves and pictures of structures, for whatever loggers a Trainer has."""
 
 from __future__ import annotations
 
@@ -7,15 +7,87 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..layers import GBLRLayer
+from ..learning.learner import StructureLearner
 from ..monitoring.pictures import structure_image
 from ..monitoring.sinks import send_snapshot
-from ..monitoring.statistics import Statistics
+from ..monitoring.statistics import Statistics, layer_statistics, total_statistics
+from ._compat import takes_pictures
 
-__all__ = ["log_pictures", "log_scalars", "scalars"]
+__all__ = ["StructureLog", "log_pictures", "scalars"]
+
+
+class StructureLog:
+    """The curves of the layers of one callback, as they are logged.
+
+    Args:
+        every: Optimizer steps between scalars; default the Trainer's.
+        picture_every: Optimizer steps between pictures, besides those of epochs.
+
+    Attributes:
+        history: ``{"relative_flops": [(step, value), ...], "sigma": ..., ...}`` of all layers together.
+        last_step: Of the Trainer, when a batch ended last.
+        last_pictured: Step of the last pictures.
+    """
+
+    def __init__(self, every: int | None, picture_every: int | None) -> None:
+        self._every, self._picture_every = every, picture_every
+        self.history: dict[str, list[tuple[int, float]]] = {}
+        self.last_step, self.last_pictured = 0, -1
+        self._last_logged = -1
+        self._shown = False
+
+    def begin(self, step: int) -> None:
+        """A training starts at this step of the Trainer."""
+        self.last_step, self.last_pictured, self._last_logged, self._shown = step, -1, -1, False
+
+    def advance(self, trainer: Any) -> tuple[bool, bool]:
+        """After an optimizer step: whether scalars and whether pictures are due; scalars are after the first step."""
+        before, self.last_step = self.last_step, trainer.global_step
+        first, self._shown = not self._shown, True
+        scalars_due = first or _due(before, self.last_step, self._every or trainer.log_every_n_steps)
+        return scalars_due, _due(before, self.last_step, self._picture_every)
+
+    def log(
+        self, trainer: Any, layers: Mapping[str, GBLRLayer], learner: StructureLearner | None, totals: str
+    ) -> dict[str, float]:
+        """Log the scalars of this step, once, and return them by name.
+
+        Args:
+            trainer: Its loggers get them.
+            layers: By name.
+            learner: What drives the layers, where it is known.
+            totals: Begins the names of what all layers are together.
+        """
+        statistics = layer_statistics(layers)
+        sigma = next((layer.sigma for layer in layers.values() if layer.sigma is not None), None)
+        frozen = all(layer.structure_frozen for layer in layers.values())
+        lambdas = {} if learner is None else learner.lambdas()
+        values = scalars(statistics, total_statistics(statistics), sigma, frozen, lambdas, totals=totals)
+        step = trainer.global_step
+        if step != self._last_logged:
+            for logger in trainer.loggers:
+                logger.log_metrics(dict(values), step=step)
+            self._remember(step if learner is None else learner.step_count, values, totals)
+        self._last_logged = step
+        return values
+
+    def _remember(self, step: int, values: Mapping[str, float], totals: str) -> None:
+        for name, value in values.items():
+            if not name.startswith(totals):
+                continue
+            curve = self.history.setdefault(name.removeprefix(totals), [])
+            if curve and curve[-1][0] == step:  # a second fit starts where the first ended
+                curve.pop()
+            curve.append((step, value))
+
+
+def _due(before: int, now: int, every: int | None) -> bool:
+    """Whether a multiple of ``every`` was reached; several optimizers may take several steps a batch."""
+    return bool(every) and before // (every or 1) != now // (every or 1)
 
 
 def scalars(
-    parts: Mapping[str, Statistics],
+    layers: Mapping[str, Statistics],
     total: Statistics,
     sigma: float | None,
     frozen: bool,
@@ -34,23 +106,11 @@ def scalars(
         values[f"{totals}sigma"] = sigma
     if lambdas:
         values[f"{totals}lambda"] = sum(lambdas.values()) / len(lambdas)
-    for name, part in parts.items():
-        values |= {f"gblr_layers/{name}/{what}": value for what, value in part.items().items()}
+    for name, statistics in layers.items():
+        values |= {f"gblr_layers/{name}/{what}": value for what, value in statistics.items().items()}
         if name in lambdas:
             values[f"gblr_layers/{name}/lambda"] = lambdas[name]
     return {name: value for name, value in values.items() if math.isfinite(value)}
-
-
-def log_scalars(loggers: Iterable[Any], values: Mapping[str, float], step: int) -> None:
-    """Log to every logger."""
-    for logger in loggers:
-        logger.log_metrics(dict(values), step=step)
-
-
-def _takes_pictures(logger: Any) -> bool:
-    return callable(getattr(logger, "log_image", None)) or callable(
-        getattr(getattr(logger, "experiment", None), "add_image", None)
-    )
 
 
 def log_pictures(
@@ -62,20 +122,17 @@ def log_pictures(
     budget: float | Mapping[str, float | None] | None = None,
     lambdas: Mapping[str, float] | None = None,
 ) -> None:
-    """Draw each layer's structure, if a logger takes pictures.
+    """Draw each layer's structure, if a logger takes pictures, and send a snapshot where one is taken.
 
-    Those are TensorBoard's, and any that has ``log_image`` (Weights & Biases). TensorBoard also gets the data of its
-    GBLR tab.
+    Loggers that take pictures are TensorBoard's, which also gets the data of its GBLR tab, and any that has
+    ``log_image`` (Weights & Biases).
     """
-    takers = [logger for logger in loggers if _takes_pictures(logger)]
-    if not takers:
-        return
-    images = {f"gblr_structure/{name}": structure_image(layer, max_size) for name, layer in layers.items()}
-    for logger in takers:
-        if callable(getattr(logger, "log_image", None)):
-            for name, image in images.items():
-                logger.log_image(key=name, images=[image.permute(1, 2, 0).numpy()], step=step)
-            continue
+    takers = [(logger, how) for logger in loggers if (how := takes_pictures(logger))]
+    images = {f"gblr_structure/{name}": structure_image(layer, max_size) for name, layer in layers.items() if takers}
+    for logger, how in takers:
         for name, image in images.items():
-            logger.experiment.add_image(name, image, global_step=step)
+            if how == "log_image":
+                logger.log_image(key=name, images=[image.permute(1, 2, 0).numpy()], step=step)
+            else:
+                logger.experiment.add_image(name, image, global_step=step)
         send_snapshot(logger, layers, step, budget=budget, lambdas=lambdas)

@@ -1,4 +1,4 @@
-"""Random numbers and the place in the data, which Lightning's checkpoints leave out."""
+"""Random numbers and the position in the data, which Lightning's checkpoints leave out."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from ..utils.random_state import random_state, set_random_state
+from ._compat import drop_batches, loaders_of, start_loaders
 
-__all__ = ["Place"]
+__all__ = ["DataPosition"]
 
 
-class Place:
+class DataPosition:
     """Where a training stands in its data, and with which random numbers; each process for itself.
 
     Kept are the random state with which the loaders of this epoch were started, how many batches they have given, and
@@ -39,13 +40,13 @@ class Place:
         done = progress.current.processed
         now = random_state()
         if done and progress.is_last_batch:  # the next thing is the next epoch
-            own = {**self._epoch(trainer, trainer.current_epoch + 1, now), "batches": 0, "random": now}
+            state = {**self._epoch(trainer, trainer.current_epoch + 1, now), "batches": 0, "random": now}
         else:
-            own = {**self._begun, "batches": done, "random": now}
+            state = {**self._begun, "batches": done, "random": now}
         if trainer.world_size == 1:
-            return [own]
-        everyone = [own] * trainer.world_size
-        torch.distributed.all_gather_object(everyone, own)
+            return [state]
+        everyone = [state] * trainer.world_size
+        torch.distributed.all_gather_object(everyone, state)
         return everyone
 
     def restore(self, states: list[dict[str, Any]]) -> None:
@@ -67,9 +68,9 @@ class Place:
         restored, self._restored = self._restored, None
         if restored is None:
             return
-        loaders = trainer.fit_loop._combined_loader.flattened
-        if self._replay and not any(hasattr(loader, "load_state_dict") for loader in loaders):
-            self._start_again(trainer.fit_loop, trainer.current_epoch, restored["batches"])
+        if self._replay and not any(hasattr(loader, "load_state_dict") for loader in loaders_of(trainer)):
+            self._start_again(trainer)
+            drop_batches(trainer, restored["batches"])
         if restored["batches"]:
             set_random_state(restored["random"])
 
@@ -78,31 +79,24 @@ class Place:
         if self._begun is not None and trainer.current_epoch != self._begun["epoch"]:
             self._begun = self._epoch(trainer, trainer.current_epoch, random_state())
 
-    def _start_again(self, loop: Any, epoch: int, batches: int) -> None:
+    def _start_again(self, trainer: Any) -> None:
         assert self._begun is not None
-        fetcher, loaders = loop._data_fetcher, loop._combined_loader.flattened
-        if self._begun["generators"] is not None:  # not the first epoch of a fit, whose loaders are as they were made
-            set_random_state(self._begun["start"])
-            for generator, state in zip(_generators(loaders), self._begun["generators"], strict=False):
-                generator.set_state(state.cpu())
-            for loader in loaders:
-                for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-                    if sampler is not None and hasattr(sampler, "set_epoch"):
-                        sampler.set_epoch(epoch)
-            iter(fetcher)
-        source = getattr(fetcher, "iterator_wrapper", fetcher)  # the wrapper: modules that fetch batches themselves
-        try:
-            for _ in range(batches):
-                next(source)
-        except StopIteration:  # the data are others, and fewer
-            iter(fetcher)
-        else:
-            fetcher.fetched -= batches  # Lightning adds them
+        if self._begun["generators"] is None:  # the first epoch of a fit, whose loaders are as they were made
+            return
+        set_random_state(self._begun["start"])
+        loaders = loaders_of(trainer)
+        for generator, state in zip(_generators(loaders), self._begun["generators"], strict=False):
+            generator.set_state(state.cpu())
+        for loader in loaders:
+            for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+                if sampler is not None and hasattr(sampler, "set_epoch"):
+                    sampler.set_epoch(trainer.current_epoch)
+        start_loaders(trainer)
 
     @staticmethod
     def _epoch(trainer: Any, number: int, start: dict[str, Any]) -> dict[str, Any]:
-        generators = _generators(trainer.fit_loop._combined_loader.flattened)
-        return {"epoch": number, "start": start, "generators": [one.get_state() for one in generators]}
+        generators = [generator.get_state() for generator in _generators(loaders_of(trainer))]
+        return {"epoch": number, "start": start, "generators": generators}
 
 
 def _generators(loaders: list[Any]) -> list[torch.Generator]:
@@ -110,8 +104,8 @@ def _generators(loaders: list[Any]) -> list[torch.Generator]:
     found: dict[int, torch.Generator] = {}
     for loader in loaders:
         batches = getattr(loader, "batch_sampler", None)
-        for part in (loader, getattr(loader, "sampler", None), getattr(batches, "sampler", None)):
-            generator = getattr(part, "generator", None)
+        for holder in (loader, getattr(loader, "sampler", None), getattr(batches, "sampler", None)):
+            generator = getattr(holder, "generator", None)
             if isinstance(generator, torch.Generator):
                 found[id(generator)] = generator
     return list(found.values())

@@ -17,7 +17,7 @@ from torch import nn
 from .. import families
 from ..errors import ConfigError
 from ..nni.settings import read_config
-from ..serialization import load, save
+from ..serialization import load_into, save
 from ..surgery.counting import report
 from ..utils.files import write_text
 from .comparison_report import PHASES, ComparisonReport, Row
@@ -132,7 +132,7 @@ class Comparison:
             save(network, path)
             self._record(result, context, DENSE, 1.0, "one_shot", seed, network, 1.0, start)
             self._done(output, result, console)
-        network = load(path, context.task.network)
+        network = load_into(path, context.task.network)
         if result.find(DENSE, 1.0, "fine_tuned", seed) is None:
             start = time.monotonic()
             longer = train_dense(context, seed, copy.deepcopy(network), self.settings.finetune, 1000 + seed)

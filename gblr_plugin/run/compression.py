@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from .. import families
-from ..families import convert
 from ..lightning import GBLRCallback
 from ..nni import LightningEvaluator, create_compressor
 from ..nni.training import compress_and_train
+from ..surgery.conversion import convert
 from ..surgery.reorder import reorder
 from ..tasks.base import ClassifierModule
 from .context import RunContext, config_list_of

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..serialization import load, save
+from ..serialization import load_into, save
 from ..surgery.counting import report
 from ..surgery.report import Report
 from ..tasks.base import PairsDataModule
@@ -57,7 +57,7 @@ class Records:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.safetensors"
             save(network, path)
-            reloaded = load(path, task.network)
+            reloaded = load_into(path, task.network)
             size = path.stat().st_size
         again = evaluate(reloaded, data.test_dataloader(), metric)
         counted = report(network, task.example_input())

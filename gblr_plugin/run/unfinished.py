@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..serialization import load, save
+from ..serialization import load_into, save
 from ..utils.files import write_text
 
 __all__ = ["Unfinished"]
@@ -49,7 +49,7 @@ class Unfinished:
     def find(self, name: str, make: Callable[[], nn.Module]) -> tuple[nn.Module, Any] | None:
         """The network and figures kept under a name, or ``None``; ``make`` gives the dense network."""
         figures = self._read(name)
-        return None if figures is None else (load(self._folder / f"{name}.safetensors", make), figures)
+        return None if figures is None else (load_into(self._folder / f"{name}.safetensors", make), figures)
 
     def remove(self) -> None:
         """The run is complete."""

@@ -21,7 +21,7 @@ from .families import family_record, restore_matrix
 from .header import Header, read_headers
 from .weights import flatten_weight, part_names, plan_record, unflatten_weight
 
-__all__ = ["flatten_model", "load", "read_state", "save"]
+__all__ = ["flatten_model", "load_into", "read_state", "save"]
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -42,7 +42,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     write_container(path, entries_of(tensors), header.to_metadata(), tensors.__getitem__)
 
 
-def load(path: str | os.PathLike[str], network: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+def load_into(path: str | os.PathLike[str], network: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     """Load a saved model into a dense network; see :func:`gblr_plugin.load`, which also makes the network.
 
     Args:

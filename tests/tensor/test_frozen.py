@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import gblr_plugin as gblr
+from gblr_plugin import load, save
 from gblr_plugin.bench.products import random_structure
 from gblr_plugin.kernels import compiled
 from gblr_plugin.kernels.plan import BUCKETS, MATRIX, Plan, fixed_plan
-from gblr_plugin.serialization import load, save
 from gblr_plugin.surgery.conversion import frozen_like
 from gblr_plugin.tensor import frozen
 from gblr_plugin.tensor.frozen import FrozenConv1d, FrozenConv2d, FrozenLinear, hasten

@@ -20,11 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchao.quantization import Int8WeightOnlyConfig, PerTensor, quantize_
 from torchao.testing import utils as ao
 
+from gblr_plugin import load, save
 from gblr_plugin.errors import ConfigError, GBLRError
 from gblr_plugin.kernels.measure import circumstances, is_stale
 from gblr_plugin.kernels.plan import Plan
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
-from gblr_plugin.serialization import load, save
 from gblr_plugin.surgery.conversion import convert, prepare
 from gblr_plugin.surgery.starts import LayerSettings
 from gblr_plugin.tensor.gblr_tensor import GBLRTensor

@@ -1,0 +1,108 @@
+"""The arguments of the callback that are rarely needed, with their checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..errors import ConfigError
+from ..learning.non_finite import NON_FINITE
+from ..surgery.starts import INITIALISERS, UNBUDGETED, LayerSettings
+from ..utils.validation import check_choice, check_count, check_flag, did_you_mean, is_number, is_whole
+
+__all__ = ["CallbackSettings", "check_moment", "read_options"]
+
+
+@dataclass(frozen=True)
+class CallbackSettings:
+    """Rarely needed arguments of :class:`~gblr_plugin.lightning.GBLRCallback`, which takes them by name.
+
+    Args:
+        structure_lr: Learning rate of widths and locations; default that of the group they come from.
+        log_every_n_steps: Optimizer steps between scalars; default the Trainer's.
+        picture_every_n_epochs: Epochs between pictures; there is also one at the start, at the freeze and at the end. 0
+            draws none at all.
+        picture_every_n_steps: Also a picture each so many optimizer steps (for training in few, long epochs).
+        picture_size: Longest side of a picture, in pixels.
+        compact: At the freeze, also drop dead components from the parameters and the optimizers' state, which makes
+            the cool-down cheaper. Leave it off where something else holds tensors of the parameters' shapes (moving
+            averages of the weights). Not done while several processes train.
+        freeze_at_end: Whether training that ends before the cool-down began (early stopping) freezes the structure
+            within the budget all the same. By default it stays trainable, for a later fit to go on from.
+        non_finite: ``"stop"`` with an error that names the layer where gradients are NaN or infinite, or ``"skip"``
+            that optimizer step; see :class:`~gblr_plugin.StructureLearner`. Details are saved in the Trainer's
+            ``default_root_dir``.
+        replay: Whether going on within an epoch fetches the batches that it has had, and drops them, so that the data
+            go on where they stopped. Loaders with a ``state_dict`` need it not, and are left alone.
+
+    Raises:
+        ConfigError: For a value out of range.
+    """
+
+    structure_lr: float | None = None
+    log_every_n_steps: int | None = None
+    picture_every_n_epochs: int = 10
+    picture_every_n_steps: int | None = None
+    picture_size: int = 512
+    compact: bool = False
+    freeze_at_end: bool = False
+    non_finite: str = "stop"
+    replay: bool = True
+
+    def __post_init__(self) -> None:
+        if self.structure_lr is not None and not (is_number(self.structure_lr) and 0 < self.structure_lr < math.inf):
+            raise ConfigError(f"callback: structure_lr must be positive, got {self.structure_lr}")
+        for name in ("log_every_n_steps", "picture_every_n_steps"):
+            if getattr(self, name) is not None:
+                check_count(f"callback: {name}", getattr(self, name))
+        check_count("callback: picture_every_n_epochs", self.picture_every_n_epochs, 0)
+        check_count("callback: picture_size", self.picture_size, 16)
+        for name in ("compact", "freeze_at_end", "replay"):
+            check_flag(f"callback: {name}", getattr(self, name))
+        check_choice("callback: non_finite", self.non_finite, NON_FINITE)
+
+    @property
+    def draws(self) -> bool:
+        """Whether there are pictures at all."""
+        return bool(self.picture_every_n_epochs or self.picture_every_n_steps)
+
+
+def read_options(
+    options: Mapping[str, Any], budget: float | None, *, drives: bool
+) -> tuple[CallbackSettings, dict[str, Any]]:
+    """The callback's own settings among the arguments given by name, and those of :class:`LayerSettings`.
+
+    Args:
+        options: Fields of both by name; ``initial_budget`` stands for the budget of :class:`LayerSettings`.
+        budget: Of the callback, at which initialisers start that need a budget.
+        drives: Whether the callback structures layers, and does not only watch them.
+
+    Raises:
+        ConfigError: For an unknown name, or a value out of range.
+    """
+    of_callback = {field.name for field in fields(CallbackSettings)}
+    of_layers = {field.name for field in fields(LayerSettings)} - {"budget"} | {"initial_budget"}
+    for name in options:
+        if name not in of_callback | of_layers:
+            hint = did_you_mean(name, of_callback | of_layers)
+            raise ConfigError(f"callback: unknown argument {name!r}{hint}")
+    layer = {name: value for name, value in options.items() if name in of_layers}
+    initialiser = layer.setdefault("initialiser", "svd")
+    check_choice("callback: initialiser", initialiser, INITIALISERS)
+    layer["budget"] = layer.pop("initial_budget", None)
+    if layer["budget"] is None and initialiser not in UNBUDGETED:
+        if budget is None and drives:
+            raise ConfigError(f"callback: initialiser {initialiser!r} needs an initial_budget")
+        layer["budget"] = budget
+    return CallbackSettings(**{name: value for name, value in options.items() if name in of_callback}), layer
+
+
+def check_moment(name: str, value: float) -> float:
+    """Refuse what is neither an optimizer step (int) nor a fraction of all steps (float)."""
+    if not is_number(value) or value < 0:
+        raise ConfigError(f"callback: {name} must be a step (int) or a fraction of all steps (float), got {value!r}")
+    if not is_whole(value) and value > 1:
+        raise ConfigError(f"callback: {name} as a fraction must lie in [0, 1], got {value}; give steps as an int")
+    return value
