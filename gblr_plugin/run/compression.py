@@ -92,5 +92,5 @@ def compress_once(
         context, method, network.train(), seed, calibrated=calibrated, label=label
     )
     if train:
-        compress_and_train(method.name, compressor, context.training_of(method).epochs)
+        compress_and_train(compressor, context.training_of(method).epochs)
     return convert(module.network).eval(), monitor.history
