@@ -110,7 +110,7 @@ def test_a_small_layer_stays_dense_and_the_report_says_so(project, capfd):
     sys.modules.pop("own_task")
     assert main(["run", "config.yaml", *arguments]) == 0
     shown = capfd.readouterr().out
-    assert re.search(r"^  \S+% 4: it is too small to gain from structure$", shown, re.MULTILINE)
+    assert re.search(r"^  \S+% 2 layers, 4 to 5: it is too small to gain from structure$", shown, re.MULTILINE)
 
 
 def test_a_family_that_keeps_modules_of_its_own_comes_back_from_its_file(project):
