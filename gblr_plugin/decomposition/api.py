@@ -188,7 +188,7 @@ def initialise(
     """Starting point of a trainable layer: as :func:`decompose`, with a low-rank part that stays one.
 
     :func:`decompose` may give its components windows that they leave out, which comes closer to the weight; here it
-    keeps a gauge that can be freed (:meth:`gblr_plugin.layers.GBLRLayer.free_gauge`).
+    keeps a gauge that can be freed (:meth:`gblr_plugin.layers.GBLRLayer.use_low_rank_form`).
 
     Args:
         weight: (m, n) dense weight.

@@ -8,6 +8,15 @@ from __future__ import annotations
 
 from .base import FamilyMatrix
 from .layers import FamilyConv1d, FamilyConv2d, FamilyLayer, FamilyLinear
-from .registry import get, names
+from .registry import get, names, register_family
 
-__all__ = ["FamilyConv1d", "FamilyConv2d", "FamilyLayer", "FamilyLinear", "FamilyMatrix", "get", "names"]
+__all__ = [
+    "FamilyConv1d",
+    "FamilyConv2d",
+    "FamilyLayer",
+    "FamilyLinear",
+    "FamilyMatrix",
+    "get",
+    "names",
+    "register_family",
+]

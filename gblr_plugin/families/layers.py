@@ -214,6 +214,6 @@ def trainable(
     if not isinstance(matrix, Gblr):
         return layer_like(dense, matrix)
     layer = structured_like(dense, matrix.structured, align=matrix.align)
-    layer.free_gauge()
+    layer.use_low_rank_form()
     layer.freeze_structure()
     return layer

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from ..matrix.structure import StructuredMatrix
-from .base import GBLRLayer, check_align
+from ..utils.validation import check_tile
+from .base import GBLRLayer
 
 __all__ = ["CONV_ATTRIBUTES", "GBLRConv1d", "GBLRConv2d"]
 
@@ -49,7 +50,7 @@ class _GBLRConv(GBLRLayer):
         expected = like.out_channels, like.in_channels * math.prod(like.kernel_size)
         if matrix.shape != expected:
             raise ConfigError(f"convolution: weight matrix must be {expected}, got {matrix.shape}")
-        self._init_structure(matrix, check_align(align), matrix.u.dtype)
+        self._init_structure(matrix, check_tile("align", align), matrix.u.dtype)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
 
     def _output_positions(self, input: Tensor) -> int:

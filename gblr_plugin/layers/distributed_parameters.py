@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-__all__ = ["all_finite", "attach", "own_part", "replicated", "whole", "write_whole"]
+__all__ = ["all_finite", "full_tensor", "local_part", "replicated", "with_zero_gradients", "write_full_tensor"]
 
 
 def _mesh_tensor(tensor: Tensor) -> Any:
@@ -25,14 +25,14 @@ def _mesh_tensor(tensor: Tensor) -> Any:
     return tensor if isinstance(tensor, DTensor) else None
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a parameter, without gradient; every process of its mesh must ask."""
     shared = _mesh_tensor(tensor)
     full: Tensor = tensor.detach() if shared is None else shared.detach().full_tensor()
     return full
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """The part of a parameter that this process holds, to be changed in place under ``no_grad``."""
     shared = _mesh_tensor(tensor)
     part: Tensor = tensor if shared is None else shared.to_local()
@@ -40,7 +40,7 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def write_whole(parameter: Tensor, value: Tensor) -> None:
+def write_full_tensor(parameter: Tensor, value: Tensor) -> None:
     """Write a parameter's whole value, the same on every process; each keeps its part."""
     shared = _mesh_tensor(parameter)
     if shared is None:
@@ -56,7 +56,7 @@ def write_whole(parameter: Tensor, value: Tensor) -> None:
 @torch.no_grad()
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether every entry on every process is finite; one answer for all."""
-    parts = [own_part(tensor) for tensor in tensors]
+    parts = [local_part(tensor) for tensor in tensors]
     parts = [part.coalesce().values() if part.is_sparse else part for part in parts]
     if not parts:
         return True
@@ -80,7 +80,7 @@ def replicated(tensors: Iterable[Tensor]) -> bool:
     return together and all(_mesh_tensor(tensor) is None for tensor in tensors)
 
 
-class _Attach(torch.autograd.Function):
+class _WithZeroGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, *others: Tensor) -> Tensor:
         ctx.save_for_backward(*others)
@@ -91,10 +91,10 @@ class _Attach(torch.autograd.Function):
         return gradients[0], *(torch.zeros_like(other) for other in ctx.saved_tensors)
 
 
-def attach(tensor: nn.Parameter, others: Sequence[Tensor]) -> Tensor:
+def with_zero_gradients(tensor: nn.Parameter, others: Sequence[Tensor]) -> Tensor:
     """The tensor, through which ``others`` get gradients of zero.
 
     DistributedDataParallel waits for a gradient of every parameter that needed one when it was made.
     """
-    result: Tensor = _Attach.apply(tensor, *others)  # type: ignore[no-untyped-call]  # untyped in torch
+    result: Tensor = _WithZeroGradients.apply(tensor, *others)  # type: ignore[no-untyped-call]  # untyped in torch
     return result

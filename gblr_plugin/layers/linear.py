@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..matrix.structure import StructuredMatrix
-from .base import GBLRLayer, check_align
+from ..utils.validation import check_tile
+from .base import GBLRLayer
 from .blockwise import MaskedAxis, block_linear
 
 __all__ = ["GBLRLinear"]
@@ -36,7 +37,7 @@ class GBLRLinear(GBLRLayer, nn.Linear):
     ) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: there is no dense weight to allocate
         self.out_features, self.in_features = matrix.shape
-        self._init_structure(matrix, check_align(align), dtype or matrix.u.dtype)
+        self._init_structure(matrix, check_tile("align", align), dtype or matrix.u.dtype)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
 
     @property

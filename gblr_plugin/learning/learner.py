@@ -99,7 +99,7 @@ class StructureLearner:
             self._costs.begin()
             for layer, hard in zip(self.layers.values(), self._costs.begins_within_budget(), strict=True):
                 if not hard:
-                    layer.fix_gauge()  # all of it may have to shrink
+                    layer.use_trapezoid_form()  # all of it may have to shrink
             self._set_sigma()
 
     def attach(self, optimizer: Optimizer) -> None:
@@ -159,7 +159,7 @@ class StructureLearner:
         """Where DistributedDataParallel trains a frozen structure: say whether its gradients of zero are taken away."""
         if self.frozen and self._replicated():
             for layer in self.layers.values():
-                layer.freeze_structure(attached=attached)
+                layer.freeze_structure(keep_gradients=attached)
 
     def _replicated(self) -> bool:
         return replicated(layer.widths for layer in self.layers.values())
@@ -226,7 +226,7 @@ class StructureLearner:
         self.progress = 1.0
         attached = self._replicated() and bool(self._hooks)
         for layer, widths in zip(self.layers.values(), self._shrinker.final_widths(), strict=True):
-            layer.freeze_structure(widths, attached=attached)
+            layer.freeze_structure(widths, keep_gradients=attached)
         self.frozen = True
         self._report_unmet()
         if self.compact and not (torch.distributed.is_available() and torch.distributed.is_initialized()):

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ..errors import ConfigError, GBLRError
 from ..layers import GBLRLayer
-from ..layers.distributed_parameters import all_finite, own_part
+from ..layers.distributed_parameters import all_finite, local_part
 from ..utils.files import write_text
 
 __all__ = ["NON_FINITE", "FiniteGuard", "drop_gradients", "find_cause", "gradients_finite", "save_diagnostic"]
@@ -67,7 +67,7 @@ def find_cause(layers: Mapping[str, GBLRLayer], gradients: bool = True) -> tuple
 def _counts(tensor: Tensor | None) -> dict[str, Any] | None:
     if tensor is None:
         return None
-    values = own_part(tensor).detach()
+    values = local_part(tensor).detach()
     finite = torch.isfinite(values)
     largest = float(values[finite].abs().max()) if bool(finite.any()) else None
     return {"entries": values.numel(), "not_finite": int((~finite).sum()), "largest_finite": largest}

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..layers import GBLRLayer
-from ..layers.distributed_parameters import own_part, whole
+from ..layers.distributed_parameters import full_tensor, local_part
 from .budget import AxisSpec, WidthBudget
 from .goals import CostTargets, LayerGoal
 from .optimizers import learning_rates
@@ -51,7 +51,7 @@ class Shrinker:
 
     def widths(self) -> Tensor:
         """(2, C) present widths of all layers side by side, without gradient; under FSDP2 every process must ask."""
-        return torch.cat([whole(layer.widths) for layer in self._layers], dim=1)
+        return torch.cat([full_tensor(layer.widths) for layer in self._layers], dim=1)
 
     def lambdas(self) -> list[float]:
         """Lambda of each layer at the last step: its threshold over its own learning rate."""
@@ -119,7 +119,7 @@ class Shrinker:
     def width_budget(self, device: torch.device) -> WidthBudget:
         """The search for thresholds; made anew where components were dropped or forms have changed."""
         total = sum(layer.U.shape[0] for layer in self._layers)
-        made_for = device, total, [layer.pinned is not None for layer in self._layers]
+        made_for = device, total, [layer.fixed_components is not None for layer in self._layers]
         if self._budget is None or self._budget_made_for != made_for:
             specs = [
                 AxisSpec(layer.axis_lengths, layer.align, layer.U.shape[0], math.prod(layer.matrix_shape))
@@ -134,9 +134,9 @@ class Shrinker:
 
     def _not_learned(self, device: torch.device) -> Tensor | None:
         """(C,) bool, components whose intervals are not learned; ``None``: all are."""
-        if all(layer.pinned is None for layer in self._layers):
+        if all(layer.fixed_components is None for layer in self._layers):
             return None
-        return torch.cat([layer.ungauged for layer in self._layers]).to(device)
+        return torch.cat([layer.low_rank_components for layer in self._layers]).to(device)
 
     def _prox_and_clip(self, thresholds: Tensor, places: Sequence[int] | None = None) -> None:
         """Of the layers at these places; by default of all."""
@@ -144,12 +144,14 @@ class Shrinker:
         if places is not None and len(places) < len(layers):
             layers, thresholds = [layers[place] for place in places], thresholds[list(places)]
         # Under FSDP2 each process holds some of the widths, and finds the same thresholds from all of them.
-        widths = [own_part(layer.widths) for layer in layers]
-        held = [None if layer.pinned is None else part.clone() for layer, part in zip(layers, widths, strict=True)]
-        prox_and_clip_(widths, [own_part(layer.locations) for layer in layers], thresholds)
+        widths = [local_part(layer.widths) for layer in layers]
+        held = [
+            None if layer.fixed_components is None else part.clone() for layer, part in zip(layers, widths, strict=True)
+        ]
+        prox_and_clip_(widths, [local_part(layer.locations) for layer in layers], thresholds)
         for layer, part, before in zip(layers, widths, held, strict=True):
             if before is not None:
-                part.copy_(torch.where(layer.ungauged, before, part))
+                part.copy_(torch.where(layer.low_rank_components, before, part))
 
     def _have_budgets(self, device: torch.device) -> Tensor:
         return torch.tensor([goal.budget is not None for goal in self._goals], device=device)

@@ -109,11 +109,15 @@ def _driver(name: str, path: str) -> Factory:
 
 
 _FACTORIES: dict[str, Factory] = {"gblr": GBLRPruner}
-"""The table of all compressors: name to ``factory(model, config_list, evaluator, **kwargs)``."""
+"""Name to ``factory(model, config_list, evaluator, **kwargs)``, of all compressors but the families."""
 _FACTORIES.update({name: _of_nni(name, path) for name, path in _NNI.items()})
 _FACTORIES.update({name: _driver(name, path) for name, path in _DRIVERS.items()})
-_FACTORIES.update({name: family_factory(name) for name in families.names() if name != "gblr"})
 _FACTORIES["gblr_fixed"] = family_factory("gblr")  # one-shot decomposition, its structure not learned further
+
+
+def _factories() -> dict[str, Factory]:
+    """All compressors: families may be registered at any time."""
+    return {**_FACTORIES, **{name: family_factory(name) for name in families.names() if name not in _FACTORIES}}
 
 
 def register_compressor(name: str, factory: Factory) -> None:
@@ -127,13 +131,14 @@ def register_compressor(name: str, factory: Factory) -> None:
     Raises:
         ConfigError: If the name is taken by another factory.
     """
-    if _FACTORIES.setdefault(name, factory) is not factory:
+    if _factories().get(name, factory) is not factory:
         raise ConfigError(f"compressor {name!r} is registered already")
+    _FACTORIES[name] = factory
 
 
 def compressor_names() -> list[str]:
     """Names that :func:`create_compressor` knows."""
-    return list(_FACTORIES)
+    return list(_factories())
 
 
 def create_compressor(
@@ -160,8 +165,9 @@ def create_compressor(
     Raises:
         ConfigError: If the name is unknown, an argument does not fit, or the config cannot be used.
     """
-    factory = _FACTORIES.get(name) if isinstance(name, str) else None
+    known = _factories()
+    factory = known.get(name) if isinstance(name, str) else None
     if factory is None:
-        hint = did_you_mean(name, _FACTORIES)
-        raise ConfigError(f"compressor: unknown name {name!r}{hint} (allowed: {', '.join(_FACTORIES)})")
+        hint = did_you_mean(name, known)
+        raise ConfigError(f"compressor: unknown name {name!r}{hint} (allowed: {', '.join(known)})")
     return _call(name, factory, model, config_list, evaluator, **kwargs)

@@ -97,7 +97,7 @@ def structured_from(
         return trainable(get(settings.family), module, settings.budget, weight=weight, **options)
     tiles = settings.align if isinstance(settings.align, tuple) else (settings.align, settings.align)
     layer = structured_like(module, anchored(initial_matrix(weight, settings, metric), tiles), align=settings.align)
-    layer.free_gauge()
+    layer.use_low_rank_form()
     return layer
 
 

@@ -148,11 +148,10 @@ class LayerCase:
         twin.load_state_dict(layer.state_dict())
         assert (twin.sigma, twin.hard) == (20.0, True)
         torch.testing.assert_close(twin.to_dense(), layer.to_dense(), rtol=0, atol=0)
-        older = {name: value for name, value in self.create(sigma=3.0).state_dict().items() if name != "hard_masks"}
-        twin.load_state_dict(older)  # written before there were any
+        twin.load_state_dict(self.create(sigma=3.0).state_dict())
         assert (twin.sigma, twin.hard) == (3.0, False)
         missing, _ = layer.load_state_dict({}, strict=False)  # a state of other layers
-        assert {"U", "hard_masks", "ungauged"} <= set(missing)
+        assert {"U", "mask_state", "low_rank_components"} <= set(missing)
         assert (layer.sigma, layer.hard) == (20.0, True)
         layer.set_sigma(20.0)
         assert not layer.hard
@@ -262,7 +261,7 @@ class LayerCase:
         layer = self.create(torch.float32, sigma=7.3).double()
         expected = self.create(torch.float64, sigma=7.3)
         assert torch.equal(layer.row_tables, expected.row_tables)
-        assert layer.float().state_dict()["smoothness"].item() == 7.3
+        assert layer.float().state_dict()["mask_state"][0].item() == 7.3
 
     def test_materialises_from_meta(self):
         layer = self.create(sigma=7.3)

@@ -671,10 +671,10 @@ def test_a_gauge_that_is_fixed_by_hand_is_noticed() -> None:
     layers = prepare_layers(nn.Sequential(nn.Linear(24, 32)), {"0": LayerSettings("trapezoid", budget=0.5)})
     learner = StructureLearner(layers, {"0": LayerGoal(budget=0.5)}, Schedule(2, 20))
     learner.begin()
-    assert layers["0"].free_gauge() > 0
+    assert layers["0"].use_low_rank_form() > 0
     pinned = learner._shrinker.width_budget(torch.device("cpu"))
     assert learner._shrinker.width_budget(torch.device("cpu")) is pinned
-    layers["0"].fix_gauge()
+    layers["0"].use_trapezoid_form()
     assert learner._shrinker.width_budget(torch.device("cpu")) is not pinned
 
 

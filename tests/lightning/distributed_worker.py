@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import gblr_plugin as gblr
-from gblr_plugin.layers.distributed_parameters import whole
+from gblr_plugin.layers.distributed_parameters import full_tensor
 from gblr_plugin.lightning import GBLRCallback
 
 try:
@@ -78,7 +78,7 @@ def fit(module, strategy, folder, saver=None, path=None):
     return {
         "relative_flops": callback.learner.relative_flops,
         "steps": callback.learner.step_count,
-        "parameters": {name: whole(parameter) for name, parameter in module.named_parameters()},
+        "parameters": {name: full_tensor(parameter) for name, parameter in module.named_parameters()},
     }
 
 

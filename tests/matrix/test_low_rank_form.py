@@ -28,7 +28,7 @@ def test_whole_factors_and_trapezoids_are_one_matrix_at_one_price(splits, tile, 
     u, v, free = to_low_rank_form(matrix.u, matrix.v, matrix.rows, matrix.cols, *args)
     assert free.sum() >= 2 * splits
     layer = GBLRLinear(matrix, align=tile)
-    layer.free_gauge()
+    layer.use_low_rank_form()
     torch.testing.assert_close(layer.to_dense(), matrix.to_dense(), rtol=1e-9, atol=1e-9)
     assert layer.stored == matrix.stored
     back = to_trapezoid_form(u, v, matrix.rows, matrix.cols, free, *args)
@@ -53,15 +53,15 @@ def test_other_structures_are_left_alone(kind):
     weight = torch.randn(24, 36, dtype=torch.float64)
     layer = GBLRLinear(decompose(weight, 0.4, method=kind))
     before = layer.U.detach().clone()
-    assert layer.free_gauge() == 0
-    assert layer.pinned is None
+    assert layer.use_low_rank_form() == 0
+    assert layer.fixed_components is None
     assert torch.equal(layer.U, before)
 
 
 def test_gradients_reach_what_the_trapezoids_leave_out():
     matrix = trapezoids()
     layer = GBLRLinear(matrix)
-    layer.free_gauge()
+    layer.use_low_rank_form()
     x = torch.randn(7, 36, dtype=torch.float64)
     layer(x).square().sum().backward()
     dense = matrix.to_dense().requires_grad_()
@@ -76,7 +76,7 @@ def test_no_stable_elimination_keeps_the_cost(caplog):
     # Block-diagonal of rank 4 on 8 x 8 blocks of zeros: every order of elimination meets a vanishing minor.
     matrix = trapezoids(m=8, n=8, budget=0.8)
     layer = GBLRLinear(matrix)
-    count = layer.free_gauge()
+    count = layer.use_low_rank_form()
     with torch.no_grad():
         layer.U.zero_()
         layer.V.zero_()
@@ -88,28 +88,26 @@ def test_no_stable_elimination_keeps_the_cost(caplog):
         assert "no stable trapezoids" in caplog.text
 
 
-def test_state_dict_keeps_the_gauge_and_older_ones_load():
+def test_state_dict_keeps_the_form():
     matrix = trapezoids()
     layer, other = GBLRLinear(matrix), GBLRLinear(matrix)
-    layer.free_gauge()
+    layer.use_low_rank_form()
     other.load_state_dict(layer.state_dict())
-    assert torch.equal(other.pinned, layer.pinned)
+    assert torch.equal(other.fixed_components, layer.fixed_components)
     assert torch.equal(other.to_dense(), layer.to_dense())
     other.load_state_dict({}, strict=False)  # a state of other layers
-    assert torch.equal(other.pinned, layer.pinned)
-    old = GBLRLinear(matrix).state_dict()
-    del old["ungauged"]
-    other.load_state_dict(old)
-    assert other.pinned is None
+    assert torch.equal(other.fixed_components, layer.fixed_components)
+    other.load_state_dict(GBLRLinear(matrix).state_dict())
+    assert other.fixed_components is None
     torch.testing.assert_close(other.to_dense(), matrix.to_dense())
 
 
-def test_fixing_the_gauge_keeps_the_matrix():
+def test_trapezoid_form_keeps_the_matrix():
     matrix = trapezoids(splits=2, m=48)
     layer = GBLRLinear(matrix)
-    layer.free_gauge()
-    layer.fix_gauge()
-    assert layer.pinned is None
+    layer.use_low_rank_form()
+    layer.use_trapezoid_form()
+    assert layer.fixed_components is None
     assert layer.stored == matrix.stored
     torch.testing.assert_close(layer.to_dense(), matrix.to_dense(), rtol=1e-8, atol=1e-8)
 
@@ -135,7 +133,7 @@ def train(model, learner, steps=12):
 
 def test_within_the_budget_the_low_rank_part_stays_and_the_blocks_learn():
     model, layers = two_layers(0.4)
-    assert all(layer.pinned is not None for layer in layers.values())
+    assert all(layer.fixed_components is not None for layer in layers.values())
     before = {name: layer.widths.detach().clone() for name, layer in layers.items()}
     learner = StructureLearner(
         layers, {name: LayerGoal(budget=0.4, group="all") for name in layers}, Schedule(0, 10, 100.0, 100.0)
@@ -145,8 +143,8 @@ def test_within_the_budget_the_low_rank_part_stays_and_the_blocks_learn():
     assert 0.39 < learner.relative_flops <= 0.4
     moved = False
     for name, layer in layers.items():
-        assert torch.equal(layer.widths[:, layer.pinned], before[name][:, layer.pinned])
-        moved |= not torch.equal(layer.widths[:, ~layer.pinned], before[name][:, ~layer.pinned])
+        assert torch.equal(layer.widths[:, layer.fixed_components], before[name][:, layer.fixed_components])
+        moved |= not torch.equal(layer.widths[:, ~layer.fixed_components], before[name][:, ~layer.fixed_components])
     assert moved
     expected = model(x).detach()
     converted = convert(copy.deepcopy(model))
@@ -159,6 +157,6 @@ def test_a_smaller_budget_shrinks_the_low_rank_part_too():
         layers, {name: LayerGoal(budget=0.2, group="all") for name in layers}, Schedule(0, 10, 100.0, 100.0)
     )
     train(model, learner)
-    assert all(layer.pinned is None for layer in layers.values())
+    assert all(layer.fixed_components is None for layer in layers.values())
     assert learner.frozen
     assert learner.relative_flops <= 0.2

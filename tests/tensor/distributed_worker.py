@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import gblr_plugin as gblr
-from gblr_plugin.layers.distributed_parameters import whole
+from gblr_plugin.layers.distributed_parameters import full_tensor
 from gblr_plugin.tensor.distributed import ComponentParallel, component_part, frozen_weights, keep_frozen_local
 
 STEPS, HALFWAY = 14, 6
@@ -57,7 +57,7 @@ def train(module, learner, optimizer, start, stop, rank=0, world=1):
 
 def state_of(model, learner):
     return {
-        "parameters": {name: whole(parameter) for name, parameter in model.named_parameters()},
+        "parameters": {name: full_tensor(parameter) for name, parameter in model.named_parameters()},
         "costs": [layer.stored for layer in learner.layers.values()],
         "frozen": learner.frozen,
         "relative_flops": learner.relative_flops,
@@ -142,7 +142,7 @@ def converted():
 def fine_tuned(module, model, rank, world):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     losses = train(module, None, optimizer, 0, 3, rank, world)
-    biases = {name: whole(p) for name, p in model.named_parameters() if name.endswith("bias")}
+    biases = {name: full_tensor(p) for name, p in model.named_parameters() if name.endswith("bias")}
     return {"losses": losses, "biases": biases}
 
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gblr_plugin as gblr
 from gblr_plugin import ConfigError
-from gblr_plugin.layers.distributed_parameters import whole, write_whole
+from gblr_plugin.layers.distributed_parameters import full_tensor, write_full_tensor
 from gblr_plugin.tensor.distributed import ComponentParallel, component_part
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
@@ -153,9 +153,9 @@ def test_what_has_no_components_is_refused():
 
 def test_plain_parameters_are_whole():
     parameter = nn.Parameter(torch.zeros(2, 3))
-    write_whole(parameter, torch.ones(2, 3))
-    assert torch.equal(whole(parameter), torch.ones(2, 3))
-    assert not whole(parameter).requires_grad
+    write_full_tensor(parameter, torch.ones(2, 3))
+    assert torch.equal(full_tensor(parameter), torch.ones(2, 3))
+    assert not full_tensor(parameter).requires_grad
 
 
 def test_widths_too_coarse_for_intervals():

@@ -133,7 +133,7 @@ def sharded(folder: Path, rank: int, world: int) -> None:
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
     from torch.distributed.fsdp import fully_shard
 
-    from gblr_plugin.layers.distributed_parameters import whole
+    from gblr_plugin.layers.distributed_parameters import full_tensor
 
     model, order = network(), Order()
     layers = gblr.prepare(model)
@@ -171,7 +171,7 @@ def sharded(folder: Path, rank: int, world: int) -> None:
             if rank == 0:
                 (folder / "unfinished").rename(folder / f"steps-{step:04d}")
             torch.distributed.barrier()
-    ended = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    ended = {name: full_tensor(parameter) for name, parameter in model.named_parameters()}
     if rank == 0:
         write_atomic(folder / "done.pt", lambda out: torch.save({"model": ended, "learner": learner.state_dict()}, out))
 

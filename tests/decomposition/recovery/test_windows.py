@@ -67,6 +67,6 @@ def test_what_is_trained_keeps_its_low_rank_part_whole() -> None:
     started = initial_matrix(weight, settings)
     assert not torch.equal(started.to_dense(), decompose(weight, 0.5).to_dense())
     layer = structured_like(nn.Linear(64, 64, dtype=torch.float64), started)
-    assert layer.free_gauge() > 10  # there is a low-rank part in it
+    assert layer.use_low_rank_form() > 10  # there is a low-rank part in it
     error = torch.linalg.matrix_norm
     assert error(weight - decompose(weight, 0.5).to_dense()) < error(weight - started.to_dense())

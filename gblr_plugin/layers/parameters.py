@@ -1,0 +1,219 @@
+"""The parameters and buffers of a GBLR layer: how they begin, and how they are moved, saved, loaded and dropped.
+
+What they mean (intervals, masks, products) is in ``base.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from ..matrix.gaudi_mask import mask_tables
+from ..matrix.structure import StructuredMatrix
+from .protocol import StructuredLayer
+from .storage import keep_components, replace_storage
+
+__all__ = ["MaskState", "StructureParameters"]
+
+
+class MaskState(NamedTuple):
+    """How the masks of a layer are made.
+
+    Args:
+        sigma: Smoothness; ``None`` is the exact boxcar.
+        hard: Whether smooth masks multiply by the exact boxcar and smooth only its gradients.
+        frozen: Whether widths and locations are fixed.
+        low_rank: Whether some components train in low-rank form.
+    """
+
+    sigma: float | None = None
+    hard: bool = False
+    frozen: bool = False
+    low_rank: bool = False
+
+    def to_tensor(self) -> Tensor:
+        """(4,) float64, as a state dict holds it."""
+        return torch.tensor(
+            [math.inf if self.sigma is None else self.sigma, self.hard, self.frozen, self.low_rank], dtype=torch.float64
+        )
+
+    @classmethod
+    def from_tensor(cls, values: Tensor) -> MaskState:
+        """Inverse of :meth:`to_tensor`."""
+        sigma, hard, frozen, low_rank = values.tolist()
+        return cls(None if math.isinf(sigma) else sigma, bool(hard), bool(frozen), bool(low_rank))
+
+
+class StructureParameters(StructuredLayer):
+    """Parameters and buffers of a GBLR layer, see :class:`~gblr_plugin.GBLRLayer`.
+
+    The Python value ``_mask_state`` says how masks are made. The buffer ``mask_state`` is its copy for state dicts, and
+    the buffers ``row_tables`` and ``column_tables`` (2, 3N) are what follows from it.
+    """
+
+    U: nn.Parameter
+    V: nn.Parameter
+    widths: nn.Parameter
+    locations: nn.Parameter
+    row_tables: Tensor
+    column_tables: Tensor
+    mask_state: Tensor
+    low_rank_components: Tensor
+    align: tuple[int, int]
+    row_splits: int
+
+    def _init_structure(self, matrix: StructuredMatrix, align: tuple[int, int], dtype: torch.dtype) -> None:
+        """Register parameters that represent ``matrix`` exactly; splits are padded to one component count."""
+        sizes = matrix.split_sizes
+        most = max(max(sizes), 1)
+
+        def padded(values: Tensor) -> Tensor:
+            blocks = [
+                F.pad(block, (0, 0) * (block.dim() - 1) + (0, most - block.shape[0])) for block in values.split(sizes)
+            ]
+            return torch.cat(blocks)
+
+        rows, cols = matrix.rows, matrix.cols
+        device = matrix.u.device
+        lengths = torch.tensor([[rows.length], [cols.length]], dtype=torch.float64, device=device)
+        structure_dtype = torch.promote_types(dtype, torch.float32)
+        self.U = nn.Parameter(padded(matrix.u).to(dtype))
+        self.V = nn.Parameter(padded(matrix.v).to(dtype))
+        widths = torch.stack([padded(rows.width), padded(cols.width)])
+        starts = torch.stack([padded(rows.start), padded(cols.start)])
+        self.widths = nn.Parameter((widths / lengths).to(structure_dtype))
+        self.locations = nn.Parameter((starts / lengths).to(structure_dtype))
+        self.align = align
+        self.row_splits = len(sizes)
+        self._mask_state = MaskState()
+        self._keeps_gradients = False
+        self.register_buffer("mask_state", self._mask_state.to_tensor().to(device))
+        in_low_rank_form = torch.zeros(len(sizes) * most, dtype=torch.bool, device=device)
+        self.register_buffer("low_rank_components", in_low_rank_form)
+        for name, axis in (("row_tables", rows.length), ("column_tables", cols.length)):
+            tables = mask_tables(axis, None, structure_dtype, device)
+            self.register_buffer(name, tables, persistent=False)
+
+    @property
+    def axis_lengths(self) -> tuple[int, int]:
+        """(m / s, n): what a normalised width of 1 covers."""
+        return self.U.shape[1], self.V.shape[1]
+
+    def _component_sizes(self) -> tuple[int, ...]:
+        """Number of components of each row split."""
+        return (self.U.shape[0] // self.row_splits,) * self.row_splits
+
+    # -- the state of the masks --------------------------------------------------------------------------------------
+
+    def _set_mask_state(self, **changes: Any) -> None:
+        self._mask_state = self._mask_state._replace(**changes)
+        self._write_buffers()
+
+    @torch.no_grad()
+    def _write_buffers(self) -> None:
+        """Write what follows from ``_mask_state``: when it changes, or the dtype, device or memory of the buffers."""
+        self._structure_changed()
+        for (name, tables), n in zip(self._tables(), self.axis_lengths, strict=True):
+            new = self._new_tables(n, tables.dtype, self.widths.device)
+            if tables.device == self.widths.device:
+                tables.copy_(new)
+            else:  # a meta layer whose parameters were assigned from a state dict
+                setattr(self, name, new)
+        self.mask_state.copy_(self._mask_state.to_tensor(), non_blocking=True)
+
+    def _structure_changed(self) -> None:
+        """Called where something that is remembered of the structure no longer holds."""
+
+    def _tables(self) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+        return ("row_tables", self.row_tables), ("column_tables", self.column_tables)
+
+    def _new_tables(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return mask_tables(n, self._mask_state.sigma, dtype, device, hard=self._mask_state.hard)
+
+    def _mark_frozen(self, frozen: bool, keep_gradients: bool = False) -> None:
+        """Fix or free widths and locations; ``keep_gradients``: they go on receiving gradients, of zero."""
+        self._keeps_gradients = keep_gradients
+        if frozen:
+            self._set_mask_state(sigma=None, hard=False, frozen=True)
+        else:
+            self._set_mask_state(frozen=False)
+        for parameter in (self.widths, self.locations):
+            parameter.requires_grad_(keep_gradients or not frozen)
+            parameter.grad = None
+
+    # -- dropping components -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _keep_components(self, keep: Tensor, optimizers: Iterable[Optimizer]) -> None:
+        """Keep the components ``keep``, (K',) int64, in the parameters and in the optimizers' state."""
+        for parameter, dim in ((self.U, 0), (self.V, 0), (self.widths, 1), (self.locations, 1)):
+            keep_components(parameter, dim, keep, optimizers)
+        self.low_rank_components = self.low_rank_components[keep]
+        self._structure_changed()
+
+    # -- what torch does to every module -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> Any:
+        """As of every module; mask tables that hold anything else than they should are written anew.
+
+        ``from_pretrained`` of transformers, which prepares a model where it is given a ``TorchAoConfig`` of a
+        ``GBLRConfig``, puts uninitialised memory in place of all buffers that files do not hold, and then calls
+        ``eval()``.
+        """
+        for (_, tables), n in zip(self._tables(), self.axis_lengths, strict=True):
+            if tables.is_meta or self.widths.is_meta:
+                continue
+            if not torch.equal(tables, self._new_tables(n, tables.dtype, tables.device)):
+                self._write_buffers()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # `.half()` must not round the structure: 11 bits cannot address an axis of 4096. Sigma is kept as it was set.
+        keep: list[Tensor] = [self.widths, self.locations, self.row_tables, self.column_tables, self.mask_state]
+        keep += [tensor.grad for tensor in keep if tensor.grad is not None]
+        wide = {id(tensor) for tensor in keep}
+        mask_state, dtype, device = self.mask_state, self.row_tables.dtype, self.row_tables.device
+
+        def guarded(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrowed = moved.is_floating_point() and moved.dtype.itemsize < (8 if tensor is mask_state else 4)
+            return tensor.to(device=moved.device) if id(tensor) in wide and narrowed else moved
+
+        super()._apply(guarded, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
+        if (self.row_tables.dtype, self.row_tables.device) != (dtype, device):
+            self._write_buffers()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for parameter, name in ((self.U, "U"), (self.V, "V"), (self.widths, "widths"), (self.locations, "locations")):
+            saved = state_dict.get(prefix + name)
+            # A state saved after compaction has fewer components: the parameter takes their number.
+            dim = 0 if name in "UV" else 1
+            if saved is None or saved.dim() != 2 or saved.shape[dim] == parameter.shape[dim]:
+                continue
+            if saved.shape[dim] % self.row_splits == 0 and saved.shape[1 - dim] == parameter.shape[1 - dim]:
+                replace_storage(parameter, parameter.new_empty(saved.shape))
+        saved = state_dict.get(prefix + "low_rank_components")
+        if saved is not None and saved.shape != self.low_rank_components.shape and saved.shape == self.U.shape[:1]:
+            self.low_rank_components = self.low_rank_components.new_empty(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "mask_state" in state_dict and not self.mask_state.is_meta:
+            was_frozen, self._mask_state = self._mask_state.frozen, MaskState.from_tensor(self.mask_state)
+            if self._mask_state.frozen != was_frozen:
+                self._mark_frozen(self._mask_state.frozen)
+            self._write_buffers()
+        self._structure_changed()
+
+    def extra_repr(self) -> str:
+        """Sizes, number of components, splits, tiles and smoothness, for ``print(model)``."""
+        splits = f", row_splits={self.row_splits}" if self.row_splits > 1 else ""
+        align = f", align={self.align}" if self.align != (1, 1) else ""
+        sigma = "boxcar" if self._mask_state.sigma is None else f"{self._mask_state.sigma:g}"
+        return f"{super().extra_repr()}, components={self.U.shape[0]}{splits}{align}, sigma={sigma}"
