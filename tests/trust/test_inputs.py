@@ -49,6 +49,11 @@ def dense_of(matrix: StructuredMatrix) -> torch.Tensor:
     return u.T @ v
 
 
+def magnitudes(matrix: StructuredMatrix) -> torch.Tensor:
+    """The sum of the absolute values of all components."""
+    return dense_of(StructuredMatrix(matrix.u.abs(), matrix.v.abs(), matrix.rows, matrix.cols, matrix.split_sizes))
+
+
 BATCHES = ["one", "rows", "none", "vector", "columns", "same row", "steps of two", "reversed view"]
 
 
@@ -95,7 +100,9 @@ def test_a_frozen_weight_multiplies_as_its_dense_matrix(
     if kind != "none":
         found.sum().backward()
         gradient = torch.ones_like(wanted) @ dense_of(matrix) if wanted.dim() > 1 else dense_of(matrix).sum(0)
-        assert relative_error(x.grad, gradient) < 2 * DTYPES[dtype]
+        # Ones may cancel in the rows of a factor, so the error is measured against the sum of magnitudes.
+        scale = torch.ones_like(wanted) @ magnitudes(matrix) if wanted.dim() > 1 else magnitudes(matrix).sum(0)
+        assert float((x.grad.double() - gradient).norm()) < 2 * DTYPES[dtype] * max(float(scale.norm()), 1e-3)
 
 
 @FEW
