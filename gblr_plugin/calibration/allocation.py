@@ -105,8 +105,10 @@ def allocate(
             low[name] = max(FLOOR * budget * dense[name], min(smallest, budget * dense[name]))
     high = {name: min(given.get(name, (0.0, 1.0))[1], 1.0) * size for name, size in dense.items()}
     low = {name: min(least, high[name]) for name, least in low.items()}
-    allowed = budget * sum(dense.values())
-    if not sum(low.values()) <= allowed * (1 + 1e-9) or not allowed <= sum(high.values()) * (1 + 1e-9):
+    max_multiply_adds = budget * sum(dense.values())
+    if not sum(low.values()) <= max_multiply_adds * (1 + 1e-9) or not max_multiply_adds <= sum(high.values()) * (
+        1 + 1e-9
+    ):
         total = sum(dense.values())
         raise ConfigError(
             f"allocation: the bounds of the layers allow relative FLOPs from {sum(low.values()) / total:.4g} to "
@@ -114,13 +116,13 @@ def allocate(
         )
     if rule == "uniform":
         curves = {name: straight_curve(size) for name, size in dense.items()}
-        spent = least_maximum(curves, allowed, low, high)
+        spent = least_maximum(curves, max_multiply_adds, low, high)
     elif rule == "alds":
         curves = {name: error_curve(weight_matrix(module), splits[name]) for name, module in layers.items()}
-        spent = least_maximum(curves, allowed, low, high)
+        spent = least_maximum(curves, max_multiply_adds, low, high)
     else:
         curves = _spectral_curves(model, layers, rule, calibration, splits)
-        spent = least_sum(curves, allowed, low, high)
+        spent = least_sum(curves, max_multiply_adds, low, high)
     return {name: min(1.0, spent[name] / dense[name]) for name in layers}
 
 

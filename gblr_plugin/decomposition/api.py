@@ -99,19 +99,28 @@ def _solve(
     parts = (target / root / root).chunk(row_splits)
     m, n = parts[0].shape
     limit = min(m, n) if max_components is None else max_components
-    allowed = limit * (m + n) if budget is None else math.floor(budget * m * n + 1e-6)
+    max_multiply_adds = limit * (m + n) if budget is None else math.floor(budget * m * n + 1e-6)
     rows, cols = TiledAxis(m, tiles[0]), TiledAxis(n, tiles[1])
     cheapest = int(rows.widths(torch.tensor(1)) + cols.widths(torch.tensor(1)))
-    if allowed < cheapest:
+    if max_multiply_adds < cheapest:
         raise ConfigError(
-            f"decompose: a budget of {budget} of a {m} x {n} matrix allows {allowed} multiply-adds, "
+            f"decompose: a budget of {budget} of a {m} x {n} matrix allows {max_multiply_adds} multiply-adds, "
             f"fewer than the {cheapest} of its smallest block; raise the budget or leave this matrix dense"
         )
     # Dense is always at hand at its own price, and then exact.
     whole = method in ("gblr", "pursuit", "trapezoid") and budget == 1 and limit >= min(m, n)
     solve = exact if whole else METHODS[method]
     problems = [
-        Problem(part, allowed, rows, cols, limit, metric.for_rows(index * m, (index + 1) * m), seed + index, trains)
+        Problem(
+            part,
+            max_multiply_adds,
+            rows,
+            cols,
+            limit,
+            metric.for_rows(index * m, (index + 1) * m),
+            seed + index,
+            trains,
+        )
         for index, part in enumerate(parts)
     ]
     solved = [_something(problem, solve(problem).live()) for problem in problems]

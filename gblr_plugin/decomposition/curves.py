@@ -40,18 +40,18 @@ def straight_curve(size: int) -> Curve:
 
 
 def least_sum(
-    curves: Mapping[str, Curve], allowed: float, low: Mapping[str, float], high: Mapping[str, float]
+    curves: Mapping[str, Curve], max_multiply_adds: float, low: Mapping[str, float], high: Mapping[str, float]
 ) -> dict[str, float]:
     """Multiply-adds of each layer that minimise the sum of the convex hulls of the curves.
 
     Args:
         curves: By layer.
-        allowed: Multiply-adds of all layers together, at least those of ``low``.
+        max_multiply_adds: Multiply-adds of all layers together, at least those of ``low``.
         low: Least multiply-adds of each layer.
         high: Most multiply-adds of each layer.
 
     Returns:
-        Multiply-adds by layer, within the bounds, in total at most ``allowed``.
+        Multiply-adds by layer, within the bounds, in total at most ``max_multiply_adds``.
     """
     spent = {name: float(low[name]) for name in curves}
     pieces: list[tuple[float, str, float]] = []
@@ -61,7 +61,7 @@ def least_sum(
             width = min(end, high[name]) - max(begin, low[name])
             if width > 0 and high_error > low_error:
                 pieces.append(((high_error - low_error) / (end - begin), name, width))
-    left = allowed - sum(spent.values())
+    left = max_multiply_adds - sum(spent.values())
     # A layer's own pieces come in order, since slopes of a hull fall.
     for _, name, width in sorted(pieces, key=lambda piece: -piece[0]):
         bought = min(width, left)
@@ -73,7 +73,7 @@ def least_sum(
 
 
 def least_maximum(
-    curves: Mapping[str, Curve], allowed: float, low: Mapping[str, float], high: Mapping[str, float]
+    curves: Mapping[str, Curve], max_multiply_adds: float, low: Mapping[str, float], high: Mapping[str, float]
 ) -> dict[str, float]:
     """Multiply-adds of each layer that minimise the largest error over layers; arguments as :func:`least_sum`.
 
@@ -93,11 +93,11 @@ def least_maximum(
     while begin < end:
         middle = (begin + end) // 2
         trial = price(float(levels[middle]))
-        if sum(trial.values()) <= allowed * (1 + 1e-12):
+        if sum(trial.values()) <= max_multiply_adds * (1 + 1e-12):
             spent, end = trial, middle
         else:
             begin = middle + 1
-    return _spread(spent, max(allowed - sum(spent.values()), 0.0), high)
+    return _spread(spent, max(max_multiply_adds - sum(spent.values()), 0.0), high)
 
 
 def _hull(curve: Curve) -> tuple[list[float], list[float]]:

@@ -25,14 +25,14 @@ class Effort:
             0.9 for matrices that are not small.
         rounds: Times that blocks are added.
         sweeps: Fits with a new choice of intervals after each, a round.
-        settle: Choices of intervals within the budget, once the low-rank part has become components.
+        choices: Choices of intervals within the budget, once the low-rank part has become components.
         polish: Last fits on fixed intervals.
         renew: Share of the components that each round gives up for better ones.
-        crowd: Components of the first round over those of the result; those worth least leave round by round.
+        surplus: Components of the first round over those of the result; those worth least leave round by round.
         price: First price of a multiply-add over the mean square of the residual.
         overlap: Largest overlap of blocks added together, relative to the smaller.
         refine: Alternations on each candidate block before it is compared with the others.
-        spare: Candidates beyond the blocks wanted; ``None``: twice as many. On tiles many of them collide.
+        extra_candidates: Candidates beyond the blocks wanted; ``None``: twice as many. On tiles many of them collide.
         momentum: Extrapolation of the column factors from sweep to sweep.
         tile_scale: Side of the smaller tiles searched over (mean width of a component that the budget allows)^(3/4);
             the larger ones have twice that side.
@@ -41,19 +41,19 @@ class Effort:
     rank_share: float | None = None
     rounds: int = 5
     sweeps: int = 4
-    settle: int = 7
+    choices: int = 7
     polish: int = 6
     renew: float = 0.05
-    crowd: float = 1.3
+    surplus: float = 1.3
     price: float = 2.0
     overlap: float = 0.5
     refine: int = 2
-    spare: int | None = None
+    extra_candidates: int | None = None
     momentum: float = 0.8
     tile_scale: float = 0.8
 
 
-BRISK = Effort(rounds=6, sweeps=2, polish=4, renew=0.1, crowd=1.0, momentum=0.5)
+BRISK = Effort(rounds=6, sweeps=2, polish=4, renew=0.1, surplus=1.0, momentum=0.5)
 """Fewer sweeps, more renewal."""
 PLAIN = Effort(rounds=8, polish=4)
 """More rounds, where the low-rank part stays and is not followed by many choices of intervals."""
@@ -67,7 +67,7 @@ def default_effort(problem: Problem) -> Effort:
         return Effort(rounds=3, sweeps=2, polish=2)
     if problem.trains or not (problem.rows.cyclic or problem.cols.cyclic):
         return PLAIN
-    return Effort(spare=None if max(problem.rows.tile, problem.cols.tile) > 1 else 300)
+    return Effort(extra_candidates=None if max(problem.rows.tile, problem.cols.tile) > 1 else 300)
 
 
 def default_shares(problem: Problem) -> list[float]:

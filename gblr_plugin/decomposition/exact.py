@@ -46,11 +46,11 @@ def _rows(weight: Tensor, cols: TiledAxis, problem: Problem) -> StructuredMatrix
     present = weight.any(1).nonzero()[:, 0]
     if not 0 < len(present) <= problem.max_components:
         return None
-    if int(weight.count_nonzero()) + len(present) > problem.allowed:
+    if int(weight.count_nonzero()) + len(present) > problem.max_multiply_adds:
         return None
     entries = weight[present]
     spans = Side.of(entries, cols, 0.0).spans()
-    if int(spans.widths().sum()) + len(present) > problem.allowed:
+    if int(spans.widths().sum()) + len(present) > problem.max_multiply_adds:
         return None
     unit = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)[present]
     narrow = TiledAxis(len(weight), 1).intervals(torch.ones_like(present), present)

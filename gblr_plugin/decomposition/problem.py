@@ -22,7 +22,7 @@ class Problem:
 
     Args:
         weight: (m, n) float64 target.
-        allowed: Multiply-adds that the result may cost.
+        max_multiply_adds: Multiply-adds that the result may cost.
         rows: The axis of the m rows, with its tile.
         cols: The axis of the n columns, with its tile.
         max_components: Largest number of components.
@@ -33,7 +33,7 @@ class Problem:
     """
 
     weight: Tensor
-    allowed: int
+    max_multiply_adds: int
     rows: TiledAxis
     cols: TiledAxis
     max_components: int

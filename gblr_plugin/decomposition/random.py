@@ -13,7 +13,7 @@ __all__ = ["random"]
 def random(problem: Problem) -> StructuredMatrix:
     """Gaussian factors on full widths, as many as the budget pays, their product as large as the weight on average."""
     m, n = problem.weight.shape
-    rank = min(problem.allowed // (m + n), problem.max_components)
+    rank = min(problem.max_multiply_adds // (m + n), problem.max_components)
     generator = torch.Generator().manual_seed(problem.seed)
     spread = float(problem.weight.square().mean() / max(rank, 1)) ** 0.25
     u = torch.randn(rank, m, generator=generator, dtype=torch.float64) * spread

@@ -11,10 +11,10 @@ __all__ = ["svd"]
 def svd(problem: Problem) -> StructuredMatrix:
     """U sqrt(S) and sqrt(S) V^T of the largest rank that the budget pays, all widths full.
 
-    Without a budget (``allowed`` at least r (m + n)) this is the published starting point of learning: K =
+    Without a budget (``max_multiply_adds`` at least r (m + n)) this is the published starting point of learning: K =
     max_components full-width components, whose cost may exceed the dense matrix's.
     """
     m, n = problem.weight.shape
-    rank = min(problem.allowed // (m + n), problem.max_components, m, n)
+    rank = min(problem.max_multiply_adds // (m + n), problem.max_components, m, n)
     left, right = problem.low_rank(rank)
     return StructuredMatrix.from_factors(left.T.contiguous(), right.contiguous())

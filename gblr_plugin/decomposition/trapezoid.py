@@ -10,7 +10,7 @@ __all__ = ["least_error", "trapezoid"]
 
 
 def _rank(problem: Problem) -> int:
-    return int((problem.trapezoid_cost() <= problem.allowed).sum()) - 1
+    return int((problem.trapezoid_cost() <= problem.max_multiply_adds).sum()) - 1
 
 
 def least_error(problem: Problem) -> float:
@@ -32,5 +32,5 @@ def trapezoid(problem: Problem) -> StructuredMatrix:
     found = trapezoid_form(left, right, problem.rows, problem.cols)
     if found is not None:
         return found
-    rank = min(rank, problem.allowed // (m + n))
+    rank = min(rank, problem.max_multiply_adds // (m + n))
     return StructuredMatrix.from_factors(left[:, :rank].T.contiguous(), right[:rank].contiguous())

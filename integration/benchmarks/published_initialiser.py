@@ -42,12 +42,12 @@ def _cost(widths: Tensor, problem: Problem) -> int:
 
 def _project_widths(widths: Tensor, problem: Problem) -> None:
     """Lower all widths, (2, K) fractions in [0, 1], by the least common amount that meets the budget, in place."""
-    if _cost(widths, problem) <= problem.allowed:
+    if _cost(widths, problem) <= problem.max_multiply_adds:
         return
     low, high = 0.0, 1.0
     for _ in range(20):
         middle = (low + high) / 2
-        over = _cost((widths - middle).clamp(min=0), problem) > problem.allowed
+        over = _cost((widths - middle).clamp(min=0), problem) > problem.max_multiply_adds
         low, high = (middle, high) if over else (low, middle)
     widths.sub_(high).clamp_(min=0)
 
@@ -76,7 +76,7 @@ def interval(problem: Problem, steps: int = 1000, lr: float = 5e-3) -> Structure
         middle = (low + high) / 2
         runs = [longest_run(part >= middle) for part in smooth]
         spent = _cost(torch.stack([run[0] for run in runs]) / lengths, problem)
-        low, high = (middle, high) if spent > problem.allowed else (low, middle)
+        low, high = (middle, high) if spent > problem.max_multiply_adds else (low, middle)
     runs = [longest_run(part >= high) for part in smooth]
 
     u = (left * scale).T.repeat(repeats, 1)[:count].float().requires_grad_()
@@ -121,7 +121,7 @@ def _frozen(u: Tensor, v: Tensor, widths: Tensor, locations: Tensor, problem: Pr
     cost = multiply_adds(rows.width, cols.width)
     energy = (u * rows.support()).square().sum(1) * (v * cols.support()).square().sum(1)
     order = torch.argsort(energy / cost.clamp(min=1), descending=True, stable=True)
-    kept = order[(cost[order].cumsum(0) <= problem.allowed) & (cost[order] > 0)].sort().values
+    kept = order[(cost[order].cumsum(0) <= problem.max_multiply_adds) & (cost[order] > 0)].sort().values
     rows, cols, v = rows.select(kept), cols.select(kept), v[kept] * cols.support()[kept]
     whitened = problem.metric.whiten(v)
     u, _ = supported_solve(whitened @ whitened.T, whitened @ problem.metric.whiten(problem.weight).T, rows.support())

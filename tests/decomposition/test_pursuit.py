@@ -9,8 +9,9 @@ import torch
 
 from gblr_plugin.decomposition.effort import Effort
 from gblr_plugin.decomposition.problem import Problem
-from gblr_plugin.decomposition.pursuit import _finished, _State, pursuit
+from gblr_plugin.decomposition.pursuit import finished, pursuit
 from gblr_plugin.decomposition.spans import Spans
+from gblr_plugin.decomposition.state import State
 from gblr_plugin.decomposition.trapezoid import trapezoid
 from gblr_plugin.matrix.metric import Metric
 from gblr_plugin.matrix.tiles import TiledAxis
@@ -28,7 +29,7 @@ def problem(m: int, n: int, budget: float, tile: int = 1, metric: Metric | None 
 def test_beats_trapezoids_of_equal_cost(budget: float, shape: tuple[int, int]) -> None:
     task = problem(*shape, budget)
     found = pursuit(task)
-    assert found.stored <= task.allowed
+    assert found.stored <= task.max_multiply_adds
     assert found.num_components <= task.max_components
     assert task.error(found) < 0.97 * task.error(trapezoid(task))
 
@@ -39,7 +40,7 @@ def test_aligned_pursuit_keeps_to_the_grid() -> None:
     for part in (found.rows, found.cols):
         assert bool((part.width % 8 == 0).all())
         assert bool((part.start % 8 == 0).all())
-    assert found.stored <= task.allowed
+    assert found.stored <= task.max_multiply_adds
     assert task.error(found) < task.error(trapezoid(task))
 
 
@@ -69,8 +70,8 @@ def test_factors_that_will_be_trained_do_not_cancel(trains: bool, least: float, 
     rows = Spans(torch.tensor([2, 2]), torch.tensor([0, 0]), task.rows)
     cols = Spans(torch.tensor([64, 64]), torch.tensor([0, 0]), task.cols)
     none = torch.zeros(64, 0, dtype=torch.float64)
-    state = _State(u, v, rows, cols, none, none.T, v, torch.ones(2, dtype=torch.float64))
-    found = _finished(task, state, 0, True)
+    state = State(u, v, rows, cols, none, none.T, v, torch.ones(2, dtype=torch.float64))
+    found = finished(task, state, 0, True)
     assert found is not None
     size = (found.u.abs().amax(1) * found.v.abs().amax(1)).max() / task.weight[:2].abs().max()
     assert least < float(size) < most

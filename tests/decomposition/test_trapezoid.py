@@ -12,9 +12,9 @@ from gblr_plugin.matrix.tiles import TiledAxis
 from gblr_plugin.matrix.trapezoid_form import lu_no_pivot, trapezoid_form
 
 
-def problem(m: int, n: int, allowed: int, tile: int = 1, seed: int = 0) -> Problem:
+def problem(m: int, n: int, max_multiply_adds: int, tile: int = 1, seed: int = 0) -> Problem:
     weight = torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return Problem(weight, allowed, TiledAxis(m, tile), TiledAxis(n, tile), min(m, n), Metric(), 0)
+    return Problem(weight, max_multiply_adds, TiledAxis(m, tile), TiledAxis(n, tile), min(m, n), Metric(), 0)
 
 
 @pytest.mark.parametrize("size", [1, 5, 32, 45, 70])

@@ -36,7 +36,7 @@ def test_budget_is_kept_and_steps_lower_the_error() -> None:
     errors = []
     for steps in (1, 150):
         found = interval(task, steps=steps)
-        assert 0.5 * task.allowed < found.stored <= task.allowed
+        assert 0.5 * task.max_multiply_adds < found.stored <= task.max_multiply_adds
         errors.append(task.error(found))
     assert errors[1] < 0.9 * errors[0]
 
@@ -49,7 +49,7 @@ def test_tiles_start_with_components_and_never_end_worse_than_zero(align: int, b
     task = Problem(weight, int(budget * 56 * 90), TiledAxis(56, align), TiledAxis(90, align), 56, metric, 0)
     found = interval(task, steps=steps)
     assert found.num_components > 1
-    assert 0.5 * task.allowed < found.stored <= task.allowed
+    assert 0.5 * task.max_multiply_adds < found.stored <= task.max_multiply_adds
     assert task.error(found) < 0.999
     for part, length in ((found.rows, 56), (found.cols, 90)):
         assert bool(((part.width % align == 0) | (part.width == length)).all())

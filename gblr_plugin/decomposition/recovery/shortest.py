@@ -122,17 +122,22 @@ def shortest(problem: Problem) -> StructuredMatrix | None:
         if basis is not None and _unstructured(basis):
             generic.add(turned)
             if len(generic) == 2:  # trapezoids are the cheapest then, at whatever budget
-                return _accepted(problem, trapezoid(replace(problem, allowed=int(problem.trapezoid_cost()[rank]))))
+                return _accepted(
+                    problem, trapezoid(replace(problem, max_multiply_adds=int(problem.trapezoid_cost()[rank])))
+                )
             continue
         if work > LARGEST_WORK:
             return None
-        if basis is None or int(basis.spans().widths().sum()) + rank * min(rows.tile, rows.length) > problem.allowed:
+        if (
+            basis is None
+            or int(basis.spans().widths().sum()) + rank * min(rows.tile, rows.length) > problem.max_multiply_adds
+        ):
             continue
         factors = torch.linalg.lstsq(basis.factors.T, target.T).solution
         exchange = Exchange(factors, basis, target, rows, max(100 * noise, 1e-5), LARGEST_WORK - work)
         exchange.run()
         work += exchange.work
-        found = _accepted(problem, _fitted(exchange, turned)) if exchange.cost() <= problem.allowed else None
+        found = _accepted(problem, _fitted(exchange, turned)) if exchange.cost() <= problem.max_multiply_adds else None
         if found is not None or work > LARGEST_WORK:
             return found
     return None
@@ -140,4 +145,4 @@ def shortest(problem: Problem) -> StructuredMatrix | None:
 
 def _accepted(problem: Problem, found: StructuredMatrix) -> StructuredMatrix | None:
     """A matrix that is within the budget and equals the weight."""
-    return found if found.stored <= problem.allowed and problem.error(found) < EXACT else None
+    return found if found.stored <= problem.max_multiply_adds and problem.error(found) < EXACT else None

@@ -28,9 +28,9 @@ def planted(size: int, count: int, seed: int, tile: int = 1) -> StructuredMatrix
     return StructuredMatrix.from_factors(u, v, intervals(), intervals())
 
 
-def problem(weight: torch.Tensor, allowed: int, tile: int = 1, metric: Metric | None = None) -> Problem:
+def problem(weight: torch.Tensor, max_multiply_adds: int, tile: int = 1, metric: Metric | None = None) -> Problem:
     m, n = weight.shape
-    return Problem(weight, allowed, TiledAxis(m, tile), TiledAxis(n, tile), min(m, n), metric or Metric(), 0)
+    return Problem(weight, max_multiply_adds, TiledAxis(m, tile), TiledAxis(n, tile), min(m, n), metric or Metric(), 0)
 
 
 def test_intervals_are_the_shortest() -> None:
@@ -150,7 +150,7 @@ def test_full_width_columns_of_blocks_of_rows_are_found() -> None:
         task = problem(turned, 4 * (10 + 30))
         found = shortest(task)
         assert found is not None
-        assert found.stored <= task.allowed
+        assert found.stored <= task.max_multiply_adds
         assert task.error(found) < 1e-7
 
 

@@ -1,11 +1,11 @@
 r"""Low rank on fewer rows: each component of a rank-r product leaves out a window of one axis.
 
-A basis vector of an r-dimensional space can be made zero on any r - 1 indices (the freedom that trapezoids use), and
+A vector of an r-dimensional space can be made zero on any r - 1 indices (the freedom that the trapezoid form uses), and
 nearly zero on many more: over z > r of them the smallest singular value of the z x r block grows like sqrt(z) - sqrt(r)
-only. So r windows are spread evenly over the axis, each with the direction of the space that is smallest on it, and
-made as long as a multiply-add saves more than it costs. On tiles, where trapezoids waste up to a tile a component, the
-windows lose nothing. What the other factors make up for once refitted is counted: index i loses the projection of its
-row on the directions that leave it out.
+only. So r windows are spread evenly over the axis, each with the direction of the space that is smallest on it. Of a
+few lengths that one is taken at which the price of the multiply-adds saved exceeds the squared error made by most. On
+tiles, where the trapezoid form wastes up to a tile a component, windows waste nothing. What the other components make
+up for once refitted is counted: index i loses the projection of its row on the directions that leave it out.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...matrix.tiles import TiledAxis
-from ..joint import supported_solve
-from ..spans import Spans
+from ..matrix.tiles import TiledAxis
+from .joint import supported_solve
+from .problem import Problem
+from .spans import Spans
+from .state import State, norms, orthonormal
 
-__all__ = ["Windows", "best_windows"]
+__all__ = ["Windows", "best_windows", "with_windows"]
 
 LENGTHS = (1.5, 2.0, 3.0, 1.0)
 """Lengths of the windows that are compared, over the rank, in this order."""
@@ -102,7 +104,7 @@ def best_windows(factor: Tensor, grid: TiledAxis, price: float, least: float = 0
         least: What the windows must save more than.
 
     Returns:
-        The windows, or ``None`` where the grid has no room for them, or nothing is saved.
+        The windows, or ``None`` where the axis is too short for them or not cyclic, or nothing is saved.
     """
     length, rank = factor.shape
     if not grid.cyclic or rank < 2:
@@ -127,3 +129,52 @@ def best_windows(factor: Tensor, grid: TiledAxis, price: float, least: float = 0
         if net > least:
             best, least = Windows((factor @ directions).T * support, spans, net), net
     return best
+
+
+def with_windows(state: State, problem: Problem, price: float) -> State | None:
+    """The low-rank part as components that leave out windows; ``None`` where the trapezoid form saves more.
+
+    Args:
+        state: With a low-rank part.
+        problem: What is decomposed, in the Frobenius norm.
+        price: Squared error that one multiply-add must save.
+
+    Returns:
+        A state without low-rank part, in float64, since these factors are far from orthogonal. Its first components,
+        of infinite worth, are those of the low-rank part.
+    """
+    rank, grids = state.left.shape[1], (problem.rows, problem.cols)
+    state = state.to(torch.float64)
+    rest = problem.weight - state.u.T @ state.v
+    left = orthonormal(rest @ state.right.T)
+    right, corner = torch.linalg.qr(rest.T @ left)  # what the blocks leave is left corner^T right^T
+    saved = rank * sum(problem.weight.shape) - int(problem.trapezoid_cost()[rank])
+    factors = left @ corner.T, right @ corner
+    axis, windows = 0, best_windows(factors[0], grids[0], price, price * saved)
+    least = price * saved if windows is None else windows.net
+    better = best_windows(factors[1], grids[1], price, least)
+    if better is not None:
+        axis, windows = 1, better
+    if windows is None:
+        return None
+    # The other factor, on its whole axis, fitted to the low-rank part.
+    fit = torch.linalg.pinv(windows.factor.T) @ factors[axis]
+    other = grids[1 - axis]
+    zeros = torch.zeros(rank, dtype=torch.int64, device=fit.device)
+    full = Spans(zeros + other.cells, zeros, other)
+    if axis == 0:
+        u, v, rows, cols = windows.factor, fit @ right.T, windows.spans, full
+    else:
+        u, v, rows, cols = fit @ left.T, windows.factor, full, windows.spans
+    size = norms(u)
+    v = v * size
+    return State(
+        torch.cat([u / size, state.u]),
+        torch.cat([v, state.v]),
+        rows.join(state.rows),
+        cols.join(state.cols),
+        u.new_zeros(u.shape[1], 0),
+        v.new_zeros(0, v.shape[1]),
+        torch.cat([v, state.v]),
+        torch.cat([v.new_full((rank,), math.inf), state.worth]),
+    )

@@ -10,7 +10,7 @@ from gblr_plugin import decompose
 from gblr_plugin.decomposition.effort import Effort
 from gblr_plugin.decomposition.problem import Problem
 from gblr_plugin.decomposition.pursuit import pursuit
-from gblr_plugin.decomposition.recovery.windows import best_windows
+from gblr_plugin.decomposition.windows import best_windows
 from gblr_plugin.layers.dense import structured_like
 from gblr_plugin.matrix.metric import Metric
 from gblr_plugin.matrix.tiles import TiledAxis
@@ -57,7 +57,7 @@ def test_windows_beat_trapezoids(tile: int, monkeypatch: pytest.MonkeyPatch) -> 
     weight = factor(128, 128)
     problem = Problem(weight, 128 * 32, TiledAxis(128, tile), TiledAxis(128, tile), 128, Metric(), 0)
     with_windows = problem.error(pursuit(problem, Effort(rank_share=0.7, rounds=3)))
-    monkeypatch.setattr("gblr_plugin.decomposition.pursuit.best_windows", lambda *_: None)
+    monkeypatch.setattr("gblr_plugin.decomposition.windows.best_windows", lambda *_: None)
     assert with_windows < 0.995 * problem.error(pursuit(problem, Effort(rank_share=0.7, rounds=3)))
 
 
