@@ -142,7 +142,7 @@ def _fail(code: int, message: str) -> int:
 
 
 def _bench(arguments: Sequence[str]) -> int:
-    from .bench.products import main as bench
+    from .bench.command import main as bench
 
     return int(bench(arguments) or 0)
 

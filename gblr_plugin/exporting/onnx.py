@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from ..families.layers import FamilyLinear
-from ..kernels.layout import block_values, pack
+from ..kernels.buffers import block_values
+from ..kernels.packing import pack
 from ..kernels.plan import candidates
 from ..layers.dense import replace_modules
 from ..matrix.structure import StructuredMatrix

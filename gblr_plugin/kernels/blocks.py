@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .layout import Batch, Block, Layout, all_lists, batch_values, batches, block_list, block_values
+from .buffers import all_lists, batch_values, block_list, block_values
+from .layout import Batch, Block, Layout, batches
 
 __all__ = ["CHUNK", "convolution", "linear", "linear_inference"]
 

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from ..matrix.structure import Intervals, StructuredMatrix
 from ..utils.files import write_text
 from ..utils.progress import track
+from ..utils.timing import interleaved_medians
 from .costs import BUCKETS, CASES, PLACES, Costs, Stored, case_of, recorded
-from .measure import circumstances, interleaved_medians
+from .measure import circumstances
 from .plan import Plan, candidates, stored_as
 
 __all__ = ["Make", "costs_here"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -16,51 +15,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..matrix.structure import StructuredMatrix
+from ..utils.timing import interleaved_medians
 from . import compiled, product
-from .layout import Layout, pack_for
+from .layout import Layout
+from .packing import pack_for
 from .plan import MATRIX, Plan, candidates
 
-__all__ = ["circumstances", "interleaved_medians", "is_stale", "measured_plan"]
+__all__ = ["circumstances", "is_stale", "measured_plan"]
 
 KEEP = 3  # candidates of each kernel that are timed
 SECONDS = 0.02  # at most about this long per candidate and bucket
 _CACHE: dict[tuple[object, ...], Plan] = {}
-
-
-def interleaved_medians(
-    calls: list[Callable[[], object]],
-    device: torch.device,
-    seconds: float,
-    least: int = 3,
-    clock: Callable[[], float] = time.perf_counter,
-    pick: Callable[[list[float]], float] = statistics.median,
-) -> list[float]:
-    """Median time of each call, in seconds; the calls take turns, so that drifts of the machine meet all of them.
-
-    Args:
-        calls: What to time; each is called once beforehand.
-        device: CUDA devices are waited for.
-        seconds: About how long to spend on each call.
-        least: Smallest number of rounds.
-        clock: Where the time comes from; ``time.process_time`` where others use the processor too.
-        pick: What to take of each call's times in place of their median.
-    """
-
-    def once(call: Callable[[], object]) -> float:
-        start = clock()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return clock() - start
-
-    for call in calls:
-        once(call)
-    times = [[once(call)] for call in calls]
-    rounds = max(least, min(50, int(seconds / max(statistics.fmean(t[0] for t in times), 1e-9))))
-    for _ in range(rounds - 1):
-        for call, taken in zip(calls, times, strict=True):
-            taken.append(once(call))
-    return [pick(taken) for taken in times]
 
 
 def circumstances(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:

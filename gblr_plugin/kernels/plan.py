@@ -15,7 +15,8 @@ from ..errors import ConfigError
 from ..matrix.structure import Intervals, StructuredMatrix
 from .compiled import WIDEST, available
 from .costs import BUCKETS, Costs, Stored, recorded
-from .layout import GROUP, Layout, active_counts, is_narrow, set_fields
+from .layout import GROUP, Layout, is_narrow, set_fields
+from .packing import active_counts
 from .product import KERNELS
 
 __all__ = ["BUCKETS", "CostsOf", "Plan", "candidates", "dense_plan", "fixed_plan", "predicted_cost", "stored_as"]
@@ -105,7 +106,7 @@ class Plan:
         """Whether the kernels were chosen by timing."""
         return bool(self.device)
 
-    def pinned(self) -> Plan:
+    def unmeasured(self) -> Plan:
         """The same choice as if it had not been measured: nothing measures it again, wherever it goes."""
         return replace(self, device="", dtype="", threads=0, machine="", speedups=())
 

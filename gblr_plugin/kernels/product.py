@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import blocks, compiled
-from .layout import Layout, to_dense
+from .buffers import to_dense
+from .layout import Layout
 from .soundness import PLAIN
 
 __all__ = ["KERNELS", "convolution", "is_plain", "linear"]

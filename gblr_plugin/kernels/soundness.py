@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..errors import ConfigError
-from .layout import Block, Layout, all_lists, halved, interval_facts, tables
+from .buffers import all_lists, interval_facts
+from .layout import Block, Layout
+from .packing import halved, tables
 
 __all__ = ["PLAIN", "check_index", "check_operands", "check_sizes", "is_known", "vouch"]
 
@@ -174,7 +176,7 @@ def _axis_fits(
 ) -> bool:
     """Does each block's list name, in order, all components of its split whose interval meets it.
 
-    It may name others, to have as many as other blocks (``even`` of :func:`~gblr_plugin.kernels.layout.pack`).
+    It may name others, to have as many as other blocks (``even`` of :func:`~gblr_plugin.kernels.packing.pack`).
     """
     if not bool(((width > 0) & (width <= length) & (start >= 0) & (start < length)).all()):
         return False

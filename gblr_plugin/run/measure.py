@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from ..utils.timing import interleaved_medians
 
 __all__ = ["METRICS", "evaluate", "interleaved_latency", "mean_and_spread"]
 
@@ -58,18 +57,12 @@ def interleaved_latency(networks: Mapping[str, nn.Module], x: Tensor, rounds: in
     Args:
         networks: By name; put in evaluation mode.
         x: Input of all of them.
-        rounds: Turns; the first three are not counted.
+        rounds: Turns that are counted, after three that are not.
     """
-    times: dict[str, list[float]] = {name: [] for name in networks}
     for network in networks.values():
         network.eval()
-    for turn in range(rounds + 3):
-        for name, network in networks.items():
-            start = time.perf_counter()
-            network(x)
-            if turn >= 3:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    calls = [lambda network=network: network(x) for network in networks.values()]
+    return dict(zip(networks, interleaved_medians(calls, x.device, least=rounds, warmup=3), strict=True))
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:

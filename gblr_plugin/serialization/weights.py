@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..kernels.layout import Layout, interval_facts, narrowed, pack, unpack
+from ..kernels.buffers import interval_facts, unpack
+from ..kernels.layout import Layout
+from ..kernels.packing import narrowed, pack
 from ..kernels.plan import Plan
 from ..matrix.structure import Intervals, StructuredMatrix
 from ..tensor.gblr_tensor import GBLRTensor

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from gblr_plugin.kernels import compiled, product
-from gblr_plugin.kernels.layout import pack
+from gblr_plugin.kernels.packing import pack
 from gblr_plugin.kernels.plan import candidates
 from gblr_plugin.layers import GBLRLinear
 from gblr_plugin.layers import masks as mask

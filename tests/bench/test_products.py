@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gblr_plugin.bench import products as bench
+from gblr_plugin.bench import command, products
+from gblr_plugin.bench.command import main
 from gblr_plugin.bench.networks import GPT, ViT, replace_weights
-from gblr_plugin.bench.products import Row, main, random_structure, speed
+from gblr_plugin.bench.products import Row, random_structure, speed
 from gblr_plugin.errors import ConfigError
 
 
@@ -66,11 +67,11 @@ def test_summary_names_the_worst_case() -> None:
         Row("products", name, 32, 0.25, 1.0, 1.0, figure, goal, "group")
         for name, figure, goal in (("fast", 1.2, 0.85), ("slow", 0.5, 0.85), ("even", 0.9, 0.85), ("other", 0.1, None))
     ]
-    _, _, line = bench._summary(rows)
+    _, _, line = command._summary(rows)
     assert line.split() == ["group", "0.85", "0.90", "0.50", "slow", "below", "the", "goal"]
-    assert bench._summary(rows[3:]) == []
+    assert command._summary(rows[3:]) == []
     controls = [replace(row, control=control) for row, control in zip(rows[:2], (0.98, 1.04), strict=True)]
-    assert bench._summary(controls)[2].endswith("slow  below the goal; dense against dense 0.98 to 1.04")
+    assert command._summary(controls)[2].endswith("slow  below the goal; dense against dense 0.98 to 1.04")
 
 
 def test_every_section_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +89,7 @@ def test_every_section_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_structured_networks_equal_their_dense_matrices() -> None:
     for network, call in ((ViT(48, 2, 3, 5), None), (GPT(48, 2, 3, 11, 16), 4)):
-        bench._structured(network, ("qkv", "fc1", "fc2"), 0.4, 1, "fixed")
+        products._structured(network, ("qkv", "fc1", "fc2"), 0.4, 1, "fixed")
         plain = copy.deepcopy(network)
         replace_weights(plain, ("qkv", "fc1", "fc2"), lambda name, layer, number: layer.weight.to_dense())
         with torch.no_grad():
@@ -101,7 +102,7 @@ def test_structured_networks_equal_their_dense_matrices() -> None:
 
 def test_relative_flops_of_a_network_count_its_dense_layers() -> None:
     network = GPT(48, 1, 3, 11, 16)
-    flops = bench._structured(network, ("qkv", "fc1", "fc2"), 0.4, 1, "fixed")
+    flops = products._structured(network, ("qkv", "fc1", "fc2"), 0.4, 1, "fixed")
     block = network.blocks[0]
     stored = sum(getattr(block, name).weight.stored for name in ("qkv", "fc1", "fc2")) + 48 * 48
     assert flops == pytest.approx(stored / (12 * 48 * 48))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from gblr_plugin import cli
-from gblr_plugin.bench import products as bench
+from gblr_plugin.bench import command as bench
 from gblr_plugin.run.comparison_settings import ComparisonSettings
 from gblr_plugin.run.search_settings import SearchSettings
 from gblr_plugin.run.settings import RunSettings

@@ -10,8 +10,9 @@ import torch
 
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.kernels import measure, product
-from gblr_plugin.kernels.layout import narrowed, pack, pack_for, quantize
-from gblr_plugin.kernels.measure import circumstances, interleaved_medians, is_stale, measured_plan
+from gblr_plugin.kernels.buffers import quantize
+from gblr_plugin.kernels.measure import circumstances, is_stale, measured_plan
+from gblr_plugin.kernels.packing import narrowed, pack, pack_for
 from gblr_plugin.kernels.plan import MEMORY, Plan, candidates, fixed_plan, predicted_cost
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 from gblr_plugin.tensor.gblr_tensor import GBLRTensor
@@ -155,10 +156,10 @@ def test_plans_measured_elsewhere_are_stale(change: dict[str, object]) -> None:
     assert not is_stale(plan, cpu, torch.float32)
     elsewhere = replace(plan, **change)
     assert is_stale(elsewhere, cpu, torch.float32) == bool(change)
-    pinned = elsewhere.pinned()
-    assert pinned == Plan(16, 16)
-    assert pinned.speedups == ()
-    assert not is_stale(pinned, cpu, torch.float32)
+    unmeasured = elsewhere.unmeasured()
+    assert unmeasured == Plan(16, 16)
+    assert unmeasured.speedups == ()
+    assert not is_stale(unmeasured, cpu, torch.float32)
 
 
 @pytest.mark.parametrize("kernel", ["compiled", "blocks"])
@@ -170,18 +171,3 @@ def test_the_storage_costs_what_the_plan_predicted(kernel: str) -> None:
     assert predicted_cost(pack(original, 0, 0)[0], "dense", 4) == 1.0
     wide = GBLRTensor.from_structured(original, plan=Plan(16, 16)).to(torch.float64)  # no kernel is compiled for it
     assert wide.predicted_cost == predicted_cost(wide.packing, "blocks", 8)
-
-
-def test_interleaved_medians_call_in_turns() -> None:
-    order: list[int] = []
-    times = interleaved_medians([lambda: order.append(0), lambda: order.append(1)], torch.device("cpu"), 0.0, least=3)
-    assert order == [0, 1] * 4
-    assert all(time > 0 for time in times)
-
-
-def test_interleaved_medians_take_the_clock_they_are_given() -> None:
-    ticks = iter(range(1000))
-    times = interleaved_medians(
-        [lambda: next(ticks), lambda: None], torch.device("cpu"), 0.0, clock=lambda: next(ticks)
-    )
-    assert times == [2, 1]

@@ -13,7 +13,8 @@ from torch.func import jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from gblr_plugin.kernels import compiled, product
-from gblr_plugin.kernels.layout import narrowed, pack, quantize, to_dense
+from gblr_plugin.kernels.buffers import quantize, to_dense
+from gblr_plugin.kernels.packing import narrowed, pack
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
@@ -197,7 +198,8 @@ FREED = """
 import torch
 from gblr_plugin.kernels import compiled, product
 from gblr_plugin.kernels.cpu import numba_team
-from gblr_plugin.kernels.layout import narrowed, pack, quantize, to_dense
+from gblr_plugin.kernels.buffers import quantize, to_dense
+from gblr_plugin.kernels.packing import narrowed, pack
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 
 numba_team.SHARED_TOKENS = numba_team.SHARED_BLOCKS = 0

@@ -18,7 +18,9 @@ from torch.nn import functional as F
 from gblr_plugin import GBLRTensor
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.kernels import soundness
-from gblr_plugin.kernels.layout import Block, Layout, narrowed, pack, quantize
+from gblr_plugin.kernels.buffers import quantize
+from gblr_plugin.kernels.layout import Block, Layout
+from gblr_plugin.kernels.packing import narrowed, pack
 from gblr_plugin.kernels.plan import Plan
 from gblr_plugin.kernels.soundness import check_index, check_sizes, is_known, vouch
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
@@ -315,14 +317,14 @@ def test_lists_from_a_file_share_their_memory_with_nothing() -> None:
 def test_a_file_cannot_bring_attributes_that_stand_in_the_way_of_the_check() -> None:
     weight = weight_of()
     state = weight.__getstate__()
-    for name in ("_ready", "check", "to_dense", "shape"):
+    for name in ("_checks", "check", "to_dense", "shape"):
         with pytest.raises(ConfigError, match=f"it names '{name}'"):
             GBLRTensor.__new__(
                 GBLRTensor, *(state[k] for k in ("factors", "lists", "packing", "plan", "outer_shape"))
             ).__setstate__({**state, name: None})
     with pytest.raises(ConfigError, match="check is part of its class"):
         weight.check = dict
-    weight._ready = {"call": print}
+    weight._checks = {"call": print}
     weight.lists.fill_(77)
     with pytest.raises(ConfigError, match="its lists are damaged"):
         F.linear(torch.randn(2, 64), weight)

@@ -11,7 +11,7 @@ import gblr_plugin.serialization.container
 from gblr_plugin import ConfigError, GBLRTensor, convert, decompose, families, load, prepare, report, save
 from gblr_plugin.families.layers import trainable
 from gblr_plugin.kernels import compiled
-from gblr_plugin.kernels.layout import interval_facts
+from gblr_plugin.kernels.buffers import interval_facts
 from gblr_plugin.kernels.plan import Plan, dense_plan
 from gblr_plugin.surgery.starts import LayerSettings
 

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import gblr_plugin as gblr
 from gblr_plugin import Intervals, StructuredMatrix
 from gblr_plugin.kernels import product
-from gblr_plugin.kernels.layout import pack, to_dense
+from gblr_plugin.kernels.buffers import to_dense
+from gblr_plugin.kernels.packing import pack
 from gblr_plugin.layers import GBLRLinear
 from gblr_plugin.layers.masks import gaudi_mask
 from gblr_plugin.layers.product import Product

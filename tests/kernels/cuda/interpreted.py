@@ -9,7 +9,7 @@ from gblr_plugin import layers
 from gblr_plugin.kernels import compiled
 from gblr_plugin.kernels.cuda import triton_masks, triton_proximal
 from gblr_plugin.kernels.cuda import triton_product as triton_cuda
-from gblr_plugin.kernels.layout import pack
+from gblr_plugin.kernels.packing import pack
 from gblr_plugin.layers import masks as mask
 from gblr_plugin.learning import proximal
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from gblr_plugin.kernels import compiled
-from gblr_plugin.kernels.layout import pack
+from gblr_plugin.kernels.packing import pack
 from gblr_plugin.kernels.plan import BLOCKS as ALL_BLOCKS
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 

@@ -6,20 +6,18 @@ import pytest
 import torch
 
 from gblr_plugin.errors import ConfigError
-from gblr_plugin.kernels.layout import (
-    active_counts,
+from gblr_plugin.kernels.buffers import (
     all_lists,
     batch_values,
-    batches,
     block_list,
     block_values,
     interval_facts,
-    narrowed,
-    pack,
     quantize,
     to_dense,
     unpack,
 )
+from gblr_plugin.kernels.layout import batches
+from gblr_plugin.kernels.packing import active_counts, narrowed, pack
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 
 
