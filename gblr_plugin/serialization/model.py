@@ -206,7 +206,7 @@ def _assemble(stored: dict[str, Tensor], header: Header, skeleton: nn.Module, pa
             if name not in shapes:
                 raise ConfigError(f"the network has no weight {name!r}")
             parts = {part: stored.pop(part) for part in part_names(name) if part in stored}
-            state[name] = unflatten_weight(header.record(name), parts, name, shapes[name]).settled()
+            state[name] = unflatten_weight(header.record(name), parts, name, shapes[name]).replanned_here()
         for name, said in header.torchao.items():
             state[name] = _unflatten_torchao(name, said, stored)
         state.update(stored)

@@ -427,7 +427,7 @@ def test_int8_factors_get_a_plan_of_kernels_that_are_here(monkeypatch: pytest.Mo
     assert {name for _, name in weight.plan.kernels} == {"dense"}  # beside factors that nothing multiplies by
     int8 = weight.quantize()
     assert {name for _, name in int8.plan.kernels} == {"blocks"}
-    assert int8.settled() is int8
+    assert int8.replanned_here() is int8
     assert relative_error(int8.to_dense(), matrix.to_dense().double()) < 1e-2
 
 
@@ -462,10 +462,10 @@ def test_plans_measured_elsewhere_are_measured_anew(tmp_path: Path) -> None:
     blocks = Plan(16, 16, ((1024, "blocks"),))  # which every machine has
     here = dataclasses.replace(blocks, **circumstances(torch.device("cpu"), torch.float32))
     elsewhere = dataclasses.replace(here, machine="another")
-    for plan, kept in ((here, True), (elsewhere, False), (elsewhere.pinned(), True)):
+    for plan, kept in ((here, True), (elsewhere, False), (elsewhere.unmeasured(), True)):
         model = nn.Sequential(nn.Linear(80, 96)).eval()
         model[0].weight = nn.Parameter(GBLRTensor.from_structured(matrix, plan=plan), requires_grad=False)
-        assert (model[0].weight.data.settled().plan == plan) == kept
+        assert (model[0].weight.data.replanned_here().plan == plan) == kept
         save(model, tmp_path / "model.safetensors")
         again = load(tmp_path / "model.safetensors", nn.Sequential(nn.Linear(80, 96)))
         assert (again[0].weight.plan == plan) == kept
@@ -486,7 +486,7 @@ def test_programs_compiled_with_a_kernel_are_not_those_without(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("kernel", ["compiled", "blocks"])
-def test_the_short_way_is_taken_by_plain_inference_alone(kernel: str) -> None:
+def test_the_direct_call_is_taken_by_plain_inference_alone(kernel: str) -> None:
     """The launcher answers None wherever anything but the result is wanted, and the product stays right."""
     if kernel == "compiled":
         pytest.importorskip("numba")
@@ -496,9 +496,9 @@ def test_the_short_way_is_taken_by_plain_inference_alone(kernel: str) -> None:
     calls = []
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
-        genuine = weight._ready.call
+        genuine = weight._checks.call
         assert genuine is not None
-        weight._ready.call = lambda *args: calls.append(genuine(*args)) or calls[-1]
+        weight._checks.call = lambda *args: calls.append(genuine(*args)) or calls[-1]
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
         assert calls[-1] is not None
         torch.testing.assert_close(layer(x.transpose(0, 1)), expected.transpose(0, 1), rtol=1e-4, atol=1e-4)
@@ -561,10 +561,10 @@ def test_a_changed_plan_or_buffer_is_noticed() -> None:
         weight = layer.weight
         weight.factors = weight.factors * 2
         torch.testing.assert_close(layer(x) - layer.bias, 4 * (before - layer.bias), rtol=1e-4, atol=1e-4)
-        made = weight._ready
+        made = weight._checks
         weight.plan = Plan(weight.plan.block_rows, weight.plan.block_cols, ((1024, "blocks"),))
         torch.testing.assert_close(layer(x) - layer.bias, 4 * (before - layer.bias), rtol=1e-4, atol=1e-4)
-        assert weight._ready is not made
+        assert weight._checks is not made
 
 
 @pytest.mark.usefixtures("plans")

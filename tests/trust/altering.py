@@ -37,7 +37,8 @@ from torch.nn import functional as F
 from gblr_plugin import GBLRTensor, load, save
 from gblr_plugin.errors import GBLRError
 from gblr_plugin.kernels.compiled import available
-from gblr_plugin.kernels.layout import Block, Layout, pack
+from gblr_plugin.kernels.layout import Block, Layout
+from gblr_plugin.kernels.packing import pack
 from gblr_plugin.kernels.plan import Plan
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 
@@ -284,7 +285,7 @@ def alter_outside(draw: random.Random, parts: dict[str, Any]) -> None:
 def alter_keys(draw: random.Random, parts: dict[str, Any]) -> None:
     """Names of attributes and methods that a state must not bring along."""
     name = draw.choice(
-        ["_ready", "matrix", "to_dense", "_checked", "dense_elements", "shape", "x", "__class__", "data"]
+        ["_checks", "matrix", "to_dense", "_checked", "dense_elements", "shape", "x", "__class__", "data"]
     )
     parts["more"][name] = draw.choice([None, 3, torch.zeros(4, 4), {}, Called(torch.Size, (1, 2))])
 
