@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.fused import solve_kernel
+from ..kernels.optional import solve_kernel
 
 __all__ = ["conjugate_gradient", "gram_matrix", "supported_solve"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.fused import search_kernels
+from ..kernels.optional import search_kernels
 from ..matrix.structure import Intervals
 from ..matrix.tiles import TiledAxis
 from .spans import Spans, best_spans, cell_sums

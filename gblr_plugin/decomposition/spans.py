@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.fused import span_kernels
+from ..kernels.optional import span_kernels
 from ..matrix.structure import Intervals
 from ..matrix.tiles import TiledAxis
 

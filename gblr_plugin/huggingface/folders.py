@@ -28,7 +28,7 @@ from ..serialization.families import restore_matrix
 from ..serialization.header import Header, read_headers
 from ..serialization.model import flatten_model
 from ..serialization.weights import part_names, unflatten_weight
-from ..tensor.frozen import hasten
+from ..tensor.frozen import use_kept_matrix
 from ..tensor.gblr_tensor import GBLRTensor
 from ..utils.files import write_text
 from ..utils.optional_imports import quiet_import
@@ -305,7 +305,7 @@ class GBLRHfQuantizer(HfQuantizer):
         replacements: dict[int, nn.Module] = {}
         for module in model.modules():
             if isinstance(module, _Carrier):
-                replacements[id(module)] = hasten(_loaded(module, self._header.record(module.name)))
+                replacements[id(module)] = use_kept_matrix(_loaded(module, self._header.record(module.name)))
         replace_modules(model, replacements)
         modules = dict(model.named_modules(remove_duplicate=False))
         for name in self._header.families:

@@ -1,8 +1,8 @@
 """The factored product by torch operations: differentiable, traceable, on any device and dtype.
 
 Stage 1 makes z^T (K, tokens) from the column blocks, ``z^T[list] += V_J x_J^T``; stage 2 makes each row block of the
-output from its own list, ``y_J = z^T[list]^T U_J``. z stays transposed so that both take whole rows of it. int8 factors
-are cast block by block, and z multiplied by their scales.
+output from the block's list, ``y_J = z^T[list]^T U_J``. z stays transposed, so that both stages take full rows of it.
+int8 factors are cast block by block, and z is multiplied by their scales.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from .layout import Batch, Block, Layout, batches
 
 __all__ = ["CHUNK", "convolution", "linear", "linear_inference"]
 
-CHUNK = 256  # tokens per pass: z^T of a few thousand components then stays in the caches
+CHUNK = 256  # tokens per pass, so that z^T of a few thousand components stays in the caches
 
 
-def _accumulate(z: Tensor, part: Tensor, lists: Tensor, block: Block | Batch, dim: int) -> None:
-    if part.dtype is not z.dtype:
-        part = part.to(z.dtype)
+def _accumulate(z: Tensor, sums: Tensor, lists: Tensor, block: Block | Batch, dim: int) -> None:
+    """Add sums to the rows of z that a list names."""
+    if sums.dtype is not z.dtype:
+        sums = sums.to(z.dtype)
     if block.first >= 0:
-        z.narrow(dim, block.first, block.size).add_(part)
+        z.narrow(dim, block.first, block.size).add_(sums)
     else:
-        z.index_add_(dim, block_list(lists, block), part)
+        z.index_add_(dim, block_list(lists, block), sums)
 
 
 def _select(z: Tensor, lists: Tensor, block: Block | Batch, dim: int) -> Tensor:
@@ -35,9 +36,9 @@ def _select(z: Tensor, lists: Tensor, block: Block | Batch, dim: int) -> Tensor:
 
 
 def _columns(x: Tensor, batch: Batch) -> Tensor:
-    """The part of x (tokens, n) that meets a batch, (blocks, tokens, width)."""
-    part: Tensor = x.narrow(1, batch.start, batch.blocks * batch.width).unflatten(1, (batch.blocks, batch.width))
-    return part.transpose(0, 1)
+    """The columns of x (tokens, n) that a batch covers, (blocks, tokens, width)."""
+    columns: Tensor = x.narrow(1, batch.start, batch.blocks * batch.width).unflatten(1, (batch.blocks, batch.width))
+    return columns.transpose(0, 1)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -62,14 +63,14 @@ def linear(
     z = x.new_zeros(num, x.shape[0], dtype=_sum_dtype(x.dtype)) if num else x.t()[:0]
     for batch in batches(layout.col_blocks):
         if batch.size:
-            part = batch_values(values, batch).to(x.dtype) @ _columns(x, batch).transpose(1, 2)
-            _accumulate(z, part.flatten(0, 1), lists, batch, 0)
+            sums = batch_values(values, batch).to(x.dtype) @ _columns(x, batch).transpose(1, 2)
+            _accumulate(z, sums.flatten(0, 1), lists, batch, 0)
     z = _scaled(z, scales, x.dtype, 0)
-    parts = []
+    rows = []
     for batch in batches(layout.row_blocks):
-        own = _select(z, lists, batch, 0).unflatten(0, (batch.blocks, batch.size)).transpose(1, 2)
-        parts.append((own @ batch_values(values, batch).to(x.dtype)).transpose(0, 1).flatten(1))
-    y = torch.cat(parts, dim=1)
+        inputs = _select(z, lists, batch, 0).unflatten(0, (batch.blocks, batch.size)).transpose(1, 2)
+        rows.append((inputs @ batch_values(values, batch).to(x.dtype)).transpose(0, 1).flatten(1))
+    y = torch.cat(rows, dim=1)
     return y if bias is None else y + bias
 
 
@@ -85,29 +86,29 @@ def linear_inference(
         z = x.new_zeros(layout.num_components, count, dtype=sums)
         for batch in layout.col_batches:
             if batch.size:
-                _add_columns(z, _part(x, at, count, batch), _factors(values, batch, dtype), lists, batch)
+                _add_columns(z, _tokens(x, at, count, batch), _factors(values, batch, dtype), lists, batch)
         if scales is not None or sums is not dtype:
             z = _scaled(z, scales, dtype, 0)
         for batch in layout.row_batches:
-            own = _select(z, lists, batch, 0).view(batch.blocks, batch.size, count).transpose(1, 2)
-            target = _part(y, at, count, batch)
+            inputs = _select(z, lists, batch, 0).view(batch.blocks, batch.size, count).transpose(1, 2)
+            target, factors = _tokens(y, at, count, batch), _factors(values, batch, dtype)
             if bias is None:
-                torch.bmm(own, _factors(values, batch, dtype), out=target)
+                torch.bmm(inputs, factors, out=target)
             else:
-                part = bias.narrow(0, batch.start, batch.blocks * batch.width).view(batch.blocks, 1, batch.width)
-                torch.baddbmm(part, own, _factors(values, batch, dtype), out=target)
+                start = bias.narrow(0, batch.start, batch.blocks * batch.width).view(batch.blocks, 1, batch.width)
+                torch.baddbmm(start, inputs, factors, out=target)
     return y
 
 
-def _part(x: Tensor, at: int, count: int, batch: Batch) -> Tensor:
-    """As :func:`_columns` for some tokens, in one call."""
+def _tokens(x: Tensor, at: int, count: int, batch: Batch) -> Tensor:
+    """As :func:`_columns` for some tokens, in one call of torch."""
     row, column = x.stride()
     place = x.storage_offset() + at * row + batch.start * column
     return x.as_strided((batch.blocks, count, batch.width), (batch.width * column, row, column), place)
 
 
 def _factors(values: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """As :func:`batch_values` in the dtype of x, in one call where it is theirs."""
+    """As :func:`batch_values` in a dtype, in one call of torch where the factors have it."""
     size, width = batch.size, batch.width
     place = values.storage_offset() + batch.data_at
     factors = values.as_strided((batch.blocks, size, width), (size * width, width, 1), place)
@@ -146,10 +147,10 @@ def convolution(
         taps *= size
     convolve = F.conv1d if len(kernel) == 1 else F.conv2d
 
-    def stage(x_part: Tensor, weight: Tensor) -> Tensor:
-        return convolve(x_part, weight, None, stride, padding, dilation)
+    def stage(channels: Tensor, weight: Tensor) -> Tensor:
+        return convolve(channels, weight, None, stride, padding, dilation)
 
-    # One component's own shape gives the output size for every padding mode.
+    # A component of zeros gives the size of the output for every kind of padding.
     probe = stage(x[:, :1], x.new_zeros(1, 1, *kernel)) if not layout.num_components else None
     z: Tensor | None = None if probe is None else probe[:, :0]
     for block in layout.col_blocks:
@@ -157,11 +158,11 @@ def convolution(
             continue
         channel, channels = block.start // taps, (block.stop - block.start) // taps
         weight = block_values(values, block).to(x.dtype).view(block.size, channels, *kernel)
-        part = stage(x.narrow(1, channel, channels), weight)
+        sums = stage(x.narrow(1, channel, channels), weight)
         if z is None:
-            shape = (part.shape[0], layout.num_components, *part.shape[2:])
-            z = part.new_zeros(shape, dtype=_sum_dtype(x.dtype))
-        _accumulate(z, part, lists, block, 1)
+            shape = (sums.shape[0], layout.num_components, *sums.shape[2:])
+            z = sums.new_zeros(shape, dtype=_sum_dtype(x.dtype))
+        _accumulate(z, sums, lists, block, 1)
     assert z is not None  # every component meets a column block
     out_size = z.shape[2:]
     flat = _scaled(z, scales, x.dtype, 1).flatten(2)

@@ -23,7 +23,7 @@ __all__ = ["available", "linear", "missing"]
 
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 _MODULES = {"cpu": "numba", "cuda": "triton"}
-WIDEST = 128  # largest block that the triton kernels take
+WIDEST = 128  # largest block that the Triton kernels take
 
 
 @lru_cache
@@ -41,9 +41,9 @@ def _has_bfloat16() -> bool:
 
 @torch.compiler.assume_constant_result
 def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Is there a compiled kernel for this device and dtype: an optional dependency may be missing, or unwanted.
+    """Whether there is a compiled kernel for this device and dtype.
 
-    ``GBLR_COMPILED=0`` in the environment multiplies by torch operations alone.
+    It needs numba on the CPU and Triton on CUDA. ``GBLR_COMPILED=0`` in the environment leaves it out.
     """
     if dtype not in _DTYPES.get(device.type, ()) or not _installed(device.type):
         return False
@@ -51,7 +51,7 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def missing(device: torch.device, dtype: torch.dtype) -> bool:
-    """Is there a compiled kernel for this device and dtype elsewhere, but not here?"""
+    """Whether there is a compiled kernel for this device and dtype on other machines, but not on this one."""
     return dtype in _DTYPES.get(device.type, ()) and not available(device, dtype)
 
 
@@ -167,13 +167,13 @@ def _side(table_at: int, blocks: tuple[Block, ...], groups_at: int) -> tuple[int
 
 
 def fits(layout: Layout, device: torch.device, dtype: torch.dtype) -> bool:
-    """Does a layout suit the kernel: on CUDA wide lists and blocks up to 128, on the CPU even borders for bfloat16."""
+    """Whether the kernel takes a layout: wide lists and blocks up to 128 on CUDA, even borders for bfloat16 on CPUs."""
     rows, cols = layout.row_blocks[0], layout.col_blocks[0]
     widths = rows.stop - rows.start, cols.stop - cols.start
     if device.type == "cuda":
         return not layout.narrow and max(widths) <= WIDEST
-    split_axis = layout.shape[1 if layout.transposed else 0] // len(layout.split_sizes)
-    return dtype != torch.bfloat16 or not any(size % 2 for size in (*widths, *layout.shape, split_axis))
+    split_length = layout.shape[1 if layout.transposed else 0] // len(layout.split_sizes)
+    return dtype != torch.bfloat16 or not any(size % 2 for size in (*widths, *layout.shape, split_length))
 
 
 def linear(
@@ -196,7 +196,7 @@ def linear(
         bias: (m,) or None.
         opaque: Call the kernel directly, without torch's dispatcher: no gradients, no tracing, less overhead.
         scales: (components,) float32 of int8 factors; on the CPU, for x in float32.
-        options: For the opaque kernel (``tiles`` of triton).
+        options: Options of the opaque kernel (``tiles`` of Triton's).
     """
     call = _kernel(x.device.type) if opaque else structured_linear
     sizes = (

@@ -1,7 +1,7 @@
-"""What dense and structured products take on one processor, in one dtype, by one kernel, on some number of threads.
+"""The cost model: times of dense and structured products, from which plans are chosen without timing the weight.
 
-Plans are chosen by these numbers. They are measured on the machine itself, see :mod:`~gblr_plugin.kernels.fit`, or
-they are those of one machine, recorded in a file beside this one.
+The numbers hold for one processor, dtype, kernel and number of threads. :mod:`~gblr_plugin.kernels.fit` measures them
+on the machine itself; ``recorded_costs.json`` holds those of one machine.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["BUCKETS", "CASES", "FEATURES", "PLACES", "Costs", "Stored", "case_of", "recorded"]
+__all__ = ["BUCKETS", "CASES", "FEATURES", "PLACES", "Costs", "Workload", "case_of", "recorded"]
 
 BUCKETS = (1, 2, 4, 16, 64, 256, 1024)  # tokens; a kernel is chosen for each
 CASES = (*map(str, BUCKETS), "unfolded", "pointwise")
-"""Linear layers with so many tokens, convolutions that unfold their input, and pointwise ones."""
+"""Linear layers by number of tokens, convolutions that unfold their input, and pointwise convolutions."""
 FEATURES = (
     *("start", "threads called", "row entries", "column entries", "far entries"),
     *("list entries", "rows", "columns", "blocks"),
 )
-"""What the time of a structured product is a sum over, all but the first two in thousands."""
-FAR = 3 << 20  # bytes from which on factors come from beyond the second-level cache
-PLACES = 14  # of the input of a convolution, along each axis
+"""The time of a structured product is a weighted sum of these; all but the first two are in thousands."""
+FAR = 3 << 20  # bytes from which on factors do not fit the second-level cache
+PLACES = 14  # output positions of a convolution along each axis
 RECORDED = Path(__file__).with_name("recorded_costs.json")
 
 
@@ -35,22 +35,22 @@ def case_of(taps: int | None, tokens: int) -> str:
     """Which of :data:`CASES` a product is.
 
     Args:
-        taps: Of a convolution, ``prod(kernel)``; ``None`` for a linear layer.
-        tokens: One of :data:`BUCKETS`; of no account for a convolution.
+        taps: ``prod(kernel)`` of a convolution; ``None`` for a linear layer.
+        tokens: One of :data:`BUCKETS`; ignored for a convolution.
     """
     return str(tokens) if taps is None else "unfolded" if taps > 1 else "pointwise"
 
 
-class Stored(NamedTuple):
-    """A matrix as a plan stores it: what the time of a structured product depends on.
+class Workload(NamedTuple):
+    """What the time of a structured product depends on.
 
     Args:
         shape: (m, n) of the matrix.
         rows: (width, active components) of every block of rows.
         cols: The same of the columns.
-        dtype: Of the factors.
+        dtype: Dtype of the factors.
         kernel: ``"compiled"`` or ``"blocks"``.
-        taps: Of a convolution, ``prod(kernel)``; ``None`` for a linear layer.
+        taps: ``prod(kernel)`` of a convolution; ``None`` for a linear layer.
     """
 
     shape: tuple[int, int]
@@ -63,8 +63,8 @@ class Stored(NamedTuple):
     def features(self, tokens: int, threads: int) -> tuple[float, ...]:
         """:data:`FEATURES` of a product on so many threads."""
         of_rows, of_cols = (sum(width * count for width, count in blocks) for blocks in (self.rows, self.cols))
-        whole = max(len(self.rows), len(self.cols)) == 1  # all components in one block: nothing to gather
-        listed = 0 if whole else sum(count for _, count in (*self.rows, *self.cols))
+        single = max(len(self.rows), len(self.cols)) == 1  # all components in one block: nothing to gather
+        listed = 0 if single else sum(count for _, count in (*self.rows, *self.cols))
         far = of_rows + of_cols if (of_rows + of_cols) * self.dtype.itemsize > FAR else 0
         shared = False
         if self.kernel == "compiled" and threads > 1:
@@ -82,12 +82,12 @@ class Costs:
 
     Args:
         threads: Number of threads.
-        dense: Of each of :data:`CASES`: (entries of the matrix, time) of dense products, in increasing order.
-        ours: Of each of :data:`CASES`: what one unit of each of :data:`FEATURES` adds to the time of a structured
+        dense: For each of :data:`CASES`, (entries of the matrix, time) of dense products, in increasing order.
+        ours: For each of :data:`CASES`, what one unit of each of :data:`FEATURES` adds to the time of a structured
             product.
 
     Raises:
-        ValueError: If a case is missing or unknown, or a number is no time.
+        ValueError: If a case is missing or unknown, or a number cannot be a time.
     """
 
     threads: int
@@ -105,16 +105,16 @@ class Costs:
             if len(coefficients) != len(FEATURES) or not all(0 <= x < math.inf for x in coefficients):
                 raise ValueError(f"structured products must have {len(FEATURES)} numbers of 0 or more")
 
-    def slowness(self, stored: Stored, tokens: int) -> float:
-        """Time of the structured product of so many tokens, one of :data:`BUCKETS`, over that of the dense one."""
-        case = case_of(stored.taps, tokens)
-        found = stored.features(tokens if stored.taps is None else PLACES**2, self.threads)
+    def slowness(self, work: Workload, tokens: int) -> float:
+        """Time of the structured product over that of the dense one; ``tokens`` is one of :data:`BUCKETS`."""
+        case = case_of(work.taps, tokens)
+        found = work.features(tokens if work.taps is None else PLACES**2, self.threads)
         ours = sum(each * number for each, number in zip(self.ours[case], found, strict=True))
-        return ours / self._dense(self.dense[case], stored.shape[0] * stored.shape[1])
+        return ours / self._dense(self.dense[case], work.shape[0] * work.shape[1])
 
     @staticmethod
     def _dense(points: tuple[tuple[float, float], ...], entries: int) -> float:
-        """Time on the line through the two measured neighbours, in logarithms; beyond the largest, by entries."""
+        """Time by logarithmic interpolation between two measured sizes; beyond them, in proportion to entries."""
         if entries >= points[-1][0]:
             return points[-1][1] * entries / points[-1][0]
         if entries <= points[0][0]:
@@ -129,7 +129,7 @@ class Costs:
 
     @classmethod
     def from_dict(cls, values: Any) -> Costs:
-        """The costs that :meth:`to_dict` wrote, lists in place of tuples allowed.
+        """The costs that :meth:`to_dict` wrote; lists may stand in place of tuples.
 
         Raises:
             ValueError: If the values are no costs.
@@ -151,8 +151,8 @@ def recorded(device: torch.device, dtype: torch.dtype, kernel: str) -> Costs:
     """Costs of one thread of one processor with AVX-512, the same on every machine.
 
     Args:
-        device: Of no account.
-        dtype: Its size alone counts.
+        device: Ignored.
+        dtype: Only its size matters.
         kernel: ``"compiled"`` or ``"blocks"``.
     """
     return _recorded()[f"{kernel} {dtype.itemsize}"]

@@ -1,8 +1,7 @@
-"""The short way from ``F.linear`` to the kernels of a CPU, for inference: microseconds count at one token.
+"""A direct call from ``F.linear`` to the kernels of a CPU, for inference with few tokens, where microseconds count.
 
-What depends on the weight alone is decided once (:func:`launcher`); what depends on the call is asked of torch in a
-handful of questions. Whatever is not plain inference gets None for an answer, and takes the long way
-(:func:`~gblr_plugin.kernels.product.linear`).
+:func:`launcher` decides once what depends on the weight alone. Each call then asks torch a few questions, and returns
+``None`` for all that is not plain inference, which goes through :func:`~gblr_plugin.kernels.product.linear` instead.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ Launcher = Callable[[Tensor, Tensor | None], Tensor | None]
 
 
 def launcher(layout: Layout, plan: Plan, factors: Tensor, lists: Tensor, scales: Tensor | None) -> Launcher | None:
-    """A call for products by one weight, None where its plan never takes the factors or its device is no CPU.
+    """A call for products by one weight; ``None`` where its plan never takes the factors or its device is no CPU.
 
     Args:
         layout: Where everything lies.
         plan: The kernels.
         factors: Flat factors.
-        lists: Index buffer. The addresses of all buffers are kept: that they are still these, the caller sees to.
-        scales: Of int8 factors.
+        lists: Index buffer. The addresses of all buffers are kept; the caller checks that they have not changed.
+        scales: Scales of int8 factors.
 
     Returns:
-        ``call(x, bias)`` with x (..., n), which gives (..., m), or None where the call needs the long way: gradients,
-        tracing, autocast, dispatch modes, other devices, dtypes, strides or kernels.
+        ``call(x, bias)`` with x (..., n), which returns (..., m), or ``None`` for gradients, tracing, autocast,
+        dispatch modes, and other devices, dtypes, strides or kernels.
     """
     dtype = factors.dtype if scales is None else scales.dtype
     names = {name for _, name in plan.kernels} - {"dense"}

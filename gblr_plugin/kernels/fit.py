@@ -1,7 +1,7 @@
-"""Costs of products measured on the machine itself, once per processor, dtype, kernel and number of threads.
+"""The numbers of the cost model, measured once per processor, dtype, kernel and number of threads.
 
 They are kept in the user's cache folder: ``gblr_plugin`` in ``XDG_CACHE_HOME``, which is ``~/.cache`` by default.
-``GBLR_FIT_COSTS=0`` in the environment measures nothing and takes the recorded costs.
+With ``GBLR_FIT_COSTS=0`` in the environment nothing is measured, and the recorded costs are used.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -26,19 +27,19 @@ from ..matrix.structure import Intervals, StructuredMatrix
 from ..utils.files import write_text
 from ..utils.progress import track
 from ..utils.timing import interleaved_medians
-from .costs import BUCKETS, CASES, PLACES, Costs, Stored, case_of, recorded
+from .costs import BUCKETS, CASES, PLACES, Costs, Workload, case_of, recorded
 from .measure import circumstances
-from .plan import Plan, candidates, stored_as
+from .plan import Plan, candidates, workload_of
 
 __all__ = ["Make", "costs_here"]
 
-SECONDS = 1.5  # from which on no more passes are made
+SECONDS = 1.5  # after this time no further pass begins
 PATIENCE = 60.0  # seconds to wait for another process that measures
-# Microseconds of a dense product: beyond the first it is timed in one round, beyond the second with no more tokens.
+# Microseconds of a dense product: above the first it is timed in one round, above the second no more tokens are tried.
 SLOW, SLOWEST = 1000.0, 3000.0
 ROUNDS = 3  # of each other measurement
-PASSES = 12  # over all that is quick, so that what disturbs one pass does not disturb all
-# Weights of linear layers and convolutions, and structures of each: relative FLOPs and tile.
+PASSES = 12  # over all short products, so that a disturbance of one pass does not reach all
+# Shapes of the weights of linear layers and convolutions; (relative FLOPs, tile) of the structures of each.
 SHAPES: tuple[tuple[int, ...], ...] = (
     *((32, 32), (64, 64), (128, 128), (256, 256), (512, 512), (1024, 256), (256, 1024), (1024, 1024), (2048, 2048)),
     *((32, 32, 1, 1), (64, 64, 1, 1), (128, 128, 1, 1), (256, 256, 1, 1), (512, 512, 1, 1)),
@@ -47,7 +48,7 @@ SHAPES: tuple[tuple[int, ...], ...] = (
 STRUCTURES = ((0.15, 1), (0.15, 32), (0.5, 1))
 
 Make = Callable[[StructuredMatrix, tuple[int, ...], Plan], Tensor]
-"""Of a matrix, the shape of the weight and a plan: the weight that modules hold."""
+"""Makes the weight that a module holds from a matrix, the shape of the weight and a plan."""
 
 _logger = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
@@ -55,35 +56,34 @@ _known: dict[tuple[object, ...], Costs] = {}
 
 
 class _Cell:
-    """One shape in one case: a dense layer and structured ones, with the least times so far in microseconds."""
+    """One shape in one case: a dense layer and structured ones, with their least times so far in microseconds."""
 
-    def __init__(self, case: str, entries: int, layers: list[nn.Module], x: Tensor, found: list[tuple[float, ...]]):
-        self.case, self.entries, self.features = case, entries, found
-        self.calls: list[Callable[[], object]] = [lambda layer=layer: layer(x) for layer in layers]  # type: ignore[misc]  # binds
+    def __init__(self, case: str, entries: int, layers: list[nn.Module], x: Tensor, features: list[tuple[float, ...]]):
+        self.case, self.entries, self.features = case, entries, features
+        self.calls = [partial(layer, x) for layer in layers]
         self.times = [math.inf] * len(layers)
 
     def take(self, clock: Callable[[], float], rounds: int = ROUNDS) -> None:
-        """Time each structured layer in turns with the dense one; more of them would drive its weight from the caches.
+        """Time each structured layer in turns with the dense one, whose weight more layers would drive from the caches.
 
-        What is least of all times was disturbed least.
+        The least time is kept, since it was disturbed least.
         """
         dense, *others = self.calls
         for number, call in enumerate(others, 1):
-            for at, taken in zip(
-                (0, number), interleaved_medians([dense, call], _CPU, 0.0, rounds, clock, min), strict=True
-            ):
+            times = interleaved_medians([dense, call], _CPU, 0.0, rounds, clock, min)
+            for at, taken in zip((0, number), times, strict=True):
                 self.times[at] = min(self.times[at], 1e6 * taken)
 
 
 def costs_here(device: torch.device, dtype: torch.dtype, kernel: str, make: Make) -> Costs:
-    """Costs on this machine: known, kept in a file, or measured now, which takes up to two seconds.
+    """Costs on this machine: known, read from a file, or measured now, which takes up to two seconds.
 
-    Processes wait for one another, so that one of them measures, undisturbed. A file that cannot be read or written is
-    named in the log, and costs nothing but time.
+    Processes wait for one another, so that only one of them measures. A file that cannot be read or written is named in
+    the log, and the costs are then measured again.
 
     Args:
-        device: Only the CPU is measured; others take the recorded costs.
-        dtype: Of factors and inputs.
+        device: Only CPUs are measured; other devices take the recorded costs.
+        dtype: Dtype of factors and inputs.
         kernel: ``"compiled"`` or ``"blocks"``.
         make: Makes the weights to time.
     """
@@ -111,7 +111,7 @@ def _folder() -> Path:
 
 
 def _kept_or_fitted(facts: dict[str, str | int], fit: Callable[[], Costs]) -> Costs:
-    """The costs in the file of these facts, or those of ``fit``, which then go there."""
+    """The costs in the file for these facts; without a file those of ``fit``, which are then written to it."""
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     name, costs = f"costs-{facts['dtype']}-{facts['kernel']}-{facts['threads']}-{digest}.json", None
     try:
@@ -125,7 +125,7 @@ def _kept_or_fitted(facts: dict[str, str | int], fit: Callable[[], Costs]) -> Co
         with filelock.FileLock(f"{path}.lock", timeout=PATIENCE):
             costs = _read(path, damaged="measured anew") or fit()
             write_text(path, json.dumps({**facts, **costs.to_dict()}, indent=1))
-    except (OSError, RuntimeError) as error:  # of the folder, its disk or the lock; or there is no home
+    except (OSError, RuntimeError) as error:  # the folder, its disk or the lock failed, or there is no home
         _logger.warning("costs of products are measured and not kept: %s", error)
     return fit() if costs is None else costs
 
@@ -142,7 +142,7 @@ def _read(path: Path, damaged: str | None = None) -> Costs | None:
 
 
 def _fitted_apart(dtype: torch.dtype, kernel: str, make: Make) -> Costs:
-    """In a thread of its own: modes, autocast and default devices of the caller's do not reach it."""
+    """Measure in another thread, which the caller's modes, autocast and default device do not reach."""
     with ThreadPoolExecutor(1, thread_name_prefix="gblr") as pool:
         return pool.submit(copy_context().run, _fitted, dtype, kernel, make).result()
 
@@ -152,34 +152,39 @@ def _fitted(dtype: torch.dtype, kernel: str, make: Make) -> Costs:
     cells = _measured(dtype, kernel, make)
     dense, ours = {}, {}
     for case in CASES:
-        own = [cell for cell in cells if cell.case == case]
+        of_case = [cell for cell in cells if cell.case == case]
         fastest: dict[int, float] = {}
-        for cell in own:
+        for cell in of_case:
             fastest[cell.entries] = min(cell.times[0], fastest.get(cell.entries, math.inf))
         dense[case] = tuple(sorted(fastest.items()))
-        ours[case] = _coefficients([pair for cell in own for pair in zip(cell.features, cell.times[1:], strict=True)])
+        pairs = [pair for cell in of_case for pair in zip(cell.features, cell.times[1:], strict=True)]
+        ours[case] = _coefficients(pairs)
     return Costs(torch.get_num_threads(), dense, ours)
 
 
 def _coefficients(found: list[tuple[tuple[float, ...], float]]) -> tuple[float, ...]:
-    """What features add to times: least squares of relative errors, none below 0."""
+    """What each feature adds to the time, by least squares of relative errors; none is below 0.
+
+    Args:
+        found: (features, time) of every structured product.
+    """
     wanted = np.array([row for row, _ in found]) / np.array([[time] for _, time in found])
     used = list(range(wanted.shape[1]))
     while True:
         solution = np.linalg.lstsq(wanted[:, used], np.ones(len(found)), rcond=None)[0]
-        parts = solution * np.linalg.norm(wanted[:, used], axis=0)
-        if parts.min() >= 0 or len(used) == 1:
+        shares = solution * np.linalg.norm(wanted[:, used], axis=0)
+        if shares.min() >= 0 or len(used) == 1:
             break
-        used.pop(int(parts.argmin()))
+        used.pop(int(shares.argmin()))
     result = np.zeros(wanted.shape[1])
     result[used] = solution.clip(min=0)
     return tuple(result.tolist())
 
 
 def _measured(dtype: torch.dtype, kernel: str, make: Make) -> list[_Cell]:
-    """Time modules as conversion leaves them, all once, and the quick ones again and again."""
+    """Time modules as conversion leaves them, all once, and the short products in further passes."""
     threads = torch.get_num_threads()
-    # Where the time of one thread can be had exactly, other work on the machine does not disturb it.
+    # Other work on the machine does not disturb the time of a single thread, where the system counts that exactly.
     exact = threads == 1 and time.get_clock_info("thread_time").resolution <= 1e-6
     clock = time.thread_time if exact else time.perf_counter
     _layers(SHAPES[0], dtype, kernel, make)[0][-1](_inputs(SHAPES[0], dtype)[0][1])  # compiles the kernel, or loads it
@@ -193,9 +198,9 @@ def _measured(dtype: torch.dtype, kernel: str, make: Make) -> list[_Cell]:
             slow = cells[-1].times[0] > SLOW
             if cells[-1].times[0] > SLOWEST:
                 break
-    quick = [cell for cell in cells if sum(cell.times) < SLOW]
+    short = [cell for cell in cells if sum(cell.times) < SLOW]
     for _ in range(PASSES):
-        for cell in quick:
+        for cell in short:
             if clock() > end:
                 return cells
             cell.take(clock)
@@ -203,7 +208,7 @@ def _measured(dtype: torch.dtype, kernel: str, make: Make) -> list[_Cell]:
 
 
 def _inputs(shape: tuple[int, ...], dtype: torch.dtype) -> list[tuple[str, Tensor]]:
-    """The cases of a weight, each with an input."""
+    """The cases of a weight of this shape, each with an input."""
     if len(shape) > 2:
         return [(case_of(prod(shape[2:]), 0), torch.ones(1, shape[1], PLACES, PLACES, dtype=dtype))]
     return [(case_of(None, tokens), torch.ones(tokens, shape[1], dtype=dtype)) for tokens in BUCKETS]
@@ -223,8 +228,8 @@ def _module(weight: Tensor) -> nn.Module:
 
 def _layers(
     shape: tuple[int, ...], dtype: torch.dtype, kernel: str, make: Make
-) -> tuple[list[nn.Module], list[Stored]]:
-    """A dense layer, structured ones, and how these are stored."""
+) -> tuple[list[nn.Module], list[Workload]]:
+    """A dense layer, structured ones, and the workload of each of these."""
     m, n, taps = shape[0], prod(shape[1:]), prod(shape[2:]) if len(shape) > 2 else None
     layers, found = [_module(torch.full(shape, 0.5, dtype=dtype))], []
     for share, tile in STRUCTURES:
@@ -233,12 +238,12 @@ def _layers(
         matrix = _structure(m, n, share, tile, dtype)
         plan = candidates(matrix, taps, kernel)[0]
         layers.append(_module(make(matrix, shape, plan)))
-        found.append(stored_as(plan, matrix, taps))
+        found.append(workload_of(plan, matrix, taps))
     return layers, found
 
 
 def _structure(m: int, n: int, share: float, tile: int, dtype: torch.dtype) -> StructuredMatrix:
-    """Components of widths up to half an axis, at any place, in whole tiles; no random numbers are drawn."""
+    """Components of widths up to half an axis, at any place, in complete tiles; no random numbers are drawn."""
     number = torch.arange(max(round(share * 4 * m * n / (m + n)), 1), dtype=torch.float64)
 
     def intervals(length: int, step: float) -> Intervals:

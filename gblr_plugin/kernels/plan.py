@@ -1,4 +1,4 @@
-"""Plans: which storage and which kernel multiply by a structured weight, per number of tokens.
+"""Kernel plans: the block sizes of a structured weight, and the kernel for each number of tokens.
 
 A plan comes from the cost model, whose numbers are measured once per machine (:mod:`~gblr_plugin.kernels.fit`), or from
 a measurement of the weight itself (:mod:`~gblr_plugin.kernels.measure`).
@@ -14,25 +14,25 @@ import torch
 from ..errors import ConfigError
 from ..matrix.structure import Intervals, StructuredMatrix
 from .compiled import WIDEST, available
-from .costs import BUCKETS, Costs, Stored, recorded
+from .costs import BUCKETS, Costs, Workload, recorded
 from .layout import GROUP, Layout, is_narrow, set_fields
 from .packing import active_counts
 from .product import KERNELS
 
-__all__ = ["BUCKETS", "CostsOf", "Plan", "candidates", "dense_plan", "fixed_plan", "predicted_cost", "stored_as"]
+__all__ = ["BUCKETS", "CostsOf", "Plan", "candidates", "dense_plan", "fixed_plan", "predicted_cost", "workload_of"]
 
 BLOCKS = (16, 32, 64, 128, 256, 512)
-# Bytes of a layout over those of the bare factors; torch needs as many components in every block.
+# Most bytes of a layout over those of the bare factors; torch operations need equally many components in all blocks.
 MEMORY = {"compiled": 1.15, "blocks": 1.55}
-MATRIX = 1 << 20  # bytes of a dense matrix that one launch multiplies by as fast as two launches by its factors
-# Of a token, in multiply-adds: moving one element of z at a block of rows and at one of columns, where it is written
-# too; one more block.
+MATRIX = 1 << 20  # bytes of a dense matrix by which one launch multiplies as fast as two launches by its factors
+# Costs per token in multiply-adds, by kernel and bytes of an element: moving one element of z at a block of rows, and
+# at a block of columns, where z is also written; one more block.
 MOVE = {"compiled": {4: (0.5, 1.5), 2: (7.0, 5.0)}, "blocks": {8: (25.0, 25.0), 4: (50.0, 50.0), 2: (65.0, 65.0)}}
 CALL = 50.0
-# The matrix is kept where the structured product is foreseen to take more than the first share of the dense one's time,
-# at some number of tokens; dense then is taken above the second. Times are foreseen to a tenth or so.
+# The matrix is kept where the structured product is predicted to take more than the first share of the dense one's time
+# at some number of tokens; then the dense product is used above the second share. Predictions are within about 10%.
 LOSS, DOUBT = 0.95, 0.85
-# Types of a plan's fields; those left out are tuples.
+# Types of a plan's fields; those that are not listed are tuples.
 _KINDS = {
     "block_rows": int,
     "block_cols": int,
@@ -47,16 +47,16 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Storage and kernels of one weight; hashable and serialisable.
+    """Block sizes and kernels of one weight; hashable and serialisable.
 
     Args:
         block_rows: Rows per block (within a row split); 0 for dense storage.
         block_cols: Columns per block; 0 for dense storage.
         kernels: (largest number of tokens, kernel name) in increasing order; the last one also serves beyond.
         predicted: Predicted cost of one token in multiply-adds, overheads included, over those of the dense product.
-        padding: Stored entries over those inside the intervals.
-        device: Device type the kernels were measured on; ``""`` if not measured.
-        dtype: Dtype they were measured in, as ``"float32"``; ``""`` if not measured.
+        padding: Entries with padding over those inside the intervals.
+        device: Device type on which the kernels were measured; ``""`` if not measured.
+        dtype: Dtype in which they were measured, as ``"float32"``; ``""`` if not measured.
         threads: CPU threads at the measurement; 0 if not measured.
         machine: Name of the processor or the GPU at the measurement; ``""`` if not measured.
         speedups: (tokens, time of the dense product over ours) as measured; empty if not measured.
@@ -103,11 +103,11 @@ class Plan:
 
     @property
     def measured(self) -> bool:
-        """Whether the kernels were chosen by timing."""
+        """Whether the kernels were chosen by timing the weight."""
         return bool(self.device)
 
     def unmeasured(self) -> Plan:
-        """The same choice as if it had not been measured: nothing measures it again, wherever it goes."""
+        """The same choice as if it had not been measured: no machine measures it again."""
         return replace(self, device="", dtype="", threads=0, machine="", speedups=())
 
     def kernel(self, tokens: int) -> str:
@@ -133,17 +133,17 @@ class Plan:
 
     @property
     def even(self) -> bool:
-        """Are a linear weight's blocks given as many components each, so that torch takes them all in one product."""
+        """Whether a linear weight's blocks get equally many components, so that torch takes all in one product."""
         names = {name for _, name in self.kernels}
         return "blocks" in names and "compiled" not in names
 
     @property
     def keeps_matrix(self) -> bool:
-        """Does it take the dense matrix beside factors in blocks."""
+        """Whether the dense matrix is kept beside the factors, for some or all numbers of tokens."""
         return self.block_rows > 0 and any(name == "dense" for _, name in self.kernels)
 
     def by_factors(self) -> Plan:
-        """The same without the dense matrix beside factors in blocks."""
+        """The plan without the dense matrix beside the factors."""
         if not self.keeps_matrix:
             return self
         others = tuple((tokens, name) for tokens, name in self.kernels if name != "dense")
@@ -155,7 +155,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> Plan:
-        """The plan that :meth:`to_dict` wrote, lists in place of tuples allowed.
+        """The plan that :meth:`to_dict` wrote; lists may stand in place of tuples.
 
         Raises:
             ConfigError: For unknown keys, and as the constructor.
@@ -182,9 +182,9 @@ class _Axis:
     """What one block size costs on one axis."""
 
     block: int
-    entries: int  # stored, padding included
-    touched: int  # entries of the component lists
-    groups: int  # int32 words at most of the groups
+    entries: int  # of the factor, padding included
+    listed: int  # entries of the component lists
+    groups: int  # most int32 words that the groups take
     blocks: int
 
 
@@ -194,11 +194,11 @@ def _cost(entries: int, block: int, blocks: int, move: float) -> float:
 
 
 def predicted_cost(layout: Layout, kernel: str, itemsize: int) -> float:
-    """Predicted cost of one token with a stored weight over the dense product's; 1.0 where that is what runs.
+    """Predicted cost of one token over that of the dense product; 1.0 where the dense product is what runs.
 
     Args:
-        layout: The storage.
-        kernel: Of many tokens.
+        layout: Where the weight lies.
+        kernel: Kernel for many tokens.
         itemsize: Bytes of an input's element.
     """
     m, n = layout.shape
@@ -212,25 +212,26 @@ def predicted_cost(layout: Layout, kernel: str, itemsize: int) -> float:
     return cost / (m * n)
 
 
-def _axis(intervals: Intervals, split_sizes: tuple[int, ...], unit: int, even: bool) -> list[_Axis]:
-    sizes = sorted({max(block // unit, 1) * unit for block in BLOCKS})  # whole channels of a convolution
+def _axis(intervals: Intervals, split_sizes: tuple[int, ...], taps: int, even: bool) -> list[_Axis]:
+    """The block sizes of an axis, which are multiples of the taps of a convolution."""
+    sizes = sorted({max(block // taps, 1) * taps for block in BLOCKS})
     sizes = sizes[: 1 + sum(size < intervals.length for size in sizes)]
     if intervals.width.is_cuda and sizes[0] <= WIDEST:
         sizes = [size for size in sizes if size <= WIDEST]
     result = []
     for size in sizes:
         found = active_counts(intervals, size, split_sizes, even)
-        entries, touched = sum(width * count for width, count in found), sum(count for _, count in found)
+        entries, listed = sum(width * count for width, count in found), sum(count for _, count in found)
         groups = -(-intervals.num_components // GROUP)
-        words = 2 * groups + 5 * min(touched, groups * len(found))
-        result.append(_Axis(size, entries, touched, words, len(found)))
+        words = 2 * groups + 5 * min(listed, groups * len(found))
+        result.append(_Axis(size, entries, listed, words, len(found)))
     return result
 
 
 def _memory(matrix: StructuredMatrix, rows: _Axis, cols: _Axis, int8: bool) -> float:
-    """Bytes stored over those of the bare factors."""
+    """Bytes of all buffers over those of the bare factors."""
     num, table = matrix.rows.num_components, 5 * (rows.blocks + cols.blocks)
-    entries = rows.touched + cols.touched + 5 * num
+    entries = rows.listed + cols.listed + 5 * num
     item = 1 if int8 else matrix.u.element_size()
     narrow = is_narrow(num, *matrix.shape) and (int8 or matrix.u.is_cpu)
     groups = 0 if narrow else rows.groups + cols.groups
@@ -241,13 +242,13 @@ def _memory(matrix: StructuredMatrix, rows: _Axis, cols: _Axis, int8: bool) -> f
 
 
 def _all_full(matrix: StructuredMatrix) -> bool:
-    """Does every component cover both axes: a low-rank matrix."""
+    """Whether every component covers both axes: a low-rank matrix."""
     return matrix.num_components > 0 and all(
         bool((axis.width == axis.length).all()) for axis in (matrix.rows, matrix.cols)
     )
 
 
-def _whole_plan(matrix: StructuredMatrix) -> Plan:
+def _single_blocks(matrix: StructuredMatrix) -> Plan:
     """One block per axis (and row split), without padding."""
     m, n = matrix.shape
     cost = matrix.stored + CALL * (matrix.row_splits + 1)
@@ -255,30 +256,31 @@ def _whole_plan(matrix: StructuredMatrix) -> Plan:
 
 
 def candidates(
-    matrix: StructuredMatrix, unit: int | None = None, kernel: str | None = None, int8: bool = False
+    matrix: StructuredMatrix, taps: int | None = None, kernel: str | None = None, int8: bool = False
 ) -> list[Plan]:
-    """Block plans within the memory limit, cheapest first by the cost model; the leanest one if none is within it.
+    """Plans within the memory limit, cheapest first; the plan of least memory if none is within the limit.
 
     Args:
         matrix: The weight.
-        unit: Of a convolution, ``prod(kernel)``: its column blocks hold whole channels; ``None`` for a linear weight.
+        taps: ``prod(kernel)`` of a convolution, of which blocks of columns hold complete channels; ``None`` for a
+            linear weight.
         kernel: ``"compiled"`` or ``"blocks"``; ``None`` for the compiled one where device, dtype and installed
             packages have it.
-        int8: The factors will be int8, which counts for the memory.
+        int8: Whether the factors will be int8, which take less memory.
     """
     matrix = matrix.live()
     (m, n), item = matrix.shape, matrix.u.element_size()
     if kernel is None:
         kernel = "compiled" if available(matrix.u.device, matrix.u.dtype) else "blocks"
     if _all_full(matrix) and (kernel == "blocks" or matrix.u.is_cuda):
-        # Two plain products per split; a library's are the fastest there are.
-        return [_whole_plan(matrix)]
-    even = kernel == "blocks" and unit is None
+        # Two plain products per split, for which a library's kernels are the fastest.
+        return [_single_blocks(matrix)]
+    even = kernel == "blocks" and taps is None
     rows = _axis(matrix.rows, matrix.split_sizes, 1, even)
-    cols = _axis(matrix.cols, (matrix.num_components,), unit or 1, even)
+    cols = _axis(matrix.cols, (matrix.num_components,), taps or 1, even)
     pairs = [(r, c) for r in rows for c in cols]
-    lean = [(r, c) for r, c in pairs if _memory(matrix, r, c, int8) <= MEMORY[kernel]]
-    lean = lean or [min(pairs, key=lambda pair: _memory(matrix, pair[0], pair[1], int8))]
+    within = [(r, c) for r, c in pairs if _memory(matrix, r, c, int8) <= MEMORY[kernel]]
+    within = within or [min(pairs, key=lambda pair: _memory(matrix, pair[0], pair[1], int8))]
     plans = [
         Plan(
             r.block,
@@ -290,7 +292,7 @@ def candidates(
             / (m * n),
             padding=(r.entries + c.entries) / max(matrix.stored, 1),
         )
-        for r, c in lean
+        for r, c in within
     ]
     return sorted(plans, key=lambda plan: plan.predicted)
 
@@ -299,37 +301,37 @@ CostsOf = Callable[[torch.device, torch.dtype, str], Costs]
 """Costs of products on a device, in a dtype, by a kernel."""
 
 
-def stored_as(plan: Plan, matrix: StructuredMatrix, taps: int | None) -> Stored:
-    """The matrix as the plan stores it.
+def workload_of(plan: Plan, matrix: StructuredMatrix, taps: int | None) -> Workload:
+    """What the time of the product depends on, under a plan.
 
     Args:
-        plan: Storage, and the kernel of many tokens.
+        plan: Block sizes, and the kernel for many tokens.
         matrix: The weight.
-        taps: Of a convolution, ``prod(kernel)``; ``None`` for a linear weight.
+        taps: ``prod(kernel)`` of a convolution; ``None`` for a linear weight.
     """
     matrix, even = matrix.live(), plan.even and taps is None
     rows = active_counts(matrix.rows, plan.block_rows, matrix.split_sizes, even)
     cols = active_counts(matrix.cols, plan.block_cols, (matrix.num_components,), even)
-    return Stored(matrix.shape, rows, cols, matrix.u.dtype, plan.kernels[-1][1], taps)
+    return Workload(matrix.shape, rows, cols, matrix.u.dtype, plan.kernels[-1][1], taps)
 
 
 def _slowness(plan: Plan, matrix: StructuredMatrix, taps: int | None, costs: CostsOf) -> Callable[[int], float]:
-    """What time the structured product of so many tokens is foreseen to take over the dense one's.
+    """Predicts, by number of tokens, the time of the structured product over that of the dense one.
 
-    Tests put a constant in its place, to have structured kernels (0.0) or dense ones (2.0) throughout.
+    Tests put a constant in its place, for structured kernels (0.0) or dense ones (2.0) throughout.
 
     Args:
-        plan: Storage, and the kernel of many tokens.
+        plan: Block sizes, and the kernel for many tokens.
         matrix: The weight.
-        taps: Of a convolution, ``prod(kernel)``; ``None`` for a linear weight.
+        taps: ``prod(kernel)`` of a convolution; ``None`` for a linear weight.
         costs: Where the times come from.
     """
     shape, factors = matrix.shape, matrix.u
-    if factors.is_cuda:  # nothing measured
+    if factors.is_cuda:  # where nothing was measured
         small = shape[0] * shape[1] * factors.element_size() <= MATRIX
         return lambda tokens: 2.0 if small else 0.0
-    here, stored = costs(factors.device, factors.dtype, plan.kernels[-1][1]), stored_as(plan, matrix, taps)
-    return lambda tokens: here.slowness(stored, tokens)
+    here, work = costs(factors.device, factors.dtype, plan.kernels[-1][1]), workload_of(plan, matrix, taps)
+    return lambda tokens: here.slowness(work, tokens)
 
 
 def fixed_plan(
@@ -339,15 +341,15 @@ def fixed_plan(
     beside: bool = True,
     costs: CostsOf = recorded,
 ) -> Plan:
-    """The plan that the cost model prefers: same structure, dtype and costs, same plan.
+    """The plan that the cost model prefers. Equal structures, dtypes and costs get equal plans.
 
     Args:
         matrix: The weight.
-        taps: Of a convolution, ``prod(kernel)``; ``None`` for a linear weight.
-        int8: As in :func:`candidates`. Factors are made so for the memory, and nothing lies beside them.
-        beside: Let the matrix lie beside the factors, where it is foreseen to be faster at some number of tokens. It
-            then is taken wherever structure saves nothing worth speaking of.
-        costs: Times of products; the recorded ones by default, which are the same everywhere.
+        taps: ``prod(kernel)`` of a convolution; ``None`` for a linear weight.
+        int8: As in :func:`candidates`. Factors are made int8 to save memory, so no matrix is kept beside them.
+        beside: Keep the matrix beside the factors where the dense product is predicted to be faster at some number of
+            tokens. It is then used at all numbers of tokens where structure saves little.
+        costs: Times of products; by default the recorded ones, which are the same everywhere.
 
     Returns:
         Blocks; dense storage where the factors cost no less than the dense matrix.
@@ -364,7 +366,7 @@ def fixed_plan(
     if max(found) <= LOSS:
         return best
     names = ["dense" if slow > DOUBT else kernel for slow in found]
-    limits = [*(tokens - 1 for tokens in buckets[1:]), many]  # what pays at a number of tokens is taken up to the next
+    limits = [*(tokens - 1 for tokens in buckets[1:]), many]  # each choice holds up to the next number of tokens
     kernels = [
         (limit, name)
         for number, (limit, name) in enumerate(zip(limits, names, strict=True))

@@ -1,9 +1,9 @@
-"""Kernels by name, and which of them is safe for the call at hand.
+"""The product by a named kernel, or by torch operations where that kernel may not run.
 
-``dense`` multiplies by the stored dense matrix; ``blocks`` is torch operations and always possible; ``compiled`` is
-numba on a CPU and triton on CUDA, as one operator with gradients. Exported programs, and whatever looks into the
-product (FLOP counters, functorch, forward-mode gradients), take torch operations whatever the plan says: an exported
-program must run without this package.
+``dense`` multiplies by the dense matrix; ``blocks`` is torch operations and always possible; ``compiled`` is numba on a
+CPU and Triton on CUDA, as one operator with gradients. Exported programs take torch operations whatever the plan says,
+since they must run without this package; so do FLOP counters, functorch and forward-mode gradients, which look into the
+product.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KERNELS = ("dense", "blocks", "compiled")
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """May code that torch cannot see run: no tracing, no dispatch mode (FLOP counters too), no functorch transform."""
+    """Whether code that torch cannot see may run: no trace, dispatch mode, FLOP counter or functorch transform."""
     for tensor in tensors:
         if type(tensor) not in PLAIN:
             return False

@@ -1,8 +1,8 @@
-"""Do the buffers of a weight hold what its layout says: asked before kernels follow them through raw addresses.
+"""Checks that the buffers of a weight hold what its layout says, before kernels follow them through raw addresses.
 
-A layout is sound from its construction on (:class:`~gblr_plugin.kernels.layout.Layout`). What remains are the sizes of
-the buffers, which cost nothing to ask, and the words of the index buffer. These are read once: a buffer that was found
-sound is remembered with torch's count of the changes to it.
+A layout is sound from its construction on (:class:`~gblr_plugin.kernels.layout.Layout`). The sizes of the buffers are
+checked at every use. The words of the index buffer are read once: a buffer that was found sound is remembered, with
+torch's count of the changes to it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ _KNOWN: dict[int, _Known] = {}  # by the identity of the index buffer
 
 
 def is_known(lists: Tensor, fact: object) -> bool:
-    """Was an index buffer vouched for, for a layout (or for arguments of the operator), and not written to since.
+    """Whether :func:`vouch` was called for an index buffer that was not written to since.
 
-    What is known for a layout is known for that of the transposed matrix.
+    Args:
+        lists: Index buffer.
+        fact: A layout, which stands for that of the transposed matrix too, or arguments of the operator.
     """
     known = _KNOWN.get(id(lists))
     return (
@@ -55,7 +57,7 @@ def _upright(fact: object) -> object:
 
 
 def vouch(lists: Tensor, fact: object) -> None:
-    """Remember that an index buffer is sound; buffers without memory, and those without a count of changes, are not."""
+    """Remember that an index buffer with memory and a count of changes is sound; ``fact`` as in :func:`is_known`."""
     if type(lists) not in PLAIN or lists.is_meta or lists.is_inference():
         return
     key, known, fact = id(lists), _KNOWN.get(id(lists)), _upright(fact)
@@ -100,8 +102,8 @@ def check_sizes(layout: Layout, factors: Tensor, lists: Tensor, scales: Tensor |
             f"GBLR tensor: its layout asks for at least {_words(layout)} lists of torch.int32, "
             f"it has {lists.numel()} of {lists.dtype}"
         )
-    own = factors if scales is None else scales
-    if not own.is_floating_point() or (scales is not None and factors.dtype != torch.int8):
+    like = factors if scales is None else scales
+    if not like.is_floating_point() or (scales is not None and factors.dtype != torch.int8):
         said = "" if scales is None else f" with scales of {scales.dtype}"
         raise ConfigError(
             "GBLR tensor: its factors must be floating point, or torch.int8 with floating-point scales, "
@@ -117,7 +119,7 @@ def _has_memory(buffer: Tensor) -> bool:
 
 
 def _words(layout: Layout) -> int:
-    """Words of the index buffer at least."""
+    """Least number of words of the index buffer."""
     if layout.dense:
         return 0
     blocks = len(layout.row_blocks) + len(layout.col_blocks)
@@ -140,8 +142,8 @@ def check_index(layout: Layout, lists: Tensor) -> None:
         sound = not lists.numel()
     else:
         index = lists.detach().cpu()
-        own, facts = all_lists(layout, index)[: layout.list_entries].long(), interval_facts(layout, index)
-        sound = _lists_fit(layout, own, facts) and torch.equal(index, _assembled(layout, own, facts))
+        entries, facts = all_lists(layout, index)[: layout.list_entries].long(), interval_facts(layout, index)
+        sound = _lists_fit(layout, entries, facts) and torch.equal(index, _assembled(layout, entries, facts))
     if not sound:
         raise ConfigError("GBLR tensor: its lists are damaged, they do not fit its layout")
 
@@ -155,7 +157,13 @@ def _assembled(layout: Layout, lists: Tensor, facts: Tensor) -> Tensor:
 
 
 def _lists_fit(layout: Layout, lists: Tensor, facts: Tensor) -> bool:
-    """Do lists and intervals of an upright layout name components, and each where its interval meets a block."""
+    """Whether lists and intervals name components, and each list those whose intervals meet its block.
+
+    Args:
+        layout: Not transposed.
+        lists: All lists, one after the other.
+        facts: As of :func:`~gblr_plugin.kernels.buffers.interval_facts`.
+    """
     num, (m, n), splits = layout.num_components, layout.shape, len(layout.split_sizes)
     row_width, row_start, col_width, col_start, order = facts
     if lists.numel() and (int(lists.min()) < 0 or int(lists.max()) >= num):
@@ -174,33 +182,33 @@ def _lists_fit(layout: Layout, lists: Tensor, facts: Tensor) -> bool:
 def _axis_fits(
     blocks: tuple[Block, ...], lists: Tensor, width: Tensor, start: Tensor, length: int, split: Tensor, splits: int
 ) -> bool:
-    """Does each block's list name, in order, all components of its split whose interval meets it.
+    """Whether each block's list names, in order, all components of its split whose interval meets it.
 
-    It may name others, to have as many as other blocks (``even`` of :func:`~gblr_plugin.kernels.packing.pack`).
+    A list may name others, to have as many as other blocks (``even`` of :func:`~gblr_plugin.kernels.packing.pack`).
     """
     if not bool(((width > 0) & (width <= length) & (start >= 0) & (start < length)).all()):
         return False
-    block, per_split = blocks[0].stop - blocks[0].start, len(blocks) // splits
-    sizes = torch.tensor([own.size for own in blocks], device=lists.device)
+    size, per_split = blocks[0].stop - blocks[0].start, len(blocks) // splits
+    sizes = torch.tensor([b.size for b in blocks], device=lists.device)
     owner = torch.repeat_interleave(torch.arange(len(blocks), device=lists.device), sizes)
     if not _ascend(lists, owner) or not torch.equal(owner // per_split, split[lists]):
         return False
     ends = sizes.cumsum(0).tolist()
-    for own, end in zip(blocks, ends, strict=True):
-        low, high = (int(lists[end - own.size]), int(lists[end - 1])) if own.size else (-1, -1)
-        if own.first != (low if own.size and high - low == own.size - 1 else -1):
+    for block, end in zip(blocks, ends, strict=True):
+        low, high = (int(lists[end - block.size]), int(lists[end - 1])) if block.size else (-1, -1)
+        if block.first != (low if block.size and high - low == block.size - 1 else -1):
             return False
-    begin = owner % per_split * block
-    stop, end = (begin + block).clamp(max=length), (start + width)[lists]
+    begin = owner % per_split * size
+    stop, end = (begin + size).clamp(max=length), (start + width)[lists]
     met = ((start[lists] < stop) & (end > begin)) | (begin < end - length)
-    last = (start + width - 1) % length // block
+    last = (start + width - 1) % length // size
     wraps = start + width > length
-    ways = torch.where(wraps, per_split - start // block + last + 1, last - start // block + 1)
-    return int(met.sum()) == int(ways.clamp(max=per_split).sum())
+    wanted = torch.where(wraps, per_split - start // size + last + 1, last - start // size + 1)
+    return int(met.sum()) == int(wanted.clamp(max=per_split).sum())
 
 
 def _ascend(lists: Tensor, owner: Tensor) -> bool:
-    """Do the lists of all blocks name ascending components, none of them twice."""
+    """Whether the lists of all blocks name ascending components, none of them twice."""
     return bool(((lists.diff() > 0) | (owner.diff() > 0)).all())
 
 
@@ -238,7 +246,7 @@ def check_operands(
 
 
 def _holds(buffer: Tensor, numel: int, dtype: torch.dtype, device: torch.device, contiguous: bool = True) -> bool:
-    """Are there so many numbers in the memory of a buffer, one after the other unless that does not matter."""
+    """Whether a buffer holds ``numel`` numbers in memory, consecutive ones if ``contiguous``."""
     return (
         buffer.shape == (numel,)
         and buffer.dtype == dtype
@@ -249,7 +257,7 @@ def _holds(buffer: Tensor, numel: int, dtype: torch.dtype, device: torch.device,
 
 
 def _leads_inside(lists: Tensor, n: int, *sizes: int) -> bool:
-    """Do block tables, lists and groups name places and components that there are."""
+    """Whether block tables, lists and groups name places and components that exist."""
     cols_at, cols, col_groups, col_width, rows_at, rows, row_groups, row_width, num, m, entries = sizes
     index, upright = lists.detach().cpu(), cols_at < rows_at
     axes = [(cols_at, cols, col_width, n, col_groups), (rows_at, rows, row_width, m, row_groups)]
@@ -273,13 +281,13 @@ def _leads_inside(lists: Tensor, n: int, *sizes: int) -> bool:
     before = -(-list_at // 2) - (-5 * num // 2) if narrow else list_at + 5 * num  # lists and intervals
     if data_at != entries or axes[0][0] != before:
         return False
-    own = words[:list_at].long()
+    listed = words[:list_at].long()
     owner = torch.repeat_interleave(torch.tensor([block.size for axis in found for block in axis]))
-    if own.numel() and (int(own.min()) < 0 or int(own.max()) >= num or not _ascend(own, owner)):
+    if list_at and (int(listed.min()) < 0 or int(listed.max()) >= num or not _ascend(listed, owner)):
         return False
     if narrow:
         return lists.is_cpu
-    groups = tables((found[0], found[1]), own, axes[0][0], num)[1:]
+    groups = tables((found[0], found[1]), listed, axes[0][0], num)[1:]
     return all(
         torch.equal(index[at : at + len(words)], words.to(torch.int32))
         for (*_, at), words in zip(axes, groups, strict=True)

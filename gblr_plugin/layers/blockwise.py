@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..kernels.fused import mask_kernels
+from ..kernels.optional import mask_kernels
 from ..matrix.gaudi_mask import mask_tables
 
 __all__ = [

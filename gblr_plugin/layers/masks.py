@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..errors import ConfigError
-from ..kernels.fused import mask_kernels
+from ..kernels.optional import mask_kernels
 from ..matrix.gaudi_mask import fft_mask, integer_locations, integer_widths, mask_tables
 
 __all__ = ["gaudi_mask", "masked_factor", "table_mask", "transformed"]

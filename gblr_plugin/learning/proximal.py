@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.fused import proximal_kernel
+from ..kernels.optional import proximal_kernel
 
 __all__ = ["prox_and_clip_"]
 

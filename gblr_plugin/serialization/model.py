@@ -14,7 +14,7 @@ from ..families.layers import FamilyLayer, layer_like
 from ..layers import GBLRLayer
 from ..layers.dense import replace_modules, structurable, weight_matrix
 from ..layers.full import FULL, as_full
-from ..tensor.frozen import hasten
+from ..tensor.frozen import use_kept_matrix
 from ..tensor.gblr_tensor import GBLRTensor
 from .container import Container, entries_of, shard_paths, write_container
 from .families import family_record, restore_matrix
@@ -258,7 +258,7 @@ def _fill(skeleton: nn.Module, state: dict[str, Tensor], header: Header, path: s
         if name in modules:
             as_full(modules[name])
     for module in modules.values():
-        hasten(module)
+        use_kept_matrix(module)
     empty = next(
         (name for name, tensor in [*skeleton.named_parameters(), *skeleton.named_buffers()] if tensor.is_meta), None
     )

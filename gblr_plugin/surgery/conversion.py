@@ -23,7 +23,7 @@ from ..layers.dense import can_gain, check_structurable, replace_modules, weight
 from ..layers.full import as_full
 from ..matrix.metric import Metric
 from ..matrix.structure import StructuredMatrix
-from ..tensor.frozen import hasten
+from ..tensor.frozen import use_kept_matrix
 from ..utils.progress import track
 from .selection import Pattern, log_skipped, select_layers
 from .starts import FamilySettings, LayerSettings, structured_from
@@ -250,7 +250,7 @@ def frozen_like(
     if bias is not None:
         new.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     new.train(module.training)
-    return as_full(new) if full else hasten(new)
+    return as_full(new) if full else use_kept_matrix(new)
 
 
 def convert(model: nn.Module, *, plan: Any = None) -> nn.Module:

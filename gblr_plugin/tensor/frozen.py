@@ -1,6 +1,7 @@
-"""Modules of small frozen weights: they take the matrix that such a weight keeps before torch sees the weight.
+"""Modules for small frozen weights, which multiply by the dense matrix that such a weight keeps.
 
-Torch takes microseconds to find out that a weight is a tensor subclass, longer than a small product.
+They take the matrix before torch sees the weight: torch needs microseconds to find out that a weight is a tensor
+subclass, which is longer than a small product takes.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from torch.compiler import is_compiling
 from torch.fx import wrap
 from torch.nn.functional import linear
 
-__all__ = ["FROZEN", "FrozenConv1d", "FrozenConv2d", "FrozenLinear", "hasten"]
+__all__ = ["FROZEN", "FrozenConv1d", "FrozenConv2d", "FrozenLinear", "use_kept_matrix"]
 
 
 ALWAYS = ((-1.0, float("inf")),)
-"""What ``dense_elements`` of a weight is where every input takes the dense matrix."""
+"""The ``dense_elements`` of a weight that multiplies every input by the dense matrix."""
 
 
 def _direct(weight: Any, input: Tensor) -> Any:
-    """What to multiply by: the weight, or the dense matrix that it keeps for this many tokens."""
-    matrix = getattr(weight, "matrix", None)  # a weight that was put in its place has none
+    """The weight, or the dense matrix that it keeps for this many tokens."""
+    matrix = getattr(weight, "matrix", None)  # a plain tensor in place of the frozen weight has none
     if matrix is None:
         return weight
     spans = weight.dense_elements
@@ -35,7 +36,7 @@ def _direct(weight: Any, input: Tensor) -> Any:
     return weight
 
 
-wrap("_direct")  # a symbolic trace calls it, and asks for no number of tokens
+wrap("_direct")  # symbolic traces call the function as it is, and do not ask for the number of tokens
 
 
 class FrozenLinear(nn.Linear):
@@ -43,16 +44,16 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., n) to (..., m)."""
-        own = self._parameters  # to ask the module for them takes a tenth of a small product
-        weight: Any = own.get("weight")
-        bias = own.get("bias")
+        parameters = self._parameters  # attributes of a module take a tenth of the time of a small product
+        weight: Any = parameters.get("weight")
+        bias = parameters.get("bias")
         if weight is None:  # in another form, as parametrizations leave it
             weight = self.weight
         return linear(input, _direct(weight, input), self.bias if bias is None else bias)
 
 
 class FrozenConv1d(nn.Conv1d):
-    """The same for a convolution."""
+    """A converted convolution whose weight keeps its dense matrix."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = super()._conv_forward(input, _direct(weight, input), bias)
@@ -60,7 +61,7 @@ class FrozenConv1d(nn.Conv1d):
 
 
 class FrozenConv2d(nn.Conv2d):
-    """The same for a convolution over two axes."""
+    """A converted convolution over two axes whose weight keeps its dense matrix."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = super()._conv_forward(input, _direct(weight, input), bias)
@@ -75,8 +76,8 @@ _FAST: dict[type[nn.Module], type[nn.Module]] = {
 FROZEN = (FrozenLinear, FrozenConv1d, FrozenConv2d)
 
 
-def hasten(module: nn.Module) -> nn.Module:
-    """Give a module whose weight keeps its matrix the class that makes use of it; returns the module."""
+def use_kept_matrix(module: nn.Module) -> nn.Module:
+    """Give a module whose weight keeps its dense matrix the class that uses the matrix; returns the module."""
     if type(module) in _FAST and getattr(module._parameters.get("weight"), "matrix", None) is not None:
         module.__class__ = _FAST[type(module)]
     return module

@@ -43,18 +43,17 @@ FACTOR_DTYPES = (None, "int8")
 
 
 class GBLRTensor(TorchAOBaseTensor):
-    """A frozen (m, n) GBLR matrix held as integer intervals and factors, in the storage of a plan of kernels.
+    """A frozen (m, n) GBLR matrix held as integer intervals and factors, laid out by a kernel plan.
 
     ``F.linear`` and ``F.conv1d`` / ``F.conv2d`` (``groups=1``) multiply by the factors and never form the matrix.
     Gradients reach the input and the bias, not the weight. Build it with :meth:`from_structured`.
 
     Tensor Attributes:
-        factors: (entries,) floating point or int8, the factors block by block, or the dense matrix where the plan says
-            so.
-        lists: int32, the component list of each block, then row widths, row starts, column widths and column starts.
-        scales: Of int8 factors only: (components,), or (rows,) of a dense matrix, in the dtype of the tensor.
-        matrix: The matrix itself in the outer shape, beside the factors, where the plan multiplies some or all numbers
-            of tokens by it: in small weights structure saves less than it takes to start. Files do not hold it.
+        factors: (entries,) floating point or int8: the factors block by block, or the dense matrix if the plan says so.
+        lists: int32: the component list of each block, then row widths, row starts, column widths and column starts.
+        scales: With int8 factors only: (components,), or (rows,) of a dense matrix, in the dtype of the tensor.
+        matrix: The dense matrix in the outer shape, beside the factors, where the plan uses it for some or all numbers
+            of tokens, since the product of a small weight is not faster by its factors. Files do not hold it.
 
     Non-Tensor Attributes:
         packing: Static offsets into both buffers (:class:`~gblr_plugin.kernels.layout.Layout`).
@@ -106,7 +105,7 @@ class GBLRTensor(TorchAOBaseTensor):
         matrix: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.__dict__.update(  # there is nothing to check anew
+        self.__dict__.update(  # without the checks of __setattr__
             factors=factors,
             lists=lists,
             packing=packing,
@@ -118,12 +117,12 @@ class GBLRTensor(TorchAOBaseTensor):
         self.dense_elements = self._dense_elements()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and files carry: all but what is made anew."""
+        """What copies and files hold: all but what can be made from the rest."""
         left_out = ("_checks", "matrix", "dense_elements")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def _dense_elements(self) -> tuple[tuple[float, float], ...]:
-        """(above, up to) the elements of inputs that meet the matrix, where there is one beside the factors."""
+        """(above, up to) the numbers of elements of the inputs that are multiplied by the matrix beside the factors."""
         n, spans = prod(self.outer_shape[1:]), self.plan.dense_tokens
         if spans == ((-1, None),):
             return ALWAYS
@@ -136,7 +135,7 @@ class GBLRTensor(TorchAOBaseTensor):
         return to_dense(self.packing, self.factors, self.lists).reshape(self.outer_shape).contiguous()
 
     def with_matrix(self) -> GBLRTensor:
-        """The weight with the matrix beside its factors where its plan multiplies by it, else itself."""
+        """The weight with the dense matrix beside its factors, where its plan uses that, else itself."""
         matrix = self.dense_beside() if self.matrix is None else None
         if matrix is None:
             return self
@@ -145,24 +144,23 @@ class GBLRTensor(TorchAOBaseTensor):
     def check(self) -> None:
         """Raise unless the buffers hold what the layout says; every use of the weight asks this first.
 
-        A weight may come from anywhere: a file, ``__tensor_unflatten__``, an assignment. Buffers that were found
-        sound, and were not written to since, are not read again. Tensors without memory, and those under traces, are
-        not read at all.
+        Buffers that were found sound, and were not written to since, are not read again. Tensors without memory, and
+        those under traces, are not read at all.
 
         Raises:
-            ConfigError: If they do not.
+            ConfigError: If they do not hold it.
         """
         checked(self)
 
     def _vouched(self, source: GBLRTensor | None = None) -> GBLRTensor:
-        """Itself, packed here or (where a source is given) copied from one that was found sound."""
+        """The weight itself, known to be sound: it was packed here, or copied from a sound ``source``."""
         if source is None or is_known(source.lists, source.packing):
             vouch(self.lists, self.packing)
         return self
 
     @skip
     def __tensor_flatten__(self) -> Any:
-        """As the base's, after a check: compilers take the buffers from here."""
+        """As in torchao's class, after a check, since compilers take the buffers from here."""
         checks = self._checks
         if type(checks) is not Checked or not checks.holds():
             look(self)
@@ -170,7 +168,7 @@ class GBLRTensor(TorchAOBaseTensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """As the base's, but plain inference by ``F.linear`` goes straight to the compiled kernel."""
+        """As in torchao's class, but for plain inference ``F.linear`` calls the compiled kernel directly."""
         if func is F.linear and not kwargs and not torch.compiler.is_compiling():
             weight = args[1] if len(args) > 1 else None
             result = direct_linear(*args) if type(weight) is GBLRTensor else None
@@ -187,7 +185,7 @@ class GBLRTensor(TorchAOBaseTensor):
         )
 
     def _stable_hash_for_caching(self) -> str:
-        """Key of compiled programs: all that a trace depends on, as what this machine can run."""
+        """Key of compiled programs: all that a trace depends on, the kernels of this machine among it."""
         kinds = self.dtype, self.factors.dtype, self.device.type, available(self.device, self.dtype)
         facts = repr((self.packing, self.plan, self.outer_shape, *kinds))
         return hashlib.sha256(facts.encode()).hexdigest()
@@ -216,8 +214,8 @@ class GBLRTensor(TorchAOBaseTensor):
             matrix: The (m, n) weight; its dtype and device are kept, components without cost are dropped.
             shape: Outer shape; (m, n) by default, (c_out, c_in, k...) with c_in * prod(k) = n for a convolution.
             plan: ``None`` or ``"fixed"``: by the cost model, whose numbers are measured once per machine, dtype and
-                number of threads (``gblr_plugin.kernels.fit``). ``"factors"``: the same, but never the matrix
-                beside the factors, so less memory. ``"auto"``: measured here and now (with factors as they are, also
+                number of threads (``gblr_plugin.kernels.fit``). ``"factors"``: the same, but without the dense matrix
+                beside the factors, which takes less memory. ``"auto"``: measured now (with the factors as given, also
                 if they become int8). Or a plan.
             factor_dtype: ``None`` keeps the factors; ``"int8"`` rounds them, see :meth:`quantize`.
 
@@ -300,18 +298,18 @@ class GBLRTensor(TorchAOBaseTensor):
         return self
 
     def _can_be_replanned(self) -> bool:
-        """Are there real factors in blocks, which can be taken apart."""
+        """Whether the weight has factors with memory, in blocks, of which a structured matrix can be made again."""
         splits = self.packing.transposed and len(self.packing.split_sizes) > 1
         return type(self.factors) is Tensor and not self.factors.is_meta and not splits and not self.packing.dense
 
     def _lacks_kernel(self, plan: Plan) -> bool:
-        """Does a plan name the compiled kernel where it is missing."""
+        """Whether a plan names the compiled kernel where it is missing."""
         return "compiled" in dict(plan.kernels).values() and missing(self.device, self.dtype)
 
     def to_structured(self) -> StructuredMatrix:
-        """The components stored, in their order; dense storage comes back as one component per row.
+        """The components in their original order; a dense weight comes back as one component per row.
 
-        Factors are floating point, those of int8 as rounded.
+        Factors are floating point; int8 factors come back as they were rounded.
 
         Raises:
             ConfigError: For the transpose of a matrix with row splits.
@@ -350,12 +348,12 @@ class GBLRTensor(TorchAOBaseTensor):
         return cls(values, lists, layout, plan, shape, scales)._vouched()
 
     def to_dense(self) -> Tensor:
-        """The matrix in the outer shape, dtype as stored."""
+        """The matrix in the outer shape, in the dtype of the weight."""
         checked(self)
         return to_dense(self.packing, self.factors, self.lists, self.scales).reshape(self.outer_shape)
 
     def dequantize(self) -> Tensor:
-        """Alias of :meth:`to_dense`, the name that torchao and PEFT call."""
+        """:meth:`to_dense` by the name that torchao and PEFT call."""
         return self.to_dense()
 
     @property
@@ -366,8 +364,8 @@ class GBLRTensor(TorchAOBaseTensor):
     @property
     def nbytes_stored(self) -> int:
         """Bytes of all buffers: factors, lists, scales and the matrix beside them."""
-        parts = (self.factors, self.lists, self.scales, self.matrix)
-        return sum(part.nbytes for part in parts if part is not None)
+        buffers = (self.factors, self.lists, self.scales, self.matrix)
+        return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
     @property
     def stored(self) -> int:
@@ -387,7 +385,7 @@ class GBLRTensor(TorchAOBaseTensor):
 
     @property
     def num_components(self) -> int:
-        """Number of components stored, K."""
+        """Number of components, K."""
         return self.packing.num_components
 
     def share_memory_(self) -> NoReturn:

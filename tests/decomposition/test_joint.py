@@ -7,7 +7,7 @@ import torch
 
 from gblr_plugin.decomposition import joint
 from gblr_plugin.decomposition.joint import conjugate_gradient, supported_solve
-from gblr_plugin.kernels.fused import solve_kernel
+from gblr_plugin.kernels.optional import solve_kernel
 
 
 @pytest.fixture

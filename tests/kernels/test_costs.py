@@ -10,7 +10,7 @@ import torch
 
 from gblr_plugin.bench.products import random_structure
 from gblr_plugin.kernels import compiled
-from gblr_plugin.kernels.costs import BUCKETS, CASES, FEATURES, Costs, Stored, case_of, recorded
+from gblr_plugin.kernels.costs import BUCKETS, CASES, FEATURES, Costs, Workload, case_of, recorded
 from gblr_plugin.kernels.plan import fixed_plan
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def test_costs_are_recorded_for_every_kernel_and_dtype(dtype: torch.dtype, kerne
     assert found.threads == 1
     for taps in (None, 1, 9):
         for tokens in BUCKETS:
-            stored = Stored((64, 72), [(32, 8)] * 2, [(36, 6)] * 2, dtype, kernel, taps)
+            stored = Workload((64, 72), [(32, 8)] * 2, [(36, 6)] * 2, dtype, kernel, taps)
             assert 0 < found.slowness(stored, tokens) < math.inf
 
 
@@ -40,7 +40,7 @@ def test_dense_times_lie_between_measured_ones() -> None:
     model = Costs(1, table, costs(start=20.0).ours)
 
     def dense(m: int, n: int) -> float:
-        return 20.0 / model.slowness(Stored((m, n), [(m, 1)], [(n, 1)], torch.float32, "blocks"), 1)
+        return 20.0 / model.slowness(Workload((m, n), [(m, 1)], [(n, 1)], torch.float32, "blocks"), 1)
 
     assert dense(5, 5) == pytest.approx(10.0)  # never below the smallest
     assert dense(10, 10) == pytest.approx(10.0)
@@ -50,21 +50,21 @@ def test_dense_times_lie_between_measured_ones() -> None:
 
 
 def test_structured_times_are_sums_over_features() -> None:
-    stored = Stored((64, 96), [(32, 10), (32, 20)], [(48, 5), (48, 7)], torch.float32, "blocks")
+    stored = Workload((64, 96), [(32, 10), (32, 20)], [(48, 5), (48, 7)], torch.float32, "blocks")
     assert stored.features(16, 4) == pytest.approx((1.0, 0.0, 0.96, 0.576, 0.0, 0.042, 0.064, 0.096, 0.004))
-    whole = Stored((64, 96), [(64, 10)], [(96, 10)], torch.float32, "blocks")
+    whole = Workload((64, 96), [(64, 10)], [(96, 10)], torch.float32, "blocks")
     assert whole.features(16, 1)[5] == 0.0  # all components in one block: nothing to gather
 
 
 def test_large_factors_are_read_from_afar() -> None:
-    large = Stored((4096, 4096), [(4096, 100)], [(4096, 100)], torch.float32, "blocks")
+    large = Workload((4096, 4096), [(4096, 100)], [(4096, 100)], torch.float32, "blocks")
     assert large.features(1, 1)[4] == 819.2
     assert large._replace(dtype=torch.bfloat16).features(1, 1)[4] == 0.0
 
 
 @pytest.mark.skipif(not compiled.available(CPU, torch.float32), reason="the compiled kernel alone shares its work")
 def test_large_compiled_products_are_shared_by_threads() -> None:
-    stored = Stored((1024, 1024), [(1024, 100)], [(1024, 100)], torch.float32, "compiled")
+    stored = Workload((1024, 1024), [(1024, 100)], [(1024, 100)], torch.float32, "compiled")
     alone, shared = stored.features(1024, 1), stored.features(1024, 4)
     assert (alone[1], shared[1]) == (0.0, 1.0)
     assert shared[2] == alone[2] / 4

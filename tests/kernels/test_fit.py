@@ -15,7 +15,7 @@ from torch import nn
 
 from gblr_plugin.bench.products import random_structure
 from gblr_plugin.kernels import fit
-from gblr_plugin.kernels.costs import CASES, FEATURES, Costs, Stored, recorded
+from gblr_plugin.kernels.costs import CASES, FEATURES, Costs, Workload, recorded
 from gblr_plugin.kernels.plan import Plan
 from gblr_plugin.matrix.structure import StructuredMatrix
 from gblr_plugin.surgery.conversion import frozen_like
@@ -189,7 +189,7 @@ def test_a_real_measurement_gives_costs_of_every_case(dtype: torch.dtype, few: N
     assert found.threads == torch.get_num_threads()
     assert [entries for entries, _ in found.dense["1"]] == [32 * 32, 96 * 64]
     assert [entries for entries, _ in found.dense["unfolded"]] == [16 * 16 * 9]
-    stored = Stored((64, 64), [(32, 8)] * 2, [(32, 8)] * 2, dtype, "blocks")
+    stored = Workload((64, 64), [(32, 8)] * 2, [(32, 8)] * 2, dtype, "blocks")
     assert found.slowness(stored, 16) > 0
 
 

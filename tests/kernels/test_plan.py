@@ -92,7 +92,7 @@ def test_dense_where_factors_cost_no_less() -> None:
 
 
 def test_column_blocks_hold_whole_channels() -> None:
-    for plan in candidates(matrix(n=9 * 40), unit=9):
+    for plan in candidates(matrix(n=9 * 40), taps=9):
         assert plan.block_cols % 9 == 0
 
 

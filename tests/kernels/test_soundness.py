@@ -240,7 +240,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         calls.append(arguments)
         check_index(*arguments)
 
-    monkeypatch.setattr("gblr_plugin.tensor.gblr_tensor.check_index", count)
+    monkeypatch.setattr("gblr_plugin.tensor.weight.check_index", count)
     return calls
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gblr_plugin.errors import ConfigError
-from gblr_plugin.kernels.fused import mask_kernels
+from gblr_plugin.kernels.optional import mask_kernels
 from gblr_plugin.layers.masks import gaudi_mask, masked_factor, table_mask
 from gblr_plugin.matrix.gaudi_mask import integer_locations, integer_widths, mask_tables
 
@@ -316,7 +316,7 @@ def torch_alone(monkeypatch):
 
     def run(function):
         with monkeypatch.context() as patch:
-            patch.setattr("gblr_plugin.kernels.fused._module", lambda *names: None)
+            patch.setattr("gblr_plugin.kernels.optional._module", lambda *names: None)
             return function()
 
     return run
@@ -326,7 +326,7 @@ def torch_alone(monkeypatch):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_compiled_masks_agree_with_torch(monkeypatch, torch_alone, dtype, threads):
     numba_masks = pytest.importorskip("gblr_plugin.kernels.cpu.numba_masks")
-    monkeypatch.setattr("gblr_plugin.kernels.fused._WORTH", 0)
+    monkeypatch.setattr("gblr_plugin.kernels.optional._LEAST", 0)
     monkeypatch.setattr(numba_masks, "_WORTH_THREADS", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -19,7 +19,7 @@ from gblr_plugin.kernels import compiled
 from gblr_plugin.kernels.plan import BUCKETS, MATRIX, Plan, fixed_plan
 from gblr_plugin.surgery.conversion import frozen_like
 from gblr_plugin.tensor import frozen
-from gblr_plugin.tensor.frozen import FrozenConv1d, FrozenConv2d, FrozenLinear, hasten
+from gblr_plugin.tensor.frozen import FrozenConv1d, FrozenConv2d, FrozenLinear, use_kept_matrix
 from gblr_plugin.tensor.gblr_tensor import GBLRTensor
 
 needs_numba = pytest.mark.skipif(
@@ -210,7 +210,7 @@ def test_parametrized_weights_are_found() -> None:
 
 
 def test_modules_that_keep_no_matrix_keep_their_class() -> None:
-    assert type(hasten(nn.Linear(3, 4))) is nn.Linear
+    assert type(use_kept_matrix(nn.Linear(3, 4))) is nn.Linear
     layer = tiny()
     layer.weight = nn.Parameter(torch.zeros(24, 32))  # put in its place
     assert torch.equal(layer(torch.randn(2, 32)), layer.bias.expand(2, 24))

@@ -53,11 +53,9 @@ class _Functions(NamedTuple):
 
 
 @cache
-def functions(int8: bool, narrow: bool) -> _Functions:
-    """Functions for factors in float32, or in int8 with a scale per component that z is multiplied by."""
+def _stage_two(int8: bool, narrow: bool) -> Callable[..., None]:
     kind = "int8" if int8 else "float32"
     variant, item, word = variant_of(kind, narrow), item_size(kind), 2 if narrow else 4
-    stage_one, stage_one_single = stage_one_of(kind, narrow)
     # Tiles of the full width, and those of what is left of a block.
     full = {t: expand_tile(t, _VECTORS, False, int8, narrow) for t in (1, 2, 4, TALL)}
     expand = choice(full | {16 + t: expand_tile(t, 1, True, int8, narrow) for t in full})
@@ -86,6 +84,16 @@ def functions(int8: bool, narrow: bool) -> _Functions:
                     expand(tail + size, z_t, z_stride, entries, count, u_j, width, y_t, y_stride, bias_j, lanes)
                     t += size
                 j += lanes if tail else step
+
+    return stage_two  # type: ignore[no-any-return]  # a function that numba compiles
+
+
+@cache
+def functions(int8: bool, narrow: bool) -> _Functions:
+    """Functions for factors in float32, or in int8 with a scale per component that z is multiplied by."""
+    kind = "int8" if int8 else "float32"
+    variant, stage_two = variant_of(kind, narrow), _stage_two(int8, narrow)
+    stage_one, stage_one_single = stage_one_of(kind, narrow)
 
     @compiled(variant, keep=True)
     def product(

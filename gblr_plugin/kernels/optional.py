@@ -1,4 +1,7 @@
-"""Which fused kernels serve masks, proximal steps and decompositions: numba's on the CPU, triton's on CUDA, or none."""
+"""The optional kernels of masks, proximal steps and decompositions: numba's on the CPU, Triton's on CUDA, or none.
+
+Each function returns ``None`` where torch operations are to be used.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["mask_kernels", "proximal_kernel", "search_kernels", "solve_kernel", "span_kernels"]
 
-_WORTH = 1 << 15  # elements of all masks from which on a kernel pays on the CPU; importing numba takes a second
+_LEAST = 1 << 15  # elements from which on a kernel is used on the CPU: importing numba takes a second
 _PLAIN = Tensor, torch.nn.Parameter
 
 
@@ -25,7 +28,7 @@ def _module(package: str, name: str) -> Any:
 
 
 def mask_kernels(tables: Tensor, size: int, others: Sequence[Tensor | None]) -> Any:
-    """Fused kernels for masks of ``size`` elements together, or ``None`` for torch operations.
+    """Kernels for masks of ``size`` elements together.
 
     Args:
         tables: (2, 3N) from :func:`~gblr_plugin.matrix.gaudi_mask.mask_tables`.
@@ -36,31 +39,32 @@ def mask_kernels(tables: Tensor, size: int, others: Sequence[Tensor | None]) -> 
         A module with ``window_differences``, ``edge_sums`` and ``masked_gradients``.
     """
     kind = tables.device.type
-    if torch.compiler.is_compiling() or (kind == "cpu" and size < _WORTH) or kind not in ("cpu", "cuda"):
+    if torch.compiler.is_compiling() or (kind == "cpu" and size < _LEAST) or kind not in ("cpu", "cuda"):
         return None
     given = [tables, *(other for other in others if other is not None)]
-    if any(type(part) not in _PLAIN or part.device.type != kind for part in given):
-        return None  # fake and traced tensors have no memory
+    # Fake and traced tensors, and those of function transforms, have no memory.
+    if any(type(tensor) not in _PLAIN or tensor.device.type != kind for tensor in given):
+        return None
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        return None  # nor have those of function transforms
+        return None
     if kind == "cuda":
         return _module("triton", "masks")
-    return None if any(part.dtype != tables.dtype for part in given) else _module("numba", "masks")
+    return None if any(tensor.dtype != tables.dtype for tensor in given) else _module("numba", "masks")
 
 
 def proximal_kernel(parameters: Sequence[Tensor]) -> Any:
-    """Prox-and-clip in one launch for contiguous parameters of one dtype on CUDA, or ``None`` for torch operations."""
+    """Prox-and-clip in one launch, for contiguous parameters of one dtype on CUDA."""
     like = parameters[0]
     if torch.compiler.is_compiling() or not like.is_cuda:
         return None
-    if any(type(part) not in _PLAIN or part.dtype != like.dtype or not part.is_contiguous() for part in parameters):
+    if any(type(p) not in _PLAIN or p.dtype != like.dtype or not p.is_contiguous() for p in parameters):
         return None
     module = _module("triton", "proximal")
     return None if module is None else module.prox_and_clip
 
 
 def solve_kernel(gram: Tensor, size: int) -> Any:
-    """Least squares on submatrices of a (K, K) Gram matrix, or ``None`` for torch operations.
+    """Least squares on submatrices of a (K, K) Gram matrix.
 
     Args:
         gram: Float32 or float64.
@@ -71,7 +75,7 @@ def solve_kernel(gram: Tensor, size: int) -> Any:
 
 
 def span_kernels(like: Tensor, each: int = 1) -> Any:
-    """A module with ``best_spans``, ``joint_gains`` and ``supports``, or ``None`` for torch operations.
+    """A module with ``best_spans``, ``joint_gains`` and ``supports``.
 
     Args:
         like: One of the tensors to work on.
@@ -81,12 +85,12 @@ def span_kernels(like: Tensor, each: int = 1) -> Any:
 
 
 def search_kernels(residual: Tensor) -> Any:
-    """A module with ``tile_vectors`` and ``apart`` for an (m, n) residual, or ``None`` for torch operations."""
+    """A module with ``tile_vectors`` and ``apart`` for an (m, n) residual."""
     return _on_cpu("search", residual, residual.numel())
 
 
 def _on_cpu(name: str, like: Tensor, size: int) -> Any:
-    """Kernels of numba for a plain tensor on the CPU, where the work is worth their import."""
-    if like.device.type != "cpu" or size < _WORTH or type(like) not in _PLAIN:
+    """Kernels of numba for a plain tensor on the CPU, where there is enough work."""
+    if like.device.type != "cpu" or size < _LEAST or type(like) not in _PLAIN:
         return None
     return _module("numba", name)
