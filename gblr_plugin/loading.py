@@ -20,7 +20,7 @@ def load(
     """Load a saved model.
 
     A plan that was measured on another processor, or with another number of threads, is measured anew; one that was not
-    measured, or is :meth:`~gblr_plugin.kernels.plan.Plan.unmeasured`, is kept, unless its compiled kernel is missing here.
+    measured, or is :meth:`~gblr_plugin.kernels.plan.Plan.unmeasured`, is kept, unless its compiled kernel is missing.
 
     Args:
         path: File written by :func:`gblr_plugin.save` (also by earlier versions), or a folder in the Hugging Face
