@@ -30,7 +30,7 @@ _EXPORTS = {
     "GBLRTensor": "tensor.gblr_tensor",
     "Intervals": "matrix.structure",
     "LayerGoal": "learning.goals",
-    "LayerSettings": "surgery.starts",
+    "LayerSettings": "surgery.layer_settings",
     "Schedule": "learning.schedule",
     "StructureLearner": "learning.learner",
     "StructuredMatrix": "matrix.structure",

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import gblr_plugin as gblr
-from gblr_plugin.surgery.starts import LayerSettings
+from gblr_plugin.surgery.layer_settings import LayerSettings
 
 
 def megabytes() -> float:

@@ -76,7 +76,7 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 import torch
 import gblr_plugin as gblr
-from gblr_plugin.surgery.starts import LayerSettings
+from gblr_plugin.surgery.layer_settings import LayerSettings
 
 make = lambda: torch.nn.Sequential(torch.nn.Linear(16, 16))
 model = make()

@@ -103,7 +103,7 @@ def error_curve(weight: Tensor, row_splits: int = 1, parts: int | None = None) -
     Returns:
         The curve, from rank 1 up to at most the dense cost.
     """
-    choices = _together([_choices(part, parts) for part in weight.double().chunk(row_splits)])
+    choices = _together([_choices(rows, parts) for rows in weight.double().chunk(row_splits)])
     return Curve.envelope(torch.cat([c.cost for c in choices]), torch.cat([c.error for c in choices]))
 
 

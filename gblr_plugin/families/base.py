@@ -87,9 +87,9 @@ class FamilyMatrix(ABC):
         """(m, n)."""
 
     @property
-    @abstractmethod
     def stored(self) -> int:
         """Number of stored factor entries."""
+        return sum(factor.numel() for factor in self.factors().values())
 
     @abstractmethod
     def to_dense(self) -> Tensor:
@@ -181,16 +181,16 @@ class FamilyMatrix(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Stacked(FamilyMatrix):
-    """``W = [W_1; ...; W_s]``, each of the same family and shape; costs the sum of the parts.
+    """``W = [W_1; ...; W_s]``, each of the same family and shape; costs what they cost together.
 
     Args:
-        parts: The s matrices. Their factors are named with the part's number at the end.
+        matrices: The s matrices. The names of their factors end with the number of the matrix.
     """
 
-    parts: tuple[FamilyMatrix, ...]
+    matrices: tuple[FamilyMatrix, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", self.parts[0].name)  # shown as the family, which it is
+        object.__setattr__(self, "name", self.matrices[0].name)  # shown as the family, which it is
 
     @classmethod
     def _project(cls, weight: Tensor, max_multiply_adds: int, *args: Any, **options: Any) -> Stacked:
@@ -199,47 +199,47 @@ class Stacked(FamilyMatrix):
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n)."""
-        m, n = self.parts[0].shape
-        return m * len(self.parts), n
+        m, n = self.matrices[0].shape
+        return m * len(self.matrices), n
 
     @property
     def stored(self) -> int:
-        """Sum over the parts."""
-        return sum(part.stored for part in self.parts)
+        """Of all matrices together."""
+        return sum(matrix.stored for matrix in self.matrices)
 
     @property
     def multiply_adds(self) -> int:
-        """Sum over the parts."""
-        return sum(part.multiply_adds for part in self.parts)
+        """Of all matrices together."""
+        return sum(matrix.multiply_adds for matrix in self.matrices)
 
     def factors(self) -> dict[str, Tensor]:
-        """The factors of all parts."""
-        named = [(i, name, value) for i, part in enumerate(self.parts) for name, value in part.factors().items()]
+        """The factors of all matrices."""
+        named = [(i, name, value) for i, matrix in enumerate(self.matrices) for name, value in matrix.factors().items()]
         return {f"{name}_{i}": value for i, name, value in named}
 
     def with_factors(self, factors: Mapping[str, Tensor]) -> Stacked:
         """The same geometry with other factors."""
         return Stacked(
             tuple(
-                part.with_factors({name: factors[f"{name}_{i}"] for name in part.factors()})
-                for i, part in enumerate(self.parts)
+                matrix.with_factors({name: factors[f"{name}_{i}"] for name in matrix.factors()})
+                for i, matrix in enumerate(self.matrices)
             )
         )
 
     def to_dense(self) -> Tensor:
-        """The parts above each other."""
-        return torch.cat([part.to_dense() for part in self.parts])
+        """The matrices on top of each other."""
+        return torch.cat([matrix.to_dense() for matrix in self.matrices])
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The parts' products beside each other."""
-        y = torch.cat([part.linear(x) for part in self.parts], dim=-1)
+        """The matrices' products beside each other."""
+        y = torch.cat([matrix.linear(x) for matrix in self.matrices], dim=-1)
         return y if bias is None else y + bias.to(y.dtype)
 
     def to_structured(self) -> StructuredMatrix | None:
-        """A GBLR matrix with s row splits, where the parts are GBLR matrices in their own row order."""
-        matrices = [part.to_structured() for part in self.parts if part.row_order is None]
-        known = [matrix for matrix in matrices if matrix is not None]
-        if len(known) < len(self.parts):
+        """A GBLR matrix with s row splits, where all of them are GBLR matrices in their own row order."""
+        structured = [matrix.to_structured() for matrix in self.matrices if matrix.row_order is None]
+        known = [found for found in structured if found is not None]
+        if len(known) < len(self.matrices):
             return None
         return StructuredMatrix.cat(known, 0)
 
@@ -254,9 +254,9 @@ def _stack(
     """
     check_row_splits(f"{family.name}: row_splits", row_splits, len(weight))
     metric, rows = options.get("calibration"), len(weight) // row_splits
-    parts = []
-    for index, part in enumerate(weight.chunk(row_splits)):
+    matrices = []
+    for index, split in enumerate(weight.chunk(row_splits)):
         if isinstance(metric, Metric):
             options = {**options, "calibration": metric.for_rows(index * rows, (index + 1) * rows)}
-        parts.append(family.from_dense(part, budget, **options))
-    return Stacked(tuple(parts))
+        matrices.append(family.from_dense(split, budget, **options))
+    return Stacked(tuple(matrices))

@@ -30,7 +30,6 @@ class Blast(FamilyMatrix):
     matrix). Sweeps start from points extrapolated along the last step, and are taken only if they lower the error. (The
     paper runs a preconditioned gradient descent whose preconditioners are the inverses of the same normal matrices.)
 
-
     Options:
         blocks: b, default 16, or fewer so that the couplings take at most an eighth of the bases.
         iterations: Sweeps over U, V and s; default 60.
@@ -79,11 +78,6 @@ class Blast(FamilyMatrix):
     def cols(self) -> Partition:
         """The b parts of the columns."""
         return Partition(self.right.shape[1], self.coupling.shape[2])
-
-    @property
-    def stored(self) -> int:
-        """The r (m + n + b^2) factor entries."""
-        return self.left.numel() + self.right.numel() + self.coupling.numel()
 
     def to_dense(self) -> Tensor:
         """All blocks, multiplied out."""
@@ -181,7 +175,7 @@ def _couplings(blocks: Tensor, u: Tensor, v: Tensor) -> Tensor:
     by_row, by_col = u @ u.mT, v @ v.mT
     moment = torch.einsum("iks,ijsp,jkp->ijk", u, blocks, v)
     # A block row at a time: all Gram matrices together would take b^2 r^2 entries.
-    solved = [_solve(gram * by_col, part[..., None]).squeeze(-1) for gram, part in zip(by_row, moment, strict=True)]
+    solved = [_solve(gram * by_col, rows[..., None]).squeeze(-1) for gram, rows in zip(by_row, moment, strict=True)]
     return torch.stack(solved).permute(2, 0, 1)
 
 

@@ -81,5 +81,5 @@ class BlockDiagonal(FamilyMatrix):
 
     def to_structured(self) -> StructuredMatrix:
         """Exactly this matrix, at one multiply-add more per component."""
-        part = torch.arange(self.rows.count, device=self.blocks.device)
-        return block_components(self.blocks, self.rows, self.cols, part, part)
+        block = torch.arange(self.rows.count, device=self.blocks.device)
+        return block_components(self.blocks, self.rows, self.cols, block, block)

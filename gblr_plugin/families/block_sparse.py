@@ -138,14 +138,14 @@ class BlockSparse(FamilyMatrix):
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """A batched product over the live blocks, summed by block rows, and the low-rank product."""
-        row, col = (torch.tensor(part, device=x.device) for part in self.pattern)
+        row, col = (torch.tensor(numbers, device=x.device) for numbers in self.pattern)
         z = torch.einsum("...bp,bsp->...bs", self.cols.split(x).index_select(-2, col), self.blocks)
         y = z.new_zeros(*z.shape[:-2], self.rows.count, z.shape[-1]).index_add(-2, row, z)
         return self.rows.join(y) + F.linear(F.linear(x, self.right), self.left, bias)
 
     def to_structured(self) -> StructuredMatrix:
         """Exactly this matrix, at one multiply-add more per component of the dense blocks."""
-        row, col = (torch.tensor(part, device=self.blocks.device) for part in self.pattern)
+        row, col = (torch.tensor(numbers, device=self.blocks.device) for numbers in self.pattern)
         sparse = block_components(self.blocks, self.rows, self.cols, row, col)
         low = StructuredMatrix.from_factors(self.left.T.contiguous(), self.right)
         return StructuredMatrix.sum([sparse, low])
@@ -172,5 +172,5 @@ def _largest(m: int, n: int, side: int, max_multiply_adds: float) -> tuple[Parti
 
 def _place(blocks: Tensor, rows: Partition, cols: Partition, index: Pattern) -> Tensor:
     grid = blocks.new_zeros(rows.count, cols.count, *blocks.shape[1:])
-    place = tuple(torch.tensor(part, device=blocks.device) for part in index)
+    place = tuple(torch.tensor(numbers, device=blocks.device) for numbers in index)
     return join_blocks(grid.index_put(place, blocks), rows, cols)

@@ -1,4 +1,4 @@
-"""Dense blocks of a grid as GBLR components."""
+"""Fit the dense blocks of a grid to a matrix, and write them as GBLR components."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@ r"""A grid of equally ranked low-rank blocks: what block low-rank, ALDS and Mona
 
 Block (i, j) of an R x C grid is ``A_ij B_ij`` of rank c, so the rows of all A_ij of block row i and the columns of all
 B_ij of block column j are stored without a gap: c (C m + R n) entries and as many multiply-adds, whatever the shape of
-    the blocks.
+the blocks.
 """
 
 from __future__ import annotations
@@ -99,11 +99,6 @@ class BlockGrid(FamilyMatrix):
     def cols(self) -> Partition:
         """The C parts of the columns."""
         return Partition(self.right.shape[-1], self.left.shape[0])
-
-    @property
-    def stored(self) -> int:
-        """The c (C m + R n) factor entries."""
-        return self.left.numel() + self.right.numel()
 
     def to_dense(self) -> Tensor:
         """All blocks, multiplied out."""

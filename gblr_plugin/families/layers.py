@@ -1,4 +1,4 @@
-"""Trainable layers of the structure families: drop-in modules whose plain parameters are a matrix's factors."""
+"""Trainable layers of the structure families, whose parameters are the factors of the family's matrix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..layers import CONV_ATTRIBUTES, GBLRLayer, StructuredLayer
-from ..layers.dense import check_structurable, structured_like, weight_matrix
+from ..layers.dense import check_structurable, structured_like, take_flags, weight_matrix
 from ..matrix.structure import StructuredMatrix
 from .base import FamilyMatrix
 from .gblr import Gblr
@@ -29,8 +29,8 @@ class FamilyLayer(StructuredLayer):
     def _init_factors(self, matrix: FamilyMatrix, bias: Tensor | None) -> None:
         self.geometry = matrix.to("meta")
         for name, value in matrix.factors().items():
-            own = value.detach().clone(memory_format=torch.contiguous_format)  # as a saved one comes back
-            setattr(self, name, nn.Parameter(own))
+            factor = value.detach().clone(memory_format=torch.contiguous_format)  # as a saved factor comes back
+            setattr(self, name, nn.Parameter(factor))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
 
     def matrix(self) -> FamilyMatrix:
@@ -114,14 +114,15 @@ class _FamilyConv(FamilyLayer):
     in_channels: int
     kernel_size: tuple[int, ...]
 
-    def _init_conv(self, matrix: FamilyMatrix, like: Any, bias: Tensor | None) -> None:
+    def __init__(self, matrix: FamilyMatrix, like: nn.Conv1d | nn.Conv2d, bias: Tensor | None = None) -> None:
+        nn.Module.__init__(self)  # not the convolution's: there is no dense weight to allocate
         expected = tuple(weight_matrix(like).shape)
         if matrix.shape != expected:
             raise ConfigError(f"{matrix.name}: the convolution's weight matrix is {expected}, got {matrix.shape}")
         for name in ("kernel_size", "stride"):  # of families that multiply step by step
-            own, made_for = getattr(like, name), getattr(matrix, name, None)
-            if made_for is not None and made_for != own:
-                raise ConfigError(f"{matrix.name}: the convolution has {name} {own}, the matrix {made_for}")
+            present, made_for = getattr(like, name), getattr(matrix, name, None)
+            if made_for is not None and made_for != present:
+                raise ConfigError(f"{matrix.name}: the convolution has {name} {present}, the matrix {made_for}")
         for name in CONV_ATTRIBUTES:
             setattr(self, name, getattr(like, name))
         self._init_factors(matrix, bias)
@@ -146,17 +147,9 @@ class FamilyConv1d(_FamilyConv, nn.Conv1d):  # type: ignore[override]  # `weight
         bias: (c_out,) or ``None``.
     """
 
-    def __init__(self, matrix: FamilyMatrix, like: nn.Conv1d, bias: Tensor | None = None) -> None:
-        nn.Module.__init__(self)
-        self._init_conv(matrix, like, bias)
-
 
 class FamilyConv2d(_FamilyConv, nn.Conv2d):  # type: ignore[override]  # `weight` is computed, not a parameter
     """``nn.Conv2d`` whose (c_out, c_in * kh * kw) weight matrix is of a family; arguments as :class:`FamilyConv1d`."""
-
-    def __init__(self, matrix: FamilyMatrix, like: nn.Conv2d, bias: Tensor | None = None) -> None:
-        nn.Module.__init__(self)
-        self._init_conv(matrix, like, bias)
 
 
 def layer_like(dense: nn.Module, matrix: FamilyMatrix) -> FamilyLayer:
@@ -183,11 +176,7 @@ def layer_like(dense: nn.Module, matrix: FamilyMatrix) -> FamilyLayer:
         layer = FamilyConv2d(matrix, dense, bias)
     else:
         layer = FamilyLinear(matrix, bias)
-    for factor in matrix.factors():
-        getattr(layer, factor).requires_grad_(weight.requires_grad)
-    if layer.bias is not None:
-        layer.bias.requires_grad_(bias.requires_grad)
-    layer.train(dense.training)
+    take_flags(layer, dense)
     return layer
 
 

@@ -45,11 +45,6 @@ class LowRank(FamilyMatrix):
         """(m, n)."""
         return self.left.shape[0], self.right.shape[1]
 
-    @property
-    def stored(self) -> int:
-        """The r (m + n) factor entries."""
-        return self.left.numel() + self.right.numel()
-
     def to_dense(self) -> Tensor:
         """A B."""
         return self.left @ self.right

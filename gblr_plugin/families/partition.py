@@ -1,4 +1,4 @@
-"""An axis cut into nearly equal consecutive parts, and tensors cut and joined accordingly."""
+"""Cut an axis into consecutive parts of nearly equal size, and cut and join tensors accordingly."""
 
 from __future__ import annotations
 

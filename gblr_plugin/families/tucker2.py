@@ -92,11 +92,6 @@ class Tucker2(FamilyMatrix):
         return self.output.shape[0], self.input.shape[1] * self.core.shape[2]
 
     @property
-    def stored(self) -> int:
-        """The c_in q + q p taps + p c_out factor entries."""
-        return self.output.numel() + self.core.numel() + self.input.numel()
-
-    @property
     def multiply_adds(self) -> int:
         """Of one output position."""
         first = self.input.numel() * _input_positions(self.kernel_size, self.stride)
@@ -144,8 +139,8 @@ class Tucker2(FamilyMatrix):
 
 def _shared(single: list[bool], values: tuple[int, ...], neutral: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Strides or paddings of the first step (axes with one tap) and of the core (all others)."""
-    first = tuple(value if one else neutral for value, one in zip(values, single, strict=True))
-    core = tuple(neutral if one else value for value, one in zip(values, single, strict=True))
+    first = tuple(value if alone else neutral for value, alone in zip(values, single, strict=True))
+    core = tuple(neutral if alone else value for value, alone in zip(values, single, strict=True))
     return first, core
 
 

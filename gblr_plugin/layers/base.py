@@ -13,7 +13,8 @@ from ..matrix.gaudi_mask import integer_locations, integer_widths
 from ..matrix.low_rank_form import to_low_rank_form, to_trapezoid_form
 from ..matrix.structure import Intervals, StructuredMatrix, multiply_adds
 from ..utils.optional_imports import check_version
-from .blockwise import MaskedAxis, active_blocks, block_dense, mask_reach
+from .axis_blocks import MaskedAxis, active_blocks, mask_reach
+from .blockwise import block_dense
 from .distributed_parameters import full_tensor, with_zero_gradients, write_full_tensor
 from .masks import masked_factor, table_mask, transformed
 from .parameters import StructureParameters
@@ -262,7 +263,7 @@ class GBLRLayer(StructureParameters):
 
     def masked_factors(self) -> tuple[Tensor, Tensor]:
         """Row factors (K, m / s) and column factors (K, n) under their masks."""
-        (row_width, col_width), (row_start, col_start) = (part.unbind() for part in self._structure_parameters())
+        (row_width, col_width), (row_start, col_start) = (values.unbind() for values in self._structure_parameters())
         return (
             masked_factor(self._row_factors(), row_width, row_start, self.row_tables, self.align[0]),
             masked_factor(self.V, col_width, col_start, self.column_tables, self.align[1]),
@@ -329,9 +330,9 @@ class GBLRLayer(StructureParameters):
             empty_rows, empty_cols = rows.width == 0, cols.width == 0
             skip = empty_rows | empty_cols if self._mask_state.frozen else empty_rows & empty_cols
             axes = []
-            for part, tables, splits in ((rows, self.row_tables, self.row_splits), (cols, self.column_tables, 1)):
-                reach = 0 if self._mask_state.frozen else mask_reach(part.length, self._mask_state.sigma)
-                blocks = active_blocks(part.width, part.start, part.length, reach, skip, splits)
-                axes.append(MaskedAxis(blocks, tables, part.width, part.start))
+            for side, tables, splits in ((rows, self.row_tables, self.row_splits), (cols, self.column_tables, 1)):
+                reach = 0 if self._mask_state.frozen else mask_reach(side.length, self._mask_state.sigma)
+                blocks = active_blocks(side.width, side.start, side.length, reach, skip, splits)
+                axes.append(MaskedAxis(blocks, tables, side.width, side.start))
             self._axes = axes[0], axes[1]
         return self._axes

@@ -1,4 +1,7 @@
-"""Structured convolutions: the kernel as a matrix with one row per output channel."""
+"""The trainable GBLR layers that take the place of convolutions.
+
+The kernel of a convolution is a matrix with one row per output channel.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +40,17 @@ class _GBLRConv(GBLRLayer):
     bias: Any
     kernel_size: tuple[int, ...]
     in_channels: int
-    padding_mode: Any
-    _reversed_padding_repeated_twice: list[int]
+    out_channels: int
 
-    def _init_conv(
-        self, matrix: StructuredMatrix, like: Any, align: int | tuple[int, int], bias: Tensor | None
+    def __init__(
+        self,
+        matrix: StructuredMatrix,
+        like: nn.Conv1d | nn.Conv2d,
+        bias: Tensor | None = None,
+        *,
+        align: int | tuple[int, int] = 1,
     ) -> None:
+        nn.Module.__init__(self)  # not the convolution's: there is no dense weight to allocate
         if like.groups != 1:
             raise ConfigError(f"convolution with groups={like.groups}: only groups=1 can be structured")
         for name in CONV_ATTRIBUTES:
@@ -52,6 +60,11 @@ class _GBLRConv(GBLRLayer):
             raise ConfigError(f"convolution: weight matrix must be {expected}, got {matrix.shape}")
         self._init_structure(matrix, check_tile("align", align), matrix.u.dtype)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense (c_out, c_in, *kernel) weight, computed on demand."""
+        return self.to_dense().view(self.out_channels, self.in_channels, *self.kernel_size)
 
     def _output_positions(self, input: Tensor) -> int:
         conv: Any = self
@@ -83,7 +96,7 @@ class _GBLRConv(GBLRLayer):
         return convolve(z, point.reshape(*point.shape, *ones), self.bias, groups=s)
 
 
-class GBLRConv1d(_GBLRConv, nn.Conv1d):
+class GBLRConv1d(_GBLRConv, nn.Conv1d):  # type: ignore[override]  # `weight` is computed, not a parameter
     """``nn.Conv1d`` with a trainable GBLR weight, the (c_out, c_in * k) matrix.
 
     Args:
@@ -96,38 +109,6 @@ class GBLRConv1d(_GBLRConv, nn.Conv1d):
         ConfigError: If ``groups`` is not 1 or the matrix does not fit.
     """
 
-    def __init__(
-        self,
-        matrix: StructuredMatrix,
-        like: nn.Conv1d,
-        bias: Tensor | None = None,
-        *,
-        align: int | tuple[int, int] = 1,
-    ) -> None:
-        nn.Module.__init__(self)
-        self._init_conv(matrix, like, align, bias)
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]  # the convolution's parameter, here computed
-        """The dense (c_out, c_in, k) weight, computed on demand."""
-        return self.to_dense().view(self.out_channels, self.in_channels, *self.kernel_size)
-
-
-class GBLRConv2d(_GBLRConv, nn.Conv2d):
+class GBLRConv2d(_GBLRConv, nn.Conv2d):  # type: ignore[override]  # `weight` is computed, not a parameter
     """``nn.Conv2d`` with a trainable GBLR weight, the (c_out, c_in * kh * kw) matrix; see :class:`GBLRConv1d`."""
-
-    def __init__(
-        self,
-        matrix: StructuredMatrix,
-        like: nn.Conv2d,
-        bias: Tensor | None = None,
-        *,
-        align: int | tuple[int, int] = 1,
-    ) -> None:
-        nn.Module.__init__(self)
-        self._init_conv(matrix, like, align, bias)
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]  # the convolution's parameter, here computed
-        """The dense (c_out, c_in, kh, kw) weight, computed on demand."""
-        return self.to_dense().view(self.out_channels, self.in_channels, *self.kernel_size)

@@ -1,4 +1,4 @@
-"""Between dense and structured modules: which can be structured, their weight as a matrix, and swapping them."""
+"""Dense layers: which of them can be structured, their weights as matrices, and how other modules replace them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ __all__ = [
     "stored_weight",
     "structurable",
     "structured_like",
+    "take_flags",
     "weight_matrix",
 ]
 
@@ -150,13 +151,15 @@ def structured_like(module: nn.Module, matrix: StructuredMatrix, *, align: int |
         layer = GBLRConv2d(matrix, module, bias, align=align)
     else:
         layer = GBLRLinear(matrix, bias, align=align)
-    if bias is not None:
-        layer.bias.requires_grad_(bias.requires_grad)  # present whenever the dense one is
-    if not weight.requires_grad:
-        for parameter in (layer.U, layer.V, layer.widths, layer.locations):
-            parameter.requires_grad_(False)
-    layer.train(module.training)
+    take_flags(layer, module)
     return layer
+
+
+def take_flags(layer: nn.Module, dense: nn.Module) -> None:
+    """Give a layer the training mode and the ``requires_grad`` flags of the dense layer that it replaces."""
+    for name, parameter in layer.named_parameters(recurse=False):
+        parameter.requires_grad_(dense._parameters["bias" if name == "bias" else "weight"].requires_grad)  # type: ignore[union-attr]  # there
+    layer.train(dense.training)
 
 
 def hooks_of(module: nn.Module) -> dict[str, Any]:

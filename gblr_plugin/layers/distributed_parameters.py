@@ -1,7 +1,7 @@
-"""Parameters that several processes hold together: read and write them whole, and keep them in a backward pass.
+"""Read, write and check parameters of which each process holds a part.
 
 Under FSDP2 a parameter is a DTensor of which each process holds some rows. Widths are (2, K), so that a process may
-hold the row widths alone, or nothing: whatever counts must see the whole, which costs one gather of a few kilobytes.
+hold the row widths alone, or nothing. Whatever counts must see all of them, which costs one gather of a few kilobytes.
 """
 
 from __future__ import annotations

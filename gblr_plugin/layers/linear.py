@@ -1,4 +1,4 @@
-"""The structured linear layer."""
+"""The trainable GBLR layer that takes the place of a linear layer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from ..matrix.structure import StructuredMatrix
 from ..utils.validation import check_tile
+from .axis_blocks import MaskedAxis
 from .base import GBLRLayer
-from .blockwise import MaskedAxis, block_linear
+from .blockwise import block_linear
 
 __all__ = ["GBLRLinear"]
 

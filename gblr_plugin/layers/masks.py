@@ -43,7 +43,7 @@ def _chunks(num: int, n: int, like: Tensor, buffers: int) -> Iterator[tuple[slic
     scratch = [torch.empty(min(size, num), n, dtype=like.dtype) for _ in range(buffers)]  # fresh pages cost most
     for first in range(0, num, size):
         stop = min(first + size, num)
-        yield slice(first, stop), [part[: stop - first] for part in scratch]
+        yield slice(first, stop), [memory[: stop - first] for memory in scratch]
 
 
 def _edge_gradients(
@@ -58,13 +58,13 @@ def _edge_gradients(
         return trailing, trailing - leading
     trailing = torch.empty(len(w), dtype=tables.dtype, device=tables.device)
     leading = torch.empty_like(trailing)
-    for part, (window, product) in _chunks(len(w), n, tables, 2):
-        grad = upstream[part].to(tables.dtype)
+    for chunk, (window, product) in _chunks(len(w), n, tables, 2):
+        grad = upstream[chunk].to(tables.dtype)
         if factor is not None:
-            grad = torch.mul(grad, factor[part].to(tables.dtype), out=product)
+            grad = torch.mul(grad, factor[chunk].to(tables.dtype), out=product)
         # The product of a row with its window, summed at once.
-        trailing[part] = _windows(tables[1], last[part], n, window).mul_(grad).sum(1)
-        leading[part] = _windows(tables[1], first[part], n, window).mul_(grad).sum(1)
+        trailing[chunk] = _windows(tables[1], last[chunk], n, window).mul_(grad).sum(1)
+        leading[chunk] = _windows(tables[1], first[chunk], n, window).mul_(grad).sum(1)
     return trailing, trailing - leading
 
 
@@ -137,13 +137,13 @@ def _masks(factor: Tensor | None, tables: Tensor, w: Tensor, start: Tensor) -> T
     prefix = tables[0]
     if factor is None:
         result = _windows(prefix, first, n)
-        for part, (window,) in _chunks(len(w), n, tables, 1):
-            result[part] -= _windows(prefix, last[part], n, window)
+        for chunk, (window,) in _chunks(len(w), n, tables, 1):
+            result[chunk] -= _windows(prefix, last[chunk], n, window)
         return result
     result = torch.empty(factor.shape, dtype=factor.dtype, device=factor.device)
-    for part, (leading, trailing) in _chunks(len(w), n, tables, 2):
-        mask = _windows(prefix, first[part], n, leading).sub_(_windows(prefix, last[part], n, trailing))
-        torch.mul(mask, factor[part], out=result[part])
+    for chunk, (leading, trailing) in _chunks(len(w), n, tables, 2):
+        mask = _windows(prefix, first[chunk], n, leading).sub_(_windows(prefix, last[chunk], n, trailing))
+        torch.mul(mask, factor[chunk], out=result[chunk])
     return result
 
 

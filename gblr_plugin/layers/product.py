@@ -1,11 +1,11 @@
-"""Which product a layer computes: by its two factors or its dense matrix, over all of it or active blocks."""
+"""Choose how a layer multiplies: by its two factors or by its dense matrix, over whole axes or over active blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .blockwise import MaskedAxis
+from .axis_blocks import MaskedAxis
 
 __all__ = ["Product", "choose_product"]
 

@@ -1,4 +1,4 @@
-"""What a report, a conversion and a file ask of a structured layer, whatever its family."""
+"""The protocol of structured layers: what reports, conversion and files ask of one, whatever its family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters that change their shape and keep their identity, so that optimizers go on holding them."""
+"""Change the shape of a parameter without changing its identity, so that optimizers still hold it."""
 
 from __future__ import annotations
 

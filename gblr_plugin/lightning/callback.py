@@ -18,9 +18,9 @@ from ..learning.learner import StructureLearner
 from ..learning.optimizers import split_structure_group
 from ..learning.schedule import Schedule
 from ..surgery.conversion import prepare_layers
+from ..surgery.layer_settings import LayerSettings
 from ..surgery.patterns import as_patterns, check_used, matches, value_of
 from ..surgery.selection import Pattern, log_skipped, select_layers
-from ..surgery.starts import LayerSettings
 from ._compat import averages_weights, is_driven_by_nni, schedulers_of, shards_parameters, state_key
 from .base import Callback
 from .checkpoint import match_checkpoint

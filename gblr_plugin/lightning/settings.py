@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..learning.non_finite import NON_FINITE
-from ..surgery.starts import INITIALISERS, UNBUDGETED, LayerSettings
+from ..surgery.layer_settings import INITIALISERS, UNBUDGETED, LayerSettings
 from ..utils.validation import check_choice, check_count, check_flag, did_you_mean, is_number, is_whole
 
 __all__ = ["CallbackSettings", "check_moment", "read_options"]

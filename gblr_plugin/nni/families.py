@@ -14,7 +14,7 @@ from ..calibration.batches import CalibrationSettings
 from ..errors import ConfigError
 from ..layers.dense import weight_matrix
 from ..surgery.conversion import prepare_layers
-from ..surgery.starts import FamilySettings
+from ..surgery.layer_settings import FamilySettings
 from .calibration import allocated_budgets, calibration_data
 from .evaluators import record_optimizers, train_bound
 from .optimizers import check_recorded, rename_recorded

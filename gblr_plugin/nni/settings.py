@@ -23,10 +23,10 @@ from ..calibration.allocation import RULES
 from ..errors import ConfigError
 from ..layers import GBLRConv1d, GBLRConv2d, GBLRLayer, GBLRLinear
 from ..learning.goals import LayerGoal
+from ..surgery.layer_settings import INITIALISERS, UNBUDGETED, LayerSettings
 from ..surgery.matrices import is_layer
 from ..surgery.patterns import check_used, matches
 from ..surgery.selection import choose, log_skipped
-from ..surgery.starts import INITIALISERS, UNBUDGETED, LayerSettings
 from ..utils.validation import did_you_mean
 
 __all__ = [

@@ -9,7 +9,7 @@ from ..calibration.allocation import check_rule
 from ..calibration.batches import CalibrationSettings
 from ..errors import ConfigError
 from ..kernels.cpu.threads import MOST_THREADS
-from ..surgery.starts import INITIALISERS
+from ..surgery.layer_settings import INITIALISERS
 
 __all__ = ["Method", "RunSettings", "Training"]
 

@@ -19,7 +19,7 @@ __all__ = ["family_record", "restore_matrix"]
 def family_record(matrix: FamilyMatrix) -> dict[str, Any]:
     """What does not train of a matrix: ``{"family": name, field: values}``, or ``{"stacked": [records]}``."""
     if isinstance(matrix, Stacked):
-        return {"stacked": [family_record(part) for part in matrix.parts]}
+        return {"stacked": [family_record(part) for part in matrix.matrices]}
     record: dict[str, Any] = {"family": matrix.name}
     for field in dataclasses.fields(matrix):  # type: ignore[arg-type]  # every family is a dataclass
         value = getattr(matrix, field.name)

@@ -25,8 +25,8 @@ from ..matrix.metric import Metric
 from ..matrix.structure import StructuredMatrix
 from ..tensor.frozen import use_kept_matrix
 from ..utils.progress import track
+from .layer_settings import FamilySettings, LayerSettings, structured_from
 from .selection import Pattern, log_skipped, select_layers
-from .starts import FamilySettings, LayerSettings, structured_from
 from .ties import check_untied
 
 __all__ = ["convert", "frozen_like", "prepare", "prepare_layers"]

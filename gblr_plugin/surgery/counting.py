@@ -127,10 +127,10 @@ def _count_parameters(model: nn.Module, layers: list[tuple[nn.Module, LayerRepor
     weights, dense = 0, 0
     for module, layer in layers:
         bias = getattr(module, "bias", None)
-        own = {id(p) for p in module.parameters() if p is not bias}
-        if not own or own - owned:
+        held = {id(p) for p in module.parameters() if p is not bias}
+        if not held or held - owned:
             weights, dense = weights + layer.parameters, dense + layer.dense_parameters
-        owned |= own
+        owned |= held
     rest = sum(p.numel() for p in model.parameters() if id(p) not in owned)
     return weights + rest, dense + rest
 

@@ -1,4 +1,4 @@
-"""Output heads: the last projections of a model, to which its accuracy is most sensitive."""
+"""Find the output heads of a model: its last projections, to which its accuracy is most sensitive."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def output_heads(model: nn.Module) -> set[int]:
     for name, module in model.named_modules():
         found += _said_by(module)
         *outer, last = name.split(".")
-        if last in _NAMES and not any(part.isdigit() for part in outer):
+        if last in _NAMES and not any(level.isdigit() for level in outer):
             found.append(module)
     return {id(layer) for head in found for layer in _last_layers(head)}
 
@@ -82,8 +82,8 @@ def _said_by(module: nn.Module) -> list[nn.Module]:
             answer = ask()
         except (AttributeError, NotImplementedError, TypeError):  # the method of another library, or of no use here
             continue
-        parts = answer if isinstance(answer, (tuple, list)) else [answer]
-        said += [part for part in parts if isinstance(part, nn.Module)]
+        answers = answer if isinstance(answer, (tuple, list)) else [answer]
+        said += [module for module in answers if isinstance(module, nn.Module)]
     return said
 
 
@@ -94,5 +94,5 @@ def _last_layers(head: nn.Module) -> list[nn.Module]:
     elif isinstance(head, nn.ModuleDict):
         several = head.values()
     if several is not None:
-        return [layer for one in several for layer in _last_layers(one)]
+        return [layer for head in several for layer in _last_layers(head)]
     return [module for module in head.modules() if isinstance(module, KINDS) or structurable(module)][-1:]

@@ -1,4 +1,4 @@
-"""The weight matrices of a model: what it multiplies activations by, in layers of every kind."""
+"""List the weight matrices of a model: everything that it multiplies activations by, in layers of every kind."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ def weight_matrices(model: nn.Module) -> Iterator[WeightMatrix]:
             if isinstance(weight, Tensor) and not is_lazy(weight):
                 yield WeightMatrix(name, module, "weight", weight_shape(module))
         elif not isinstance(module, _NO_PRODUCT):
-            for own, parameter in module._parameters.items():
-                if parameter is not None and not is_lazy(parameter) and _multiplies(own, parameter):
-                    full = own if not name else name if own == "weight" else f"{name}.{own}"
-                    columns = parameter.shape[-1] if "weight" not in own else math.prod(parameter.shape[1:])
-                    yield WeightMatrix(full, module, own, (parameter.numel() // max(columns, 1), columns))
+            for key, parameter in module._parameters.items():
+                if parameter is not None and not is_lazy(parameter) and _multiplies(key, parameter):
+                    full = key if not name else name if key == "weight" else f"{name}.{key}"
+                    columns = parameter.shape[-1] if "weight" not in key else math.prod(parameter.shape[1:])
+                    yield WeightMatrix(full, module, key, (parameter.numel() // max(columns, 1), columns))
 
 
 def _multiplies(name: str, parameter: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The one language in which layers are named: full names, glob patterns over names, and types."""
+"""Patterns by which users name layers: full names, glob patterns over full names, and types."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def as_patterns(what: str, given: Iterable[str | type[nn.Module]]) -> list[str]:
     """
     if isinstance(given, (str, type)):
         raise ConfigError(f"{what} is a list of names, glob patterns or types, not one of them")
-    return [part if isinstance(part, str) else part.__name__ for part in given]
+    return [pattern if isinstance(pattern, str) else pattern.__name__ for pattern in given]
 
 
 def matches(pattern: str, name: str, module: nn.Module) -> bool:

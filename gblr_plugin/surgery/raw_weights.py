@@ -1,4 +1,4 @@
-"""Multiply-adds of weights by which modules other than layers multiply: attention's projections, experts."""
+"""Count multiply-adds of weights that belong to no layer: projections inside attention modules, and experts."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ class RawWeights:
             return made
         left, entries = made.total() // 2, sum(matrix.entries for matrix in matrices)
         for matrix in matrices:
-            part = left * matrix.entries // max(entries, 1)  # of what is left: all of it is shared out
-            self._made[id(matrix)] += part
-            left, entries = left - part, entries - matrix.entries
+            made_here = left * matrix.entries // max(entries, 1)  # of what is left: all of it is shared out
+            self._made[id(matrix)] += made_here
+            left, entries = left - made_here, entries - matrix.entries
         return made
 
     def multiply_adds(self, matrix: WeightMatrix) -> int:

@@ -1,4 +1,7 @@
-"""Hidden units in an order that suits blocks on intervals: units that are alike become neighbours, at no cost."""
+"""Reorder the hidden units of a model, which costs nothing, so that units that are alike are neighbours.
+
+Blocks on intervals approximate such weights with a smaller error.
+"""
 
 from __future__ import annotations
 
@@ -61,10 +64,10 @@ def similar_order(features: Sequence[Tensor]) -> Tensor:
     """
     count = len(features[0])
     similarity = torch.zeros(count, count, dtype=torch.float64, device=features[0].device)
-    for part in features:
-        flat = part.detach().flatten(1).double()
-        unit = flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp(min=1e-30)
-        similarity += (unit @ unit.T).square()
+    for feature in features:
+        flat = feature.detach().flatten(1).double()
+        direction = flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp(min=1e-30)
+        similarity += (direction @ direction.T).square()
     similarity.fill_diagonal_(0)
     scale = similarity.sum(1).clamp(min=1e-30).rsqrt()
     laplacian = torch.eye(count, dtype=scale.dtype, device=scale.device) - scale[:, None] * similarity * scale

@@ -1,6 +1,6 @@
-"""What a model costs, as a value: per layer and in total, for JSON and as a table.
+"""The report of what a model costs: a value with one entry per weight, written as JSON or as a table.
 
-:func:`gblr_plugin.report` (``counting.py``) makes it.
+:func:`gblr_plugin.report`, in ``counting.py``, makes it.
 """
 
 from __future__ import annotations

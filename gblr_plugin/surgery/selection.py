@@ -1,8 +1,9 @@
-"""Which layers of a model are structured, and why the others are not: one policy for every way into this package.
+"""Decide which layers of a model are structured, and why the others are not.
 
-Layers are asked for by patterns (:mod:`.patterns`), or all of them by default. What cannot be structured as it stands,
-what is tied to another weight and output heads stay dense, and are listed with the reason. A layer that is asked for by
-its full name does not stay dense in silence: an output head is then structured, and anything else is an error.
+Every way of compressing a model asks here, so that one policy holds for all. Users ask for layers by patterns
+(:mod:`.patterns`), or for all of them. What cannot be structured as it stands, what is tied to another weight, and
+output heads stay dense and are listed with the reason. A full name overrules this for an output head; for a layer that
+cannot be structured, or whose weight is tied, it is an error.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def choose(
     check_untied(model, chosen)
     policy = Policy(model)
     matrices = list(weight_matrices(model))
-    whole = sum(matrix.entries for matrix in matrices)
+    total = sum(matrix.entries for matrix in matrices)
     first_names = {id(module): name for name, module in modules.items()}
     skipped = []
     for matrix in matrices:
@@ -125,7 +126,7 @@ def choose(
         if reason is None:
             chosen[owner] = matrix.module
         else:
-            skipped.append(Skipped(matrix.name, reason, matrix.entries / whole if whole else 0.0))
+            skipped.append(Skipped(matrix.name, reason, matrix.entries / total if total else 0.0))
     return Selection({name: chosen[name] for name in modules if name in chosen}, skipped)
 
 
@@ -180,7 +181,7 @@ def select_layers(
     selection = choose(model, wish, wish.named, default=wish.default)
     if not selection.layers:
         if selection.skipped:
-            largest = max(selection.skipped, key=lambda one: one.share)
+            largest = max(selection.skipped, key=lambda skipped: skipped.share)
             reason = f"layer {largest.name!r}: {largest.reason}"
         else:
             reason = f"{_ALLOWED}, inside a model"
@@ -225,9 +226,9 @@ def layer_filter(
 def log_skipped(skipped: Iterable[Skipped]) -> None:
     """Warn of what stays dense, in one line per reason, with its share of the multiply-adds."""
     groups: dict[str, list[Skipped]] = {}
-    for one in skipped:
-        groups.setdefault(one.reason, []).append(one)
+    for weight in skipped:
+        groups.setdefault(weight.reason, []).append(weight)
     for reason, group in groups.items():
         names = group[0].name if len(group) == 1 else f"{len(group)} layers, {group[0].name} to {group[-1].name}"
-        share = sum(one.share for one in group)
+        share = sum(weight.share for weight in group)
         _logger.warning("left dense: %s (%.1f%% of the multiply-adds of one position): %s", names, 100 * share, reason)

@@ -1,4 +1,4 @@
-"""Weights that several layers share: to structure one of them would part them in silence."""
+"""Find weights that several layers share: a structured layer would silently no longer share its weight."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def tied_layers(model: nn.Module) -> dict[int, str]:
                 found.setdefault(id(module), f"it shares memory with a parameter of {other_name!r}")
                 found.setdefault(id(other), f"it shares memory with a parameter of {name!r}")
         before.append((region, name, module))
-    for part in ("bias", "weight"):  # of a layer that shares both, the weight is told
+    for key in ("bias", "weight"):  # of a layer that shares both, the weight is told
         for module in model.modules():
-            own = module._parameters.get(part)
-            others = [other for other, holder in owners.get(id(own), ()) if holder is not module]
-            if own is not None and others:
-                found[id(module)] = f"its {part} is tied to that of {others[0]!r}"
+            parameter = module._parameters.get(key)
+            others = [other for other, holder in owners.get(id(parameter), ()) if holder is not module]
+            if parameter is not None and others:
+                found[id(module)] = f"its {key} is tied to that of {others[0]!r}"
     return found
 
 

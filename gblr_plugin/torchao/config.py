@@ -17,9 +17,9 @@ from ..kernels.plan import Plan
 from ..layers import StructuredLayer
 from ..layers.dense import can_gain, check_structurable, hooks_of, obstacle, weight_matrix
 from ..surgery.conversion import frozen_like
+from ..surgery.layer_settings import INITIALISERS, FamilySettings, LayerSettings, structured_from
 from ..surgery.matrices import weight_matrices
 from ..surgery.selection import LayerFilter, Skipped, choose, log_skipped
-from ..surgery.starts import INITIALISERS, FamilySettings, LayerSettings, structured_from
 from ..tensor.gblr_tensor import FACTOR_DTYPES
 from ..utils.optional_imports import quiet_import
 

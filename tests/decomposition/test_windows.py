@@ -14,7 +14,7 @@ from gblr_plugin.decomposition.windows import best_windows
 from gblr_plugin.layers.dense import structured_like
 from gblr_plugin.matrix.metric import Metric
 from gblr_plugin.matrix.tiles import TiledAxis
-from gblr_plugin.surgery.starts import LayerSettings, initial_matrix
+from gblr_plugin.surgery.layer_settings import LayerSettings, initial_matrix
 
 
 def factor(length: int, rank: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import gblr_plugin as gblr
 from gblr_plugin import ConfigError, GBLRConfig, GBLRTensor, convert, load, prepare, report, save
-from gblr_plugin.surgery.starts import LayerSettings
+from gblr_plugin.surgery.layer_settings import LayerSettings
 from gblr_plugin.tensor.frozen import FrozenLinear
 
 transformers = pytest.importorskip("transformers")

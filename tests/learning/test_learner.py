@@ -21,7 +21,7 @@ from gblr_plugin.learning.schedule import Schedule
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 from gblr_plugin.surgery.conversion import convert, prepare_layers
 from gblr_plugin.surgery.counting import report
-from gblr_plugin.surgery.starts import LayerSettings
+from gblr_plugin.surgery.layer_settings import LayerSettings
 
 
 def full_rank(module):

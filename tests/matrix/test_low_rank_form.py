@@ -11,7 +11,7 @@ from gblr_plugin.learning.learner import StructureLearner
 from gblr_plugin.learning.schedule import Schedule
 from gblr_plugin.matrix.low_rank_form import to_low_rank_form, to_trapezoid_form
 from gblr_plugin.surgery.conversion import convert, prepare_layers
-from gblr_plugin.surgery.starts import LayerSettings
+from gblr_plugin.surgery.layer_settings import LayerSettings
 
 
 def trapezoids(m=24, n=36, splits=1, tile=1, budget=0.4, method="trapezoid", dtype=torch.float64):

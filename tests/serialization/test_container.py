@@ -17,7 +17,7 @@ from gblr_plugin.serialization import read_state
 from gblr_plugin.serialization.container import INDEX, Container, entries_of, shard_paths, write_container
 from gblr_plugin.serialization.families import family_record, restore_matrix
 from gblr_plugin.serialization.weights import unflatten_weight
-from gblr_plugin.surgery.starts import LayerSettings
+from gblr_plugin.surgery.layer_settings import LayerSettings
 
 
 def make():

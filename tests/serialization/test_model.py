@@ -13,7 +13,7 @@ from gblr_plugin.families.layers import trainable
 from gblr_plugin.kernels import compiled
 from gblr_plugin.kernels.buffers import interval_facts
 from gblr_plugin.kernels.plan import Plan, dense_plan
-from gblr_plugin.surgery.starts import LayerSettings
+from gblr_plugin.surgery.layer_settings import LayerSettings
 
 pytestmark = pytest.mark.usefixtures("plans")
 HALF = LayerSettings("trapezoid", budget=0.5)

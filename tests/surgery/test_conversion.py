@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from gblr_plugin import ConfigError, GBLRConv1d, GBLRConv2d, GBLRLinear, GBLRTensor, convert, prepare, report
 from gblr_plugin.decomposition import decompose
 from gblr_plugin.surgery.conversion import frozen_like, prepare_layers
-from gblr_plugin.surgery.starts import LayerSettings
+from gblr_plugin.surgery.layer_settings import LayerSettings
 
 pytestmark = pytest.mark.usefixtures("plans")
 HALF = LayerSettings("trapezoid", budget=0.5)

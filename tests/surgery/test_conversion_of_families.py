@@ -12,7 +12,7 @@ from gblr_plugin.errors import ConfigError
 from gblr_plugin.families import FamilyLayer, FamilyLinear
 from gblr_plugin.families.layers import trainable
 from gblr_plugin.surgery.conversion import prepare_layers
-from gblr_plugin.surgery.starts import FamilySettings, LayerSettings
+from gblr_plugin.surgery.layer_settings import FamilySettings, LayerSettings
 from gblr_plugin.tensor.gblr_tensor import GBLRTensor
 
 

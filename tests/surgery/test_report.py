@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from gblr_plugin import convert, load, prepare, report, save
+from gblr_plugin.surgery.layer_settings import LayerSettings
 from gblr_plugin.surgery.report import LayerReport, Report
-from gblr_plugin.surgery.starts import LayerSettings
 from gblr_plugin.tasks.digits import VisionTransformer
 from gblr_plugin.tasks.text import ByteGPT
 

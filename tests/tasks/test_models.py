@@ -187,7 +187,7 @@ def test_the_papers_share_is_of_the_whole_model():
 def test_known_widths_by_hand(here):
     """Of a converted layer, multiply-adds are positions times the sum of its widths; the rest is dense."""
     from gblr_plugin import convert, prepare
-    from gblr_plugin.surgery.starts import LayerSettings
+    from gblr_plugin.surgery.layer_settings import LayerSettings
 
     network = make_task(tiny("vit_base")).network()
     layers = prepare(network, ["*.mlp.fc1"], settings=LayerSettings("trapezoid", budget=0.6))

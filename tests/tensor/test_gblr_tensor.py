@@ -26,7 +26,7 @@ from gblr_plugin.kernels.measure import circumstances, is_stale
 from gblr_plugin.kernels.plan import Plan
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 from gblr_plugin.surgery.conversion import convert, prepare
-from gblr_plugin.surgery.starts import LayerSettings
+from gblr_plugin.surgery.layer_settings import LayerSettings
 from gblr_plugin.tensor.gblr_tensor import GBLRTensor
 from gblr_plugin.torchao.config import GBLRConfig
 

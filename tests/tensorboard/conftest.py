@@ -32,7 +32,7 @@ from werkzeug.test import Client
 import gblr_plugin as gblr
 from gblr_plugin.matrix.structure import StructuredMatrix
 from gblr_plugin.surgery.conversion import prepare_layers
-from gblr_plugin.surgery.starts import LayerSettings
+from gblr_plugin.surgery.layer_settings import LayerSettings
 from gblr_plugin.tensorboard import write_structure
 from gblr_plugin.tensorboard.plugin import GBLRPluginLoader
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import gblr_plugin as gblr
 from gblr_plugin.serialization.container import INDEX
-from gblr_plugin.surgery.starts import LayerSettings
+from gblr_plugin.surgery.layer_settings import LayerSettings
 
 transformers = pytest.importorskip("transformers")
 X = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)

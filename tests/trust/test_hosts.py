@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import gblr_plugin as gblr
-from gblr_plugin.surgery.starts import LayerSettings
+from gblr_plugin.surgery.layer_settings import LayerSettings
 from gblr_plugin.utils.optional_imports import check_version
 
 

@@ -20,7 +20,7 @@ from gblr_plugin.kernels.plan import Plan
 from gblr_plugin.layers import GBLRLinear
 from gblr_plugin.run.settings import RunSettings
 from gblr_plugin.run.yaml_config import load_yaml, parse_overrides, read_settings
-from gblr_plugin.surgery.starts import LayerSettings
+from gblr_plugin.surgery.layer_settings import LayerSettings
 
 FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SIZES = st.one_of(st.integers(1, 5), st.sampled_from([7, 8, 13, 16, 17, 31, 37]))

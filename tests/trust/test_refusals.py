@@ -27,7 +27,7 @@ from gblr_plugin.run.search_space import SearchSpace
 from gblr_plugin.run.settings import Method, RunSettings
 from gblr_plugin.run.yaml_config import load_yaml
 from gblr_plugin.serialization import read_state
-from gblr_plugin.surgery.starts import LayerSettings
+from gblr_plugin.surgery.layer_settings import LayerSettings
 from gblr_plugin.tasks.hf import check_download
 from gblr_plugin.tasks.language import LanguageTask
 from gblr_plugin.tensor.gblr_tensor import GBLRTensor

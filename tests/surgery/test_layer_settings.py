@@ -7,7 +7,7 @@ from torch import nn
 from gblr_plugin import families
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.surgery.conversion import prepare_layers
-from gblr_plugin.surgery.starts import EMBEDDED, LayerSettings, initial_matrix
+from gblr_plugin.surgery.layer_settings import EMBEDDED, LayerSettings, initial_matrix
 
 
 @pytest.fixture

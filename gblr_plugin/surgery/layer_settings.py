@@ -1,7 +1,7 @@
-"""How a dense layer becomes a trainable one: the settings that a user gives, and the layer that they make.
+"""Settings that say how a dense layer becomes a trainable structured one, and the layer that they make.
 
-:class:`LayerSettings` make a GBLR layer whose structure is learned; :class:`FamilySettings` make a layer of any family,
-whose structure is fixed from the start and whose factors train.
+:class:`LayerSettings` make a GBLR layer whose structure is learned. :class:`FamilySettings` make a layer of any family,
+whose structure is fixed from the beginning and whose factors train.
 """
 
 from __future__ import annotations
