@@ -30,20 +30,8 @@ __all__ = [
     "weight_matrix",
 ]
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
+_HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
+"""Attributes in which torch keeps the hooks of a module, of every kind."""
 
 
 def _is_hf_conv1d(module: nn.Module) -> bool:

@@ -233,17 +233,9 @@ def frozen_like(
     bias: Any = module.bias
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         kind: Any = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
-        new = kind(
-            module.in_channels,
-            module.out_channels,
-            module.kernel_size,
-            stride=module.stride,
-            padding=module.padding,
-            dilation=module.dilation,
-            bias=bias is not None,
-            padding_mode=module.padding_mode,
-            device="meta",
-        )
+        geometry = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+        channels = module.in_channels, module.out_channels
+        new = kind(*channels, module.kernel_size, **geometry, bias=bias is not None, device="meta")
     else:
         new = nn.Linear(matrix.shape[1], matrix.shape[0], bias=bias is not None, device="meta")
     new.weight = nn.Parameter(weight, requires_grad=False)
