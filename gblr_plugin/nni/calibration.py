@@ -21,7 +21,7 @@ from ..layers.dense import can_gain
 from ..utils.random_state import accelerators_of, keep_random_state
 from ._compat import optimizer_helpers, scheduler_helpers, several_if_given_so, training_step
 from .evaluators import LightningEvaluator
-from .settings import LayerPlan
+from .settings import LayerConfig
 
 __all__ = ["allocated_budgets", "calibration_data"]
 
@@ -127,7 +127,7 @@ def _of_torch(
 
 def allocated_budgets(
     model: nn.Module,
-    plan: Mapping[str, LayerPlan],
+    config: Mapping[str, LayerConfig],
     budgets: Mapping[str, float | None],
     calibration: Calibration | None,
     default: str | None = "sensitivity",
@@ -136,7 +136,7 @@ def allocated_budgets(
 
     Args:
         model: Where the layers are.
-        plan: What the config list says, by layer.
+        config: What the config list says, by layer.
         budgets: Relative FLOPs of each layer before; one for all layers of a group.
         calibration: Batches, where there are any.
         default: Rule of groups that name none, where there are batches; ``None`` leaves them as they are.
@@ -148,8 +148,8 @@ def allocated_budgets(
         ConfigError: See :func:`gblr_plugin.calibration.allocation.allocate`; also if a group's layers start at
             different budgets.
     """
-    groups: dict[Any, dict[str, LayerPlan]] = {}
-    for name, layer in plan.items():
+    groups: dict[Any, dict[str, LayerConfig]] = {}
+    for name, layer in config.items():
         asked = layer.allocation is not None or (calibration is not None and default is not None)
         if layer.goal.group is not None and asked and can_gain(layer.module, layer.settings.row_splits):
             groups.setdefault(layer.goal.group, {})[name] = layer

@@ -17,7 +17,7 @@ from ..utils.validation import did_you_mean
 from .evaluators import cure
 from .families import family_factory
 from .pruner import GBLRPruner
-from .settings import for_nni, without_own_keys
+from .selection import for_nni, without_own_keys
 
 __all__ = ["compressor_names", "create_compressor", "register_compressor"]
 

@@ -18,7 +18,7 @@ from ..surgery.layer_settings import FamilySettings
 from .calibration import allocated_budgets, calibration_data
 from .evaluators import record_optimizers, train_bound
 from .optimizers import check_recorded, rename_recorded
-from .settings import LayerPlan, read_config
+from .settings import LayerConfig, read_config
 
 __all__ = ["FamilyCompressor", "family_factory"]
 
@@ -53,27 +53,27 @@ class FamilyCompressor:
         calibration: CalibrationSettings | Mapping[str, Any] | bool | None = None,
         **options: Any,
     ) -> None:
-        plan = read_config(model, config_list).layers
+        config = read_config(model, config_list).layers
         calibrated = CalibrationSettings.read(calibration)
-        fixed = next((name for name, layer in plan.items() if layer.goal.budget is None), None)
+        fixed = next((name for name, layer in config.items() if layer.goal.budget is None), None)
         if fixed is not None:
             raise ConfigError(f"layer {fixed!r}: {family} has no lambda; give sparse_ratio instead of sparse_threshold")
         if "row_splits" in options:
             raise ConfigError(f"compressor {family!r}: row_splits: it belongs into the config list, by layer")
         if evaluator is not None:
             record_optimizers(evaluator, model)
-            check_recorded(evaluator, plan)
+            check_recorded(evaluator, config)
         data = None if calibrated is None else calibration_data(evaluator, model, calibrated)
         kind = families.get(family)
-        if family != "gblr" and any(layer.settings.align != (1, 1) for layer in plan.values()):
+        if family != "gblr" and any(layer.settings.align != (1, 1) for layer in config.values()):
             _logger.warning("%s has no intervals: granularity is left out", family)
-        budgets = _budgets(kind, plan, options)
+        budgets = _budgets(kind, config, options)
         uniform = kind.budgets.__func__ is families.FamilyMatrix.budgets.__func__  # type: ignore[attr-defined]  # methods
-        goals = {name: layer.goal.budget for name, layer in plan.items()}
-        budgets |= allocated_budgets(model, plan, goals, data, "sensitivity" if uniform else None)
-        settings = {name: _settings(family, layer, budgets[name], options) for name, layer in plan.items()}
+        goals = {name: layer.goal.budget for name, layer in config.items()}
+        budgets |= allocated_budgets(model, config, goals, data, "sensitivity" if uniform else None)
+        settings = {name: _settings(family, layer, budgets[name], options) for name, layer in config.items()}
         modules = prepare_layers(model, settings, calibration=data)
-        _check_bounds(family, plan, modules)
+        _check_bounds(family, config, modules)
         if evaluator is not None:
             rename_recorded(evaluator, {f"{name}.weight": _factor_names(name, new) for name, new in modules.items()})
         self.bound_model, self.evaluator = model, evaluator
@@ -92,30 +92,30 @@ class FamilyCompressor:
         """Nothing is wrapped; here because every compressor has it."""
 
 
-def _settings(family: str, layer: LayerPlan, budget: float, options: Mapping[str, Any]) -> FamilySettings:
+def _settings(family: str, layer: LayerConfig, budget: float, options: Mapping[str, Any]) -> FamilySettings:
     """The settings of one layer: options for all layers, and what the config says of this one."""
     of_layer = {"align": layer.settings.align} if family == "gblr" else {}
     return FamilySettings(family, budget, layer.settings.row_splits, {**of_layer, **options})
 
 
-def _budgets(kind: Any, plan: Mapping[str, LayerPlan], options: Mapping[str, Any]) -> dict[str, float]:
+def _budgets(kind: Any, config: Mapping[str, LayerConfig], options: Mapping[str, Any]) -> dict[str, float]:
     """Budget of each layer: its own, or its share of its group's."""
     groups: dict[Any, list[str]] = {}
-    for name, layer in plan.items():
+    for name, layer in config.items():
         if layer.allocation is None:
             groups.setdefault(("layer", name) if layer.goal.group is None else layer.goal.group, []).append(name)
     budgets: dict[str, float] = {}
     for members in groups.values():
-        weights: dict[str, Tensor] = {name: weight_matrix(plan[name].module) for name in members}
-        splits = {name: plan[name].settings.row_splits for name in members}
-        budgets.update(kind.budgets(weights, plan[members[0]].goal.budget, row_splits=splits, **options))
+        weights: dict[str, Tensor] = {name: weight_matrix(config[name].module) for name in members}
+        splits = {name: config[name].settings.row_splits for name in members}
+        budgets.update(kind.budgets(weights, config[members[0]].goal.budget, row_splits=splits, **options))
     return budgets
 
 
-def _check_bounds(family: str, plan: Mapping[str, LayerPlan], modules: Mapping[str, Any]) -> None:
+def _check_bounds(family: str, config: Mapping[str, LayerConfig], modules: Mapping[str, Any]) -> None:
     """Warn where whole ranks and blocks fall short of the least that a layer of a group was to keep."""
     for name, module in modules.items():
-        least, kept = plan[name].goal.min_flops, module.relative_flops
+        least, kept = config[name].goal.min_flops, module.relative_flops
         if kept < least - 0.01:
             _logger.warning(
                 "layer %r keeps %.3f of its multiply-adds, less than the %.3f that max_sparse_ratio leaves it: "

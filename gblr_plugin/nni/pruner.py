@@ -1,6 +1,6 @@
 """``GBLRPruner``: a scheduled pruner of NNI that learns generalized block low-rank weights.
 
-The chosen layers are swapped for structured ones before NNI sees the model; NNI gets a weight target that owns no
+The chosen layers are prepared for structured ones before NNI sees the model; NNI gets a weight target that owns no
 tensor, and its evaluator the names of the new parameters (:mod:`.optimizers`). The structure is learned by the
 :class:`~gblr_plugin.StructureLearner`; NNI decides when it runs.
 """
@@ -30,8 +30,9 @@ from ..surgery.conversion import prepare_layers
 from ._compat import is_wrapped, present_goal, wrapper_of
 from .calibration import allocated_budgets, calibration_data
 from .evaluators import record_optimizers
+from .keys import nni_schema
 from .optimizers import adopt, check_recorded, is_adopted
-from .settings import Plan, nni_schema, read_config
+from .settings import ModelConfig, read_config
 from .wrapper import GBLRWrapper
 
 __all__ = ["GBLRPruner"]
@@ -85,15 +86,15 @@ class GBLRPruner(ScheduledPruner):
         calibration: CalibrationSettings | Mapping[str, Any] | bool | None = None,
     ) -> None:
         calibrated = CalibrationSettings.read(calibration)
-        plan = read_config(model, config_list)
-        schedule = _schedule(warmup_step, cooldown_begin_step, plan)
+        config = read_config(model, config_list)
+        schedule = _schedule(warmup_step, cooldown_begin_step, config)
         wrappers = dict(existed_wrappers or {})
-        _check_layers(plan, wrappers)
+        _check_layers(config, wrappers)
         if evaluator is not None:
             record_optimizers(evaluator, model)
-            check_recorded(evaluator, plan.layers)
+            check_recorded(evaluator, config.layers)
         data = None if calibrated is None else calibration_data(evaluator, model, calibrated)
-        self.learner = _prepare(model, plan, schedule, data)
+        self.learner = _prepare(model, config, schedule, data)
         layers = self.learner.layers
         self.warmup_step, self.cooldown_begin_step = warmup_step, cooldown_begin_step
         self._interval_steps = 1
@@ -102,13 +103,13 @@ class GBLRPruner(ScheduledPruner):
         self._training = False
         self._built: list[weakref.ref[Optimizer]] = []
         if evaluator is not None:
-            adopt(evaluator, layers, plan.structure_lr, self._optimizer_built)
+            adopt(evaluator, layers, config.structure_lr, self._optimizer_built)
         for name, layer in layers.items():
             old = wrappers.get(name)
             wrapper = GBLRWrapper(layer, name) if old is None else GBLRWrapper.rebind(old, layer)
             wrapper.owner = self
             wrappers[name] = wrapper
-        super().__init__(model, [plan.layers[name].entry for name in layers], evaluator, wrappers)
+        super().__init__(model, [config.layers[name].entry for name in layers], evaluator, wrappers)
         self._init_sparse_goals()
 
     @classmethod
@@ -305,15 +306,15 @@ class GBLRPruner(ScheduledPruner):
         return result
 
 
-def _schedule(warmup_step: int, cooldown_begin_step: int | None, plan: Plan) -> Schedule | None:
+def _schedule(warmup_step: int, cooldown_begin_step: int | None, config: ModelConfig) -> Schedule | None:
     if cooldown_begin_step is None:
-        Schedule(warmup_step, warmup_step + 1, plan.sigma_start, plan.sigma_end)  # checks the sigmas
+        Schedule(warmup_step, warmup_step + 1, config.sigma_start, config.sigma_end)  # checks the sigmas
         return None
-    return Schedule(warmup_step, cooldown_begin_step, plan.sigma_start, plan.sigma_end)
+    return Schedule(warmup_step, cooldown_begin_step, config.sigma_start, config.sigma_end)
 
 
-def _check_layers(plan: Plan, wrappers: Mapping[str, ModuleWrapper]) -> None:
-    for name, layer in plan.layers.items():
+def _check_layers(config: ModelConfig, wrappers: Mapping[str, ModuleWrapper]) -> None:
+    for name, layer in config.layers.items():
         if wrapper_of(layer.module) is not None:
             raise ConfigError(
                 f"layer {name!r} is wrapped by another compressor; use GBLRPruner.from_compressor(that_compressor, "
@@ -327,27 +328,27 @@ def _check_layers(plan: Plan, wrappers: Mapping[str, ModuleWrapper]) -> None:
 
 
 def _prepare(
-    model: nn.Module, plan: Plan, schedule: Schedule | None, calibration: Calibration | None
+    model: nn.Module, config: ModelConfig, schedule: Schedule | None, calibration: Calibration | None
 ) -> StructureLearner:
-    """Swap the dense layers of a plan; on any error the model is as it was."""
-    ready = {name: layer.module for name, layer in plan.layers.items() if isinstance(layer.module, GBLRLayer)}
-    dense = {name: layer.settings for name, layer in plan.layers.items() if name not in ready}
+    """Structure the dense layers of a config; on any error the model is as it was."""
+    ready = {name: layer.module for name, layer in config.layers.items() if isinstance(layer.module, GBLRLayer)}
+    dense = {name: layer.settings for name, layer in config.layers.items() if name not in ready}
     shares = allocated_budgets(
         model,
-        {name: plan.layers[name] for name in dense},
+        {name: config.layers[name] for name in dense},
         {name: settings.budget for name, settings in dense.items()},
         calibration,
     )
     dense |= {name: replace(dense[name], budget=share) for name, share in shares.items()}
-    swapped = prepare_layers(model, dense, calibration=calibration) if dense else {}
-    layers = {name: {**ready, **swapped}[name] for name in plan.layers if name in ready or name in swapped}
-    goals = {name: plan.layers[name].goal for name in layers}
+    prepared = prepare_layers(model, dense, calibration=calibration) if dense else {}
+    layers = {name: {**ready, **prepared}[name] for name in config.layers if name in ready or name in prepared}
+    goals = {name: config.layers[name].goal for name in layers}
     try:
         learner = StructureLearner(
-            layers, goals, schedule, sigmas=(plan.sigma_start, plan.sigma_end), compact=plan.compact
+            layers, goals, schedule, sigmas=(config.sigma_start, config.sigma_end), compact=config.compact
         )
     except ConfigError:
-        replace_modules(model, {id(layer): plan.layers[name].module for name, layer in swapped.items()})
+        replace_modules(model, {id(layer): config.layers[name].module for name, layer in prepared.items()})
         raise
     for layer in ready.values():
         layer.unfreeze_structure()

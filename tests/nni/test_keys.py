@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from gblr_plugin import ConfigError
 from gblr_plugin.nni import GBLRPruner
+from gblr_plugin.nni.keys import nni_schema
 from gblr_plugin.nni.settings import read_config
 
 GUIDE = Path(__file__).parents[2] / "docs" / "nni.md"
@@ -207,3 +208,11 @@ def test_lists_with_dependency_groups_can_be_used(kit: Any, caplog: pytest.LogCa
     pruner.compress(7, None)
     assert pruner.learner.frozen
     assert model.left.relative_flops <= 0.5
+
+
+def test_nnis_schema_knows_the_own_keys_and_no_others() -> None:
+    schema = nni_schema()
+    schema.validate({"op_names": ["a"], "sparse_ratio": 0.5, "gblr_seed": 1})
+    for wrong in ({"gblr_seeds": 1}, {"gblr_seed": "one"}):
+        with pytest.raises(Exception, match="gblr_seed"):
+            schema.validate({"op_names": ["a"], "sparse_ratio": 0.5, **wrong})

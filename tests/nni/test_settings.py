@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from gblr_plugin import ConfigError
-from gblr_plugin.nni.settings import nni_schema, read_config, without_own_keys
+from gblr_plugin.nni.keys import nni_schema
+from gblr_plugin.nni.settings import read_config
 
 
 @pytest.fixture
@@ -181,24 +182,6 @@ def test_legacy_lists_are_translated(model: nn.Module) -> None:
     assert goals[0].min_flops == pytest.approx(0.2)
     apart = read_config(model, [{"op_names": ["fc1"], "sparsity": 0.25}])
     assert apart.layers["fc1"].goal.budget == 0.75
-
-
-def test_nnis_schema_knows_the_own_keys_and_no_others() -> None:
-    schema = nni_schema()
-    schema.validate({"op_names": ["a"], "sparse_ratio": 0.5, "gblr_seed": 1})
-    for wrong in ({"gblr_seeds": 1}, {"gblr_seed": "one"}):
-        with pytest.raises(Exception, match="gblr_seed"):
-            schema.validate({"op_names": ["a"], "sparse_ratio": 0.5, **wrong})
-
-
-def test_other_compressors_get_a_config_they_accept() -> None:
-    given = [
-        {"op_names": ["a"], "sparse_ratio": 1, "gblr": {"seed": 1}, "gblr_seed": 1, "target_settings": {"weight": {}}}
-    ]
-    plain = without_own_keys(given)
-    assert plain == [{"op_names": ["a"], "sparse_ratio": 1.0, "target_settings": {"weight": {}}}]
-    assert isinstance(plain[0]["sparse_ratio"], float)
-    assert "gblr" in given[0]
 
 
 def test_reading_leaves_the_model_alone(model: nn.Module) -> None:
