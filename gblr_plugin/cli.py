@@ -30,38 +30,45 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gblr-plugin {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser, metavar="COMMAND")
-    run = commands.add_parser("run", help="train or load, compress, fine-tune, convert, report")
-    run.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    run.add_argument(
-        "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the config; repeatable"
+    changes = OneLineParser(add_help=False)
+    changes.add_argument(
+        "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of a config; repeatable"
     )
-    run.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/ and the config's name")
+    config = OneLineParser(add_help=False, parents=[changes])
+    config.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    config.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/ and the config's name")
+
+    run = commands.add_parser("run", help="train or load, compress, fine-tune, convert, report", parents=[config])
     run.add_argument(
         "--trial", action="store_true", help="as a trial of an NNI experiment: its parameters in, its results out"
     )
     run.add_argument(
         "--flops-price", type=float, default=0.0, metavar="P", help="what relative FLOPs of 1 cost a trial's result"
     )
-    search = commands.add_parser("search", help="vary a run by NNI's tuners; a Pareto table and figure of the trials")
-    search.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    search.add_argument(
-        "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the config; repeatable"
+    run.set_defaults(call=_run)
+    search = commands.add_parser(
+        "search", help="vary a run by NNI's tuners; a Pareto table and figure of the trials", parents=[config]
     )
-    search.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/ and the config's name")
+    search.set_defaults(call=_search)
     compare = commands.add_parser(
-        "compare", help="many methods at equal multiply-adds over several budgets; goes on where it stopped"
+        "compare",
+        help="many methods at equal multiply-adds over several budgets; goes on where it stopped",
+        parents=[config],
     )
-    compare.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    compare.add_argument(
-        "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of the config; repeatable"
+    compare.set_defaults(call=_compare)
+    shown = commands.add_parser(
+        "report", help="show the report of an earlier run, or count what a config asks for", parents=[changes]
     )
-    compare.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/ and the config's name")
-    shown = commands.add_parser("report", help="show the report of an earlier run, or count what a config asks for")
     shown.add_argument("path", type=Path, metavar="PATH", help="an output folder, a report.json, or a config.yaml")
-    shown.add_argument(
-        "--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="change one key of a config; repeatable"
-    )
     shown.add_argument("--json", action="store_true", help="as JSON instead of a table")
+    shown.set_defaults(call=_show)
+    _add_compress(commands)
+    bench = commands.add_parser("bench", help="time structured against dense layers", add_help=False)
+    bench.add_argument("arguments", nargs=argparse.REMAINDER)
+    return parser
+
+
+def _add_compress(commands: Any) -> None:
     compress = commands.add_parser("compress", help="compress a folder of safetensors, one layer in memory at a time")
     compress.add_argument("folder", type=Path, metavar="FOLDER", help="config.json and model.safetensors or its shards")
     compress.add_argument("--budget", type=float, required=True, help="relative FLOPs of each layer, in (0, 1]")
@@ -77,9 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compress.add_argument("--factor-dtype", choices=["int8"], help="default: that of the weights")
     compress.add_argument("--seed", type=int, default=0)
-    bench = commands.add_parser("bench", help="time structured against dense layers", add_help=False)
-    bench.add_argument("arguments", nargs=argparse.REMAINDER)
-    return parser
+    compress.set_defaults(call=_compress)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,18 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
     except SystemExit as leaving:
         return int(leaving.code or 0)
-    if arguments.command == "report":
-        if arguments.path.suffix in (".yaml", ".yml"):
-            return _guarded(lambda: _count(arguments.path, arguments.set, arguments.json))
-        return _guarded(lambda: _report(arguments.path, arguments.json))
-    if arguments.command == "compress":
-        return _guarded(lambda: _compress(arguments))
-    if arguments.command == "run" and arguments.trial:
-        return _guarded(lambda: _trial(arguments))
-    if arguments.command == "run" and arguments.flops_price:
-        return _fail(2, "--flops-price goes with --trial")
-    command = {"run": _run, "compare": _compare, "search": _search}[arguments.command]
-    return _guarded(lambda: command(arguments.config, arguments.set, arguments.output))
+    return _guarded(lambda: arguments.call(arguments))
 
 
 def _guarded(command: Callable[[], int | None]) -> int:
@@ -171,6 +165,13 @@ def _compress(arguments: argparse.Namespace) -> None:
         print(f"{summary}; in {arguments.output}")
 
 
+def _show(arguments: argparse.Namespace) -> None:
+    if arguments.path.suffix in (".yaml", ".yml"):
+        _count(arguments.path, arguments.set, arguments.json)
+    else:
+        _report(arguments.path, arguments.json)
+
+
 def _report(path: Path, as_json: bool) -> None:
     from .run.summary import RunReport
 
@@ -188,8 +189,16 @@ def _report(path: Path, as_json: bool) -> None:
     print(json.dumps(values, indent=2) if as_json else summary)
 
 
-def _settings(config: Path, overrides: list[str], kind: type[S]) -> S:
-    return _read(_located(config, overrides), kind)
+def _count(config: Path, overrides: list[str], as_json: bool) -> None:
+    from .run.console import captured_output
+    from .run.settings import RunSettings
+
+    settings = _read(_located(config, overrides), RunSettings)
+    with captured_output():  # importing the hosts is noisy
+        from .run.counting import count_config
+
+        counted = count_config(settings)
+    print(counted.to_json() if as_json else counted)
 
 
 def _located(config: Path, overrides: list[str]) -> Located:
@@ -210,32 +219,22 @@ def _read(located: Located, kind: type[S]) -> S:
     return settings
 
 
-def _count(config: Path, overrides: list[str], as_json: bool) -> None:
-    from .run.console import captured_output
+def _run(arguments: argparse.Namespace) -> None:
     from .run.settings import RunSettings
 
-    settings = _settings(config, overrides, RunSettings)
-    with captured_output():  # importing the hosts is noisy
-        from .run.counting import count_config
-
-        counted = count_config(settings)
-    print(counted.to_json() if as_json else counted)
-
-
-def _run(config: Path, overrides: list[str], output: Path | None) -> None:
-    from .run.settings import RunSettings
-
-    settings = _settings(config, overrides, RunSettings)
+    if arguments.trial:
+        return _trial(arguments)
+    if arguments.flops_price:
+        raise ConfigError("--flops-price goes with --trial")
+    settings = _read(_located(arguments.config, arguments.set), RunSettings)
 
     def prepare() -> Any:
         from .run.pipeline import prepare_run
 
         return prepare_run(settings)
 
-    output = output or Path("outputs") / config.stem
-    _carry_out(
-        prepare, output, f"everything is in {output}; see it with: tensorboard --logdir {output / 'tensorboard'}"
-    )
+    output = _output(arguments)
+    _carry_out(prepare, output, f"see it with: tensorboard --logdir {output / 'tensorboard'}")
 
 
 def _trial(arguments: argparse.Namespace) -> None:
@@ -251,14 +250,13 @@ def _trial(arguments: argparse.Namespace) -> None:
         parameters, output = next_parameters(arguments.output)
     parse_overrides(located, overrides(parameters, located.data))
     settings = _read(located, RunSettings)
+    _carry_out(lambda: Trial(settings, parameters, arguments.flops_price), output)
 
-    _carry_out(lambda: Trial(settings, parameters, arguments.flops_price), output, f"everything is in {output}")
 
-
-def _search(config: Path, overrides: list[str], output: Path | None) -> None:
+def _search(arguments: argparse.Namespace) -> None:
     from .run.search_settings import SearchSettings, refuse_plain_experiment
 
-    located = _located(config, overrides)
+    located = _located(arguments.config, arguments.set)
     refuse_plain_experiment(located)
     _read(located, SearchSettings)
 
@@ -267,32 +265,36 @@ def _search(config: Path, overrides: list[str], output: Path | None) -> None:
 
         return Search(located)
 
-    output = output or Path("outputs") / config.stem
-    _carry_out(prepare, output, f"everything is in {output}; the front is drawn in {output / 'search.png'}")
+    output = _output(arguments)
+    _carry_out(prepare, output, f"the front is drawn in {output / 'search.png'}")
 
 
-def _compare(config: Path, overrides: list[str], output: Path | None) -> None:
+def _compare(arguments: argparse.Namespace) -> None:
     from .run.comparison_settings import ComparisonSettings
 
-    settings = _settings(config, overrides, ComparisonSettings)
+    settings = _read(_located(arguments.config, arguments.set), ComparisonSettings)
 
     def prepare() -> Any:
         from .run.comparison import Comparison
 
         return Comparison(settings)
 
-    output = output or Path("outputs") / config.stem
-    _carry_out(prepare, output, f"everything is in {output}")
+    _carry_out(prepare, _output(arguments))
 
 
-def _carry_out(prepare: Callable[[], Any], output: Path, last: str) -> None:
+def _output(arguments: argparse.Namespace) -> Path:
+    output: Path | None = arguments.output
+    return output or Path("outputs", arguments.config.stem)
+
+
+def _carry_out(prepare: Callable[[], Any], output: Path, hint: str = "") -> None:
     """Prepare a job and run it into a folder; the terminal shows our lines alone.
 
     Args:
         prepare: Makes an object with ``run(output, console)``; all that can be refused is refused there, before
             anything is written.
         output: The folder.
-        last: The line after the result.
+        hint: What else to say after the result.
     """
     from .run.console import Console, captured_output
 
@@ -317,7 +319,7 @@ def _carry_out(prepare: Callable[[], Any], output: Path, last: str) -> None:
             shown = name if reason == name else f"{name}: {reason}"
             raise GBLRError(f"the run failed: {shown} (details in {log})") from error
         console.line(f"\n{result}\n")
-        console.line(last)
+        console.line(f"everything is in {output}{'; ' if hint else ''}{hint}")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from ..surgery.selection import Skipped, log_skipped, select_layers
 from ..tensor.gblr_tensor import FACTOR_DTYPES, GBLRTensor
 from ..utils.files import replacing, write_text
 from ..utils.progress import track
+from ..utils.validation import check_choice, check_count, check_share
 
 __all__ = ["CompressSettings", "CompressSummary", "compress_folder"]
 
@@ -72,15 +73,11 @@ class CompressSettings:
     factor_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        number = isinstance(self.budget, (int, float)) and not isinstance(self.budget, bool)
-        if not number or not 0 < self.budget <= 1:
-            raise ConfigError(f"{_WHO}: budget must be relative FLOPs in (0, 1], got {self.budget!r}")
-        if self.method not in METHODS:
-            raise ConfigError(f"{_WHO}: method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        counts = self.row_splits.values() if isinstance(self.row_splits, Mapping) else (self.row_splits,)
-        for name, value in (("align", self.align), *(("row_splits", count) for count in counts)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{_WHO}: {name} must be a positive integer, got {value!r}")
+        check_share(f"{_WHO}: budget", self.budget, "relative FLOPs")
+        check_choice(f"{_WHO}: method", self.method, METHODS)
+        check_count(f"{_WHO}: align", self.align)
+        for count in self.row_splits.values() if isinstance(self.row_splits, Mapping) else (self.row_splits,):
+            check_count(f"{_WHO}: row_splits", count)
         if self.factor_dtype not in FACTOR_DTYPES:
             raise ConfigError(f"{_WHO}: factor_dtype must be None or 'int8', got {self.factor_dtype!r}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..learning.non_finite import NON_FINITE
 from ..surgery.layer_settings import INITIALISERS, UNBUDGETED, LayerSettings
-from ..utils.validation import check_choice, check_count, check_flag, did_you_mean, is_number, is_whole
+from ..utils.validation import check_choice, check_count, check_flag, check_number, did_you_mean, is_number, is_whole
 
 __all__ = ["CallbackSettings", "check_moment", "read_options"]
 
@@ -52,8 +51,8 @@ class CallbackSettings:
     replay: bool = True
 
     def __post_init__(self) -> None:
-        if self.structure_lr is not None and not (is_number(self.structure_lr) and 0 < self.structure_lr < math.inf):
-            raise ConfigError(f"callback: structure_lr must be positive, got {self.structure_lr}")
+        if self.structure_lr is not None:
+            check_number("callback: structure_lr", self.structure_lr, "(0, inf)")
         for name in ("log_every_n_steps", "picture_every_n_steps"):
             if getattr(self, name) is not None:
                 check_count(f"callback: {name}", getattr(self, name))

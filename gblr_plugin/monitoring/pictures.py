@@ -17,7 +17,7 @@ from ..layers import GBLRLayer
 from ..matrix.structure import Intervals, multiply_adds
 from .snapshot import structured_matrix
 
-__all__ = ["POWER", "blocks", "colours", "overlap_map", "structure_image"]
+__all__ = ["POWER", "blocks", "colours", "overlap_map", "segments", "split_offsets", "structure_image"]
 
 _PAPER = (255, 255, 255)
 _EMPTY = (236, 238, 241)  # no block here: a cool grey that the ramp does not contain
@@ -57,21 +57,21 @@ def blocks(source: Any) -> tuple[Intervals, Intervals, tuple[int, ...]]:
             )
         rows, cols, sizes = matrix.rows, matrix.cols, matrix.split_sizes
     live = multiply_adds(rows.width, cols.width) > 0
-    kept = tuple(int(part.sum()) for part in live.split(sizes))
+    kept = tuple(int(of_split.sum()) for of_split in live.split(sizes))
     return rows.select(live), cols.select(live), kept
 
 
-def _offsets(rows: Intervals, sizes: tuple[int, ...]) -> Tensor:
+def split_offsets(rows: Intervals, sizes: tuple[int, ...]) -> Tensor:
     """(K,) first row of the split that each component belongs to."""
     counts = torch.tensor(sizes, device=rows.start.device)
     return torch.arange(len(sizes), device=counts.device).repeat_interleave(counts) * rows.length
 
 
-def _segments(part: Intervals) -> list[tuple[Tensor, Tensor]]:
-    """A cyclic interval as two ordinary ones [a, b), the second of which is mostly empty."""
-    end = part.start + part.width
-    zero = torch.zeros_like(end)
-    return [(part.start, end.clamp(max=part.length)), (zero, (end - part.length).clamp(min=0))]
+def segments(intervals: Intervals) -> list[tuple[Tensor, Tensor]]:
+    """Cyclic intervals as two ordinary ones [a, b) each, the second of which is mostly empty."""
+    end = intervals.start + intervals.width
+    length = intervals.length
+    return [(intervals.start, end.clamp(max=length)), (torch.zeros_like(end), (end - length).clamp(min=0))]
 
 
 @torch.no_grad()
@@ -92,10 +92,10 @@ def overlap_map(matrix: Any) -> Tensor:
     """
     rows, cols, sizes = blocks(matrix)
     m, n = rows.length * len(sizes), cols.length
-    offset = _offsets(rows, sizes)
+    offset = split_offsets(rows, sizes)
     corners = torch.zeros((m + 1) * (n + 1), dtype=torch.int32)
-    for top, bottom in _segments(rows):
-        for left, right in _segments(cols):
+    for top, bottom in segments(rows):
+        for left, right in segments(cols):
             for row, row_sign in ((top, 1), (bottom, -1)):
                 for col, col_sign in ((left, 1), (right, -1)):
                     at = ((row + offset) * (n + 1) + col).cpu()
@@ -106,11 +106,11 @@ def overlap_map(matrix: Any) -> Tensor:
     return grid[:m, :n].contiguous()
 
 
-def _coverage(part: Intervals, offset: Tensor, length: int, bins: int) -> Tensor:
+def _coverage(intervals: Intervals, offset: Tensor, length: int, bins: int) -> Tensor:
     """(K, bins) share of each of ``bins`` equal bins of an axis that the intervals cover."""
-    edges = torch.linspace(0, length, bins + 1, dtype=torch.float64, device=part.start.device)
-    total = torch.zeros(part.num_components, bins, dtype=torch.float64, device=edges.device)
-    for first, last in _segments(part):
+    edges = torch.linspace(0, length, bins + 1, dtype=torch.float64, device=intervals.start.device)
+    total = torch.zeros(intervals.num_components, bins, dtype=torch.float64, device=edges.device)
+    for first, last in segments(intervals):
         low = torch.maximum((first + offset)[:, None].double(), edges[:-1])
         high = torch.minimum((last + offset)[:, None].double(), edges[1:])
         total += (high - low).clamp(min=0)
@@ -222,10 +222,10 @@ def structure_image(matrix: Any, max_size: int = 512, *, most: int | None = None
     else:
         height, width = (max(round(size * max_size / max(m, n)), _THIN) for size in (m, n))
         zero = torch.zeros_like(cols.start)
-        row_share = _coverage(rows, _offsets(rows, sizes), m, height)
+        row_share = _coverage(rows, split_offsets(rows, sizes), m, height)
         counts = (row_share.T @ _coverage(cols, zero, n, width)).cpu()
-        whole = counts.round()
-        counts = torch.where((counts - whole).abs() < 1e-3, whole, counts)
+        rounded = counts.round()
+        counts = torch.where((counts - rounded).abs() < 1e-3, rounded, counts)
     darkest = most if most is not None else max(math.ceil(float(counts.max()) if counts.numel() else 0.0), 1)
     image = colours(counts, darkest)
     if legend and image.shape[0] >= 2 * _THIN:

@@ -176,9 +176,9 @@ def encode_layer(record: LayerRecord) -> bytes:
         ratio = np.clip(np.nan_to_num(record.energy / top), 0.0, 1.0)
         with np.errstate(divide="ignore"):
             codes = np.clip(np.rint(255 + _ENERGY_STEPS_PER_OCTAVE * np.log2(ratio)), 0, 255).astype(np.uint8)
-    whole = np.stack([record.row_width, record.row_start, record.col_width, record.col_start]).astype(f"<u{size}")
+    numbers = np.stack([record.row_width, record.row_start, record.col_width, record.col_start]).astype(f"<u{size}")
     # Bytes of equal weight side by side compress better: high bytes are mostly alike.
-    planes = whole.view(np.uint8).reshape(4, -1, size).transpose(0, 2, 1)
+    planes = numbers.view(np.uint8).reshape(4, -1, size).transpose(0, 2, 1)
     return _frame(_LAYER, struct.pack("<IBd", len(head), size, top) + head + planes.tobytes() + codes.tobytes())
 
 
@@ -197,13 +197,14 @@ def decode_layer(data: object) -> LayerRecord:
     planes = payload.array("u1", 4 * size * count).reshape(4, size, count)
     codes = payload.array("u1", count).astype(np.float64)
     payload.end()
-    whole = np.ascontiguousarray(planes.transpose(0, 2, 1)).view(f"<u{size}")[..., 0].astype(np.int64)
+    numbers = np.ascontiguousarray(planes.transpose(0, 2, 1)).view(f"<u{size}")[..., 0].astype(np.int64)
     row_length = shape.rows // len(shape.split_sizes)
-    for width, start, length in ((whole[0], whole[1], row_length), (whole[2], whole[3], shape.cols)):
+    for width, start, length in ((*numbers[:2], row_length), (*numbers[2:], shape.cols)):
         if (width > length).any() or (start >= length).any():
             raise RecordError(f"layer {shape.name!r}: intervals out of range")
     energy = np.where(codes > 0, top * np.exp2((codes - 255) / _ENERGY_STEPS_PER_OCTAVE), 0.0)
-    return LayerRecord(shape, whole[0], whole[1], whole[2], whole[3], energy)
+    row_width, row_start, col_width, col_start = numbers
+    return LayerRecord(shape, row_width, row_start, col_width, col_start, energy)
 
 
 def _frame(kind: int, payload: bytes) -> bytes:
@@ -265,8 +266,8 @@ def _layer_shape(entry: object) -> LayerShape:
     if not isinstance(entry, list) or len(entry) != 4:
         raise RecordError("damaged record (layer table)")
     name, rows, cols, sizes = entry
-    whole = isinstance(sizes, list) and all(type(value) is int for value in (rows, cols, *sizes))
-    if not (isinstance(name, str) and whole and sizes and rows > 0 and cols > 0 and min(sizes) >= 0):
+    integers = isinstance(sizes, list) and all(type(value) is int for value in (rows, cols, *sizes))
+    if not (isinstance(name, str) and integers and sizes and rows > 0 and cols > 0 and min(sizes) >= 0):
         raise RecordError("damaged record (layer table)")
     if max(rows, cols) >= 1 << 32 or sum(sizes) > _MAX_PAYLOAD or rows % len(sizes):
         raise RecordError("damaged record (layer table)")

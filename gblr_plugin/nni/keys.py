@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from ..calibration.allocation import RULES
 from ..errors import ConfigError
 from ..layers import GBLRConv1d, GBLRConv2d, GBLRLinear
 from ..surgery.layer_settings import INITIALISERS
-from ..utils.validation import did_you_mean, is_number, is_whole
+from ..utils.validation import describe_interval, did_you_mean, in_interval, is_whole
 
 __all__ = ["GOAL", "OWN", "OWN_PREFIX", "SELECTION", "START", "describe_ignored", "nni_schema", "read_values"]
 
@@ -55,16 +54,8 @@ class _Key(NamedTuple):
     allowed: str
 
 
-def _number(low: float, high: float = math.inf, *, low_open: bool = False, high_open: bool = False) -> _Key:
-    def read(value: Any) -> float | None:
-        if not is_number(value):
-            return None
-        inside = (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
-        return float(value) if inside else None
-
-    if high == math.inf:
-        return _Key(read, f"a finite number {'above' if low_open else 'of at least'} {low:g}")
-    return _Key(read, f"a number in {'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}")
+def _number(interval: str) -> _Key:
+    return _Key(lambda value: float(value) if in_interval(value, interval) else None, describe_interval(interval))
 
 
 def _integer(low: int) -> _Key:
@@ -82,10 +73,10 @@ def _read_tile(value: Any) -> tuple[int, int] | None:
 
 
 GOAL = {
-    "sparse_ratio": _number(0, 1, high_open=True),
-    "sparse_threshold": _number(0),
-    "max_sparse_ratio": _number(0, 1, low_open=True),
-    "min_sparse_ratio": _number(0, 1, high_open=True),
+    "sparse_ratio": _number("[0, 1)"),
+    "sparse_threshold": _number("[0, inf)"),
+    "max_sparse_ratio": _number("(0, 1]"),
+    "min_sparse_ratio": _number("[0, 1)"),
     "global_group_id": _Key(
         lambda value: value if is_whole(value) or isinstance(value, str) else None, "an integer or a string"
     ),
@@ -98,16 +89,16 @@ START = {
     "initialiser": _choice(INITIALISERS),
     "row_splits": _integer(1),
     "seed": _integer(0),
-    "start_budget": _number(0, 1, low_open=True),
+    "start_budget": _number("(0, 1]"),
     "allocation": _choice(RULES),
 }
 """gblr's keys that say how a layer starts."""
 
 OWN = {
     **START,
-    "structure_lr": _number(0, low_open=True),
-    "sigma_start": _number(0, low_open=True),
-    "sigma_end": _number(0, low_open=True),
+    "structure_lr": _number("(0, inf)"),
+    "sigma_start": _number("(0, inf)"),
+    "sigma_end": _number("(0, inf)"),
     "compact": _Key(lambda value: value if isinstance(value, bool) else None, "true or false"),
 }
 """All keys of gblr; those that are not of a start hold for the whole config list."""

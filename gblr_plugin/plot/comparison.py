@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..errors import ConfigError
-from .style import ACCENT, HAIR, INK, MUTED, SERIES, STEPS, house_axes, house_title
+from .style import ACCENT, INK, SERIES, cost_axes, draw_dense, draw_title, title_axes
 
 __all__ = ["comparison"]
 
@@ -40,41 +39,27 @@ def comparison(report: Any, *, phase: str = "fine_tuned", loss: bool = False, ti
     sides = {"training data": ("train", "train_loss"), "held-out data": ("held_out", "held_out_loss")}
     lines: list[Any] = []
     for place, (side, keys) in enumerate(sides.items()):
-        axes = house_axes(figure, 1, 2, place + 1)
+        axes = cost_axes(figure, 1, 2, place + 1, marks=6)
         key = keys[int(loss)]
-        axes.grid(axis="y", color=HAIR, linewidth=0.5, alpha=0.7)
-        axes.set_axisbelow(True)
-        _dense(axes, [getattr(row, key) for row in report.select("dense", "fine_tuned")])
+        dense = [getattr(row, key) for row in report.select("dense", "fine_tuned")]
+        if dense:
+            draw_dense(axes, sum(dense) / len(dense))
         lines = [_line(axes, report, name, phase, key, _colour(names, name)) for name in names]
-        _limits(axes, report, phase, keys[int(loss)])
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
-        axes.yaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
-        axes.set_xlabel("relative FLOPs of the compressed layers", fontsize=8, color=MUTED)
+        _limits(axes, report, phase, key)
         better = "higher" if report.higher_is_better and not loss else "lower"
-        house_title(axes, f"{'loss' if loss else report.metric}, {side}", f"{better} is better" if place else "")
+        title_axes(axes, f"{'loss' if loss else report.metric}, {side}", f"{better} is better" if place else "")
     rising = report.higher_is_better and not loss
     # From the best at the largest budget down, as the lines end.
     lines.sort(key=lambda line: -line.get_ydata()[-1] if rising else line.get_ydata()[-1])
     legend = figure.legend(handles=lines, loc="outside right center", fontsize=8.5, frameon=False, labelcolor=INK)
     legend.set_title("")
-    if title:
-        figure.suptitle(title, x=0.02, ha="left", fontsize=11, color=INK)
+    draw_title(figure, title)
     return figure
 
 
 def _colour(names: list[str], name: str) -> str:
     others = [other for other in names if other != "gblr"]
     return ACCENT if name == "gblr" else _OTHERS[others.index(name) % len(_OTHERS)]
-
-
-def _dense(axes: Any, values: list[float]) -> None:
-    if not values:
-        return
-    level = sum(values) / len(values)
-    axes.axhline(level, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-    axes.annotate(f"dense {level:.4g}", (0, level), (5, 3), fontsize=8, color=MUTED, **where)
 
 
 def _line(axes: Any, report: Any, name: str, phase: str, key: str, color: str) -> Any:
@@ -100,14 +85,9 @@ def _limits(axes: Any, report: Any, phase: str, key: str) -> None:
     """Failures do not squeeze the others into one line."""
     costs = [row.relative_flops for row in report.rows if row.method != "dense"]
     axes.set_xlim(0, min(1.0, max(costs) * 1.1))
-    means = []
-    for name in report.methods:
-        for budget in report.budgets:
-            rows = report.select(name, phase, budget)
-            if rows:
-                means.append(sum(getattr(row, key) for row in rows) / len(rows))
-    means += [getattr(row, key) for row in report.select("dense", "fine_tuned")]
-    means.sort()
+    found = [report.select(name, phase, budget) for name in report.methods for budget in report.budgets]
+    means = [sum(getattr(row, key) for row in rows) / len(rows) for rows in found if rows]
+    means = sorted([*means, *(getattr(row, key) for row in report.select("dense", "fine_tuned"))])
     low, high = means[len(means) // 10], means[-1 - len(means) // 10]
     air = 0.35 * (high - low) or 1.0
     bottom, top = axes.get_ylim()

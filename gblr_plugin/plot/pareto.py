@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from ..errors import ConfigError
-from .style import HAIR, INK, MUTED, SERIES, STEPS, house_axes, house_title, label_ends
+from .style import MUTED, SERIES, cost_axes, draw_dense, draw_title, label_ends, title_axes
 
 __all__ = ["pareto"]
 
@@ -61,23 +60,12 @@ def pareto(reports: Sequence[Any], *, title: str | None = None) -> Figure:
             mean = sum(quality) / len(quality)
             points.setdefault(name, []).append((sum(cost) / len(cost), mean, min(quality), max(quality)))
     figure = Figure(figsize=(5.4, 3.6), facecolor="white", layout="constrained")
-    axes = house_axes(figure, 1, 1, 1)
-    axes.grid(axis="y", color=HAIR, linewidth=0.5, alpha=0.7)
-    axes.set_axisbelow(True)
+    axes = cost_axes(figure, 1, 1, 1)
     dense = points.pop("dense", None)
     if dense is not None:
         level = sum(point[1] for point in dense) / len(dense)
         axes.axhspan(min(p[2] for p in dense), max(p[3] for p in dense), color=MUTED, alpha=0.1, linewidth=0)
-        axes.axhline(level, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        axes.annotate(
-            f"dense {level:.4g}",
-            (0, level),
-            (5, 3),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            fontsize=8,
-            color=MUTED,
-        )
+        draw_dense(axes, level)
     labels: list[tuple[str, tuple[float, float], str]] = []
     for index, (name, found) in enumerate(points.items()):
         color = SERIES[index % len(SERIES)]
@@ -95,11 +83,6 @@ def pareto(reports: Sequence[Any], *, title: str | None = None) -> Figure:
     axes.set_xlim(0, min(1.0, right * 1.6) if points else 1.0)
     figure.draw_without_rendering()
     label_ends(axes, labels)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
-    axes.set_xlabel("relative FLOPs of the compressed layers", fontsize=8, color=MUTED)
-    house_title(axes, metric, "higher is better" if higher else "lower is better")
-    if title:
-        figure.suptitle(title, x=0.02, ha="left", fontsize=11, color=INK)
+    title_axes(axes, metric, "higher is better" if higher else "lower is better")
+    draw_title(figure, title)
     return figure

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..matrix.structure import Intervals
-from ..monitoring.pictures import POWER, blocks, colours, overlap_map, structure_image
-from .style import ACCENT, INK, MUTED, STEPS, house_axes
+from ..monitoring.pictures import POWER, blocks, colours, overlap_map, segments, split_offsets, structure_image
+from .style import ACCENT, INK, MUTED, STEPS, plain_axes
 
 __all__ = ["structure"]
 
@@ -27,35 +28,29 @@ def _summary(source: Any) -> tuple[tuple[int, int], int, float]:
     return shape, rows.num_components, int((rows.width + cols.width).sum()) / math.prod(shape)
 
 
-def _structured_parts(model: nn.Module) -> dict[str, Any]:
-    parts: dict[str, Any] = {}
+def _structured_layers(model: nn.Module) -> dict[str, Any]:
+    layers: dict[str, Any] = {}
     for name, module in model.named_modules():
-        try:
+        with contextlib.suppress(ConfigError):
             blocks(module)
-        except ConfigError:
-            continue
-        parts[name] = module
-    return parts
+            layers[name] = module
+    return layers
 
 
-def _spans(part: Intervals, offset: Tensor) -> tuple[list[tuple[int, float, float]], Tensor]:
-    """Segments (place, from, to) of intervals in order of their first index, and how many cover each index."""
-    order = torch.argsort((part.start + offset) * (part.length + 1) + part.length - part.width)
-    spans = []
-    for place, index in enumerate(order.tolist()):
-        first, width, base = int(part.start[index]), int(part.width[index]), int(offset[index])
-        last = first + width
-        spans.append((place, float(base + first), float(base + min(last, part.length))))
-        if last > part.length:  # wraps around
-            spans.append((place, float(base), float(base + last - part.length)))
-    return spans, order
+def _lines(intervals: Intervals, offset: Tensor, upright: bool) -> list[list[tuple[float, float]]]:
+    """A line for each interval (two where it wraps around), side by side in order of their first index."""
+    order = torch.argsort((intervals.start + offset) * (intervals.length + 1) + intervals.length - intervals.width)
+    lines: list[list[tuple[float, float]]] = []
+    for first, last in segments(intervals):
+        ends = zip((first + offset)[order].tolist(), (last + offset)[order].tolist(), strict=True)
+        lines += [[(place, a), (place, b)] for place, (a, b) in enumerate(ends) if a < b]
+    return lines if upright else [[(y, x) for x, y in line] for line in lines]
 
 
-def _covering(part: Intervals, offset: Tensor, length: int) -> Tensor:
+def _covering(intervals: Intervals, offset: Tensor, length: int) -> Tensor:
     """(length,) number of intervals over each index."""
     steps = torch.zeros(length + 1, dtype=torch.int64)
-    end = part.start + part.width
-    for first, last in ((part.start, end.clamp(max=part.length)), (0 * end, (end - part.length).clamp(min=0))):
+    for first, last in segments(intervals):
         ones = torch.ones_like(last)
         steps.index_add_(0, first + offset, ones)
         steps.index_add_(0, last + offset, -ones)
@@ -78,8 +73,7 @@ def _color_bar(cax: Any, most: int) -> None:
     cax.set_xticks(ticks, [str(count) for count in shown])
     cax.set_yticks([])
     cax.tick_params(labelsize=8, length=0, colors=MUTED, pad=3)
-    for spine in cax.spines.values():
-        spine.set_visible(False)
+    _hide_sides(cax)
     cax.set_title("overlapping blocks", loc="left", fontsize=8, color=MUTED, pad=4)
 
 
@@ -114,99 +108,37 @@ def structure(source: Any, *, title: str | None = None, max_panels: int = 48) ->
     try:
         blocks(source)
     except ConfigError:
-        parts = _structured_parts(source) if isinstance(source, nn.Module) else {}
-        if not parts:
+        layers = _structured_layers(source) if isinstance(source, nn.Module) else {}
+        if not layers:
             raise
-        if len(parts) == 1:
-            name, part = next(iter(parts.items()))
-            return _one(part, title or name)
-        return _many(parts, title, max_panels)
-    return _one(source, title)
+        if len(layers) > 1:
+            return _draw_layers(layers, title, max_panels)
+        ((name, source),) = layers.items()
+        title = title or name
+    return _draw_matrix(source, title)
 
 
-def _one(source: Any, title: str | None) -> Figure:
+def _draw_matrix(source: Any, title: str | None) -> Figure:
+    """One matrix, its intervals along both axes, and how many cover each row and column."""
     shape, live, relative = _summary(source)
-    rows, cols, sizes = blocks(source)
-    rows, cols = (Intervals(part.width.cpu(), part.start.cpu(), part.length) for part in (rows, cols))
-    offset = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)) * rows.length
     m, n = shape
-    # The picture keeps its proportions, up to a limit that leaves thin matrices readable.
-    longest = 5.0
-    width, height = (max(longest * size / max(m, n), longest / 4) for size in (n, m))
-    panel, profile, gap = 1.15, 0.55, 0.12
-    margins = {"left": 0.72, "right": 0.25, "bottom": 0.55, "top": 0.62 if title else 0.3}
-    total_w = margins["left"] + width + gap + panel + gap + profile + margins["right"]
-    total_h = margins["bottom"] + height + gap + panel + gap + profile + margins["top"]
-    figure = Figure(figsize=(total_w, total_h), facecolor="white")
-    grid = figure.add_gridspec(
-        3,
-        3,
-        width_ratios=[width, panel, profile],
-        height_ratios=[profile, panel, height],
-        left=margins["left"] / total_w,
-        right=1 - margins["right"] / total_w,
-        bottom=margins["bottom"] / total_h,
-        top=1 - margins["top"] / total_h,
-        wspace=3 * gap / (width + panel + profile),
-        hspace=3 * gap / (height + panel + profile),
-    )
-    main = house_axes(figure, grid[2, 0])
+    rows, cols, sizes = blocks(source)
+    rows, cols = (Intervals(on.width.cpu(), on.start.cpu(), on.length) for on in (rows, cols))
+    figure, grid, left = _layout(shape, bool(title))
+    main = plain_axes(figure, grid[2, 0])
     most = _most(source)
     _picture(main, source, shape, most, 1024)
     for boundary in range(rows.length, m, rows.length):
         main.axhline(boundary, color="white", linewidth=1.2)
-    for spine in main.spines.values():
-        spine.set_visible(False)
+    _hide_sides(main)
     main.set_xlabel(f"column of {n}", fontsize=8, color=MUTED)
     main.set_ylabel(f"row of {m}", fontsize=8, color=MUTED)
     for axis in (main.xaxis, main.yaxis):
         axis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=True))
-
-    stroke = min(2.2, max(0.35, 72 * panel / max(live, 1) * 0.6))
-    for along, part, base, length, panel_at, profile_at in (
-        ("rows", rows, offset, m, grid[2, 1], grid[2, 2]),
-        ("columns", cols, torch.zeros_like(cols.start), n, grid[1, 0], grid[0, 0]),
-    ):
-        upright = along == "rows"
-        share = {"sharey": main} if upright else {"sharex": main}
-        spans, _ = _spans(part, base)
-        intervals = house_axes(figure, panel_at, **share)
-        lines = [[(p, a), (p, b)] if upright else [(a, p), (b, p)] for p, a, b in spans]
-        intervals.add_collection(LineCollection(lines, colors=ACCENT, linewidths=stroke, capstyle="butt"))
-        covered = _covering(part, base, length).double().numpy()
-        edges = torch.arange(length + 1).numpy()
-        counts = house_axes(figure, profile_at, **share)
-        counts.stairs(
-            covered,
-            edges,
-            orientation="horizontal" if upright else "vertical",
-            fill=True,
-            color=ACCENT,
-            alpha=0.22,
-            lw=0,
-        )
-        counts.stairs(covered, edges, orientation="horizontal" if upright else "vertical", color=ACCENT, linewidth=0.8)
-        for axes in (intervals, counts):
-            axes.tick_params(labelbottom=False, labelleft=False, length=0)
-            for spine in axes.spines.values():
-                spine.set_visible(False)
-        room = (-1, max(live, 1))
-        top = max(float(covered.max()) if length else 0.0, 1.0)
-        if upright:
-            intervals.set_xlim(*room)
-            counts.set_xlim(0, top * 1.05)
-            counts.set_xticks([top])
-            counts.tick_params(labelbottom=True)
-            intervals.set_xlabel("row intervals", fontsize=8, color=MUTED, labelpad=14)
-            counts.set_xlabel("per row", fontsize=8, color=MUTED, labelpad=1)
-        else:
-            intervals.set_ylim(room[1], room[0])
-            counts.set_ylim(0, top * 1.05)
-            counts.set_yticks([top])
-            counts.tick_params(labelleft=True)
-            intervals.set_ylabel("column\nintervals", fontsize=8, color=MUTED, labelpad=14)
-            counts.set_ylabel("per\ncolumn", fontsize=8, color=MUTED, labelpad=1)
-        (counts.xaxis if upright else counts.yaxis).set_major_formatter(lambda value, _: f"{value:.0f}")
+    beside = [plain_axes(figure, place, sharey=main) for place in (grid[2, 1], grid[2, 2])]
+    _draw_axis(beside, rows, split_offsets(rows, sizes).cpu(), m, live, upright=True)
+    above = [plain_axes(figure, place, sharex=main) for place in (grid[1, 0], grid[0, 0])]
+    _draw_axis(above, cols, torch.zeros_like(cols.start), n, live, upright=False)
     main.set_xlim(0, n)
     main.set_ylim(m, 0)
 
@@ -217,8 +149,72 @@ def _one(source: Any, title: str | None) -> Figure:
     corner.text(0.06, 0.8, facts, fontsize=8, color=MUTED, va="top", linespacing=1.5, transform=corner.transAxes)
     _color_bar(corner.inset_axes((0.06, 0.17, 0.86, 0.07)), most)
     if title:
-        figure.text(margins["left"] / total_w, 1 - 0.3 / total_h, title, fontsize=11, color=INK, va="center")
+        figure.text(left, 1 - 0.3 / figure.get_figheight(), title, fontsize=11, color=INK, va="center")
     return figure
+
+
+_PANEL, _PROFILE, _GAP = 1.15, 0.55, 0.12  # inches: intervals, counts beside them, and the space between
+
+
+def _layout(shape: tuple[int, int], titled: bool) -> tuple[Figure, Any, float]:
+    """A figure with the grid of a matrix and its two axes, and the left edge of the matrix."""
+    # The picture keeps its proportions, up to a limit that leaves thin matrices readable.
+    longest = 5.0
+    height, width = (max(longest * size / max(shape), longest / 4) for size in shape)
+    left, right, bottom, top = 0.72, 0.25, 0.55, 0.62 if titled else 0.3
+    beside = _GAP + _PANEL + _GAP + _PROFILE
+    total_w, total_h = left + width + beside + right, bottom + height + beside + top
+    figure = Figure(figsize=(total_w, total_h), facecolor="white")
+    grid = figure.add_gridspec(
+        3,
+        3,
+        width_ratios=[width, _PANEL, _PROFILE],
+        height_ratios=[_PROFILE, _PANEL, height],
+        left=left / total_w,
+        right=1 - right / total_w,
+        bottom=bottom / total_h,
+        top=1 - top / total_h,
+        wspace=3 * _GAP / (width + _PANEL + _PROFILE),
+        hspace=3 * _GAP / (height + _PANEL + _PROFILE),
+    )
+    return figure, grid, left / total_w
+
+
+def _draw_axis(
+    panels: Sequence[Any], intervals: Intervals, offset: Tensor, length: int, live: int, *, upright: bool
+) -> None:
+    """The intervals along one axis of the matrix, and beside them how many cover each of its indices."""
+    lines, counts = panels
+    stroke = min(2.2, max(0.35, 72 * _PANEL / max(live, 1) * 0.6))
+    segments_of = _lines(intervals, offset, upright)
+    lines.add_collection(LineCollection(segments_of, colors=ACCENT, linewidths=stroke, capstyle="butt"))
+    covered = _covering(intervals, offset, length).double().numpy()
+    edges = torch.arange(length + 1).numpy()
+    for style in ({"fill": True, "alpha": 0.22, "lw": 0}, {"linewidth": 0.8}):
+        counts.stairs(covered, edges, orientation="horizontal" if upright else "vertical", color=ACCENT, **style)
+    for axes in (lines, counts):
+        axes.tick_params(labelbottom=False, labelleft=False, length=0)
+        _hide_sides(axes)
+    top = max(float(covered.max()) if length else 0.0, 1.0)
+    small = {"fontsize": 8, "color": MUTED}
+    if upright:
+        lines.set_xlim(-1, max(live, 1))
+        counts.set(xlim=(0, top * 1.05), xticks=[top])
+        counts.tick_params(labelbottom=True)
+        lines.set_xlabel("row intervals", labelpad=14, **small)
+        counts.set_xlabel("per row", labelpad=1, **small)
+    else:
+        lines.set_ylim(max(live, 1), -1)
+        counts.set(ylim=(0, top * 1.05), yticks=[top])
+        counts.tick_params(labelleft=True)
+        lines.set_ylabel("column\nintervals", labelpad=14, **small)
+        counts.set_ylabel("per\ncolumn", labelpad=1, **small)
+    (counts.xaxis if upright else counts.yaxis).set_major_formatter(lambda value, _: f"{value:.0f}")
+
+
+def _hide_sides(axes: Any) -> None:
+    for spine in axes.spines.values():
+        spine.set_visible(False)
 
 
 def _short(name: str, length: int) -> str:
@@ -231,9 +227,10 @@ def _columns(count: int) -> int:
     return min(count, min((3, 4, 5, 6), key=lambda columns: (-count % columns, abs(columns - wanted))))
 
 
-def _many(parts: Mapping[str, Any], title: str | None, max_panels: int) -> Figure:
-    shown = dict(list(parts.items())[:max_panels])
-    facts = {name: _summary(part) for name, part in shown.items()}
+def _draw_layers(layers: Mapping[str, Any], title: str | None, max_panels: int) -> Figure:
+    """One small picture for each layer of a model, on one colour scale."""
+    shown = dict(list(layers.items())[:max_panels])
+    facts = {name: _summary(layer) for name, layer in shown.items()}
     columns = _columns(len(shown))
     side, gap, text = 1.7, 0.3, 0.5
     longest = max(max(shape) for shape, _, _ in facts.values())
@@ -248,15 +245,15 @@ def _many(parts: Mapping[str, Any], title: str | None, max_panels: int) -> Figur
     head, foot = (0.55 if title else 0.1), 0.75
     total_w, total_h = columns * (side + gap) + gap, head + sum(line + text + 0.1 for line in lines) + foot
     figure = Figure(figsize=(total_w, total_h), facecolor="white")
-    most = max(_most(part) for part in shown.values())
-    for index, (name, part) in enumerate(shown.items()):
+    most = max(map(_most, shown.values()))
+    for index, (name, layer) in enumerate(shown.items()):
         shape, live, relative = facts[name]
         width, height = sizes[index]
         line, column = divmod(index, columns)
         left = gap + column * (side + gap)
         top = head + sum(tall + text + 0.1 for tall in lines[:line]) + text
         axes = figure.add_axes((left / total_w, 1 - (top + height) / total_h, width / total_w, height / total_h))
-        _picture(axes, part, shape, most, 384)
+        _picture(axes, layer, shape, most, 384)
         axes.axis("off")
         x, y = left / total_w, 1 - (top - 0.06) / total_h
         figure.text(x, y + 0.16 / total_h, _short(name, 22), fontsize=8, color=INK, va="bottom")
@@ -266,13 +263,7 @@ def _many(parts: Mapping[str, Any], title: str | None, max_panels: int) -> Figur
     if title:
         figure.text(gap / total_w, 1 - 0.3 / total_h, title, fontsize=11, color=INK, va="center")
     _color_bar(figure.add_axes((gap / total_w, 0.3 / total_h, min(2.0, total_w / 3) / total_w, 0.09 / total_h)), most)
-    if len(parts) > len(shown):
-        figure.text(
-            1 - gap / total_w,
-            0.3 / total_h,
-            f"and {len(parts) - len(shown)} more layers",
-            fontsize=8,
-            color=MUTED,
-            ha="right",
-        )
+    if len(layers) > len(shown):
+        more = f"and {len(layers) - len(shown)} more layers"
+        figure.text(1 - gap / total_w, 0.3 / total_h, more, fontsize=8, color=MUTED, ha="right")
     return figure

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..calibration.batches import CalibrationSettings
 from ..errors import ConfigError
+from ..utils.validation import check_share
 from .settings import Method, RunSettings, Training
 
 __all__ = ["ComparisonSettings"]
@@ -60,8 +61,7 @@ class ComparisonSettings:
         Raises:
             ConfigError: If a value is out of range.
         """
-        if not 0 < budget <= 1:
-            raise ConfigError(f"budgets must be relative FLOPs in (0, 1], got {budget}")
+        check_share("budgets", budget, "relative FLOPs")
         entries = None
         if self.config_list is not None:
             entries = [{**copy.deepcopy(entry), "sparse_ratio": 1.0 - budget} for entry in self.config_list]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError
-from ..utils.validation import did_you_mean
+from ..utils.validation import check_choice, check_count, check_number, did_you_mean
 from .settings import RunSettings
 from .yaml_config import Located
 
@@ -130,16 +130,12 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         for name in ("trials", "concurrency"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_count(name, getattr(self, name))
         for name in ("trial_minutes", "minutes"):
-            limit = getattr(self, name)
-            if limit is not None and not limit > 0:
-                raise ConfigError(f"{name} must be positive, got {limit}")
-        if self.flops_price < 0:
-            raise ConfigError(f"flops_price must be at least 0, got {self.flops_price}")
-        if self.network not in ("private", "host"):
-            raise ConfigError(f"network must be 'private' or 'host', got {self.network!r}")
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), "(0, inf)")
+        check_number("flops_price", self.flops_price, "[0, inf)")
+        check_choice("network", self.network, ("private", "host"))
         if self.port is not None and not 1024 <= self.port < 65536:
             raise ConfigError(f"port must be from 1024 to 65535, got {self.port}")
         names = [method.name for method in self.run.methods]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import ConfigError
+from ..utils.validation import check_share, is_number, is_whole
 from .settings import RunSettings
 from .yaml_config import Located, parse_overrides, read_settings
 
@@ -138,8 +139,7 @@ def _checked(leaf: Any, path: tuple[Any, ...], located: Located) -> dict[str, An
             raise located.fail(path, f"choice has a value twice: {value!r}")
         return {"_type": kind, "_value": value}
     count, form = _NUMBERS[kind]
-    wanted = int if kind == "randint" else (int, float)
-    numbers = all(isinstance(item, wanted) and not isinstance(item, bool) and math.isfinite(item) for item in value)
+    numbers = all(map(is_whole if kind == "randint" else is_number, value))
     if len(value) != count or not numbers or not _ordered(kind, value):
         raise located.fail(path, f"{kind} needs {form}, got {value!r}")
     return {"_type": kind, "_value": value}
@@ -167,8 +167,7 @@ def overrides(parameters: Mapping[str, Any], run: Mapping[str, Any]) -> list[str
     for key, value in parameters.items():
         target = ALIASES.get(key, key)
         if key == "budget" and run.get("config_list") is not None:
-            if not 0 < value <= 1:
-                raise ConfigError(f"budget must be relative FLOPs in (0, 1], got {value}")
+            check_share("budget", value, "relative FLOPs")
             target, value = "config_list.*.sparse_ratio", round(1.0 - value, 12)
         text = json.dumps(value, ensure_ascii=False)
         changes += [f"{full}={text}" for full in _expanded(target.split("."), run, key)]

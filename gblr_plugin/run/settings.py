@@ -10,8 +10,20 @@ from ..calibration.batches import CalibrationSettings
 from ..errors import ConfigError
 from ..kernels.cpu.threads import MOST_THREADS
 from ..surgery.layer_settings import INITIALISERS
+from ..utils.validation import check_choice, check_count, check_number, check_share
 
 __all__ = ["Method", "RunSettings", "Training"]
+
+
+_INTERVALS = {
+    "lr": "(0, inf)",
+    "warmup_fraction": "[0, 1)",
+    "label_smoothing": "[0, 1)",
+    "weight_decay": "[0, 1)",
+    "distillation": "[0, 1]",
+    "temperature": "(0, inf)",
+    "limit_train_batches": "(0, 1]",
+}
 
 
 @dataclass
@@ -43,19 +55,9 @@ class Training:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ConfigError(f"lr must be positive, got {self.lr}")
-        for name in ("warmup_fraction", "label_smoothing", "weight_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.distillation <= 1:
-            raise ConfigError(f"distillation must be in [0, 1], got {self.distillation}")
-        if not self.temperature > 0:
-            raise ConfigError(f"temperature must be positive, got {self.temperature}")
-        if not 0 < self.limit_train_batches <= 1:
-            raise ConfigError(f"limit_train_batches must be a share in (0, 1], got {self.limit_train_batches}")
+            check_count(name, getattr(self, name))
+        for name, interval in _INTERVALS.items():
+            check_number(name, getattr(self, name), interval)
 
     def steps(self, batches: int) -> int:
         """Optimizer steps of all epochs, of so many batches each."""
@@ -108,20 +110,16 @@ class Method:
     def __post_init__(self) -> None:
         if self.starts and self.name != "gblr":
             raise ConfigError(f"starts are chosen for gblr alone, not for {self.name!r}")
-        unknown = [name for name in self.starts if name not in INITIALISERS]
-        if unknown:
-            raise ConfigError(f"starts must be among {', '.join(INITIALISERS)}, got {unknown[0]!r}")
-        if not 0 < self.trial <= 1:
-            raise ConfigError(f"trial must be a share of the steps in (0, 1], got {self.trial}")
+        for name in self.starts:
+            check_choice("starts", name, INITIALISERS)
+        check_share("trial", self.trial, "a share of the steps")
         if self.folds < 0 or self.folds == 1:
             raise ConfigError(f"folds must be 0 or at least 2, got {self.folds}")
         if self.folds and not self.starts:
             raise ConfigError("folds judge starts: give the starts to choose from")
-        if self.start not in ("trained", "initial"):
-            raise ConfigError(f"start must be 'trained' or 'initial', got {self.start!r}")
+        check_choice("start", self.start, ("trained", "initial"))
         for name in ("warmup", "cooldown"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be a share of the steps in [0, 1), got {getattr(self, name)}")
+            check_number(name, getattr(self, name), "[0, 1)")
         if self.warmup + self.cooldown >= 1:
             raise ConfigError(f"warmup and cooldown leave no steps to learn in: {self.warmup} + {self.cooldown} >= 1")
 
@@ -168,8 +166,8 @@ class RunSettings:
     def __post_init__(self) -> None:
         if (self.budget is None) == (self.config_list is None):
             raise ConfigError("give either budget or config_list")
-        if self.budget is not None and not 0 < self.budget <= 1:
-            raise ConfigError(f"budget must be relative FLOPs in (0, 1], got {self.budget}")
+        if self.budget is not None:
+            check_share("budget", self.budget, "relative FLOPs")
         if self.allocation is not None:
             check_rule(self.allocation, self.calibration)
             if self.budget is None:
@@ -185,14 +183,14 @@ class RunSettings:
             raise ConfigError(
                 "methods: folds need training data that the dense network has not seen; weights has seen all"
             )
-        if min(self.latency_batch) < 1:
-            raise ConfigError(f"latency_batch: batch sizes must be at least 1, got {self.latency_batch}")
+        for batch in self.latency_batch:
+            check_count("latency_batch: a batch size", batch)
         names = [method.name for method in self.methods]
         if "dense" in names:
             raise ConfigError("methods: 'dense' is always measured and is no method")
         if len(set(names)) < len(names):
             raise ConfigError(f"methods: each name may stand once, got {', '.join(names)}")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"threads must be at least 1, got {self.threads}")
+        if self.threads is not None:
+            check_count("threads", self.threads)
         if self.threads is not None and self.threads > MOST_THREADS:  # torch ends the process where it gets no more
             raise ConfigError(f"threads must be at most {MOST_THREADS}, got {self.threads}")

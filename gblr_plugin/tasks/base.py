@@ -13,7 +13,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 
-__all__ = ["IGNORED", "ClassifierModule", "PairsDataModule", "Task", "TrainSettings", "WarmupCosine"]
+from ..errors import ConfigError
+from ..utils.validation import check_count
+
+__all__ = [
+    "IGNORED",
+    "BuiltInTask",
+    "ClassifierModule",
+    "PairsDataModule",
+    "Task",
+    "TrainSettings",
+    "WarmupCosine",
+    "check_sizes",
+    "make_network",
+]
 
 IGNORED = -100
 """Target that counts neither for the loss nor for the metric, as in ``torch.nn.functional.cross_entropy``."""
@@ -56,6 +69,40 @@ class Task(Protocol):
 
     def example_input(self, batch: int = 1) -> Tensor:
         """An input of the network, for counting and timing."""
+
+
+def check_sizes(least: int = 1, **sizes: object) -> None:
+    """Refuse arguments of a task or network that are not ints of at least ``least``.
+
+    Raises:
+        ConfigError: Naming the argument.
+    """
+    for name, value in sizes.items():
+        check_count(f"model: {name}", value, least)
+
+
+def make_network(kind: Callable[..., nn.Module], **arguments: Any) -> nn.Module:
+    """A network of a class, from the arguments of a config.
+
+    Raises:
+        ConfigError: For an argument that the class does not have.
+    """
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+class BuiltInTask:
+    """What the built-in tasks share: classification trained by cross-entropy."""
+
+    metric = "accuracy"
+    higher_is_better = True
+    layers: list[str] = []
+
+    def module(self, network: nn.Module, training: TrainSettings, steps: int) -> ClassifierModule:
+        """Cross-entropy training."""
+        return ClassifierModule(network, training, self.metric, steps)
 
 
 @dataclass(frozen=True)

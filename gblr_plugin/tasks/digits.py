@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from ..errors import ConfigError
-from .base import ClassifierModule, PairsDataModule, TrainSettings
-from .transformer import Block, check_dropout, check_sizes
+from .base import BuiltInTask, PairsDataModule, check_sizes, make_network
+from .transformer import Block, check_dropout
 
 __all__ = ["DigitsTask", "ShiftedImages", "VisionTransformer"]
 
@@ -44,15 +44,8 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         check_dropout(dropout)
-        check_sizes(
-            image_size=image_size,
-            patch_size=patch_size,
-            dim=dim,
-            depth=depth,
-            heads=heads,
-            mlp_ratio=mlp_ratio,
-            classes=classes,
-        )
+        check_sizes(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads)
+        check_sizes(mlp_ratio=mlp_ratio, classes=classes)
         if image_size % patch_size or dim % heads:
             raise ConfigError(
                 f"model: patch_size {patch_size} must divide image_size {image_size}, and heads {heads} dim {dim}"
@@ -96,7 +89,7 @@ class ShiftedImages(Dataset[tuple[Tensor, Tensor]]):
         return self.padded[index, :, top : top + height, left : left + width], self.target[index]
 
 
-class DigitsTask:
+class DigitsTask(BuiltInTask):
     """Classify handwritten digits.
 
     Args:
@@ -105,8 +98,6 @@ class DigitsTask:
         **network: Arguments of :class:`VisionTransformer`.
     """
 
-    metric = "accuracy"
-    higher_is_better = True
     layers = ["network.blocks.*"]
 
     def __init__(self, held_out: float = 0.25, shift: int = 0, **network: int | float) -> None:
@@ -119,14 +110,7 @@ class DigitsTask:
 
     def network(self) -> nn.Module:
         """A new vision transformer."""
-        try:
-            return VisionTransformer(**self._network)  # type: ignore[arg-type]  # checked by the constructor
-        except TypeError as error:
-            raise ConfigError(f"model: {error}") from error
-
-    def module(self, network: nn.Module, training: TrainSettings, steps: int) -> ClassifierModule:
-        """Cross-entropy training."""
-        return ClassifierModule(network, training, self.metric, steps)
+        return make_network(VisionTransformer, **self._network)
 
     def data(self, seed: int, batch_size: int) -> PairsDataModule:
         """Stratified split by ``seed``."""
@@ -139,12 +123,8 @@ class DigitsTask:
         train, test = train_test_split(
             torch.arange(len(target)).numpy(), test_size=self.held_out, random_state=seed, stratify=digits.target
         )
-        return PairsDataModule(
-            ShiftedImages(images[train], target[train], self.shift),
-            ShiftedImages(images[test], target[test], 0),
-            batch_size,
-            seed,
-        )
+        parts = ShiftedImages(images[train], target[train], self.shift), ShiftedImages(images[test], target[test], 0)
+        return PairsDataModule(*parts, batch_size, seed)
 
     def example_input(self, batch: int = 1) -> Tensor:
         """Random images in [0, 1]."""

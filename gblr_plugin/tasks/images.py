@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from ..data.cifar import load_cifar
 from ..data.images import ArrayImages, image_folders
 from ..errors import ConfigError
-from .base import ClassifierModule, PairsDataModule, TrainSettings
+from ..utils.validation import check_choice, check_flag
+from .base import BuiltInTask, PairsDataModule, check_sizes, make_network
 from .hf import HFNetwork, Logits
 from .mixer import Mixer
 from .positions import split_kernel_positions
-from .transformer import check_sizes
 
 __all__ = ["HFImageTask", "MixerTask", "ResNetTask", "ViTTask"]
 
 _CLASSES = {"imagenet": 1000, "cifar10": 10, "cifar100": 100, "folder": None}
 
 
-class ImageTask:
+class ImageTask(BuiltInTask):
     """What the image classifiers share: their data.
 
     Args:
@@ -32,10 +32,6 @@ class ImageTask:
         workers: Processes that load.
     """
 
-    metric = "accuracy"
-    higher_is_better = True
-    layers: list[str] = []
-
     def __init__(
         self,
         dataset: str = "imagenet",
@@ -44,11 +40,9 @@ class ImageTask:
         classes: int | None = None,
         workers: int = 0,
     ) -> None:
-        if dataset not in _CLASSES:
-            raise ConfigError(f"model: dataset must be one of {', '.join(_CLASSES)}, got {dataset!r}")
+        check_choice("model: dataset", dataset, _CLASSES)
         check_sizes(image_size=image_size, **({} if classes is None else {"classes": classes}))
-        if not isinstance(workers, int) or isinstance(workers, bool) or workers < 0:
-            raise ConfigError(f"model: workers must be a whole number of at least 0, got {workers!r}")
+        check_sizes(0, workers=workers)
         known = _CLASSES[dataset]
         if known is not None and classes not in (None, known):
             raise ConfigError(f"model: {dataset} has {known} classes, got {classes}")
@@ -61,10 +55,6 @@ class ImageTask:
         if self._classes is None:
             self._classes = len(image_folders(self.folder, self.image_size, imagenet=False)[0].classes)
         return self._classes
-
-    def module(self, network: nn.Module, training: TrainSettings, steps: int) -> ClassifierModule:
-        """Cross-entropy training."""
-        return ClassifierModule(network, training, self.metric, steps)
 
     def data(self, seed: int, batch_size: int) -> PairsDataModule:
         """The data set's own split; the seed shuffles.
@@ -91,15 +81,9 @@ class ImageTask:
 class HFImageTask(ImageTask):
     """An image classifier of Hugging Face.
 
-    Args:
-        dataset: ``"imagenet"``, ``"cifar10"``, ``"cifar100"``, or ``"folder"`` for own images in train/ and val/.
-        folder: Where it is.
-        image_size: Side of the input, in pixels.
-        classes: Number of classes; needed for an own folder only before it is there.
-        workers: Processes that load.
-        pretrained: Local folder, or name on the hub, of weights to start from.
-        download: Whether the hub may be asked.
-        **config: Arguments of the network's configuration in ``transformers``.
+    ``pretrained`` is a local folder, or the name on the hub, of weights to start from, and ``download`` whether the hub
+    may be asked. The other arguments are those of :class:`ImageTask`, and of the network's configuration in
+    ``transformers``.
     """
 
     kind: str
@@ -172,8 +156,7 @@ class ResNetTask(HFImageTask):
     layers = ["network.model.resnet.*"]
 
     def __init__(self, *, kernel_positions: bool = False, **arguments: Any) -> None:
-        if not isinstance(kernel_positions, bool):
-            raise ConfigError(f"model: kernel_positions must be true or false, got {kernel_positions!r}")
+        check_flag("model: kernel_positions", kernel_positions)
         self.kernel_positions = kernel_positions
         super().__init__(**arguments)
 
@@ -192,33 +175,18 @@ class MixerTask(ImageTask):
     """MLP-Mixer (:class:`~gblr_plugin.tasks.mixer.Mixer`); the defaults are Mixer-S/16.
 
     Args:
-        dataset: ``"imagenet"``, ``"cifar10"``, ``"cifar100"``, or ``"folder"`` for own images in train/ and val/.
-        folder: Where it is.
-        image_size: Side of the input, in pixels.
-        classes: Number of classes; needed for an own folder only before it is there.
-        workers: Processes that load.
-        **network: Further arguments of :class:`~gblr_plugin.tasks.mixer.Mixer`.
+        **arguments: As :class:`ImageTask` takes them, and further ones of :class:`~gblr_plugin.tasks.mixer.Mixer`.
     """
 
     layers = ["network.blocks.*"]
 
-    def __init__(
-        self,
-        dataset: str = "imagenet",
-        folder: str | None = None,
-        image_size: int = 224,
-        classes: int | None = None,
-        workers: int = 0,
-        **network: int,
-    ) -> None:
-        super().__init__(dataset, folder, image_size, classes, workers)
-        self._network = network
+    def __init__(self, **arguments: Any) -> None:
+        of_data = ("dataset", "folder", "image_size", "classes", "workers")
+        super().__init__(**{name: arguments.pop(name) for name in of_data if name in arguments})
+        self._network = arguments
 
     def network(self) -> nn.Module:
         """A new mixer."""
-        try:
-            return Mixer(classes=self.classes, image_size=self.image_size, **self._network)
-        except TypeError as error:
-            raise ConfigError(f"model: {error}") from error
+        return make_network(Mixer, classes=self.classes, image_size=self.image_size, **self._network)
 
     architecture = network

@@ -11,58 +11,53 @@ from torch.utils.data import Dataset, TensorDataset
 
 from ..data.text import STRETCH, TokenFile, Windows, encode, labelled_lines, text_parts
 from ..errors import ConfigError
-from .base import IGNORED, ClassifierModule, PairsDataModule, TrainSettings
+from ..utils.validation import check_choice
+from .base import IGNORED, BuiltInTask, PairsDataModule, check_sizes
 from .hf import HFNetwork, Logits, load_tokenizer
-from .transformer import check_sizes
 
 __all__ = ["BertTask", "GPT2Task", "MaskedWindows"]
 
-_DATASETS = ("wikitext103", "text")
 
-
-class LanguageTask:
+class LanguageTask(BuiltInTask):
     """What the language models share: text, tokenizer and windows.
 
     Args:
-        dataset: ``"wikitext103"``, or ``"text"`` for own text.
+        dataset: ``"wikitext103"``, or ``"text"`` for own text; BERT also takes ``"labelled"`` lines.
         folder: Where it is.
         tokenizer: Local folder, or name on the hub; default ``pretrained``.
-        tokenizer_class: Its class in ``transformers``.
         cache: Folder of the encoded tokens; default ``folder``.
         context: Tokens of an example.
         pretrained: Local folder, or name on the hub, of weights to start from.
         download: Whether the hub may be asked.
         workers: Processes that load.
-        datasets: Allowed names.
     """
 
     metric = "perplexity"
     higher_is_better = False
-    layers: list[str] = []
+    datasets: tuple[str, ...] = ("wikitext103", "text")
+    """Allowed names."""
+    tokenizer_class: str
+    """In ``transformers``."""
 
     def __init__(
         self,
         dataset: str,
         folder: str | None,
-        tokenizer: str | None,
-        tokenizer_class: str,
-        cache: str | None,
         context: int,
-        pretrained: str | None,
-        download: bool,
-        workers: int,
-        datasets: tuple[str, ...] = _DATASETS,
+        tokenizer: str | None = None,
+        cache: str | None = None,
+        pretrained: str | None = None,
+        download: bool = False,
+        workers: int = 0,
     ) -> None:
-        if dataset not in datasets:
-            raise ConfigError(f"model: dataset must be one of {', '.join(datasets)}, got {dataset!r}")
+        check_choice("model: dataset", dataset, self.datasets)
         check_sizes(context=context)
-        if not isinstance(workers, int) or isinstance(workers, bool) or workers < 0:
-            raise ConfigError(f"model: workers must be a whole number of at least 0, got {workers!r}")
+        check_sizes(0, workers=workers)
         if cache is not None and not isinstance(cache, str):
             raise ConfigError(f"model: cache must be a path, got {cache!r}")
         self.dataset, self.folder, self.cache, self.context, self.workers = dataset, folder, cache, context, workers
         self._tokenizer = tokenizer or pretrained
-        self._tokenizer_class, self._download = tokenizer_class, download
+        self._pretrained, self._download = pretrained, download
         self._hf: HFNetwork
 
     def tokenizer(self) -> Any:
@@ -75,13 +70,20 @@ class LanguageTask:
             raise ConfigError(
                 "model: tokenizer is missing: a folder with tokenizer files, or a name of the hub and download: true"
             )
-        tokenizer = load_tokenizer(self._tokenizer_class, self._tokenizer, self._download)
+        tokenizer = load_tokenizer(self.tokenizer_class, self._tokenizer, self._download)
         if len(tokenizer) > self._hf.config.vocab_size:
             raise ConfigError(
                 f"model: tokenizer {self._tokenizer!r} has {len(tokenizer)} tokens, the network vocab_size "
                 f"{self._hf.config.vocab_size}"
             )
         return tokenizer
+
+    def _load(self, model: str, config: str, longest: str, arguments: dict[str, Any], heads: tuple[str, ...]) -> None:
+        """Describe the network; ``longest`` is the configuration's name for the number of its positions."""
+        self._hf = HFNetwork(model, config, self._pretrained, self._download, heads, arguments)
+        positions = getattr(self._hf.config, longest)
+        if self.context > positions:
+            raise ConfigError(f"model: context {self.context} is above {longest} {positions}")
 
     def _tokens(self, tokenizer: Any) -> list[TokenFile]:
         parts = text_parts(self.folder, wikitext=self.dataset == "wikitext103")
@@ -91,10 +93,6 @@ class LanguageTask:
         # Logits over a whole vocabulary are large: evaluation takes no more examples at once than training.
         return PairsDataModule(train, held_out, batch_size, seed, workers=self.workers, evaluation=1, stretch=STRETCH)
 
-    def module(self, network: nn.Module, training: TrainSettings, steps: int) -> ClassifierModule:
-        """Cross-entropy training."""
-        return ClassifierModule(network, training, self.metric, steps)
-
     def example_input(self, batch: int = 1) -> Tensor:
         """Random tokens."""
         return torch.randint(1, self._hf.config.vocab_size, (batch, self.context))
@@ -103,19 +101,11 @@ class LanguageTask:
 class GPT2Task(LanguageTask):
     """Predict the next token (``transformers.GPT2LMHeadModel``); the defaults are GPT-2 small.
 
-    Args:
-        dataset: ``"wikitext103"``, or ``"text"`` for own text.
-        folder: Where it is.
-        tokenizer: Local folder, or name on the hub; default ``pretrained``.
-        cache: Folder of the encoded tokens; default ``folder``.
-        context: Tokens of an example.
-        pretrained: Local folder, or name on the hub, of weights to start from.
-        download: Whether the hub may be asked.
-        workers: Processes that load.
-        **config: Arguments of ``GPT2Config``.
+    Arguments are those of :class:`LanguageTask`, with a context of 1024, and those of ``GPT2Config``.
     """
 
     layers = ["network.model.transformer.h.*.attn.c_attn", "network.model.transformer.h.*.mlp.*"]
+    tokenizer_class = "GPT2TokenizerFast"
 
     def __init__(
         self,
@@ -129,11 +119,8 @@ class GPT2Task(LanguageTask):
         workers: int = 0,
         **config: Any,
     ) -> None:
-        super().__init__(dataset, folder, tokenizer, "GPT2TokenizerFast", cache, context, pretrained, download, workers)
-        config["use_cache"] = False
-        self._hf = HFNetwork("GPT2LMHeadModel", "GPT2Config", pretrained, download, (), config)
-        if context > self._hf.config.n_positions:
-            raise ConfigError(f"model: context {context} is above n_positions {self._hf.config.n_positions}")
+        super().__init__(dataset, folder, context, tokenizer, cache, pretrained, download, workers)
+        self._load("GPT2LMHeadModel", "GPT2Config", "n_positions", {**config, "use_cache": False}, ())
 
     def network(self) -> nn.Module:
         """A new GPT-2, or the pretrained one."""
@@ -190,21 +177,15 @@ class MaskedWindows(Dataset[tuple[Tensor, Tensor]]):
 class BertTask(LanguageTask):
     """BERT (``transformers.BertForMaskedLM``, ``BertForSequenceClassification``); the defaults are BERT-base.
 
-    Args:
-        dataset: ``"labelled"``: classify lines of train.tsv and dev.tsv. ``"wikitext103"`` or ``"text"``: guess masked
-            tokens, and judge by their perplexity.
-        folder: Where it is.
-        tokenizer: Local folder, or name on the hub; default ``pretrained``.
-        cache: Folder of the encoded tokens; default ``folder``.
-        context: Tokens of an example; longer lines are cut, shorter ones padded.
-        classes: Number of classes of labelled lines.
-        pretrained: Local folder, or name on the hub, of weights to start from.
-        download: Whether the hub may be asked.
-        workers: Processes that load.
-        **config: Arguments of ``BertConfig``.
+    With the dataset ``"labelled"`` it classifies the lines of train.tsv and dev.tsv into ``classes``; with
+    ``"wikitext103"`` or ``"text"`` it guesses masked tokens, and is judged by their perplexity. Lines longer than
+    ``context`` are cut, shorter ones padded. The other arguments are those of :class:`LanguageTask`, and those of
+    ``BertConfig``.
     """
 
     layers = ["network.model.bert.encoder.*"]
+    datasets = ("labelled", *LanguageTask.datasets)
+    tokenizer_class = "BertTokenizerFast"
 
     def __init__(
         self,
@@ -219,18 +200,7 @@ class BertTask(LanguageTask):
         workers: int = 0,
         **config: Any,
     ) -> None:
-        super().__init__(
-            dataset,
-            folder,
-            tokenizer,
-            "BertTokenizerFast",
-            cache,
-            context,
-            pretrained,
-            download,
-            workers,
-            ("labelled", *_DATASETS),
-        )
+        super().__init__(dataset, folder, context, tokenizer, cache, pretrained, download, workers)
         check_sizes(classes=classes)
         self.classifies, self.classes = dataset == "labelled", classes
         if self.classifies:
@@ -238,11 +208,7 @@ class BertTask(LanguageTask):
             config["num_labels"] = classes
         model = "BertForSequenceClassification" if self.classifies else "BertForMaskedLM"
         heads = ("classifier.", "bert.pooler.") if self.classifies else ("cls.",)
-        self._hf = HFNetwork(model, "BertConfig", pretrained, download, heads, config)
-        if context > self._hf.config.max_position_embeddings:
-            raise ConfigError(
-                f"model: context {context} is above max_position_embeddings {self._hf.config.max_position_embeddings}"
-            )
+        self._load(model, "BertConfig", "max_position_embeddings", config, heads)
 
     def network(self) -> nn.Module:
         """A new BERT, or the pretrained one."""
@@ -278,9 +244,9 @@ class BertTask(LanguageTask):
                 f"data: the labels of {self.folder!r} are {', '.join(labels)}; model.classes is {self.classes}"
             )
         sets = []
-        for part in parts:
-            ids = tokenizer([text for text, _ in part], truncation=True, max_length=self.context, padding="max_length")[
-                "input_ids"
-            ]
-            sets.append(TensorDataset(torch.tensor(ids), torch.tensor([labels.index(label) for _, label in part])))
+        for lines in parts:
+            texts = [text for text, _ in lines]
+            encoded = tokenizer(texts, truncation=True, max_length=self.context, padding="max_length")
+            targets = torch.tensor([labels.index(label) for _, label in lines])
+            sets.append(TensorDataset(torch.tensor(encoded["input_ids"]), targets))
         return sets[0], sets[1]

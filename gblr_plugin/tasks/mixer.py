@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from .transformer import check_sizes
+from .base import check_sizes
 
 __all__ = ["Mixer"]
 
@@ -61,15 +61,9 @@ class Mixer(nn.Module):
         channels_mlp_size: int = 2048,
     ) -> None:
         super().__init__()
-        check_sizes(
-            classes=classes,
-            image_size=image_size,
-            patch_size=patch_size,
-            hidden_size=hidden_size,
-            num_hidden_layers=num_hidden_layers,
-            tokens_mlp_size=tokens_mlp_size,
-            channels_mlp_size=channels_mlp_size,
-        )
+        check_sizes(classes=classes, image_size=image_size, patch_size=patch_size, hidden_size=hidden_size)
+        check_sizes(num_hidden_layers=num_hidden_layers, tokens_mlp_size=tokens_mlp_size)
+        check_sizes(channels_mlp_size=channels_mlp_size)
         if image_size % patch_size:
             raise ConfigError(f"model: patch_size {patch_size} must divide image_size {image_size}")
         tokens = (image_size // patch_size) ** 2

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..data.text import STRETCH, Windows
 from ..errors import ConfigError
-from .base import ClassifierModule, PairsDataModule, TrainSettings
-from .transformer import Block, check_dropout, check_sizes
+from .base import BuiltInTask, PairsDataModule, check_sizes, make_network
+from .transformer import Block, check_dropout
 
 __all__ = ["ByteGPT", "TextTask"]
 
@@ -57,7 +57,7 @@ class ByteGPT(nn.Module):
         return logits
 
 
-class TextTask:
+class TextTask(BuiltInTask):
     """Predict the next byte of Python source.
 
     Args:
@@ -89,14 +89,7 @@ class TextTask:
 
     def network(self) -> nn.Module:
         """A new byte-level GPT."""
-        try:
-            return ByteGPT(self.context, **self._network)  # type: ignore[arg-type]  # wrong names raise TypeError
-        except TypeError as error:
-            raise ConfigError(f"model: {error}") from error
-
-    def module(self, network: nn.Module, training: TrainSettings, steps: int) -> ClassifierModule:
-        """Cross-entropy training."""
-        return ClassifierModule(network, training, self.metric, steps)
+        return make_network(ByteGPT, context=self.context, **self._network)
 
     def _read(self, files: list[Path], limit: int) -> Tensor:
         text = bytearray()

@@ -5,20 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import ConfigError
+from ..utils.validation import check_number
 
-__all__ = ["Attention", "Block", "check_dropout", "check_sizes"]
-
-
-def check_sizes(**sizes: object) -> None:
-    """Refuse arguments of a network that are not positive whole numbers.
-
-    Raises:
-        ConfigError: Naming the argument.
-    """
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"model: {name} must be a whole number of at least 1, got {value!r}")
+__all__ = ["Attention", "Block", "check_dropout"]
 
 
 def check_dropout(value: object) -> None:
@@ -27,8 +16,7 @@ def check_dropout(value: object) -> None:
     Raises:
         ConfigError: If so.
     """
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
-        raise ConfigError(f"model: dropout must be a number in [0, 1), got {value!r}")
+    check_number("model: dropout", value, "[0, 1)")
 
 
 class Attention(nn.Module):

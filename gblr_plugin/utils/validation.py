@@ -19,11 +19,14 @@ __all__ = [
     "check_choice",
     "check_count",
     "check_flag",
+    "check_number",
     "check_row_splits",
     "check_share",
     "check_tile",
     "check_weight",
+    "describe_interval",
     "did_you_mean",
+    "in_interval",
     "is_number",
     "is_whole",
 ]
@@ -58,6 +61,28 @@ def check_share(what: str, value: object, kind: str = "a number") -> None:
     """Refuse anything but a number above 0 and at most 1; ``kind`` says in the message what the number means."""
     if not is_number(value) or not 0 < value <= 1:
         raise ConfigError(f"{what} must be {kind} in (0, 1], got {value!r}")
+
+
+def in_interval(value: object, interval: str) -> bool:
+    """Whether a value is a finite number in an interval, written as ``"[0, 1)"`` or ``"(0, inf)"``."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    if not is_number(value) or not low <= value <= high:
+        return False
+    return not (value == low and interval[0] == "(") and not (value == high and interval[-1] == ")")
+
+
+def describe_interval(interval: str) -> str:
+    """An interval in the words of a message: ``"a number in [0, 1)"``, ``"a finite number above 0"``."""
+    if not interval.endswith("inf)"):
+        return f"a number in {interval}"
+    return f"a finite number {'above' if interval[0] == '(' else 'of at least'} {interval[1:].split(',')[0]}"
+
+
+def check_number(what: str, value: object, interval: str) -> None:
+    """Refuse anything but a number in an interval, written as ``"[0, 1)"`` or ``"(0, inf)"``."""
+    if not in_interval(value, interval):
+        allowed = "positive" if interval == "(0, inf)" else describe_interval(interval)
+        raise ConfigError(f"{what} must be {allowed}, got {value!r}")
 
 
 def check_count(what: str, value: object, least: int = 1) -> None:

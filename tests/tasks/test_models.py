@@ -14,8 +14,9 @@ from gblr_plugin import ConfigError, report
 from gblr_plugin.cli import main
 from gblr_plugin.nni import create_compressor
 from gblr_plugin.run.console import Console
+from gblr_plugin.run.context import make_task
 from gblr_plugin.run.counting import count_config
-from gblr_plugin.run.pipeline import make_task, prepare_run
+from gblr_plugin.run.pipeline import prepare_run
 from gblr_plugin.run.settings import RunSettings
 from gblr_plugin.run.yaml_config import load_yaml, parse_overrides, read_settings
 from gblr_plugin.tasks.base import TrainSettings
@@ -111,7 +112,7 @@ def test_a_method_starts_from_the_trained_network_or_from_the_initial_one(here, 
         begun[name] = {key: value.clone() for key, value in module.network.state_dict().items()}
         return create_compressor(name, module, *arguments, **options)
 
-    monkeypatch.setattr("gblr_plugin.run.pipeline.create_compressor", spy)
+    monkeypatch.setattr("gblr_plugin.run.compression.create_compressor", spy)
     settings = tiny("vit_base_finetune", methods=2)
     assert [method.start for method in settings.methods] == ["initial", "initial"]
     settings.methods[1].start = "trained"

@@ -65,3 +65,28 @@ def test_what_is_not_allowed_is_refused_in_one_line(case: str) -> None:
 def test_the_nearest_word_is_found_whatever_its_case() -> None:
     assert v.did_you_mean("tpe", ["TPE", "Random"]) == "; did you mean 'TPE'?"
     assert v.did_you_mean("x", ["TPE", "Random"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("interval", "inside", "outside"),
+    [
+        ("[0, 1)", (0, 0.5), (-1, 1, math.nan, True, "0.5")),
+        ("(0, 1]", (0.5, 1), (0, 1.5)),
+        ("(0, inf)", (1e-9, 1e9), (0, math.inf)),
+        ("[0, inf)", (0, 3), (-1e-9, math.inf)),
+    ],
+)
+def test_intervals(interval: str, inside: tuple[object, ...], outside: tuple[object, ...]) -> None:
+    for value in inside:
+        v.check_number("lr", value, interval)
+    for value in outside:
+        with pytest.raises(ConfigError, match="lr must be"):
+            v.check_number("lr", value, interval)
+
+
+def test_what_intervals_are_called() -> None:
+    assert v.describe_interval("[0, 1)") == "a number in [0, 1)"
+    assert v.describe_interval("(0, inf)") == "a finite number above 0"
+    assert v.describe_interval("[0, inf)") == "a finite number of at least 0"
+    with pytest.raises(ConfigError, match="lr must be positive, got -1"):
+        v.check_number("lr", -1, "(0, inf)")
