@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from ..utils.running import evaluating
 
 __all__ = [
-    "evaluating",
     "first_argument",
     "fitting_mask",
     "input_rows",
@@ -65,18 +64,6 @@ def fitting_mask(mask: Tensor | None, rows: Tensor) -> Tensor | None:
     if mask is None or mask.numel() != rows.shape[:-1].numel():
         return None
     return mask.reshape(rows.shape[:-1])
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards as it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.random_state import accelerators_of, keep_random_state
+from ..utils.running import evaluating
 from .batches import Calibration, loss_of
 from .fisher import SampledTargets
-from .inputs import evaluating, first_argument, fitting_mask, input_rows, output_rows, shared_inputs
+from .inputs import first_argument, fitting_mask, input_rows, output_rows, shared_inputs
 from .moments import Moments
 
 __all__ = ["layer_moments"]

@@ -14,8 +14,9 @@ from ..errors import ConfigError
 from ..layers.dense import check_structurable, stored_weight, weight_matrix
 from ..matrix.metric import Metric
 from ..utils.progress import track
+from ..utils.running import evaluating
 from .batches import Calibration
-from .inputs import evaluating, fitting_mask, input_rows, layer_inputs, shared_inputs
+from .inputs import fitting_mask, input_rows, layer_inputs, shared_inputs
 from .layer_moments import layer_moments
 from .moments import Moments, corrected_target, output_shift
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from ..utils.running import evaluating
 from ..utils.timing import interleaved_medians
 
 __all__ = ["METRICS", "evaluate", "interleaved_latency", "mean_and_spread"]
@@ -33,16 +34,13 @@ def evaluate(network: nn.Module, batches: Any, metric: str) -> dict[str, float]:
     Raises:
         ConfigError: If there is no batch.
     """
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
     loss, correct, count = 0.0, 0, 0
-    for x, target in batches:
-        logits: Tensor = network(x)
-        loss += float(F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="sum"))
-        correct += int((logits.argmax(-1) == target).sum())
-        count += int((target != -100).sum())  # what cross_entropy ignores
-    for module, mode in modes:
-        module.training = mode
+    with evaluating(network):
+        for x, target in batches:
+            logits: Tensor = network(x)
+            loss += float(F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="sum"))
+            correct += int((logits.argmax(-1) == target).sum())
+            count += int((target != -100).sum())  # what cross_entropy ignores
     if not count:
         raise ConfigError("data: no example to evaluate on")
     mean = loss / count

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..layers import StructuredLayer
 from ..layers.full import FULL
+from ..utils.running import run_example
 from .matrices import WeightMatrix, is_layer, weight_matrices, weight_shape
 from .raw_weights import RawWeights
 from .report import LayerReport, Report
@@ -201,18 +201,11 @@ def report(model: nn.Module, example_input: Any) -> Report:
         for module in (*layers.values(), *others.modules):
             undo.callback(module.register_forward_pre_hook(before).remove)
             undo.callback(module.register_forward_hook(after, with_kwargs=True).remove)
-        undo.callback(_restore_modes, [(module, module.training) for module in model.modules()])
-        model.eval()
         # torch's fused encoder layer would hide its layers from hooks and its products from the counter.
         torch.backends.mha.set_fastpath_enabled(False)
         undo.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
         undo.enter_context(counting)
-        if isinstance(example_input, Mapping):
-            model(**example_input)
-        elif isinstance(example_input, tuple):
-            model(*example_input)
-        else:
-            model(example_input)
+        run_example(model, example_input)
     outside = _by_operation(counting) - inside
     attention = sum(flops for operation, flops in outside.items() if operation not in _WITH_WEIGHT) // 2
     embeddings = {id(module.weight) for module in model.modules() if type(module) is nn.Embedding}
@@ -230,8 +223,3 @@ def report(model: nn.Module, example_input: Any) -> Report:
 
 def _by_operation(counting: FlopCounterMode) -> Counter[Any]:
     return Counter(counting.get_flop_counts().get("Global", {}))
-
-
-def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, mode in modes:
-        module.training = mode

@@ -5,7 +5,7 @@ Blocks on intervals approximate such weights with a smaller error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import ConfigError
 from ..layers.dense import weight_matrix
+from ..utils.running import run_example
 from .selection import select_layers
 from .ties import check_untied
 
@@ -153,17 +154,8 @@ def _units(model: nn.Module, pair: Pair) -> list[_Units]:
 
 def _outputs(model: nn.Module, example_input: Any) -> list[Tensor]:
     """The floating point tensors that a model gives, in evaluation mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        if isinstance(example_input, Mapping):
-            found = model(**example_input)
-        else:
-            found = model(*example_input) if isinstance(example_input, tuple) else model(example_input)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    leaves = tree_leaves(run_example(model, example_input))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _change(before: list[Tensor], after: list[Tensor]) -> float:

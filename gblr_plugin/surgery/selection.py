@@ -130,7 +130,7 @@ def choose(
     return Selection({name: chosen[name] for name in modules if name in chosen}, skipped)
 
 
-class _Wish:
+class _Request:
     """Patterns of what is asked for, read against a model."""
 
     def __init__(self, model: nn.Module, include: Iterable[Pattern] | None, exclude: Iterable[Pattern]) -> None:
@@ -177,8 +177,8 @@ def select_layers(
         ConfigError: If a pattern matches nothing, a layer named in full cannot be structured or is tied, or nothing is
             left.
     """
-    wish = _Wish(model, include, exclude)
-    selection = choose(model, wish, wish.named, default=wish.default)
+    request = _Request(model, include, exclude)
+    selection = choose(model, request, request.named, default=request.default)
     if not selection.layers:
         if selection.skipped:
             largest = max(selection.skipped, key=lambda skipped: skipped.share)
@@ -193,13 +193,13 @@ class LayerFilter:
     """A ``filter_fn`` for torchao's ``quantize_``, see :func:`layer_filter`."""
 
     def __init__(self, model: nn.Module, include: Iterable[Pattern] | None, exclude: Iterable[Pattern]) -> None:
-        self._wish = _Wish(model, include, exclude)
-        self.selection = choose(model, self._wish, self._wish.named, default=self._wish.default)
+        self._request = _Request(model, include, exclude)
+        self.selection = choose(model, self._request, self._request.named, default=self._request.default)
         self._passed = {id(module): module for module in self.selection.layers.values()}
 
     def __call__(self, module: nn.Module, name: str) -> bool:
         """Whether the layer was chosen, or is asked for and was prepared before."""
-        return id(module) in self._passed or (isinstance(module, StructuredLayer) and self._wish(name, module))
+        return id(module) in self._passed or (isinstance(module, StructuredLayer) and self._request(name, module))
 
 
 def layer_filter(
