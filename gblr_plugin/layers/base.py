@@ -175,8 +175,7 @@ class GBLRLayer(StructureParameters):
             )
             write_full_tensor(self.U, u)
             write_full_tensor(self.V, v)
-            self.low_rank_components.copy_(found)
-            self._set_mask_state(low_rank=bool(found.any()))
+            self._set_mask_state(low_rank=self._ranks(found))
         return int(self.low_rank_components.sum())
 
     @torch.no_grad()
@@ -189,8 +188,7 @@ class GBLRLayer(StructureParameters):
         write_full_tensor(self.V, v)
         write_full_tensor(self.widths, torch.stack([rows.width / rows.length, cols.width / cols.length]))
         write_full_tensor(self.locations, torch.stack([rows.start / rows.length, cols.start / cols.length]))
-        self.low_rank_components.fill_(False)
-        self._set_mask_state(low_rank=False)
+        self._set_mask_state(low_rank=())
 
     def _as_trapezoids(self) -> tuple[Tensor, Tensor, Intervals, Intervals]:
         """Factors and intervals without low-rank form."""

@@ -29,32 +29,31 @@ class MaskState(NamedTuple):
         sigma: Smoothness; ``None`` is the exact boxcar.
         hard: Whether smooth masks multiply by the exact boxcar and smooth only its gradients.
         frozen: Whether widths and locations are fixed.
-        low_rank: Whether some components train in low-rank form.
+        low_rank: How many of the first components of each row split train in low-rank form; empty if none does.
     """
 
     sigma: float | None = None
     hard: bool = False
     frozen: bool = False
-    low_rank: bool = False
+    low_rank: tuple[int, ...] = ()
 
     def to_tensor(self) -> Tensor:
-        """(4,) float64, as a state dict holds it."""
-        return torch.tensor(
-            [math.inf if self.sigma is None else self.sigma, self.hard, self.frozen, self.low_rank], dtype=torch.float64
-        )
+        """(3,) float64 of sigma, hard and frozen, as a state dict holds them."""
+        sigma = math.inf if self.sigma is None else self.sigma
+        return torch.tensor([sigma, self.hard, self.frozen], dtype=torch.float64)
 
     @classmethod
-    def from_tensor(cls, values: Tensor) -> MaskState:
+    def from_tensor(cls, values: Tensor, low_rank: tuple[int, ...]) -> MaskState:
         """Inverse of :meth:`to_tensor`."""
-        sigma, hard, frozen, low_rank = values.tolist()
-        return cls(None if math.isinf(sigma) else sigma, bool(hard), bool(frozen), bool(low_rank))
+        sigma, hard, frozen = values.tolist()
+        return cls(None if math.isinf(sigma) else sigma, bool(hard), bool(frozen), low_rank)
 
 
 class StructureParameters(StructuredLayer):
     """Parameters and buffers of a GBLR layer, see :class:`~gblr_plugin.GBLRLayer`.
 
-    The Python value ``_mask_state`` says how masks are made. The buffer ``mask_state`` is its copy for state dicts, and
-    the buffers ``row_tables`` and ``column_tables`` (2, 3N) are what follows from it.
+    The Python value ``_mask_state`` says how masks are made. All buffers follow from it: ``mask_state`` and
+    ``low_rank_components`` are its copy for state dicts, ``row_tables`` and ``column_tables`` are (2, 3N) tables.
     """
 
     U: nn.Parameter
@@ -94,8 +93,7 @@ class StructureParameters(StructuredLayer):
         self._mask_state = MaskState()
         self._keeps_gradients = False
         self.register_buffer("mask_state", self._mask_state.to_tensor().to(device))
-        in_low_rank_form = torch.zeros(len(sizes) * most, dtype=torch.bool, device=device)
-        self.register_buffer("low_rank_components", in_low_rank_form)
+        self.register_buffer("low_rank_components", self._in_low_rank_form(device))
         for name, axis in (("row_tables", rows.length), ("column_tables", cols.length)):
             tables = mask_tables(axis, None, structure_dtype, device)
             self.register_buffer(name, tables, persistent=False)
@@ -114,6 +112,8 @@ class StructureParameters(StructuredLayer):
     def _set_mask_state(self, **changes: Any) -> None:
         self._mask_state = self._mask_state._replace(**changes)
         self._write_buffers()
+        if "low_rank" in changes:
+            self.low_rank_components.copy_(self._in_low_rank_form(self.low_rank_components.device))
 
     @torch.no_grad()
     def _write_buffers(self) -> None:
@@ -136,6 +136,16 @@ class StructureParameters(StructuredLayer):
     def _new_tables(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return mask_tables(n, self._mask_state.sigma, dtype, device, hard=self._mask_state.hard)
 
+    def _in_low_rank_form(self, device: torch.device) -> Tensor:
+        """(K,) bool, the components that train in low-rank form."""
+        ranks = torch.tensor(self._mask_state.low_rank or (0,) * self.row_splits, device=device)
+        return (torch.arange(self._component_sizes()[0], device=device) < ranks[:, None]).flatten()
+
+    def _ranks(self, low_rank_components: Tensor) -> tuple[int, ...]:
+        """How many components of each split train in low-rank form; empty if none does."""
+        ranks = tuple(low_rank_components.view(self.row_splits, -1).sum(1).tolist())
+        return ranks if any(ranks) else ()
+
     def _mark_frozen(self, frozen: bool, keep_gradients: bool = False) -> None:
         """Fix or free widths and locations; ``keep_gradients``: they go on receiving gradients, of zero."""
         self._keeps_gradients = keep_gradients
@@ -155,23 +165,25 @@ class StructureParameters(StructuredLayer):
         for parameter, dim in ((self.U, 0), (self.V, 0), (self.widths, 1), (self.locations, 1)):
             keep_components(parameter, dim, keep, optimizers)
         self.low_rank_components = self.low_rank_components[keep]
-        self._structure_changed()
+        self._set_mask_state(low_rank=self._ranks(self.low_rank_components))
 
     # -- what torch does to every module -----------------------------------------------------------------------------
 
     @torch.no_grad()
     def train(self, mode: bool = True) -> Any:
-        """As of every module; mask tables that hold anything else than they should are written anew.
+        """As of every module; buffers that hold anything else than they should are written anew.
 
         ``from_pretrained`` of transformers, which prepares a model where it is given a ``TorchAoConfig`` of a
         ``GBLRConfig``, puts uninitialised memory in place of all buffers that files do not hold, and then calls
         ``eval()``.
         """
-        for (_, tables), n in zip(self._tables(), self.axis_lengths, strict=True):
-            if tables.is_meta or self.widths.is_meta:
-                continue
-            if not torch.equal(tables, self._new_tables(n, tables.dtype, tables.device)):
-                self._write_buffers()
+        if not (self.row_tables.is_meta or self.widths.is_meta):
+            expected = [self._new_tables(n, self.row_tables.dtype, self.row_tables.device) for n in self.axis_lengths]
+            expected.append(self._in_low_rank_form(self.low_rank_components.device))
+            expected.append(self._mask_state.to_tensor().to(self.mask_state.device))
+            buffers = self.row_tables, self.column_tables, self.low_rank_components, self.mask_state
+            if not all(map(torch.equal, buffers, expected)):
+                self._set_mask_state(low_rank=self._mask_state.low_rank)
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -205,7 +217,8 @@ class StructureParameters(StructuredLayer):
             self.low_rank_components = self.low_rank_components.new_empty(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "mask_state" in state_dict and not self.mask_state.is_meta:
-            was_frozen, self._mask_state = self._mask_state.frozen, MaskState.from_tensor(self.mask_state)
+            was_frozen, ranks = self._mask_state.frozen, self._ranks(self.low_rank_components)
+            self._mask_state = MaskState.from_tensor(self.mask_state, ranks)
             if self._mask_state.frozen != was_frozen:
                 self._mark_frozen(self._mask_state.frozen)
             self._write_buffers()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from gblr_plugin.families import registry
 
 
 class Block(nn.Module):
@@ -193,6 +196,16 @@ def given_names() -> Callable[[str], dict[str, Any]]:
         return GIVEN.get(page, dict)()
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Pages register a family of their own, and silence the log of what stays dense."""
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    logger = logging.getLogger("gblr_plugin.surgery.selection")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

@@ -102,6 +102,19 @@ def test_state_dict_keeps_the_form():
     torch.testing.assert_close(other.to_dense(), matrix.to_dense())
 
 
+def test_buffers_of_uninitialised_memory_are_written_anew():
+    """As transformers leaves all buffers that are in no file, before it calls `eval()`."""
+    layer = GBLRLinear(trapezoids(splits=2, m=48))
+    layer.use_low_rank_form()
+    before = layer.to_dense()
+    state = copy.deepcopy(layer.state_dict())
+    for buffer in layer.buffers():
+        buffer.fill_(1)
+    layer.eval()
+    assert torch.equal(layer.to_dense(), before)
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+
+
 def test_trapezoid_form_keeps_the_matrix():
     matrix = trapezoids(splits=2, m=48)
     layer = GBLRLinear(matrix)
