@@ -105,7 +105,7 @@ def prepare(
 def _setting(
     settings: LayerSettings | None, family: str | None, budget: float | None, options: dict[str, Any]
 ) -> LayerSettings | FamilySettings:
-    """The settings that the arguments of :func:`prepare` mean."""
+    """Read the arguments of :func:`prepare` as settings for every layer."""
     if family is None:
         if budget is not None or options:
             given = "budget" if budget is not None else next(iter(options))
@@ -125,7 +125,7 @@ def prepare_layers(
     *,
     calibration: Calibration | None = None,
 ) -> dict[str, Any]:
-    """Replace named dense layers by trainable structured ones, in place; of every family alike.
+    """Replace named dense layers by trainable structured ones, in place.
 
     Everything is checked and computed before the model is touched. A layer that cannot be cheaper than dense stays
     dense, with a warning, and is listed by :func:`gblr_plugin.report`.
@@ -173,7 +173,7 @@ def prepare_layers(
 
 
 def _modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The named dense layers; a shared one under its first name alone.
+    """Look up the named dense layers; a module that is named twice is returned under its first name.
 
     Raises:
         ConfigError: If a name is unknown, or a layer cannot be structured.
@@ -192,7 +192,7 @@ def _modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 
 def _with_bias(layer: L, bias: Tensor | None) -> L:
-    """The layer, with the values of its bias replaced unless there are none."""
+    """Write a corrected bias, if there is one, into a layer, and return the layer."""
     if bias is not None:
         layer.bias.data.copy_(bias)  # type: ignore[operator]  # a parameter where the dense layer had one
     return layer
@@ -201,7 +201,7 @@ def _with_bias(layer: L, bias: Tensor | None) -> L:
 def frozen_like(
     module: nn.Module, matrix: StructuredMatrix, *, plan: Any = None, factor_dtype: str | None = None
 ) -> nn.Module:
-    """A plain nn.Linear / nn.Conv1d / nn.Conv2d whose weight is a frozen :class:`~gblr_plugin.GBLRTensor`.
+    """Make a plain nn.Linear, nn.Conv1d or nn.Conv2d whose weight is a frozen :class:`~gblr_plugin.GBLRTensor`.
 
     Where a small weight keeps its matrix beside the factors, the module is of a subclass that takes it first
     (``frozen.py``). A matrix that costs at least as much as the dense product becomes a dense weight instead.
@@ -246,7 +246,7 @@ def frozen_like(
 
 
 def convert(model: nn.Module, *, plan: Any = None) -> nn.Module:
-    """Freeze the trainable structured layers of a model, in place; of every family alike.
+    """Replace the trainable structured layers of a model by frozen modules, in place.
 
     A layer whose matrix is a GBLR matrix of equal cost becomes a plain module with a frozen
     :class:`~gblr_plugin.GBLRTensor`, so that all families run on the same kernels. The others keep their own product,

@@ -31,14 +31,14 @@ _MANY_ZEROS = 0.05  # share of a dense weight's entries from which the report no
 
 
 def _positions(module: nn.Module, output: Tensor) -> int:
-    """Matrix-vector products of one call: output entries per output channel."""
+    """Count the matrix-vector products of one call: its output entries over its output channels."""
     channels = weight_shape(module)[0]
     return output.numel() // channels if channels else 0
 
 
 @dataclass(frozen=True)
 class _Cost:
-    """Costs of one weight: stored entries, multiply-adds of one product, kind of structure, and live components."""
+    """What one weight costs: stored entries, multiply-adds of one product, kind of structure, live components."""
 
     stored: int
     multiply_adds: int
@@ -56,7 +56,7 @@ def _cost(matrix: WeightMatrix, frozen: Any) -> _Cost:
 
 
 def _frozen_weight(module: nn.Module) -> Any:
-    """The module's weight where it is a frozen GBLRTensor, else ``None``."""
+    """Return the module's weight if it is a frozen GBLRTensor, else ``None``."""
     weight = module._parameters.get("weight")
     if weight is None or type(weight.data) is Tensor:
         return None
@@ -66,7 +66,7 @@ def _frozen_weight(module: nn.Module) -> Any:
 
 
 def _note(module: nn.Module, structure: str) -> str:
-    """What a reader would not expect of a dense weight: that it was compressed, or that pruning left zeros in it."""
+    """Say what a reader does not expect of a dense weight: it was compressed, or pruning left zeros in it."""
     if structure == "full":
         return "not cheaper than dense, stored dense"
     weight = module._parameters.get("weight")
@@ -77,7 +77,7 @@ def _note(module: nn.Module, structure: str) -> str:
 
 
 def _layer_report(matrix: WeightMatrix, positions: int, embeddings: set[int], policy: Policy) -> LayerReport:
-    """What a layer costs whose weight made ``positions`` matrix-vector products."""
+    """Report a layer whose weight made ``positions`` matrix-vector products."""
     module, dense = matrix.module, matrix.entries
     frozen = _frozen_weight(module)
     cost = _cost(matrix, frozen)
@@ -122,7 +122,7 @@ def _other_report(matrix: WeightMatrix, multiply_adds: int, policy: Policy) -> L
 
 
 def _count_parameters(model: nn.Module, layers: list[tuple[nn.Module, LayerReport]]) -> tuple[int, int]:
-    """Stored parameters, and those of the dense model; each parameter once, also where layers are tied."""
+    """Count the stored parameters, and those of the dense model; tied layers count once."""
     owned: set[int] = set()
     weights, dense = 0, 0
     for module, layer in layers:
@@ -141,7 +141,7 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
 
 
 def _grouped_flops(left: Any, right: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
-    """Rows of a matrix, in groups, each times the matrix of its group: mixtures of experts."""
+    """FLOPs of a grouped product: rows in groups, each times the matrix of its group (mixtures of experts)."""
     flops: int = 2 * math.prod(out_shape) * left[-1]
     return flops
 

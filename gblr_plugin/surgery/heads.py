@@ -50,7 +50,7 @@ _NAMES = frozenset(
 
 
 def output_heads(model: nn.Module) -> set[int]:
-    """The layers that are output heads.
+    """Find the layers that are output heads.
 
     A model says so itself (``get_output_embeddings`` of transformers, ``get_classifier`` of timm, of any module
     inside the model too), or the head has one of the names that are usual for it (``lm_head``, ``head``, ``heads``,

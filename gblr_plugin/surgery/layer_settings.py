@@ -80,7 +80,7 @@ def structured_from(
     target: Tensor | None = None,
     metric: Metric | None = None,
 ) -> GBLRLayer | FamilyLayer:
-    """The trainable layer that takes the place of a dense one.
+    """Make the trainable layer that takes the place of a dense one.
 
     Args:
         module: The dense layer.
@@ -102,15 +102,15 @@ def structured_from(
 
 
 def initial_matrix(weight: Tensor, settings: LayerSettings, metric: Metric | None = None) -> StructuredMatrix:
-    """The GBLR matrix from which a layer begins to learn.
+    """Make the GBLR matrix from which a layer begins to learn.
 
-    Families are counted as they count: as components their dense blocks cost more, h w + min(h, w) multiply-adds, which
-    learning takes away again. A budget below a family's smallest member is decomposed instead (an allocation may leave
-    a layer that little).
+    A family's member is within the budget by the family's own count. As components, its dense blocks of h x w cost
+    more, h w + min(h, w) multiply-adds, which learning takes away again. Where a budget does not allow the family's
+    smallest member, as an allocation may decide for a layer, the weight is decomposed by ``"gblr"`` instead.
 
     Args:
         weight: (m, n) to approximate.
-        settings: How.
+        settings: The initialiser and what it takes.
         metric: Norm in which to approximate; default the Frobenius norm.
 
     Raises:
@@ -135,7 +135,7 @@ def initial_matrix(weight: Tensor, settings: LayerSettings, metric: Metric | Non
 
 
 def _embedded(weight: Tensor, settings: LayerSettings, metric: Metric | None) -> StructuredMatrix | None:
-    """The family's member at the budget; ``None`` where it has none so small."""
+    """Project the weight onto the family; ``None`` if the budget does not allow its smallest member."""
     name, budget = settings.initialiser, settings.budget
     if budget is None:
         raise ConfigError(f"initialise: {name!r} needs a budget")

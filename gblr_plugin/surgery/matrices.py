@@ -26,7 +26,7 @@ class WeightMatrix:
     """A weight matrix, or a stack of them in one parameter.
 
     Args:
-        name: Of the module, or of the parameter where the module has others, or is no layer.
+        name: Name of the module; of the parameter, if the module has several or is no layer.
         module: Holds the parameter.
         parameter: Its name there.
         shape: (m, n); the matrices of a stack are put on top of each other.
@@ -39,12 +39,12 @@ class WeightMatrix:
 
     @property
     def entries(self) -> int:
-        """Of the dense matrix: the multiply-adds of one position, e.g. a token."""
+        """Entries of the dense matrix, which are its multiply-adds for one position, such as a token."""
         return self.shape[0] * self.shape[1]
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether the module is a layer with one weight matrix that can be structured, or is or was."""
+    """Whether the module is a layer with one weight matrix, which can be structured, is structured, or is converted."""
     return structurable(module) or isinstance(module, (StructuredLayer, *FROZEN, *FULL))
 
 
@@ -60,7 +60,7 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def weight_matrices(model: nn.Module) -> Iterator[WeightMatrix]:
-    """All weight matrices, in the model's order; those of a shared module once, none inside a structured module.
+    """List all weight matrices in the model's order: a shared module once, and nothing inside a structured layer.
 
     Besides the weights of layers these are parameters that other modules multiply by: those with ``weight`` in their
     names and at least two axes (packed projections of attention, recurrent and transposed layers), and those with

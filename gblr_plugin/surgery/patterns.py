@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def as_patterns(what: str, given: Iterable[str | type[nn.Module]]) -> list[str]:
-    """Patterns as strings; a module type becomes its name.
+    """Read patterns as strings; a module type becomes its name.
 
     Args:
         what: The argument that holds them, for messages.
@@ -32,7 +32,7 @@ def as_patterns(what: str, given: Iterable[str | type[nn.Module]]) -> list[str]:
 
 
 def matches(pattern: str, name: str, module: nn.Module) -> bool:
-    """Whether a pattern means a module.
+    """Decide whether a pattern means a module.
 
     Args:
         pattern: A full name, a glob pattern over full names (``"blocks.*.mlp.*"``), or the name of the module's class
@@ -62,7 +62,7 @@ def check_used(what: str, patterns: Iterable[str], modules: Mapping[str, nn.Modu
 
 
 def value_of(table: T | Mapping[str, T], name: str, module: nn.Module, default: T) -> T:
-    """The value for a module: the one value for all, or that of the first pattern that matches, or the default."""
+    """Look a module's value up: one value is for all, a table has it by patterns, of which the first match counts."""
     if not isinstance(table, Mapping):
         return table
     return next((value for pattern, value in table.items() if matches(pattern, name, module)), default)

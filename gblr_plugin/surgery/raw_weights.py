@@ -14,15 +14,15 @@ __all__ = ["RawWeights"]
 
 
 class RawWeights:
-    """Shares out what modules multiply by weights of their own.
+    """Splits the products that a module makes with weights of its own over these weights.
 
     Args:
-        matrices: These weights.
-        model: That holds them.
-        operations: Of torch, that multiply by a weight.
+        matrices: The weights.
+        model: The model that holds them.
+        operations: Operations of torch that multiply by a weight.
 
     Attributes:
-        modules: To watch: those that do the multiplying.
+        modules: The modules that multiply by these weights; their calls are to be passed to :meth:`add`.
     """
 
     def __init__(self, matrices: Iterable[WeightMatrix], model: nn.Module, operations: Collection[Any]) -> None:
@@ -42,15 +42,15 @@ class RawWeights:
     def add(
         self, module: nn.Module, made: Counter[Any], args: Iterable[Any], kwargs: Mapping[str, Any]
     ) -> Counter[Any]:
-        """Share the products of one call out over the module's weights.
+        """Split the products of one call over the module's weights.
 
-        Those of attention follow from its inputs; those of other modules go to their weights by size.
+        The products of attention follow from its inputs. Those of other modules are split by the sizes of the weights.
 
         Args:
             module: One of ``modules``.
-            made: FLOPs by operation of the call, without those of layers inside.
-            args: Of the call.
-            kwargs: Of the call.
+            made: FLOPs of the call by operation, without those of layers inside the module.
+            args: Positional arguments of the call.
+            kwargs: Keyword arguments of the call.
 
         Returns:
             The products with weights among those made.
@@ -73,5 +73,5 @@ class RawWeights:
         return made
 
     def multiply_adds(self, matrix: WeightMatrix) -> int:
-        """Of one weight, in all calls."""
+        """Multiply-adds of one weight, in all calls."""
         return self._made[id(matrix)]

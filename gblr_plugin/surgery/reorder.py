@@ -30,14 +30,14 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class _Units:
-    """Hidden units: rows of the makers, columns of the taker."""
+    """Hidden units: the rows of the layers that make them, and the columns of the layer that takes them."""
 
     makers: dict[str, nn.Module]
     taker: str
     module: nn.Module
 
     def features(self) -> list[Tensor]:
-        """What the units look like to each layer, (h, ...) each."""
+        """The weights of each layer with the units along the first axis, (h, ...) each."""
         return [*map(weight_matrix, self.makers.values()), weight_matrix(self.module).T]
 
     def permute(self, order: Tensor) -> None:
@@ -51,7 +51,7 @@ class _Units:
 
 
 def similar_order(features: Sequence[Tensor]) -> Tensor:
-    """Order in which neighbours are alike: along the Fiedler vector of the units' similarity.
+    """Order units along the Fiedler vector of their similarity, so that neighbours are alike.
 
     The similarity of two units is the sum over the features of their squared cosine; the vector is the eigenvector of
     the second smallest eigenvalue of its normalised Laplacian (Shi & Malik 2000), which places units on a line so that
@@ -78,7 +78,7 @@ def similar_order(features: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def reorder(model: nn.Module, pairs: Iterable[Pair], *, example_input: Any = None) -> dict[str, Tensor]:
-    """Reorder hidden units in place, so that blocks on intervals fit better. The network computes what it did.
+    """Reorder hidden units in place, so that blocks on intervals fit better; the model computes the same as before.
 
     Rows (and biases) of the layers that make the units and columns of the layer that takes them are permuted alike,
     which changes nothing where only functions of single units lie between, such as ReLU, GELU, dropout, or the product
@@ -124,7 +124,7 @@ def reorder(model: nn.Module, pairs: Iterable[Pair], *, example_input: Any = Non
 
 
 def _units(model: nn.Module, pair: Pair) -> list[_Units]:
-    """The hidden units that a pair of patterns names."""
+    """Look up the hidden units that a pair of patterns names."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[1], str):
         raise ConfigError(f"reorder: a pair is (maker or list of makers, taker), got {pair!r}")
     patterns = [pair[0]] if isinstance(pair[0], str) else list(pair[0])
@@ -153,13 +153,13 @@ def _units(model: nn.Module, pair: Pair) -> list[_Units]:
 
 
 def _outputs(model: nn.Module, example_input: Any) -> list[Tensor]:
-    """The floating point tensors that a model gives, in evaluation mode."""
+    """Return the floating point tensors that a model gives in evaluation mode."""
     leaves = tree_leaves(run_example(model, example_input))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _change(before: list[Tensor], after: list[Tensor]) -> float:
-    """Largest difference over the largest entry."""
+    """The largest difference of an output over its largest entry."""
     changes = [
         float((b - a).abs().max() / a.abs().max().clamp(min=1e-30))
         for a, b in zip(before, after, strict=True)

@@ -61,7 +61,7 @@ class LayerReport:
 
     @property
     def relative_flops(self) -> float:
-        """Multiply-adds over those of the dense weight; stored over all entries where the layer was not used."""
+        """Multiply-adds over those of the dense weight; of a layer that was not used, stored over all entries."""
         if self.dense_multiply_adds:
             return self.multiply_adds / self.dense_multiply_adds
         return self.parameters / self.dense_parameters if self.dense_parameters else 1.0
@@ -94,33 +94,33 @@ class Report:
 
     @property
     def multiply_adds(self) -> int:
-        """Of the whole model on the example input."""
+        """Multiply-adds of the model on the example input."""
         return sum(layer.multiply_adds for layer in self.layers) + self.other_multiply_adds
 
     @property
     def dense_multiply_adds(self) -> int:
-        """Of the whole model with dense weights."""
+        """Multiply-adds of the model on the example input, had its weights been dense."""
         return sum(layer.dense_multiply_adds for layer in self.layers) + self.other_multiply_adds
 
     @property
     def relative_flops(self) -> float:
-        """Of the structured layers together: their multiply-adds over those of their dense weights; 1 without any."""
+        """Multiply-adds of the compressed layers over those of their dense weights; 1 if there are none."""
         dense = sum(layer.dense_multiply_adds for layer in self.structured)
         return sum(layer.multiply_adds for layer in self.structured) / dense if dense else 1.0
 
     @property
     def model_relative_flops(self) -> float:
-        """Of the whole model."""
+        """Multiply-adds of the model over those of the dense model."""
         return self.multiply_adds / self.dense_multiply_adds if self.dense_multiply_adds else 1.0
 
     @property
     def published_multiply_adds(self) -> int:
-        """As the paper counts: of attention one product (tokens^2 * dim), and no output layer tied to an embedding."""
+        """Multiply-adds as the paper counts: one product of attention, and no output layer tied to an embedding."""
         return self.multiply_adds - self._not_published("multiply_adds")
 
     @property
     def published_dense_multiply_adds(self) -> int:
-        """The same with dense weights: 1.72e10 for ViT-Base/16 at 224 pixels, 9.66e10 for GPT-2 at 1024 tokens."""
+        """The paper's count with dense weights: 1.72e10 for ViT-Base/16 at 224 pixels, 9.66e10 for GPT-2 at 1024."""
         return self.dense_multiply_adds - self._not_published("dense_multiply_adds")
 
     def _not_published(self, which: str) -> int:
@@ -165,7 +165,7 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        """A table that fits 80 columns; shares are of the model's multiply-adds."""
+        """Write a table that fits 80 columns; shares are those of the model's multiply-adds."""
         total = self.multiply_adds
         header = ("layer", "shape", "structure", "comp.", "mult-adds", "params", "rel.", "share")
         rows: list[tuple[str, ...]] = []
@@ -199,7 +199,7 @@ class Report:
         return "\n".join(text + notes + self._left_dense())
 
     def _left_dense(self) -> list[str]:
-        """What stays dense unless it is asked for by name, with its share of the multiply-adds: a line per reason."""
+        """Say in one line per reason which weights are dense, and their share of the multiply-adds."""
         groups: dict[str, list[LayerReport]] = {}
         for layer in self.layers:
             if layer.left_dense:
@@ -213,7 +213,7 @@ class Report:
         return ["left dense (share of the multiply-adds, reason):", *lines] if lines else []
 
     def _plans(self) -> list[str]:
-        """A line per converted layer: what its plan chose and foresees."""
+        """Say in one line per converted layer what its kernel plan chose and predicts."""
         lines = []
         for layer in self.layers:
             if layer.kernel:
@@ -224,7 +224,7 @@ class Report:
 
 
 def _short(value: int) -> str:
-    """Three digits of a count: 950, 9.50k, 12.3M, 1.72G, 145T."""
+    """Write a count with three digits: 950, 9.50k, 12.3M, 1.72G, 145T."""
     if value < 1000:
         return str(value)
     digits = f"{value:.2e}"  # rounds up to the next power where it must
@@ -237,7 +237,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def _shortened(name: str, width: int) -> str:
-    """A name with its parts cut to their first letters from the left, as far as needed; then its end."""
+    """Shorten a name: the words between dots to their first letters, from the left; if needed, to the name's end."""
     parts = name.split(".")
     for index in range(len(parts) - 1):
         if len(".".join(parts)) <= width:

@@ -53,7 +53,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Selection:
-    """What was asked for.
+    """What of a model is to be structured, and what was asked for and stays dense.
 
     Args:
         layers: What can be structured: module by name, in the model's order; one that appears twice has its first name.
@@ -65,7 +65,7 @@ class Selection:
 
 
 class Policy:
-    """What stays dense in a model unless it is asked for by its full name.
+    """Decides which weights of a model stay dense unless they are asked for by their full names.
 
     Args:
         model: Only looked at.
@@ -75,7 +75,7 @@ class Policy:
         self._tied, self._heads = tied_layers(model), output_heads(model)
 
     def reason(self, matrix: WeightMatrix) -> str | None:
-        """Why a weight stays dense; ``None``: it can be structured."""
+        """Say why a weight stays dense; ``None`` if it can be structured."""
         module = matrix.module
         parameter = module._parameters.get(matrix.parameter)
         if parameter is not None and matrix.parameter != "weight" and parameter.dim() == 3:
@@ -84,7 +84,7 @@ class Policy:
         return HEAD if found is None and id(module) in self._heads else found
 
     def default(self, matrix: WeightMatrix) -> str | None:
-        """The same, of a weight that nobody asked for: one that is too small to gain stays dense as well."""
+        """Say why a weight stays dense that nobody asked for: then also if it is too small to gain."""
         reason = self.reason(matrix)
         return SMALL if reason is None and not can_gain(matrix.module) else reason
 
@@ -131,7 +131,7 @@ def choose(
 
 
 class _Request:
-    """Patterns of what is asked for, read against a model."""
+    """The patterns of what a user asks for, read against a model."""
 
     def __init__(self, model: nn.Module, include: Iterable[Pattern] | None, exclude: Iterable[Pattern]) -> None:
         modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
@@ -162,7 +162,7 @@ class _Request:
 def select_layers(
     model: nn.Module, include: Iterable[Pattern] | None = None, exclude: Iterable[Pattern] = ()
 ) -> Selection:
-    """Dense layers of a model that are to be structured.
+    """Choose the dense layers of a model that are to be structured.
 
     Args:
         model: Only looked at.
@@ -198,17 +198,17 @@ class LayerFilter:
         self._passed = {id(module): module for module in self.selection.layers.values()}
 
     def __call__(self, module: nn.Module, name: str) -> bool:
-        """Whether the layer was chosen, or is asked for and was prepared before."""
+        """Whether a layer was chosen, or is asked for and was prepared before."""
         return id(module) in self._passed or (isinstance(module, StructuredLayer) and self._request(name, module))
 
 
 def layer_filter(
     model: nn.Module, include: Iterable[Pattern] | None = None, exclude: Iterable[Pattern] = ()
 ) -> LayerFilter:
-    """The layers of :func:`select_layers` as a ``filter_fn`` for torchao's ``quantize_``; prepared ones pass too.
+    """Make a ``filter_fn`` for torchao's ``quantize_`` that passes the layers of :func:`select_layers`.
 
     Args:
-        model: That is given to ``quantize_`` as well.
+        model: The model that ``quantize_`` is given as well; layers of it that are prepared already pass too.
         include: As :func:`select_layers` takes it.
         exclude: The same.
 
@@ -224,7 +224,7 @@ def layer_filter(
 
 
 def log_skipped(skipped: Iterable[Skipped]) -> None:
-    """Warn of what stays dense, in one line per reason, with its share of the multiply-adds."""
+    """Warn in one line per reason which weights stay dense, and of their share of the multiply-adds."""
     groups: dict[str, list[Skipped]] = {}
     for weight in skipped:
         groups.setdefault(weight.reason, []).append(weight)

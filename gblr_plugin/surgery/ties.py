@@ -14,7 +14,7 @@ __all__ = ["check_untied", "tied_layers"]
 
 
 def tied_layers(model: nn.Module) -> dict[int, str]:
-    """Modules whose own weight or bias is also a parameter of another module.
+    """Find the modules whose weight or bias is also a parameter of another module.
 
     That is the same parameter, or another in the same memory. A module that is used twice is no such module.
 
@@ -52,7 +52,7 @@ def tied_layers(model: nn.Module) -> dict[int, str]:
 
 
 def check_untied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    """Refuse layers whose weight or bias is shared.
+    """Refuse layers whose weight or bias is that of another module too.
 
     Args:
         model: The whole model.
@@ -68,7 +68,7 @@ def check_untied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
 
 
 def _region(parameter: Tensor) -> tuple[torch.device, int, int] | None:
-    """Device, begin and end of the memory that a plain tensor without holes fills; ``None``: nothing is known."""
+    """Device, begin and end of the memory that a plain tensor without gaps fills; ``None`` for other tensors."""
     if type(parameter.data) is not Tensor or parameter.is_meta or not parameter.numel():
         return None
     span = 1 + sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
