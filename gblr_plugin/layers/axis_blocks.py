@@ -26,7 +26,7 @@ SLOPE_TOLERANCE = 1e-3
 
 @lru_cache(maxsize=32)
 def mask_reach(n: int, sigma: float | None) -> int:
-    """Samples beyond its interval from which on a mask and its gradients are negligible.
+    """Count the samples beyond its interval after which a mask and its gradients are negligible.
 
     Args:
         n: Axis length N.
@@ -106,7 +106,7 @@ def active_blocks(width: Tensor, start: Tensor, length: int, reach: int, skip: T
 
 @dataclass(frozen=True, eq=False)
 class MaskedAxis:
-    """One axis of a layer: its blocks, and what makes the masks of its components.
+    """One axis of a layer: its blocks, and the values from which the masks of its components are made.
 
     Args:
         blocks: From :func:`active_blocks`.

@@ -248,7 +248,7 @@ class GBLRLayer(StructureParameters):
         return widths, locations
 
     def _row_factors(self) -> Tensor:
-        """U, through which widths and locations get gradients of zero where they must have one."""
+        """Return U; where widths and locations must have a gradient, they get one of zero through it."""
         return with_zero_gradients(self.U, (self.widths, self.locations)) if self._keeps_gradients else self.U
 
     def masks(self) -> tuple[Tensor, Tensor]:
@@ -305,17 +305,17 @@ class GBLRLayer(StructureParameters):
             factor.grad = None
 
     def _choose_product(self, positions: int, linear: bool) -> Product:
-        """The product of masked factors with fewest multiply-adds over ``positions`` inputs."""
+        """Choose the product with fewest multiply-adds over ``positions`` inputs."""
         blocks = self._blocks_allowed() and not torch.compiler.is_compiling() and not transformed()
         axes = self._masked_axes if blocks else None
         return choose_product(positions, self.U.shape[0], self.matrix_shape, self.row_splits, axes, linear=linear)
 
     def _blocks_allowed(self) -> bool:
-        """On a GPU, lists cost a synchronisation, and many small products more than they save."""
+        """Whether to multiply by blocks: on a GPU, their lists cost a synchronisation, and small products are slow."""
         return self.widths.device.type == "cpu"
 
     def _masked_axes(self) -> tuple[MaskedAxis, MaskedAxis]:
-        """Rows and columns by blocks for the present structure, remembered until it changes."""
+        """Cut rows and columns into blocks for the present structure; the blocks are remembered until it changes."""
         if self._axes is not None and self._mask_state.frozen:
             return self._axes
         rows, cols = self._mask_intervals()

@@ -35,7 +35,7 @@ _HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 
 
 def _is_hf_conv1d(module: nn.Module) -> bool:
-    """Hugging Face's ``Conv1D``: a linear layer whose weight is stored (in, out). Recognised without importing it."""
+    """Recognise Hugging Face's ``Conv1D``, a linear layer whose weight is (in, out), without importing its package."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
@@ -45,7 +45,7 @@ KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 def structurable(module: nn.Module) -> bool:
-    """Whether the module is of a kind that can be structured (exact types; subclasses may do other things)."""
+    """Whether the type of a module can be structured; a subclass cannot, since it may compute something else."""
     return type(module) in KINDS or _is_hf_conv1d(module)
 
 
@@ -56,9 +56,9 @@ def can_gain(module: nn.Module, row_splits: int = 1) -> bool:
 
 
 def obstacle(module: nn.Module) -> str | None:
-    """Why a layer cannot be structured as it stands, as the end of a message; ``None``: nothing is in the way.
+    """Say why a layer cannot be structured as it stands, as the end of a message; ``None`` if it can.
 
-    The entries of its weight are not looked at.
+    The entries of its weight are not checked.
     """
     kind = type(module).__name__
     computed = isinstance(module.__dict__.get("weight"), Tensor)  # the old weight_norm and spectral_norm
@@ -89,7 +89,7 @@ def check_structurable(module: nn.Module, name: str) -> None:
     """Refuse a layer that cannot be structured as it stands.
 
     Raises:
-        ConfigError: If something is in the way, or its weight has NaN or infinite entries; it names the layer.
+        ConfigError: With the layer's name, if it cannot be, or its weight has NaN or infinite entries.
     """
     reason = obstacle(module)
     if reason is not None:
@@ -101,20 +101,20 @@ def check_structurable(module: nn.Module, name: str) -> None:
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
-    """The module's weight as an (m, n) matrix, for convolutions (c_out, c_in * prod(kernel)); shares memory."""
+    """View the weight of a layer as an (m, n) matrix; of a convolution as (c_out, c_in * prod(kernel))."""
     stored: Any = module.weight
     weight: Tensor = stored.detach()
     return weight.T if _is_hf_conv1d(module) else weight.flatten(1)
 
 
 def stored_weight(module: nn.Module, matrix: Tensor) -> Tensor:
-    """An (m, n) matrix in the shape, layout and dtype in which the module stores its weight."""
+    """Bring an (m, n) matrix into the shape, layout and dtype in which a layer stores its weight."""
     weight: Any = module.weight
     return (matrix.T.contiguous() if _is_hf_conv1d(module) else matrix).reshape(weight.shape).to(weight)
 
 
 def structured_like(module: nn.Module, matrix: StructuredMatrix, *, align: int | tuple[int, int] = 1) -> GBLRLayer:
-    """A trainable structured module in place of a dense one.
+    """Make a trainable structured layer that takes the place of a dense one.
 
     Args:
         module: nn.Linear, nn.Conv1d, nn.Conv2d or Hugging Face ``Conv1D``.
@@ -151,7 +151,7 @@ def take_flags(layer: nn.Module, dense: nn.Module) -> None:
 
 
 def hooks_of(module: nn.Module) -> dict[str, Any]:
-    """The module's hooks of every kind, by the attribute that holds them.
+    """Return the hooks of a module by the attributes that hold them.
 
     A handle that ``register_..._hook`` returned refers to these very dictionaries, so that a module which holds them
     runs the hooks until the caller removes them.

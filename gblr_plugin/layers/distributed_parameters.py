@@ -26,14 +26,14 @@ def _mesh_tensor(tensor: Tensor) -> Any:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a parameter, without gradient; every process of its mesh must ask."""
+    """Gather a parameter from all processes, without gradient; every process of its mesh must call this."""
     shared = _mesh_tensor(tensor)
     full: Tensor = tensor.detach() if shared is None else shared.detach().full_tensor()
     return full
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The part of a parameter that this process holds, to be changed in place under ``no_grad``."""
+    """Return the part of a parameter that this process holds, to be changed in place under ``no_grad``."""
     shared = _mesh_tensor(tensor)
     part: Tensor = tensor if shared is None else shared.to_local()
     return part
@@ -41,7 +41,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def write_full_tensor(parameter: Tensor, value: Tensor) -> None:
-    """Write a parameter's whole value, the same on every process; each keeps its part."""
+    """Write all of a parameter from a value that every process has; each process keeps its part."""
     shared = _mesh_tensor(parameter)
     if shared is None:
         parameter.copy_(value)

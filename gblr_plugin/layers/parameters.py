@@ -128,7 +128,7 @@ class StructureParameters(StructuredLayer):
         self.mask_state.copy_(self._mask_state.to_tensor(), non_blocking=True)
 
     def _structure_changed(self) -> None:
-        """Called where something that is remembered of the structure no longer holds."""
+        """Forget what is remembered of the structure; called where it changes."""
 
     def _tables(self) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
         return ("row_tables", self.row_tables), ("column_tables", self.column_tables)

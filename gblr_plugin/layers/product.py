@@ -10,7 +10,7 @@ from .axis_blocks import MaskedAxis
 __all__ = ["Product", "choose_product"]
 
 _WORTH_BLOCKS = 5e7  # multiply-adds below which listing blocks costs more than they save
-_BLOCK_OVERHEAD = 5e5  # multiply-adds that one block's extra calls are worth
+_BLOCK_OVERHEAD = 5e5  # multiply-adds that take as long as the extra calls of one block
 _BLOCK_SLOWDOWN = 1.25  # of a multiply-add inside a block: gathering and scattering rows
 _BLOCK_DENSE_SLOWDOWN = 1.45  # of one in a block of the dense matrix
 
@@ -32,7 +32,7 @@ def choose_product(
     *,
     linear: bool,
 ) -> Product:
-    """The product of masked factors with fewest multiply-adds over ``positions`` inputs.
+    """Choose the product of masked factors with fewest multiply-adds over ``positions`` inputs.
 
     Two full products take K (m / s + n) each; the dense matrix takes m n each and K m n / s once; both take less where
     blocks of the axes meet few components.
@@ -42,7 +42,7 @@ def choose_product(
         components: K, of all splits together.
         shape: (m, n) of the whole matrix.
         splits: s matrices stacked in the rows.
-        axes: Gives rows and columns by blocks; asked only where they could pay. ``None``: blocks are not possible.
+        axes: Gives rows and columns by blocks; asked only where they could be faster. ``None``: blocks are not possible.
         linear: Whether factors can be multiplied over blocks; convolutions know the dense matrix over blocks alone.
     """
     m, n = shape
