@@ -76,7 +76,7 @@ class FamilyMatrix(ABC):
     @classmethod
     @abstractmethod
     def _project(cls: type[Self], weight: Tensor, max_multiply_adds: int, *args: Any, **options: Any) -> Self:
-        """Find the closest member, in float64, that costs at most ``max_multiply_adds``.
+        """Find the closest member, in float64, of at most ``max_multiply_adds``.
 
         The family's options are keyword-only arguments, after ``metric``: the norm in which to be close.
         """

@@ -42,7 +42,7 @@ def choose_product(
         components: K, of all splits together.
         shape: (m, n) of the whole matrix.
         splits: s matrices stacked in the rows.
-        axes: Gives rows and columns by blocks; asked only where they could be faster. ``None``: blocks are not possible.
+        axes: Gives rows and columns by blocks; called only if they could be faster. ``None``: blocks cannot be used.
         linear: Whether factors can be multiplied over blocks; convolutions know the dense matrix over blocks alone.
     """
     m, n = shape
