@@ -1,8 +1,8 @@
-r"""Shorter intervals for a product of factors: adding one component's factor to another's leaves the product alone.
+r"""Exchanges between components: adding one component's factor to another's leaves the product alone.
 
-u_l += c u_k with v_k -= c v_l changes no product U^T V. Where u_l can so be made to vanish on a longer window, its
-interval gets shorter, while those of the v_k grow as far as they do not hold that of v_l. What the first gains less
-what the others lose is exact, in multiply-adds; exchanges are made while one pays.
+``u_l += c u_k`` with ``v_k -= c v_l`` changes no product U^T V. Where u_l can so be made to vanish on a longer window,
+its interval gets shorter, while the intervals of the v_k grow as far as they do not hold that of v_l. What the first
+saves less what the others cost is exact, in multiply-adds. Exchanges are made as long as one saves something.
 """
 
 from __future__ import annotations
@@ -18,17 +18,22 @@ from .vanishing import WindowSearch, by_cells, cancelled, running_sums
 
 __all__ = ["Exchange", "Side"]
 
-GROWTH = (0, 1, 2, 4)
+GROWTH = (0, 4)
 """By how many cells an interval may grow for the sake of the other side's."""
 ROUNDS = 60
 """More have not been seen to be needed."""
-SUMS = 16
-"""Multiply-adds in the time that an entry of running sums takes."""
 
 
 @dataclass(eq=False)
 class Side:
-    """Factors of all components along one axis, (r, N), and the cells that they live on, (r,) int64 each."""
+    """Factors of all components along one axis, and the cells on which they are not zero.
+
+    Args:
+        factors: (r, N).
+        cells: (r,) int64 number of cells.
+        start: (r,) int64 first cell.
+        grid: The axis of length N.
+    """
 
     factors: Tensor
     cells: Tensor
@@ -37,34 +42,34 @@ class Side:
 
     @classmethod
     def of(cls, factors: Tensor, grid: TiledAxis, tolerance: float) -> Side:
-        """Spans that hold the entries above the tolerance, relative to a factor's largest."""
+        """The shortest intervals that hold the entries above the tolerance, relative to a factor's largest."""
         size = by_cells(factors.abs(), grid).amax(2)
         gap, first = longest_run(size <= tolerance * size.amax(1, keepdim=True))
         return cls(factors, grid.cells - gap, (first + gap) % grid.cells, grid)
 
     def spans(self) -> Spans:
         """The intervals; one that wraps where the grid does not let it is the whole axis."""
-        whole = (self.cells >= self.grid.cells) | ((self.start + self.cells > self.grid.cells) & (not self.grid.cyclic))
-        return Spans(torch.where(whole, self.grid.cells, self.cells), torch.where(whole, 0, self.start), self.grid)
+        beyond = (self.start + self.cells > self.grid.cells) & (not self.grid.cyclic)
+        full = (self.cells >= self.grid.cells) | beyond
+        return Spans(torch.where(full, self.grid.cells, self.cells), torch.where(full, 0, self.start), self.grid)
+
+    def _around(self, k: Tensor, l: Tensor) -> Tensor:  # noqa: E741  # as in the equations above
+        """Cells of the interval from the start of k that holds both k and l."""
+        return torch.maximum(self.cells[k], (self.start[l] - self.start[k]) % self.grid.cells + self.cells[l])
 
     def growth(self) -> Tensor:
         """(r, r) int64: by how many cells interval k grows to hold interval l as well."""
-        count = self.grid.cells
-        from_own = torch.maximum(self.cells[:, None], (self.start[None] - self.start[:, None]) % count + self.cells)
-        from_other = torch.maximum(
-            self.cells[None], (self.start[:, None] - self.start[None]) % count + self.cells[:, None]
-        )
-        return torch.minimum(from_own, from_other).clamp(max=count) - self.cells[:, None]
+        index = torch.arange(len(self.cells), device=self.cells.device)
+        around = self._around(index[:, None], index[None])
+        return torch.minimum(around, around.T).clamp(max=self.grid.cells) - self.cells[:, None]
 
-    def hold(self, one: int, other: int) -> None:
-        """Let interval ``one`` hold ``other`` as well."""
-        count = self.grid.cells
-        cells, start = self.cells.tolist(), self.start.tolist()
-        from_own = max(cells[one], (start[other] - start[one]) % count + cells[other])
-        from_other = max(cells[other], (start[one] - start[other]) % count + cells[one])
-        if from_other < from_own:
-            self.start[one] = start[other]
-        self.cells[one] = min(from_own, from_other, count)
+    def hold(self, k: int, l: int) -> None:  # noqa: E741
+        """Let interval k hold interval l as well."""
+        first, second = torch.tensor(k), torch.tensor(l)
+        from_k, from_l = int(self._around(first, second)), int(self._around(second, first))
+        if from_l < from_k:
+            self.start[k] = self.start[l]
+        self.cells[k] = min(from_k, from_l, self.grid.cells)
 
 
 class Exchange:
@@ -76,7 +81,10 @@ class Exchange:
         target: (m, n) the product.
         row_grid: Axis of the rows.
         tolerance: What is smaller, relative to a factor, is zero.
-        most_work: Work, in multiply-adds (about), beyond which no further step is taken.
+        most_work: Work, in multiply-adds (about), beyond which no further exchange is looked for.
+
+    Attributes:
+        work: Work done, in multiply-adds (about).
     """
 
     def __init__(
@@ -84,7 +92,6 @@ class Exchange:
     ) -> None:
         self.target, self.tolerance, self.most_work = target, tolerance, most_work
         self.work = 0
-        self.sums: dict[int, Tensor] = {}  # of either side, as long as its factors stay
         self.cols = cols
         self.rows = self._nested(rows, row_grid)
 
@@ -92,37 +99,19 @@ class Exchange:
         """Multiply-adds."""
         return int(self.rows.spans().widths().sum() + self.cols.spans().widths().sum())
 
-    def _longest(
-        self, factors: Tensor, sums: Tensor, may: Tensor, last: Tensor, grid: TiledAxis, least: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Longest windows on which factors vanish once they have taken up others.
-
-        Args:
-            factors: (r, N) of norm 1.
-            sums: Their running sums.
-            may: (r, B) bool, who may be taken up.
-            last: (B,) components that take up others.
-            grid: The axis.
-            least: (B,) cells of windows that are known.
-
-        Returns:
-            First cell and number of cells, -1 and ``least`` where none is longer; (B, d) who the candidates were and
-            what share of them is taken up.
-        """
-        count = may.sum(0)
-        most = int(count.max())
-        who = torch.argsort(may.long(), dim=0, descending=True, stable=True)[:most].T
-        there = torch.arange(most + 1, device=may.device) < count[:, None]
-        there[:, -1] = True
-        members = torch.cat([who, last[:, None]], 1)
-        search = WindowSearch(sums, members, there, self.tolerance, self.most_work - self.work)
-        start, length = search.longest(least)
-        self.work += search.work
-        shares, hit = factors.new_zeros(who.shape), start >= 0
-        if bool(hit.any()):
-            bases = by_cells(factors[members[hit]] * there[hit][:, :, None], grid)
-            shares[hit] = cancelled(bases, self.tolerance, start[hit], length[hit]) * there[hit, :-1]
-        return start, length, who, shares
+    def run(self) -> None:
+        """Exchange until nothing is saved any more, or the work exceeds its limit."""
+        for _ in range(ROUNDS):
+            for growth in GROWTH:
+                saved = self._exchange(self.rows, self.cols, growth) + self._exchange(self.cols, self.rows, growth)
+                if saved:
+                    break
+            else:
+                return
+            # Fit the rows to the columns anew, so that the errors of exchanges do not add up.
+            self.cols.factors = self.cols.factors * self.cols.spans().support()
+            fitted = torch.linalg.lstsq(self.cols.factors.T, self.target.T).solution
+            self.rows.factors = fitted * self.rows.spans().support()
 
     def _nested(self, factors: Tensor, grid: TiledAxis) -> Side:
         """All row factors made short at once by those whose columns hold theirs, which costs no column anything."""
@@ -130,86 +119,88 @@ class Exchange:
         index = torch.arange(rank, device=factors.device)
         may = self.cols.growth() <= 0
         may &= ~(may & may.T & (index[:, None] <= index))  # an order: what is mixed can be unmixed
-        size = torch.linalg.vector_norm(factors, dim=1, keepdim=True).clamp(min=1e-300)
         if bool(may.any()):
-            unit = factors / size
-            self.work += SUMS * unit.shape[1] * rank**2
-            _, _, who, shares = self._longest(unit, running_sums(unit, grid), may, index, grid, torch.zeros_like(index))
-            shares = shares * size / size[who][:, :, 0]
-            mix = torch.eye(rank, dtype=factors.dtype, device=factors.device).scatter_add_(1, who, shares)
+            size = _norms(factors)
+            _, _, members, shares = self._longest(factors / size, may, index, grid, torch.zeros_like(index))
+            shares = shares * size / size[members][:, :, 0]
+            mix = torch.eye(rank, dtype=factors.dtype, device=factors.device).scatter_add_(1, members, shares)
             self.cols.factors = torch.linalg.solve(mix.T, self.cols.factors) * self.cols.spans().support()
             factors = torch.linalg.lstsq(self.cols.factors.T, self.target.T).solution
         return Side.of(factors, grid, self.tolerance)
 
-    def run(self) -> None:
-        """Exchange until nothing pays any more, or the work allowed is done."""
-        sides = (self.rows, self.cols)
-        everyone = torch.ones(len(self.rows.cells), dtype=torch.bool, device=self.target.device)
-        pending = {(growth, turn): everyone for growth in GROWTH for turn in (0, 1)}
-        for _ in range(ROUNDS):
-            gained = 0
-            for growth in GROWTH:
-                for turn in (0, 1):
-                    one, other = sides[turn], sides[1 - turn]
-                    changed = pending[growth, turn]
-                    pending[growth, turn] = torch.zeros_like(everyone)
-                    gain, touched = self._exchange(one, other, growth, changed)
-                    gained += gain
-                    if gain:
-                        self.sums.clear()
-                    pending = {key: before | touched for key, before in pending.items()}
-                if gained:
-                    break
-            if not gained:
-                return
-            # Errors of exchanges do not add up: rows follow from columns.
-            self.cols.factors = self.cols.factors * self.cols.spans().support()
-            fitted = torch.linalg.lstsq(self.cols.factors.T, self.target.T).solution
-            self.rows.factors = fitted * self.rows.spans().support()
-            self.sums.clear()
+    def _longest(
+        self, factors: Tensor, may: Tensor, takers: Tensor, grid: TiledAxis, least: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Longest windows on which factors vanish once others have been added to them.
 
-    def _exchange(self, one: Side, other: Side, growth: int, changed: Tensor) -> tuple[int, Tensor]:
-        """Exchanges that shorten intervals of ``one`` and let those of ``other`` grow by up to ``growth`` cells.
+        Args:
+            factors: (r, N) of norm 1.
+            may: (r, B) bool, which may be added to which taker.
+            takers: (B,) components to which others are added.
+            grid: The axis.
+            least: (B,) cells of windows that are known.
 
-        Only those that meet a component in ``changed`` (r,) are tried. Returns what was gained and who took part.
+        Returns:
+            First cell and number of cells of each window, -1 and ``least`` where none is longer; (B, d) the components
+            that might be added, and how much of each is.
         """
-        owned, taken = torch.zeros_like(changed), torch.zeros_like(changed)
-        grows = other.growth()
+        count = may.sum(0)
+        most = int(count.max())
+        members = torch.argsort(may.long(), dim=0, descending=True, stable=True)[:most].T
+        there = torch.arange(most + 1, device=may.device) < count[:, None]
+        there[:, -1] = True
+        with_taker = torch.cat([members, takers[:, None]], 1)
+        sums = running_sums(factors, grid)
+        search = WindowSearch(sums, with_taker, there, self.tolerance, self.most_work - self.work)
+        start, length = search.longest(least)
+        self.work += search.work
+        shares, hit = factors.new_zeros(members.shape), start >= 0
+        if bool(hit.any()):
+            bases = by_cells(factors[with_taker[hit]] * there[hit][:, :, None], grid)
+            shares[hit] = cancelled(bases, self.tolerance, start[hit], length[hit]) * there[hit, :-1]
+        return start, length, members, shares
+
+    def _exchange(self, shrinking: Side, growing: Side, growth: int) -> int:
+        """Shorten intervals of one side, each of the other side growing by at most so many cells.
+
+        Returns:
+            Multiply-adds saved.
+        """
+        grows = growing.growth()
         may = (grows <= growth).fill_diagonal_(False)
-        last = ((may & changed[:, None]).any(0) | (changed & may.any(0))).nonzero()[:, 0]
-        if not len(last) or self.work > self.most_work:
-            return 0, owned
-        size = torch.linalg.vector_norm(one.factors, dim=1, keepdim=True).clamp(min=1e-300)
-        unit = one.factors / size
-        if id(one) not in self.sums:
-            self.sums[id(one)] = running_sums(unit, one.grid)
-            self.work += SUMS * unit.shape[1] * len(unit) ** 2
-        start, length, who, shares = self._longest(
-            unit, self.sums[id(one)], may[:, last], last, one.grid, one.grid.cells - one.cells[last]
-        )
+        takers = may.any(0).nonzero()[:, 0]
+        if not len(takers) or self.work > self.most_work:
+            return 0
+        grid, size = shrinking.grid, _norms(shrinking.factors)
+        known = grid.cells - shrinking.cells[takers]
+        start, length, members, shares = self._longest(shrinking.factors / size, may[:, takers], takers, grid, known)
         hit = start >= 0
-        if not bool(hit.any()):
-            return 0, owned
-        last, who, shares, start, length = last[hit], who[hit], shares[hit], start[hit], length[hit]
+        takers, members, shares, start, length = takers[hit], members[hit], shares[hit], start[hit], length[hit]
         used = shares.abs() > 10 * self.tolerance
-        cells, begin = one.grid.cells - length, (start + length) % one.grid.cells
-        lost = (grows[who, last[:, None]] * used).sum(1) * other.grid.tile
-        gains = (one.cells[last] - cells) * one.grid.tile - lost
+        cells, begin = grid.cells - length, (start + length) % grid.cells
+        cost = (grows[members, takers[:, None]] * used).sum(1) * growing.grid.tile
+        savings = (shrinking.cells[takers] - cells) * grid.tile - cost
+        inside = Spans(cells, begin, grid).support()
         total = 0
-        inside = Spans(cells, begin, one.grid).support()
-        for position in torch.argsort(gains, descending=True, stable=True).tolist():
-            if gains[position] <= 0:
+        shrunk, grown = torch.zeros(2, len(may), dtype=torch.bool, device=may.device)
+        for at in torch.argsort(savings, descending=True, stable=True).tolist():
+            if savings[at] <= 0:
                 break
-            own, takes = int(last[position]), who[position][used[position]]
-            if taken[own] or bool(owned[takes].any()):
-                continue  # factors that were counted on have changed
-            share = shares[position][used[position]] * size[own, 0] / size[takes, 0]
-            one.factors[own] = (one.factors[own] + share @ one.factors[takes]) * inside[position]
-            one.cells[own], one.start[own] = cells[position], begin[position]
-            other.factors[takes] -= share[:, None] * other.factors[own]
-            for holder in takes.tolist():
-                other.hold(holder, own)
-            owned[own] = True
-            taken[takes] = True
-            total += int(gains[position])
-        return total, owned | taken
+            taker, added = int(takers[at]), members[at][used[at]]
+            if grown[taker] or bool(shrunk[added].any()):
+                continue  # factors that this saving was computed from have changed
+            share = shares[at][used[at]] * size[taker, 0] / size[added, 0]
+            shrinking.factors[taker] = (shrinking.factors[taker] + share @ shrinking.factors[added]) * inside[at]
+            shrinking.cells[taker], shrinking.start[taker] = cells[at], begin[at]
+            growing.factors[added] -= share[:, None] * growing.factors[taker]
+            for holder in added.tolist():
+                growing.hold(holder, taker)
+            shrunk[taker] = True
+            grown[added] = True
+            total += int(savings[at])
+        return total
+
+
+def _norms(factors: Tensor) -> Tensor:
+    found: Tensor = torch.linalg.vector_norm(factors, dim=1, keepdim=True)
+    return found.clamp(min=1e-300)

@@ -1,16 +1,16 @@
-r"""Cheapest exact form of a matrix of low rank: the basis of its row space on the shortest intervals, then exchanges.
+r"""The cheapest exact form of a matrix of low rank: a basis of its row space on the shortest intervals, then exchanges.
 
 For each index, ``shortest_vectors`` of :mod:`~gblr_plugin.decomposition.recovery.vanishing` gives the shortest interval
-ending there that a vector of the row space lives on; the shortest independent ones are a basis of least total width (a
-matroid: greedy is optimal). The factors of the other side follow. What is left to choose, adding one component's factor
-to another's, is chosen by :class:`~gblr_plugin.decomposition.recovery.exchange.Exchange`. Sums of blocks on intervals
-are recovered at their true cost, and low rank without structure comes out as trapezoids.
+ending there on which a vector of the row space lives. The shortest independent ones are a basis of least total width
+(a matroid: choosing greedily is optimal). The factors of the other side follow by least squares. What is left to choose
+is which components' factors to add to each other, which :class:`~gblr_plugin.decomposition.recovery.exchange.Exchange`
+does. Sums of blocks on intervals are so recovered at their true cost, and low rank without structure comes out as
+trapezoids.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ..problem import Problem
 from ..spans import Spans
 from ..trapezoid import trapezoid
 from .exchange import Exchange, Side
-from .vanishing import LEVELS, shortest_vectors
+from .vanishing import shortest_vectors
 
 __all__ = ["shortest"]
 
@@ -33,18 +33,22 @@ SINGULAR = 1e-6
 """Singular values below this part of the first are rounding."""
 GAP = 1e-3
 """Largest ratio of the first singular value of the rounding to the last before it."""
-INDEPENDENT = (1e-3, 1e-2, 1e-4)
+INDEPENDENT = 1e-3
 """From which part of its norm on a row is independent of others: rounding lies below, small coefficients above."""
+INDEPENDENT_IN_CELL = 1e-2
+"""The same on tiles, where one of a cell's rows has a large part; leaves better conditioned bases."""
 LARGEST_TABLE = 1 << 26
 """Entries of the Gram matrices of all windows beyond which it is not tried."""
 LARGEST_WORK = 1 << 35
-"""Multiply-adds (about) after which no further start is tried."""
-FITS = 20
+"""Multiply-adds (about) after which no further exchange is looked for."""
+FITS = 10
 """Alternating fits of the factors on the intervals found."""
+RIDGE = 1e-13
+"""Of these fits: blocks that begin or end together leave Gram matrices that are nearly singular."""
 
 
-def _independent(vectors: Tensor, count: int, tolerance: float = 1e-3) -> list[int]:
-    """Positions of the first ``count`` rows of (N, d) that are independent of those before."""
+def _independent(vectors: Tensor, count: int, least: float) -> list[int]:
+    """Positions of the first ``count`` rows of (N, d) of which such a part is independent of those before."""
     basis = vectors.new_zeros(0, vectors.shape[1])
     kept: list[int] = []
     for index, vector in enumerate(vectors):
@@ -52,7 +56,7 @@ def _independent(vectors: Tensor, count: int, tolerance: float = 1e-3) -> list[i
         for _ in range(2):
             rest = rest - (basis @ rest) @ basis
         size = torch.linalg.vector_norm(rest)
-        if float(size) > tolerance:
+        if float(size) > least:
             basis = torch.cat([basis, (rest / size)[None]])
             kept.append(index)
             if len(kept) == count:
@@ -60,11 +64,12 @@ def _independent(vectors: Tensor, count: int, tolerance: float = 1e-3) -> list[i
     return kept
 
 
-def _basis(space: Tensor, grid: TiledAxis, noise: float, least: float) -> Side | None:
+def _basis(space: Tensor, grid: TiledAxis, noise: float) -> Side | None:
     """Vectors on the shortest intervals that span the same space as ``space`` (r, n)."""
+    least = INDEPENDENT if grid.tile == 1 else INDEPENDENT_IN_CELL
     cells, start, coefficients = shortest_vectors(space, grid, noise, least)
     order = torch.argsort(Side(coefficients, cells, start, grid).spans().widths(), stable=True)
-    kept = order[_independent(coefficients[order], len(space))]
+    kept = order[_independent(coefficients[order], len(space), least)]
     if len(kept) < len(space):
         return None
     vectors = (coefficients[kept] @ space) * Spans(cells[kept], start[kept], grid).support()
@@ -84,9 +89,9 @@ def _fitted(exchange: Exchange, turned: bool) -> StructuredMatrix:
     u, v = exchange.rows.factors, exchange.cols.factors * v_support
     for _ in range(FITS):
         v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp(min=1e-300)
-        u, _ = supported_solve(v @ v.T, v @ target.T, u_support)
+        u, _ = supported_solve(v @ v.T, v @ target.T, u_support, ridge=RIDGE)
         u = u / torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp(min=1e-300)
-        v, _ = supported_solve(u @ u.T, u @ target, v_support)
+        v, _ = supported_solve(u @ u.T, u @ target, v_support, ridge=RIDGE)
     size = torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp(min=1e-300).sqrt()
     row_side, col_side = (u * size, u_spans.intervals()), (v / size, v_spans.intervals())
     if turned:
@@ -112,35 +117,29 @@ def shortest(problem: Problem) -> StructuredMatrix | None:
     noise = float(values[rank] / values[rank - 1])
     if noise > GAP:
         return None
-    generic = set()
-    work = 0
-    for least, turned in product(INDEPENDENT, (False, True)):
+    unstructured = work = 0
+    for turned in (False, True):
         target, space = (problem.weight.T, left[:, :rank].T) if turned else (problem.weight, right[:rank])
         rows, cols = (problem.cols, problem.rows) if turned else (problem.rows, problem.cols)
-        basis = _basis(space, cols, noise, least)
-        work += cols.cells * min(cols.tile, LEVELS) * cols.cells.bit_length() * rank**3
+        basis = _basis(space, cols, noise)
         if basis is not None and _unstructured(basis):
-            generic.add(turned)
-            if len(generic) == 2:  # trapezoids are the cheapest then, at whatever budget
-                return _accepted(
-                    problem, trapezoid(replace(problem, max_multiply_adds=int(problem.trapezoid_cost()[rank])))
-                )
+            unstructured += 1
             continue
-        if work > LARGEST_WORK:
-            return None
-        if (
-            basis is None
-            or int(basis.spans().widths().sum()) + rank * min(rows.tile, rows.length) > problem.max_multiply_adds
-        ):
+        least_rows = rank * min(rows.tile, rows.length)
+        if basis is None or int(basis.spans().widths().sum()) + least_rows > problem.max_multiply_adds:
             continue
         factors = torch.linalg.lstsq(basis.factors.T, target.T).solution
         exchange = Exchange(factors, basis, target, rows, max(100 * noise, 1e-5), LARGEST_WORK - work)
         exchange.run()
         work += exchange.work
-        found = _accepted(problem, _fitted(exchange, turned)) if exchange.cost() <= problem.max_multiply_adds else None
-        if found is not None or work > LARGEST_WORK:
-            return found
-    return None
+        if exchange.cost() <= problem.max_multiply_adds:
+            found = _accepted(problem, _fitted(exchange, turned))
+            if found is not None:
+                return found
+    if unstructured < 2:
+        return None
+    # No basis is shorter than any space of that rank has: trapezoids are the cheapest then, at whatever budget.
+    return _accepted(problem, trapezoid(replace(problem, max_multiply_adds=int(problem.trapezoid_cost()[rank]))))
 
 
 def _accepted(problem: Problem, found: StructuredMatrix) -> StructuredMatrix | None:

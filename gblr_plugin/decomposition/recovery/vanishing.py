@@ -156,13 +156,13 @@ class WindowSearch:
             # One start of each row is followed to the end; the others must be better still.
             chosen, at = torch.unique(row, return_inverse=True)
             index = torch.arange(len(row), device=row.device)
-            one = torch.zeros_like(chosen).scatter_reduce(0, at, index, "amin", include_self=False)
+            followed = torch.zeros_like(chosen).scatter_reduce(0, at, index, "amin", include_self=False)
             low, high = length[chosen] + 1, torch.full_like(chosen, self.count)
             while bool((low < high).any()):
                 middle = (low + high + 1) // 2
-                longer = self._vanishes(chosen, first[one], middle)
+                longer = self._vanishes(chosen, first[followed], middle)
                 low, high = torch.where(longer, middle, low), torch.where(longer, high, middle - 1)
-            start, length = start.index_copy(0, chosen, first[one]), length.index_copy(0, chosen, low)
+            start, length = start.index_copy(0, chosen, first[followed]), length.index_copy(0, chosen, low)
 
     def _vanishes(self, row: Tensor, begin: Tensor, length: Tensor) -> Tensor:
         """Whether the last member of ``row`` is cancelled on windows of ``length`` cells from cell ``begin`` on."""
