@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from gblr_plugin.kernels import plan
 
@@ -17,6 +19,15 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     # Programs that torch keeps are compiled for other vectors than those they were written for where this differs.
     own = Path(tempfile.gettempdir(), f"torchinductor-{capability}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tests' products are too small to share among threads; a test that needs several sets their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

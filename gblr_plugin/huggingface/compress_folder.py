@@ -1,8 +1,8 @@
-"""Compress a folder of safetensors layer by layer: models larger than memory, several processes, interrupted at will.
+"""Compress a folder of safetensors layer by layer: also models larger than memory, by several processes.
 
-Each layer's result is a small file of its own until the shard that it belongs to is written; whoever starts again finds
-what is done. A layer's result depends on its weight and the settings alone, so that neither an interruption nor the
-number of processes changes the output.
+Each layer's result is a small file until the shard that it belongs to is written. An interrupted command that is
+started again finds these files and goes on. A layer's result depends on its weight and the settings alone, so that
+neither an interruption nor the number of processes changes the output.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import distributed as dist
 from ..decomposition import METHODS, decompose
 from ..errors import ConfigError
 from ..layers.dense import structurable, weight_matrix
-from ..serialization.container import INDEX, Container, Entry, entries_of, shard_paths, write_container
+from ..serialization.container import INDEX, Container, Entry, entries_of, shard_paths, write_container, write_index
 from ..serialization.header import Header, read_headers
 from ..serialization.weights import flatten_weight, plan_record
 from ..surgery.conversion import frozen_like
@@ -52,11 +52,11 @@ class CompressSettings:
         budget: Relative FLOPs of each layer, in (0, 1].
         include: Full names, glob patterns or type names; ``None`` for every layer that can gain, see
             :func:`~gblr_plugin.surgery.selection.select_layers`. What stays dense is logged with the reason.
-        exclude: Taken away again.
+        exclude: Patterns of layers that stay dense all the same.
         method: As :func:`gblr_plugin.decompose` takes it.
         align: Tile of rows and columns to which intervals snap.
         row_splits: Matrices packed in the rows (packed query, key, value: 3), for all layers or by pattern.
-        seed: Of random draws.
+        seed: Seed of random draws.
         factor_dtype: ``None`` keeps that of the weight; ``"int8"`` rounds factors.
 
     Raises:
@@ -88,9 +88,9 @@ class CompressSummary:
 
     Args:
         layers: Number of layers compressed.
-        relative_flops: Of these layers together.
-        bytes_before: Of the source's weights.
-        bytes_after: Of the output's.
+        relative_flops: Relative FLOPs of these layers together.
+        bytes_before: Bytes of the source's weights.
+        bytes_after: Bytes of the output's weights.
     """
 
     layers: int
@@ -369,20 +369,10 @@ def _finish(
         name = f"{layer.name}.weight"
         stored += torch.Size((after.get(f"{name}_factors") or after[name]).shape).numel()
     if len(shards) > 1:
-        total = sum(entry.nbytes for entry in after.values())
-        weight_map = {name: file for file, entries in files.items() for name in entries}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_text(output / INDEX, json.dumps(index, indent=2) + "\n")
+        write_index(output, files)
     for other in sorted(source.iterdir()):
-        if (
-            other.is_file()
-            and other.suffix in (".json", ".txt", ".model", ".jinja")
-            and other.name
-            not in (
-                INDEX,
-                "config.json",
-            )
-        ):
+        copied = other.is_file() and other.suffix in (".json", ".txt", ".model", ".jinja")
+        if copied and other.name not in (INDEX, "config.json"):
             with other.open("rb") as file, replacing(output / other.name) as out:
                 shutil.copyfileobj(file, out)
     if transformers_model:

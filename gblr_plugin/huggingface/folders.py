@@ -23,7 +23,16 @@ from ..families.layers import FamilyLayer, layer_like
 from ..layers import GBLRLayer
 from ..layers.dense import KINDS, replace_modules, structurable, weight_matrix
 from ..layers.full import FULL, as_full
-from ..serialization.container import INDEX, Container, Entry, entries_of, shard_paths, write_container
+from ..serialization.container import (
+    INDEX,
+    Container,
+    Entry,
+    entries_of,
+    shard_paths,
+    split_shards,
+    write_container,
+    write_index,
+)
 from ..serialization.families import restore_matrix
 from ..serialization.header import Header, read_headers
 from ..serialization.model import flatten_model
@@ -40,7 +49,9 @@ with quiet_import("gblr_plugin.huggingface.folders", "transformers 5.14", "trans
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-__all__ = ["empty_network", "from_pretrained", "save_pretrained", "split_shards"]
+    from ._compat import mark_initialised, quantized_by, wrap_save_pretrained
+
+__all__ = ["empty_network", "from_pretrained", "save_pretrained"]
 
 METHOD = "gblr"
 
@@ -69,29 +80,6 @@ def save_pretrained(model: Any, folder: str | os.PathLike[str], *, max_shard_byt
     else:
         (folder / INDEX).unlink(missing_ok=True)
     write_configs(model, folder)
-
-
-def split_shards(entries: Mapping[str, Entry], most: int) -> dict[str, dict[str, Entry]]:
-    """Tensors by file, in their order, each file at most ``most`` bytes (or one tensor)."""
-    groups: list[dict[str, Entry]] = [{}]
-    size = 0
-    for name, entry in entries.items():
-        if groups[-1] and size + entry.nbytes > most:
-            groups.append({})
-            size = 0
-        groups[-1][name] = entry
-        size += entry.nbytes
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
-
-
-def write_index(folder: Path, shards: Mapping[str, Mapping[str, Entry]]) -> None:
-    """The index of a sharded folder."""
-    total = sum(entry.nbytes for entries in shards.values() for entry in entries.values())
-    weight_map = {name: file for file, entries in shards.items() for name in entries}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def write_configs(model: Any, folder: Path) -> None:
@@ -231,17 +219,16 @@ class _Carrier(nn.Module):
         self.dense = [dense]  # in a list: not a submodule
         self.parts = {}
         for part, entry in entries.items():
-            own = part.rpartition(".")[2]
-            self.parts[own] = part
+            place = part.rpartition(".")[2]
+            self.parts[place] = part
             self.register_parameter(
-                own, nn.Parameter(torch.empty(entry.shape, dtype=entry.dtype, device="meta"), requires_grad=False)
+                place, nn.Parameter(torch.empty(entry.shape, dtype=entry.dtype, device="meta"), requires_grad=False)
             )
         bias: Any = dense.bias
         self.register_parameter("bias", bias)
         self.name = name
         # Some models initialise the weight of a part themselves; transformers passes over what bears this mark.
-        self.__dict__["weight"] = torch.empty(0)
-        self.__dict__["weight"]._is_hf_initialized = True
+        self.__dict__["weight"] = mark_initialised(torch.empty(0))
 
 
 @register_quantizer(METHOD)
@@ -291,10 +278,12 @@ class GBLRHfQuantizer(HfQuantizer):
             module = modules.get(name)
             if module is None or not structurable(module):
                 raise ConfigError(f"load: {name!r} is no layer that can be structured")
-            own = {key.removeprefix(f"{name}."): entry for key, entry in entries.items() if key.startswith(f"{name}.")}
+            inside = {
+                key.removeprefix(f"{name}."): entry for key, entry in entries.items() if key.startswith(f"{name}.")
+            }
             factors = {
                 key: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-                for key, entry in own.items()
+                for key, entry in inside.items()
                 if key != "bias"
             }
             rows, cols = weight_matrix(module).shape
@@ -357,7 +346,7 @@ def _loaded(carrier: _Carrier, record: Mapping[str, Any]) -> nn.Module:
     m, n = weight_matrix(dense).shape
     convolution = isinstance(dense, (nn.Conv1d, nn.Conv2d))
     expected = tuple(dense.weight.shape) if convolution else (m, n)
-    parts = {part: getattr(carrier, own).detach() for own, part in carrier.parts.items()}
+    parts = {part: getattr(carrier, place).detach() for place, part in carrier.parts.items()}
     weight = unflatten_weight(record, parts, carrier.name, expected).to(dense.weight.dtype)
     new: Any = dense if convolution else nn.Linear(n, m, bias=carrier.bias is not None, device="meta")
     new.weight = nn.Parameter(weight, requires_grad=False)
@@ -384,17 +373,15 @@ def _is_converted(module: nn.Module) -> bool:
     return isinstance(module, (FamilyLayer, *FULL))
 
 
-@contextlib.contextmanager
-def _as_quantized(model: Any) -> Iterator[None]:
-    """For the time of saving, a model as one that ``from_pretrained`` loaded from a folder of this method.
+def _quantizer_of(model: Any) -> GBLRHfQuantizer:
+    """What gives ``save_pretrained`` the tensors of a model that was converted in memory.
 
-    Everything that can be refused is refused before a file or a folder is made.
+    Everything that can be refused is refused here, before a file or a folder is made.
 
     Raises:
         ConfigError: If the state cannot be saved, or another method than torchao's has quantized the model.
     """
-    own, config = vars(model), vars(model.config)
-    before, named = own.get("hf_quantizer"), config.get("quantization_config")
+    before = vars(model).get("hf_quantizer")
     if before is not None and before.quantization_config.quant_method not in (METHOD, "torchao"):
         raise ConfigError(
             f"save_pretrained: the model has structured weights and is quantized by "
@@ -402,33 +389,25 @@ def _as_quantized(model: Any) -> Iterator[None]:
         )
     quantizer = GBLRHfQuantizer(GBLRHfConfig())
     quantizer.flat = _flat(model)
-    model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
-    try:
-        yield
-    finally:
-        for values, name, value in ((own, "hf_quantizer", before), (config, "quantization_config", named)):
-            if value is None:
-                del values[name]
-            else:
-                values[name] = value
+    return quantizer
 
 
 def _saving_structure(save: Any) -> Any:
-    """Transformers' ``save_pretrained``, which asks ``model.hf_quantizer`` for the tensors to write.
+    """Transformers' ``save_pretrained``, which asks the model's quantizer for the tensors to write.
 
-    ``from_pretrained`` sets that attribute. A model that was converted in memory, by whichever way, has structured
-    weights and no quantizer; it gets one here, for the time of the call. Names are kept as the model has them, since
-    the record of a structured weight holds its name.
+    ``from_pretrained`` gives a model that quantizer. A model that was converted in memory has structured weights and
+    none; it gets one here, for the time of the call. Names are kept as the model has them, since the record of a
+    structured weight holds its name.
     """
 
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         if not _holds_structure(self):
             return save(self, save_directory, *args, **kwargs)
-        with _as_quantized(self):
+        with quantized_by(self, _quantizer_of(self)):
             return save(self, save_directory, *args, **{**kwargs, "save_original_format": False})
 
     return save_pretrained
 
 
-PreTrainedModel.save_pretrained = _saving_structure(PreTrainedModel.save_pretrained)
+wrap_save_pretrained(_saving_structure)

@@ -39,11 +39,10 @@ _SHARED = "gblr"  # name of the group of all layers, where they share a budget
 class GBLRCallback(Callback):
     """Learns the structure of a model's layers while a Trainer trains it.
 
-    Attached to a Trainer it is enough: when fitting begins, before optimizers are made, it replaces the chosen dense
-    layers by structured ones. It gives widths and locations an optimizer group of their own, and after each real
-    optimizer step it shrinks the widths towards the budget. From the cool-down on the structure is frozen as exact
-    boxcars, so that what is trained then is what is counted, converted and deployed. Works with ``pytorch_lightning``
-    and ``lightning.pytorch``.
+    When fitting begins, before optimizers are made, the callback replaces the chosen dense layers by structured ones.
+    It gives widths and locations an optimizer group of their own, and after each real optimizer step it shrinks the
+    widths towards the budget. From the cool-down on the structure is frozen as exact boxcars, so that what is trained
+    then is what is counted, converted and deployed. Works with ``pytorch_lightning`` and ``lightning.pytorch``.
 
     With neither ``budget`` nor ``threshold`` it only watches structured layers that are already there and that
     something else drives (the NNI pruner): it logs and draws, and changes nothing. Tell it the driving learner with
@@ -434,7 +433,7 @@ class GBLRCallback(Callback):
         return state_key(self, layers=self._include, exclude=self._exclude)
 
     def state_dict(self) -> dict[str, Any]:
-        """The learner's clock, the number of steps that fractions refer to, and the history."""
+        """The learner's state, the number of steps that fractions refer to, and the history."""
         if self._restored is not None:
             return self._restored
         return {

@@ -1,4 +1,4 @@
-"""GBLR as a compressor of NNI: chosen, scheduled and fused by NNI, under its evaluators.
+"""GBLR as a compressor of NNI: NNI chooses it, schedules it, combines it with others, and its evaluators train.
 
 Importing this package imports NNI 3.0 (quietly) and registers the structured layers in NNI's tables of module types.
 """

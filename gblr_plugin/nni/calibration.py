@@ -155,13 +155,13 @@ def allocated_budgets(
             groups.setdefault(layer.goal.group, {})[name] = layer
     found: dict[str, float] = {}
     for group, layers in groups.items():
-        first, one = next(iter(layers.items()))
-        rule, budget = one.allocation or default, budgets[first]
+        first, layer = next(iter(layers.items()))
+        rule, budget = layer.allocation or default, budgets[first]
         assert rule is not None
         check_rule(rule, calibration)
         other = next((name for name in layers if budgets[name] != budget), None)
         if budget is None or other is not None:
-            if one.allocation is None:
+            if layer.allocation is None:
                 continue
             raise ConfigError(
                 f"layer {other or first!r}: allocation splits one starting budget of global_group_id {group!r}: use an "

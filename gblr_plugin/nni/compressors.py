@@ -17,7 +17,7 @@ from ..utils.validation import did_you_mean
 from .evaluators import cure
 from .families import family_factory
 from .pruner import GBLRPruner
-from .selection import for_nni, without_own_keys
+from .selection import for_nni, without_gblr_keys
 
 __all__ = ["compressor_names", "create_compressor", "register_compressor"]
 
@@ -72,7 +72,7 @@ def _of_nni(name: str, path: str) -> Factory:
     def create(
         model: nn.Module, config_list: Sequence[Mapping[str, Any]], evaluator: Evaluator | None = None, **kwargs: Any
     ) -> Any:
-        plain = without_own_keys(config_list)
+        plain = without_gblr_keys(config_list)
         plain = [for_nni(model, entry, f"config_list[{index}]") for index, entry in enumerate(plain)]
         factory = _nni_class(path)
         if evaluator is None and inspect.signature(factory).parameters["evaluator"].default is inspect.Parameter.empty:

@@ -141,8 +141,8 @@ def cure(evaluator: Evaluator | None) -> None:
     if kind is _NNILightningEvaluator:
         evaluator.__class__ = LightningEvaluator
     else:
-        own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-        evaluator.__class__ = type(kind.__name__, (kind, LightningEvaluator), own)
+        named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+        evaluator.__class__ = type(kind.__name__, (kind, LightningEvaluator), named)
 
 
 def record_optimizers(evaluator: Evaluator, model: nn.Module) -> None:
@@ -200,10 +200,10 @@ def _as_tables(returned: Any) -> Any:
         return returned
     tables = []
     for optimizer in optimizers:
-        own = [table for table in map(_scheduler_table, schedulers) if table["scheduler"].optimizer is optimizer]
-        if len(own) > 1:
+        found = [table for table in map(_scheduler_table, schedulers) if table["scheduler"].optimizer is optimizer]
+        if len(found) > 1:
             raise ConfigError("configure_optimizers: one scheduler an optimizer, please")
-        tables.append({"optimizer": optimizer, **({"lr_scheduler": own[0]} if own else {})})
+        tables.append({"optimizer": optimizer, **({"lr_scheduler": found[0]} if found else {})})
     return tables
 
 

@@ -16,9 +16,9 @@ from ..layers import GBLRConv1d, GBLRConv2d, GBLRLinear
 from ..surgery.layer_settings import INITIALISERS
 from ..utils.validation import describe_interval, did_you_mean, in_interval, is_whole
 
-__all__ = ["GOAL", "OWN", "OWN_PREFIX", "SELECTION", "START", "describe_ignored", "nni_schema", "read_values"]
+__all__ = ["GOAL", "KEYS_OF_GBLR", "PREFIX", "SELECTION", "START", "describe_ignored", "nni_schema", "read_values"]
 
-OWN_PREFIX = "gblr_"
+PREFIX = "gblr_"
 """gblr's keys stand in a config entry with this prefix, or without it in a nested ``gblr:`` table."""
 
 SELECTION = (
@@ -94,7 +94,7 @@ START = {
 }
 """gblr's keys that say how a layer starts."""
 
-OWN = {
+KEYS_OF_GBLR = {
     **START,
     "structure_lr": _number("(0, inf)"),
     "sigma_start": _number("(0, inf)"),
@@ -109,7 +109,7 @@ _WEIGHT_SETTING: dict[str, Any] = {
     **dict.fromkeys(GOAL),
     "granularity": "default",
     "apply_method": "bypass",
-    **{OWN_PREFIX + key: None for key in OWN},
+    **{PREFIX + key: None for key in KEYS_OF_GBLR},
 }
 for _kind in (GBLRLinear, GBLRConv1d, GBLRConv2d):
     PruningSetting.register(_kind.__name__, {"weight": _WEIGHT_SETTING})
@@ -120,10 +120,12 @@ for _kind in (GBLRLinear, GBLRConv1d, GBLRConv2d):
 
 def nni_schema() -> Schema:
     """NNI's schema of a pruning entry, with gblr's keys."""
-    own = {
-        Optional(OWN_PREFIX + name): (lambda value, key=key: key.read(value) is not None) for name, key in OWN.items()
-    }
-    return Schema({**default_config_schema("pruning").schema, **own})
+    keys = {Optional(PREFIX + name): _accepts(key) for name, key in KEYS_OF_GBLR.items()}
+    return Schema({**default_config_schema("pruning").schema, **keys})
+
+
+def _accepts(key: _Key) -> Callable[[Any], bool]:
+    return lambda value: key.read(value) is not None
 
 
 def describe_ignored(ignored: set[str]) -> str:
@@ -159,7 +161,7 @@ def read_values(entry: Mapping[str, Any], where: str, ignored: set[str]) -> dict
     values = _Table(where, (*SELECTION, "target_names", "target_settings"), ignored).read(entry)
     # What stands under the target overrides the entry's own shortcut, as in NNI.
     nested = _Table(f"{where}: target_settings: weight", (), ignored).read(settings.get("weight", {}))
-    given = {str(key).removeprefix(OWN_PREFIX) for key in settings.get("weight", {})}
+    given = {str(key).removeprefix(PREFIX) for key in settings.get("weight", {})}
     return {**{key: value for key, value in values.items() if key not in given}, **nested}
 
 
@@ -184,38 +186,42 @@ class _Table:
         return self._values
 
     def _read_key(self, key: Any, raw: Any) -> None:
-        own = str(key).removeprefix(OWN_PREFIX)
+        bare = str(key).removeprefix(PREFIX)
         if key == "granularity" and _is_of_channels(raw):
             self._ignored.add(_CHANNELS)
         elif key in GOAL:
             self._put(key, None if (key, raw) == ("granularity", "default") else raw, self._where)
-        elif own in OWN and own != key:
-            self._put(own, raw, self._where)
+        elif bare in KEYS_OF_GBLR and bare != key:
+            self._put(bare, raw, self._where)
         elif key == "gblr":
             self._read_nested(raw)
         elif key in _IGNORED:
             self._ignored.update([] if raw is None else [key])
         elif key not in _REFUSED:
-            known = [*self._others, *GOAL, "gblr", *(OWN_PREFIX + name for name in OWN)]
-            hint = f"; did you mean '{OWN_PREFIX}{key}'?" if key in OWN else did_you_mean(key, [*known, *OWN])
+            known = [*self._others, *GOAL, "gblr", *(PREFIX + name for name in KEYS_OF_GBLR)]
+            hint = (
+                f"; did you mean '{PREFIX}{key}'?"
+                if key in KEYS_OF_GBLR
+                else did_you_mean(key, [*known, *KEYS_OF_GBLR])
+            )
             raise ConfigError(f"{self._where}: unknown key {key!r}{hint} (allowed: {', '.join(known)})")
         elif raw is not None:
             raise ConfigError(f"{self._where}: {key} has no meaning for gblr: {_REFUSED[key]}")
 
     def _read_nested(self, table: Any) -> None:
-        allowed = ", ".join(OWN)
+        allowed = ", ".join(KEYS_OF_GBLR)
         if not isinstance(table, Mapping):
             raise ConfigError(f"{self._where}: gblr must be a table of {allowed}, got {table!r}")
         for key, raw in table.items():
-            if key not in OWN:
-                hint = did_you_mean(key, OWN)
+            if key not in KEYS_OF_GBLR:
+                hint = did_you_mean(key, KEYS_OF_GBLR)
                 raise ConfigError(f"{self._where}: unknown key {key!r} in gblr{hint} (allowed: {allowed})")
             self._put(key, raw, f"{self._where}: gblr")
 
     def _put(self, key: str, raw: Any, place: str) -> None:
         if raw is None:  # `key:` without a value in YAML, or NNI's own default
             return
-        read, allowed = {**GOAL, **OWN}[key]
+        read, allowed = {**GOAL, **KEYS_OF_GBLR}[key]
         value = read(raw)
         if value is None:
             raise ConfigError(f"{place}: {key} must be {allowed}, got {raw!r}")

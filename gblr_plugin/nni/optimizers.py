@@ -1,7 +1,8 @@
 """The optimizers that an NNI evaluator rebuilds: structured layers' parameters in place of the weights it recorded.
 
 An evaluator records optimizers and schedulers by the *names* of the parameters, and makes them anew for each training.
-So after a swap the names are rewritten, and what is built gets a group of its own for widths and locations.
+So once layers are replaced, the recorded names are rewritten, and each optimizer that is built gets another group, for
+widths and locations.
 """
 
 from __future__ import annotations

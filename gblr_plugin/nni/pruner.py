@@ -59,7 +59,7 @@ class GBLRPruner(ScheduledPruner):
         model: Changed in place: chosen layers are replaced (paper Sec. 3). Layers too small to gain stay dense.
         config_list: NNI's config list, see above.
         evaluator: TorchEvaluator or LightningEvaluator; its optimizers hold the weights of the chosen layers. Without
-            one ``learner`` can be attached to an optimizer by hand.
+            one ``learner`` can be attached to an optimizer in Python.
         warmup_step: Optimizer steps before anything shrinks.
         cooldown_begin_step: Step from which the structure is frozen as exact boxcars. ``None``: only under AGPPruner or
             LinearPruner.
@@ -161,11 +161,11 @@ class GBLRPruner(ScheduledPruner):
     def _register_scalers(self) -> None:
         """``granularity`` snaps intervals; there is no mask to scale."""
 
-    # -- NNI's clocks ------------------------------------------------------------------------------------------------
+    # -- NNI's schedules ---------------------------------------------------------------------------------------------
 
     @property
     def interval_steps(self) -> int:
-        """Steps between two goals. AGPPruner and LinearPruner set it: then they turn the clock."""
+        """Steps between two goals. AGPPruner and LinearPruner set it where they drive this pruner."""
         return self._interval_steps
 
     @interval_steps.setter
@@ -174,7 +174,7 @@ class GBLRPruner(ScheduledPruner):
 
     @property
     def total_times(self) -> int:
-        """Number of goals on the way."""
+        """Number of goals between the first and the last step of the ramp."""
         return self._total_times
 
     @total_times.setter
@@ -191,7 +191,7 @@ class GBLRPruner(ScheduledPruner):
         self._update_sparse_goals_by_ratio(Schedule.ramp(share))
 
     def _covered(self) -> float:
-        """Share of the way that a driving pruner has covered: present goal over final goal."""
+        """Share of the ramp that a driving pruner has covered: present goal over final goal."""
         ratios: list[float] = [
             present_goal(self, name, target, key) / goal
             for name, targets in self.sparse_goals.items()
@@ -217,7 +217,7 @@ class GBLRPruner(ScheduledPruner):
                 self.learner.attach(optimizer)
 
     def _fuse_preprocess(self, evaluator: Evaluator) -> None:
-        """Start learning: called before each training, alone, fused or driven."""
+        """Start learning; NNI calls it before each training, whether other compressors take part or not."""
         if not is_adopted(evaluator):
             raise ConfigError(
                 "evaluator: give it to GBLRPruner itself, not only to the pruner around it; its optimizers do not "

@@ -16,9 +16,9 @@ from ..layers import GBLRLayer
 from ..surgery.matrices import is_layer
 from ..surgery.patterns import check_used, matches
 from ..surgery.selection import choose, log_skipped
-from .keys import OWN_PREFIX, SELECTION
+from .keys import PREFIX, SELECTION
 
-__all__ = ["for_nni", "select_modules", "without_own_keys"]
+__all__ = ["for_nni", "select_modules", "without_gblr_keys"]
 
 _logger = logging.getLogger(__name__)
 
@@ -156,12 +156,12 @@ def _has_matrix(module: nn.Module) -> bool:
     return getattr(getattr(module, "weight", None), "ndim", 0) >= 2
 
 
-def without_own_keys(config_list: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def without_gblr_keys(config_list: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A config list as NNI's own compressors take it: without gblr's keys, and with whole numbers as floats."""
     plain = []
     for given in config_list:
         entry = {key: value for key, value in copy.deepcopy(dict(given)).items() if key != "gblr"}
-        entry = {key: value for key, value in entry.items() if not str(key).startswith(OWN_PREFIX)}
+        entry = {key: value for key, value in entry.items() if not str(key).startswith(PREFIX)}
         for table in (entry, *dict(entry.get("target_settings") or {}).values()):
             for key in ("sparse_ratio", "sparse_threshold"):
                 if isinstance(table.get(key), int):

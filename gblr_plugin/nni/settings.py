@@ -19,7 +19,7 @@ from ..errors import ConfigError
 from ..layers import GBLRLayer
 from ..learning.goals import LayerGoal
 from ..surgery.layer_settings import UNBUDGETED, LayerSettings
-from .keys import GOAL, OWN, OWN_PREFIX, START, describe_ignored, read_values
+from .keys import GOAL, KEYS_OF_GBLR, PREFIX, START, describe_ignored, read_values
 from .selection import select_modules
 
 __all__ = ["LayerConfig", "ModelConfig", "read_config"]
@@ -86,7 +86,7 @@ def read_config(model: nn.Module, config_list: Sequence[Mapping[str, Any]]) -> M
     for where, entry in entries:
         values = read_values(entry, where, ignored)
         goal, settings, nni_entry = _layer_values(values, where)
-        for key in (name for name in OWN if name not in START):
+        for key in (name for name in KEYS_OF_GBLR if name not in START):
             if key in values and shared.setdefault(key, values[key]) != values[key]:
                 raise ConfigError(
                     f"{where}: {key} is {_plain(values[key])} here and {_plain(shared[key])} in another entry; give one"
@@ -193,7 +193,7 @@ def _layer_values(values: Mapping[str, Any], where: str) -> tuple[LayerGoal, Lay
     )
     entry = {key: values[key] for key in GOAL if key in values}
     entry["granularity"] = list(align)
-    entry.update({OWN_PREFIX + key: values[key] for key in OWN if key in values})
+    entry.update({PREFIX + key: values[key] for key in KEYS_OF_GBLR if key in values})
     return goal, settings, entry
 
 

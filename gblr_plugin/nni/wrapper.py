@@ -209,7 +209,7 @@ class GBLRWrapper(ModuleWrapper):
                 self.pruning_target_spaces = spaces
         args, kwargs = self.patch_inputs(*args, **kwargs)
         outputs = self.module_forward(*args, **kwargs)
-        for fused in self.fused_modules[1:]:
-            wrapper: Any = wrapper_of(fused)
+        for module in self.fused_modules[1:]:
+            wrapper: Any = wrapper_of(module)
             outputs = wrapper.module_forward(outputs)
         return self.patch_outputs(outputs)

@@ -1,4 +1,4 @@
-"""Figures for notebooks and papers: a learned structure, its way there, and accuracy against cost. Needs matplotlib."""
+"""Figures for notebooks and papers, by matplotlib: a structure, how it was learned, and accuracy against cost."""
 
 from __future__ import annotations
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..utils.tables import table
-from .measure import mean_and_spread
+from .reports import Entry, TaskReport, mean_and_spread
 
 __all__ = ["PHASES", "ComparisonReport", "Row"]
 
@@ -15,21 +14,21 @@ PHASES = ("one_shot", "calibrated", "fine_tuned")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One network.
+class Row(Entry):
+    """The figures of one network.
 
     Args:
         method: ``"dense"`` or a compressor's name.
         budget: Relative FLOPs that were asked for; 1 for the dense network.
         phase: ``"one_shot"``: projected, not trained. ``"calibrated"``: projected with calibration. ``"fine_tuned"``.
-        seed: Of split, initialisation and training.
+        seed: Seed of split, initialisation and training.
         relative_flops: Multiply-adds of the compressed layers over dense; for NNI's pruners the share of the weights
             that their masks leave.
         held_out: The metric on held-out data.
         held_out_loss: Mean cross-entropy there, nats.
         train: The metric on as many training examples.
         train_loss: Mean cross-entropy there.
-        seconds: That it took.
+        seconds: Time that it took.
     """
 
     method: str
@@ -45,21 +44,18 @@ class Row:
 
 
 @dataclass(frozen=True)
-class ComparisonReport:
+class ComparisonReport(TaskReport):
     """What a comparison found.
 
     Args:
-        task: Name of the task.
-        metric: Name of the figure by which it is judged.
-        higher_is_better: Its direction.
+        task: As :class:`~gblr_plugin.run.reports.TaskReport` takes it.
+        metric: See there.
+        higher_is_better: See there.
         rows: In the order in which they were done.
         environment: Versions, threads and processor.
         settings: The settings.
     """
 
-    task: str
-    metric: str
-    higher_is_better: bool
     rows: list[Row]
     environment: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -92,36 +88,13 @@ class ComparisonReport:
         }
         return min(losses, key=lambda name: losses[name])
 
-    def to_json(self) -> str:
-        """JSON text."""
-        return json.dumps({"format": "gblr-comparison", "version": 1, **asdict(self)}, indent=1)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ComparisonReport:
-        """Inverse of :meth:`to_json` after parsing.
-
-        Raises:
-            ValueError: If the values are not of this format.
-        """
-        if values.get("format") != "gblr-comparison" or values.get("version") != 1:
-            raise ValueError("not a comparison")
-        rows = [Row(**row) for row in values["rows"]]
-        return cls(
-            values["task"],
-            values["metric"],
-            values["higher_is_better"],
-            rows,
-            values["environment"],
-            values["settings"],
-        )
+    FORMAT = "gblr-comparison"
+    ENTRIES = "rows", Row
 
     def __str__(self) -> str:
         """A table for each budget: the metric by phase, mean over the seeds and half their range."""
         seeds = sorted({row.seed for row in self.rows})
-        better = "higher" if self.higher_is_better else "lower"
-        text = [
-            f"{self.task}: {self.metric} on held-out data ({better} is better), mean ± half range over seeds {seeds}"
-        ]
+        text = [f"{self.task}: {self.metric} on held-out data ({self.direction}), mean ± half range over seeds {seeds}"]
         header = ["method", *(phase.replace("_", "-") for phase in PHASES), "training", "loss", "rel. FLOPs"]
         for budget in self.budgets:
             names = [name for name in self.methods if any(self.select(name, phase, budget) for phase in PHASES)]

@@ -16,7 +16,7 @@ __all__ = ["ComparisonSettings"]
 
 @dataclass
 class ComparisonSettings:
-    """A whole comparison.
+    """The settings of a comparison.
 
     Args:
         task: As for ``gblr run``.
@@ -27,7 +27,7 @@ class ComparisonSettings:
             Without it there is no calibrated phase.
         reorder: As for ``gblr run``.
         model: Arguments of the task.
-        seeds: One repetition each, of split, initialisation and training.
+        seeds: Each repeats the comparison with another split, initialisation and training.
         dense: Training of the dense network.
         finetune: Training after (gblr: during) compression; the dense network gets it once more too.
         methods: What to compare.

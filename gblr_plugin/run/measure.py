@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..utils.running import evaluating
 from ..utils.timing import interleaved_medians
 
-__all__ = ["METRICS", "evaluate", "interleaved_latency", "mean_and_spread"]
+__all__ = ["METRICS", "evaluate", "interleaved_latency"]
 
 METRICS = ("accuracy", "perplexity")
 
@@ -61,8 +61,3 @@ def interleaved_latency(networks: Mapping[str, nn.Module], x: Tensor, rounds: in
         network.eval()
     calls = [lambda network=network: network(x) for network in networks.values()]
     return dict(zip(networks, interleaved_medians(calls, x.device, least=rounds, warmup=3), strict=True))
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and (max - min) / 2 over seeds; with three seeds a standard deviation would say more than is known."""
-    return sum(values) / len(values), (max(values) - min(values)) / 2

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..utils.tables import table
+from .reports import Entry, TaskReport
 
 __all__ = ["SearchReport", "TrialResult", "short"]
 
 
 @dataclass(frozen=True)
-class TrialResult:
+class TrialResult(Entry):
     """One trial.
 
     Args:
@@ -21,9 +21,9 @@ class TrialResult:
         state: ``"done"``, ``"failed"``, or ``"stopped"`` (by a time limit).
         compressor: Name of its method, once known.
         quality: The metric on held-out data; mean over its seeds.
-        relative_flops: Of the compressed layers; mean over its seeds.
+        relative_flops: Relative FLOPs of the compressed layers; mean over its seeds.
         dense: The metric of its dense network.
-        seconds: That it took.
+        seconds: Time that it took.
         message: Why it failed.
     """
 
@@ -39,21 +39,18 @@ class TrialResult:
 
 
 @dataclass(frozen=True)
-class SearchReport:
+class SearchReport(TaskReport):
     """What a search found.
 
     Args:
-        task: Name of the task.
-        metric: Name of the figure by which it is judged.
-        higher_is_better: Its direction.
+        task: As :class:`~gblr_plugin.run.reports.TaskReport` takes it.
+        metric: See there.
+        higher_is_better: See there.
         trials: By number.
         environment: Versions, threads and processor.
         settings: The settings of the search.
     """
 
-    task: str
-    metric: str
-    higher_is_better: bool
     trials: list[TrialResult]
     environment: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -87,33 +84,16 @@ class SearchReport:
         known = [trial.dense for trial in self.trials if trial.dense is not None]
         return sum(known) / len(known) if known else None
 
-    def to_json(self) -> str:
-        """JSON text."""
-        front = [trial.number for trial in self.front]
-        return json.dumps({"format": "gblr-search", "version": 1, **asdict(self), "front": front}, indent=1)
+    FORMAT = "gblr-search"
+    ENTRIES = "trials", TrialResult
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> SearchReport:
-        """Inverse of :meth:`to_json` after parsing.
-
-        Raises:
-            ValueError: If the values are not of this format.
-        """
-        if values.get("format") != "gblr-search" or values.get("version") != 1:
-            raise ValueError("not a search")
-        return cls(
-            values["task"],
-            values["metric"],
-            values["higher_is_better"],
-            [TrialResult(**trial) for trial in values["trials"]],
-            values["environment"],
-            values["settings"],
-        )
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with the numbers of the trials of the front."""
+        return {**super().to_dict(), "front": [trial.number for trial in self.front]}
 
     def __str__(self) -> str:
         """A table of the trials, the cheapest first; those of the Pareto front are marked."""
-        better = "higher" if self.higher_is_better else "lower"
-        text = [f"{self.task}: {self.metric} on held-out data ({better} is better); * nothing cheaper is as good"]
+        text = [f"{self.task}: {self.metric} on held-out data ({self.direction}); * nothing cheaper is as good"]
         if self.dense is not None:
             text.append(f"dense {self.dense:.2f}")
         keys = list(dict.fromkeys(key for trial in self.trials for key in trial.parameters))

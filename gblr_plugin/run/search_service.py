@@ -50,17 +50,17 @@ class ServiceSpec:
 
     Args:
         space: NNI's search space.
-        tuner: ``name`` and ``class_args``.
+        tuner: The tuner's ``name`` and ``class_args``.
         command: Shell command of a trial.
-        code_folder: In which it is run.
-        trials: At most so many.
-        concurrency: At a time.
-        trial_seconds: After which a trial is stopped.
-        seconds: After which all is.
-        folder: NNI's own files.
-        trial_folders: In which trials put theirs, by number.
-        private: Whether to enter a network of its own, where the system allows it.
-        port: Of the service; default 8080 in a private network, a free one in the host's.
+        code_folder: Folder in which the command is run.
+        trials: Largest number of trials.
+        concurrency: Largest number of trials at a time.
+        trial_seconds: Time after which a trial is stopped.
+        seconds: Time after which the search is stopped.
+        folder: Folder of NNI's files.
+        trial_folders: Folder in which each trial has a folder, by its number.
+        private: Whether to enter a private network, where the system allows it.
+        port: Port of the service; default 8080 in a private network, a free one in the host's.
     """
 
     space: dict[str, Any]
@@ -244,7 +244,7 @@ def trial_rows(
         result = final if final is not None else (found[-1][1] if found else None)
         state = _STATES.get(job["status"], "running")
         if state == "done" and final is None:
-            state = "running"  # its result is on the way
+            state = "running"  # its result will arrive
         ended = job.get("endTime") or -1
         rows.append(
             {

@@ -99,15 +99,15 @@ def refuse_plain_experiment(located: Located) -> None:
 
 @dataclass
 class SearchSettings:
-    """A whole search.
+    """The settings of a search.
 
     Args:
         run: The run that is varied, as ``gblr run`` takes it, with one method. It must be complete by itself.
         space: What varies: keys of the run, with dots (``finetune.lr``, ``methods.0.warmup``; ``*`` for every entry of
             a list), or ``budget``, ``compressor`` and ``initialiser``, each with one of NNI's types.
         tuner: What proposes the next trial.
-        trials: At most so many.
-        concurrency: Trials at a time.
+        trials: Largest number of trials.
+        concurrency: Largest number of trials at a time.
         trial_minutes: A trial that takes longer is stopped.
         minutes: After them the search ends, with the trials that are done.
         flops_price: What the tuner subtracts from the metric (adds, where lower is better) for relative FLOPs of 1.

@@ -33,10 +33,10 @@ class Training:
     Args:
         epochs: Passes over the training set.
         lr: Peak learning rate of AdamW.
-        weight_decay: Of AdamW.
+        weight_decay: Weight decay of AdamW.
         warmup_fraction: Share of the steps over which the rate rises; it falls as a half cosine afterwards.
-        batch_size: Training batch.
-        label_smoothing: Of the cross-entropy.
+        batch_size: Examples in a training batch.
+        label_smoothing: Label smoothing of the cross-entropy.
         distillation: Share of the loss that compares predictions with those of the dense network before compression
             (Hinton et al. 2015); 0 for none, at most 1. Only where a network is compressed.
         temperature: By which both predictions are softened for that.
@@ -73,12 +73,12 @@ class Training:
 
 @dataclass
 class Method:
-    """One way of compressing the trained network; several are compared in one run.
+    """One method of compressing the trained network; several are compared in one run.
 
     Args:
         name: ``"gblr"``, learned through NNI's GBLRPruner, or another compressor by its name, then fine-tuned.
         config_list: NNI's compression config; default the run's.
-        training: Of the compression and fine-tuning phase; default the run's ``finetune``.
+        training: How it is trained while it is compressed and fine-tuned; default the run's ``finetune``.
         start: ``"trained"``: from the dense network that the run trained. ``"initial"``: from the task's network as it
             is before that, randomly initialised (training from scratch) or pretrained.
         warmup: Share of the steps before anything shrinks (gblr).
@@ -90,7 +90,7 @@ class Method:
         folds: Parts of the training data, 2 or more, for a choice that asks what generalises: each in turn is kept from
             a dense network trained for this and from trials that start there, and judges them by the task's figure.
             Then the best start is trained in full on all training data. 0: the loss on training data decides.
-        calibration: Of the one-shot start; default the run's.
+        calibration: Batches to which the one-shot start is fitted; default the run's.
         options: Further arguments of the compressor.
     """
 
@@ -126,7 +126,7 @@ class Method:
 
 @dataclass
 class RunSettings:
-    """A whole run.
+    """The settings of a run.
 
     Args:
         task: A built-in task by its name (see docs/models.md), or ``"package.module:Class"``.
@@ -138,11 +138,11 @@ class RunSettings:
         reorder: Pairs of layers whose hidden units are brought into an order that suits blocks on intervals before
             anything is compressed, by names or patterns as :func:`gblr_plugin.reorder` takes them.
         model: Arguments of the task: sizes of the network, the data's folder and split.
-        seeds: One repetition each, of split, initialisation and training.
+        seeds: Each repeats the run with another split, initialisation and training.
         weights: File with the weights of a trained dense network (``dense.pt`` of an earlier run, or a state dict), in
             place of training it. It has seen the training split of one seed, so ``seeds`` must be that one alone.
-        dense: Training of the dense network.
-        finetune: Training after (gblr: during) compression.
+        dense: How the dense network is trained.
+        finetune: How a network is trained after (gblr: during) compression.
         methods: What to compare; the first is the one that is saved.
         latency_batch: Batch sizes at which latency is measured.
         threads: CPU threads; default torch's.

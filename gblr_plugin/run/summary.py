@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..surgery.report import Report
 from ..utils.tables import table
-from .measure import mean_and_spread
+from .reports import TaskReport, mean_and_spread
 
 __all__ = ["MethodResult", "RunReport"]
 
@@ -45,59 +44,28 @@ class MethodResult:
 
 
 @dataclass(frozen=True)
-class RunReport:
+class RunReport(TaskReport):
     """What a run found.
 
     Args:
-        task: Name of the task.
-        metric: Name of the figure by which it is judged.
-        higher_is_better: Its direction.
+        task: As :class:`~gblr_plugin.run.reports.TaskReport` takes it.
+        metric: See there.
+        higher_is_better: See there.
         methods: Dense first, then the methods in the config's order.
         environment: Versions, threads and processor.
         settings: The settings of the run.
     """
 
-    task: str
-    metric: str
-    higher_is_better: bool
     methods: list[MethodResult]
     environment: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
+    FORMAT = "gblr-run-report"
+    ENTRIES = "methods", MethodResult
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "format": "gblr-run-report",
-            "version": 1,
-            "task": self.task,
-            "metric": self.metric,
-            "higher_is_better": self.higher_is_better,
-            "methods": [method.to_dict() for method in self.methods],
-            "environment": self.environment,
-            "settings": self.settings,
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RunReport:
-        """Inverse of :meth:`to_dict`.
-
-        Raises:
-            ValueError: If the values are not of this format.
-        """
-        if values.get("format") != "gblr-run-report" or values.get("version") != 1:
-            raise ValueError("not a run report")
-        return cls(
-            values["task"],
-            values["metric"],
-            values["higher_is_better"],
-            [MethodResult.from_dict(method) for method in values["methods"]],
-            values["environment"],
-            values["settings"],
-        )
-
-    def to_json(self) -> str:
-        """JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
+        return {**super().to_dict(), "methods": [method.to_dict() for method in self.methods]}
 
     def __getitem__(self, name: str) -> MethodResult:
         return next(method for method in self.methods if method.name == name)

@@ -14,9 +14,18 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..utils.files import replacing
+from ..utils.files import replacing, write_text
 
-__all__ = ["INDEX", "Container", "Entry", "entries_of", "shard_paths", "write_container"]
+__all__ = [
+    "INDEX",
+    "Container",
+    "Entry",
+    "entries_of",
+    "shard_paths",
+    "split_shards",
+    "write_container",
+    "write_index",
+]
 
 INDEX = "model.safetensors.index.json"
 """Name of the index of a sharded folder, as Hugging Face writes it."""
@@ -188,6 +197,29 @@ class Container:
     def close(self) -> None:
         """Let go of the file."""
         self._file.__exit__(None, None, None)
+
+
+def split_shards(entries: Mapping[str, Entry], most: int) -> dict[str, dict[str, Entry]]:
+    """Tensors by file, in their order, each file at most ``most`` bytes (or one tensor)."""
+    groups: list[dict[str, Entry]] = [{}]
+    size = 0
+    for name, entry in entries.items():
+        if groups[-1] and size + entry.nbytes > most:
+            groups.append({})
+            size = 0
+        groups[-1][name] = entry
+        size += entry.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+
+
+def write_index(folder: Path, shards: Mapping[str, Mapping[str, Entry]]) -> None:
+    """The index of a sharded folder."""
+    total = sum(entry.nbytes for entries in shards.values() for entry in entries.values())
+    weight_map = {name: file for file, entries in shards.items() for name in entries}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def shard_paths(folder: str | os.PathLike[str], who: str = "load") -> list[Path]:

@@ -67,7 +67,9 @@ def _restore(record: Any, factors: Mapping[str, Tensor], shape: tuple[int, int])
             {key.removesuffix(f"_{i}"): value for key, value in factors.items() if key.endswith(f"_{i}")}
             for i in range(len(parts))
         ]
-        return Stacked(tuple(_restore(part, own, (m // len(parts), n)) for part, own in zip(parts, named, strict=True)))
+        return Stacked(
+            tuple(_restore(part, inside, (m // len(parts), n)) for part, inside in zip(parts, named, strict=True))
+        )
     kind = registry.get(record["family"])
     known = {field.name: str(field.type) for field in dataclasses.fields(kind)}  # type: ignore[arg-type]  # as above
     if "StructuredMatrix" in known.values() or set(record) != {
@@ -89,8 +91,8 @@ def _restore(record: Any, factors: Mapping[str, Tensor], shape: tuple[int, int])
 
 
 def _partition(value: Any, length: int) -> Partition:
-    whole, count = value
-    if whole != length or type(count) is not int or not 1 <= count <= length:
+    covered, count = value
+    if covered != length or type(count) is not int or not 1 <= count <= length:
         raise ValueError("partition")
     return Partition(length, count)
 

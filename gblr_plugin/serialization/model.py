@@ -281,10 +281,10 @@ def _restore_families(skeleton: nn.Module, state: Mapping[str, Tensor], header: 
         if module is None or not structurable(module):
             raise ConfigError(f"load: {path!r} does not fit the network: {name!r} is no layer that can be structured")
         prefix = f"{name}." if name else ""
-        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         m, n = weight_matrix(module).shape
         try:
-            matrix = restore_matrix(record, {key: own[key] for key in own if key != "bias"}, (m, n))
+            matrix = restore_matrix(record, {key: value for key, value in inside.items() if key != "bias"}, (m, n))
             layers[id(module)] = layer_like(module, matrix)
         except ConfigError as error:
             raise ConfigError(f"load: {path!r} does not fit the network, or is damaged: {name!r}: {error}") from error

@@ -216,8 +216,8 @@ class PairsDataModule(pl.LightningDataModule):
     Args:
         train: Training set.
         held_out: Held-out set, for validation and test.
-        batch_size: Of training batches.
-        seed: Of the shuffling.
+        batch_size: Examples in a training batch.
+        seed: Seed of the shuffling.
         workers: Processes that load; 0 loads in the training process.
         evaluation: Size of evaluation batches over that of training batches.
         stretch: Neighbours in the training set that belong together, as overlapping windows of a text do: parts of the
@@ -257,8 +257,8 @@ class PairsDataModule(pl.LightningDataModule):
         return PairsDataModule(train, held_out, self.batch_size, self.seed, self.workers, self.evaluation, self.stretch)
 
     def _loader(self, examples: Dataset[Any], batch_size: int, **options: Any) -> DataLoader[Any]:
-        pinned = torch.cuda.is_available()  # copied to the GPU while it computes
-        return DataLoader(examples, batch_size, num_workers=self.workers, pin_memory=pinned, **options)
+        on_gpu = torch.cuda.is_available()  # page-locked batches are copied to the GPU while it computes
+        return DataLoader(examples, batch_size, num_workers=self.workers, pin_memory=on_gpu, **options)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches, the last partial one dropped."""

@@ -25,7 +25,7 @@ class VisionTransformer(nn.Module):
         heads: Attention heads, a divisor of ``dim``.
         mlp_ratio: Hidden width of the MLPs over ``dim``.
         classes: Number of classes.
-        dropout: On the residual branches.
+        dropout: Dropout rate on the residual branches.
 
     Raises:
         ConfigError: If sizes do not divide.

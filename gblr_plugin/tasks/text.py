@@ -25,7 +25,7 @@ class ByteGPT(nn.Module):
         depth: Number of blocks.
         heads: Attention heads, a divisor of ``dim``.
         mlp_ratio: Hidden width of the MLPs over ``dim``.
-        dropout: On the residual branches.
+        dropout: Dropout rate on the residual branches.
     """
 
     def __init__(

@@ -112,7 +112,7 @@ class StructureReader:
         """Structure of a layer at the latest readable step not after ``step``.
 
         Returns:
-            The step, the structure, and notes on what was passed over on the way; ``None`` where nothing is readable.
+            The step, the structure, and notes on what was passed over; ``None`` where nothing is readable.
         """
         tag = STRUCTURE_TAG + name
         read = self._provider.read_blob_sequences(

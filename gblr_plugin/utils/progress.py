@@ -1,4 +1,4 @@
-"""Progress over many layers: quiet where nobody watches."""
+"""Progress over many layers, shown on a terminal and nowhere else."""
 
 from __future__ import annotations
 

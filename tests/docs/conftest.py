@@ -206,11 +206,3 @@ def _left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Any:
     level = logger.level
     yield
     logger.setLevel(level)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -162,6 +162,6 @@ def test_the_search_table_has_every_key():
 
 def test_the_nni_table_has_every_own_key():
     pytest.importorskip("nni")
-    from gblr_plugin.nni import settings
+    from gblr_plugin.nni.keys import KEYS_OF_GBLR
 
-    assert first_column("nni.md", "own key") == set(settings._OWN)
+    assert first_column("nni.md", "own key") == set(KEYS_OF_GBLR)

@@ -125,7 +125,7 @@ def test_the_report_knows_who_is_best_and_survives_json():
     assert result.best("fine_tuned", 0.2) == "gblr"
     assert result.best("fine_tuned", 0.4) == "low_rank"
     assert ComparisonReport.from_dict(json.loads(result.to_json())) == result
-    with pytest.raises(ValueError, match="not a comparison"):
+    with pytest.raises(ValueError, match="not a gblr-comparison"):
         ComparisonReport.from_dict({"format": "other"})
 
 

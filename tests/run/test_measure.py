@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gblr_plugin import ConfigError
-from gblr_plugin.run.measure import evaluate, interleaved_latency, mean_and_spread
+from gblr_plugin.run.measure import evaluate, interleaved_latency
 
 
 def test_accuracy_and_loss_by_hand():
@@ -61,11 +61,6 @@ def test_latency_takes_turns():
     assert order == ["slow", "fast"] * 7
     assert seconds["slow"] >= 0.002
     assert not networks["slow"].training
-
-
-def test_mean_and_spread():
-    assert mean_and_spread([1.0, 2.0, 6.0]) == (3.0, 2.5)
-    assert mean_and_spread([4.0]) == (4.0, 0.0)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "perplexity"])

@@ -8,7 +8,6 @@ import sys
 
 import nni
 import pytest
-import torch
 
 from gblr_plugin import plot
 from gblr_plugin.cli import main
@@ -248,7 +247,7 @@ def test_the_table_and_the_file_hold_every_trial(report):
     values = json.loads(report.to_json())
     assert values["front"] == [3, 2, 0]
     assert SearchReport.from_dict(values) == report
-    with pytest.raises(ValueError, match="not a search"):
+    with pytest.raises(ValueError, match="not a gblr-search"):
         SearchReport.from_dict({**values, "format": "gblr-comparison"})
 
 
@@ -361,14 +360,6 @@ def test_the_command_as_a_trial(located, project, capfd, reported, monkeypatch):
     parameters, folder = next_parameters(None)
     assert (parameters, folder.name) == ({}, "trial")
     assert main(["run", "run.yaml", "--flops-price", "3"]) == 2
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # -- the service, seen from the search ---------------------------------------------------------------------------------

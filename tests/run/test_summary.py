@@ -75,5 +75,5 @@ def test_means(summary):
 
 @pytest.mark.parametrize("values", [{}, {"format": "gblr-run-report", "version": 2}, {"format": "other", "version": 1}])
 def test_other_json_is_refused(values):
-    with pytest.raises(ValueError, match="not a run report"):
+    with pytest.raises(ValueError, match="not a gblr-run-report"):
         RunReport.from_dict(values)

@@ -14,14 +14,6 @@ from torch import nn
 import gblr_plugin as gblr
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Run:
     """A small network under a learner and AdamW, on fixed data."""
 
