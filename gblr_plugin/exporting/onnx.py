@@ -23,7 +23,7 @@ from ..tensor.gblr_tensor import GBLRTensor
 
 __all__ = ["export_onnx"]
 
-_LARGE = 1_500_000_000  # bytes of weights from which they lie in a file of their own; a model file holds 2 GB
+_LARGE = 1_500_000_000  # bytes of weights from which on they go to a second file; a model file holds at most 2 GB
 
 
 class _Blocks(nn.Module):
@@ -31,30 +31,30 @@ class _Blocks(nn.Module):
 
     def __init__(self, matrix: StructuredMatrix, bias: Tensor | None, order: Tensor | None = None) -> None:
         super().__init__()
-        self.register_buffer("order", order)  # of the outputs; None for that of the matrix
+        self.register_buffer("order", order)  # order of the outputs; None for that of the matrix
         plan = candidates(matrix, kernel="blocks")[0]
         layout, values, index = pack(matrix, plan.block_rows, plan.block_cols)
         self.components = layout.num_components
         self.columns = [(block.start, block.stop) for block in layout.col_blocks]
-        self.v, self.v_lists = _parts(layout.col_blocks, values, index)
-        self.u, self.u_lists = _parts(layout.row_blocks, values, index)
+        self.v, self.v_lists = _parameters(layout.col_blocks, values, index)
+        self.u, self.u_lists = _parameters(layout.row_blocks, values, index)
         every = torch.arange(self.components)
         self.scattered = len(self.v) > 1 or not torch.equal(self.v_lists[0], every)
-        self.gathered = [not torch.equal(part, every) for part in self.u_lists]
+        self.gathered = [not torch.equal(members, every) for members in self.u_lists]
         self.register_buffer("place", torch.cat(list(self.v_lists)))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + b`` for x of shape (..., n)."""
-        parts = [x[..., a:b] @ v.t() for (a, b), v in zip(self.columns, self.v, strict=True)]
-        z = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        sums = [x[..., a:b] @ v.t() for (a, b), v in zip(self.columns, self.v, strict=True)]
+        z = sums[0] if len(sums) == 1 else torch.cat(sums, -1)
         if self.scattered:
             place: Any = self.place
             z = x.new_zeros(*x.shape[:-1], self.components).scatter_add(-1, place.expand(z.shape), z)
         y = torch.cat(
             [
-                (z.index_select(-1, part) if gathered else z) @ u
-                for u, part, gathered in zip(self.u, self.u_lists, self.gathered, strict=True)
+                (z.index_select(-1, members) if gathered else z) @ u
+                for u, members, gathered in zip(self.u, self.u_lists, self.gathered, strict=True)
             ],
             -1,
         )
@@ -64,7 +64,7 @@ class _Blocks(nn.Module):
         return y if bias is None else y + bias
 
 
-def _parts(blocks: Any, values: Tensor, index: Tensor) -> tuple[nn.ParameterList, nn.ParameterList]:
+def _parameters(blocks: Any, values: Tensor, index: Tensor) -> tuple[nn.ParameterList, nn.ParameterList]:
     """Factors and component lists of an axis."""
     factors = nn.ParameterList(nn.Parameter(block_values(values, b).clone(), requires_grad=False) for b in blocks)
     lists = nn.ParameterList(
@@ -83,8 +83,7 @@ class _Convolutions(nn.Module):
         self.first._parameters = dict(conv._parameters)
         self.first.bias = None
         self.first.weight = nn.Parameter(matrix.v.reshape(-1, *conv.weight.shape[1:]), requires_grad=False)
-        parts = [u.t() for u in matrix.u.split(matrix.split_sizes)]
-        point = torch.block_diag(*parts)
+        point = torch.block_diag(*[u.t() for u in matrix.u.split(matrix.split_sizes)])
         self.point = nn.Parameter(point.reshape(*point.shape, *(1,) * dims), requires_grad=False)
         self.bias = conv.bias
         self.convolve = F.conv1d if dims == 1 else F.conv2d

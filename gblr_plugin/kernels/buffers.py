@@ -16,6 +16,7 @@ __all__ = [
     "block_values",
     "interval_facts",
     "quantize",
+    "rows_as_components",
     "to_dense",
     "unpack",
 ]
@@ -103,6 +104,14 @@ def _unpack_axis(blocks: tuple[Block, ...], num: int, length: int, values: Tenso
     return factor
 
 
+def rows_as_components(matrix: Tensor) -> StructuredMatrix:
+    """A dense (m, n) matrix as m components of one row each."""
+    (m, n), device = matrix.shape, matrix.device
+    each = Intervals.of_known(torch.ones(m, dtype=torch.int64, device=device), torch.arange(m, device=device), m)
+    eye = torch.eye(m, dtype=matrix.dtype, device=device)
+    return StructuredMatrix(eye, matrix, each, Intervals.full(m, n, device), (m,))
+
+
 def unpack(layout: Layout, values: Tensor, index: Tensor, scales: Tensor | None = None) -> StructuredMatrix:
     """The structured matrix that was packed; a dense one comes back as its rows (m components of 1 x n).
 
@@ -112,12 +121,9 @@ def unpack(layout: Layout, values: Tensor, index: Tensor, scales: Tensor | None 
         ConfigError: For the transpose of a matrix packed with row splits, whose columns are no single cyclic axis.
     """
     m, n = layout.shape
-    device, splits = values.device, len(layout.split_sizes)
+    splits = len(layout.split_sizes)
     if layout.dense:
-        each = Intervals.of_known(torch.ones(m, dtype=torch.int64, device=device), torch.arange(m, device=device), m)
-        dense = to_dense(layout, values, index, scales)
-        eye = torch.eye(m, dtype=dense.dtype, device=device)
-        return StructuredMatrix(eye, dense, each, Intervals.full(m, n, device), (m,))
+        return rows_as_components(to_dense(layout, values, index, scales))
     if layout.transposed and splits > 1:
         raise ConfigError(
             "GBLR tensor: the transpose of a matrix with row splits has no structured form, use to_dense()"

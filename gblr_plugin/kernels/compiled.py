@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .layout import Block, Layout
+from .layout import Layout, Sizes
 from .soundness import check_operands
 
 __all__ = ["available", "linear", "missing"]
@@ -91,42 +91,11 @@ def structured_linear(
     out_features: int,
     entries: int,
 ) -> Tensor:
-    """``x @ W.T + bias``; see :func:`linear`. ``entries`` is the number of multiply-adds per token."""
-    check_operands(
-        x,
-        factors,
-        lists,
-        bias,
-        scales,
-        cols_at,
-        cols,
-        col_groups_at,
-        col_width,
-        rows_at,
-        rows,
-        row_groups_at,
-        row_width,
-        components,
-        out_features,
-        entries,
-    )
-    return _kernel(x.device.type)(
-        x,
-        factors,
-        lists,
-        bias,
-        cols_at,
-        cols,
-        col_groups_at,
-        col_width,
-        rows_at,
-        rows,
-        row_groups_at,
-        row_width,
-        components,
-        out_features,
-        **_scaled(scales),
-    )
+    """``x @ W.T + bias``; see :func:`linear` and :class:`~gblr_plugin.kernels.layout.Sizes`."""
+    of_cols, of_rows = (cols_at, cols, col_groups_at, col_width), (rows_at, rows, row_groups_at, row_width)
+    sizes = Sizes(*of_cols, *of_rows, components, out_features, entries)
+    check_operands(x, factors, lists, bias, scales, sizes)
+    return _kernel(x.device.type)(x, factors, lists, bias, sizes, **_scaled(scales))
 
 
 @structured_linear.register_fake
@@ -137,17 +106,14 @@ def _(x: Tensor, factors: Tensor, lists: Tensor, bias: Tensor | None, scales: Te
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, factors, lists, _, scales, *sizes = inputs
     ctx.save_for_backward(factors, lists, scales)
-    ctx.sizes, ctx.in_features = sizes, x.shape[1]
+    ctx.sizes, ctx.in_features = Sizes(*sizes), x.shape[1]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     factors, lists, scales = ctx.saved_tensors
-    col_side, row_side, (components, _, entries) = ctx.sizes[:4], ctx.sizes[4:8], ctx.sizes[8:]
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = structured_linear(
-            grad, factors, lists, None, scales, *row_side, *col_side, components, ctx.in_features, entries
-        )
+        grad_x = structured_linear(grad, factors, lists, None, scales, *ctx.sizes.transposed(ctx.in_features))
     if ctx.needs_input_grad[3]:
         grad_bias = grad.sum(0)
     return (grad_x, None, None, grad_bias, *([None] * 12))
@@ -161,15 +127,9 @@ def _flops(x_shape: tuple[int, ...], *args: Any, out_shape: Any = None, **kwargs
     return 2 * x_shape[0] * int(args[-1])
 
 
-def _side(table_at: int, blocks: tuple[Block, ...], groups_at: int) -> tuple[int, int, int, int]:
-    """Block table, number of blocks, groups and largest block of one axis."""
-    return table_at, len(blocks), groups_at, blocks[0].stop - blocks[0].start
-
-
 def fits(layout: Layout, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel takes a layout: wide lists and blocks up to 128 on CUDA, even borders for bfloat16 on CPUs."""
-    rows, cols = layout.row_blocks[0], layout.col_blocks[0]
-    widths = rows.stop - rows.start, cols.stop - cols.start
+    widths = layout.sizes.row_width, layout.sizes.col_width
     if device.type == "cuda":
         return not layout.narrow and max(widths) <= WIDEST
     split_length = layout.shape[1 if layout.transposed else 0] // len(layout.split_sizes)
@@ -198,15 +158,7 @@ def linear(
         scales: (components,) float32 of int8 factors; on the CPU, for x in float32.
         options: Options of the opaque kernel (``tiles`` of Triton's).
     """
-    call = _kernel(x.device.type) if opaque else structured_linear
-    sizes = (
-        *_side(layout.col_table_at, layout.col_blocks, layout.col_groups_at),
-        *_side(layout.row_table_at, layout.row_blocks, layout.row_groups_at),
-        layout.num_components,
-        layout.shape[0],
-    )
-    return (
-        call(x, factors, lists, bias, *sizes, **_scaled(scales), **options)
-        if opaque
-        else call(x, factors, lists, bias, scales, *sizes, layout.entries)
-    )
+    if opaque:
+        return _kernel(x.device.type)(x, factors, lists, bias, layout.sizes, **_scaled(scales), **options)
+    y: Tensor = structured_linear(x, factors, lists, bias, scales, *layout.sizes)
+    return y

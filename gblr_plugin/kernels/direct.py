@@ -11,9 +11,9 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import blocks, compiled
+from ._compat import autocast_on, dispatch_modes, forward_gradients, functorch_transform, tracing
 from .layout import Layout
 from .plan import Plan
 from .soundness import PLAIN
@@ -52,12 +52,7 @@ def launcher(layout: Layout, plan: Plan, factors: Tensor, lists: Tensor, scales:
         run = _blocks(layout, factors, lists, scales)
     m, n = layout.shape
     always, kernel_of = all(name in names for _, name in plan.kernels), plan.kernel
-    is_tracing, autocast, dispatch_modes = (
-        torch._C._is_tracing,
-        torch._C._is_any_autocast_enabled,
-        torch._C._len_torch_dispatch_stack,
-    )
-    functorch, grad_mode = torch._C._functorch.peek_interpreter_stack, torch.is_grad_enabled
+    grad_mode = torch.is_grad_enabled
 
     def call(x: Tensor, bias: Tensor | None) -> Tensor | None:
         if (
@@ -66,10 +61,10 @@ def launcher(layout: Layout, plan: Plan, factors: Tensor, lists: Tensor, scales:
             or not x.is_cpu
             or not x.is_contiguous()
             or dispatch_modes()
-            or is_tracing()
-            or autocast()
-            or functorch() is not None
-            or forward_ad._current_level >= 0
+            or tracing()
+            or autocast_on()
+            or functorch_transform() is not None
+            or forward_gradients()
         ):
             return None
         shape = x.shape
@@ -96,13 +91,8 @@ def _compiled(layout: Layout, dtype: torch.dtype, factors: Tensor, lists: Tensor
     from .cpu.numba_team import SHARED_TOKENS, kernel_for, run_product  # numba takes a second to import
 
     m, n = layout.shape
-    places = (
-        layout.col_table_at,
-        len(layout.col_blocks),
-        layout.row_table_at,
-        len(layout.row_blocks),
-        layout.num_components,
-    )
+    sizes = layout.sizes
+    places = (sizes.cols_at, sizes.cols, sizes.rows_at, sizes.rows, sizes.components)
     product, narrow = kernel_for(dtype, scales is not None, layout.narrow), layout.narrow
     buffers = factors.data_ptr(), lists.data_ptr(), *places, 0 if scales is None else scales.data_ptr()
     alone, threads = SHARED_TOKENS // max(layout.entries, 1), torch.get_num_threads

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ..errors import ConfigError
 
-__all__ = ["GROUP", "Batch", "Block", "Layout", "batches", "is_narrow", "set_fields"]
+__all__ = ["GROUP", "Batch", "Block", "Layout", "Sizes", "batches", "is_narrow", "set_fields"]
 
 GROUP = 64  # components per group
 
@@ -43,6 +43,26 @@ class Batch(NamedTuple):
     list_at: int
     data_at: int
     first: int  # as in a block; -1 for more than one block
+
+
+class Sizes(NamedTuple):
+    """The numbers of a layout that compiled kernels and the operator take."""
+
+    cols_at: int  # first word of the table of column blocks
+    cols: int  # number of column blocks
+    col_groups_at: int
+    col_width: int  # of the largest column block
+    rows_at: int
+    rows: int
+    row_groups_at: int
+    row_width: int
+    components: int
+    out_features: int
+    entries: int  # multiply-adds of one token
+
+    def transposed(self, in_features: int) -> Sizes:
+        """The numbers of the transposed matrix, which has ``in_features`` rows."""
+        return Sizes(*self[4:8], *self[:4], self.components, in_features, self.entries)
 
 
 def batches(blocks: tuple[Block, ...]) -> list[Batch]:
@@ -105,6 +125,14 @@ class Layout:
         if self.dense:
             return self.shape[0] * self.shape[1]
         return sum(b.size * (b.stop - b.start) for b in (*self.row_blocks, *self.col_blocks))
+
+    @property
+    def sizes(self) -> Sizes:
+        """What kernels take of a layout that is not dense."""
+        rows, cols = self.row_blocks, self.col_blocks
+        of_cols = self.col_table_at, len(cols), self.col_groups_at, cols[0].stop - cols[0].start
+        of_rows = self.row_table_at, len(rows), self.row_groups_at, rows[0].stop - rows[0].start
+        return Sizes(*of_cols, *of_rows, self.num_components, self.shape[0], self.entries)
 
     @property
     def padding(self) -> float:

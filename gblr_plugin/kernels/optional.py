@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._compat import functorch_transform
+
 __all__ = ["mask_kernels", "proximal_kernel", "search_kernels", "solve_kernel", "span_kernels"]
 
 _LEAST = 1 << 15  # elements from which on a kernel is used on the CPU: importing numba takes a second
@@ -45,7 +47,7 @@ def mask_kernels(tables: Tensor, size: int, others: Sequence[Tensor | None]) -> 
     # Fake and traced tensors, and those of function transforms, have no memory.
     if any(type(tensor) not in _PLAIN or tensor.device.type != kind for tensor in given):
         return None
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if functorch_transform() is not None:
         return None
     if kind == "cuda":
         return _module("triton", "masks")

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import blocks, compiled
+from ._compat import forward_gradients, functorch_transform, tracing
 from .buffers import to_dense
 from .layout import Layout
 from .soundness import PLAIN
@@ -30,10 +30,7 @@ def is_plain(*tensors: Tensor) -> bool:
         if type(tensor) not in PLAIN:
             return False
     return (
-        not torch._C._is_tracing()
-        and not is_in_torch_dispatch_mode()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
+        not tracing() and not is_in_torch_dispatch_mode() and functorch_transform() is None and not forward_gradients()
     )
 
 

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from ..errors import ConfigError
 from .buffers import all_lists, interval_facts
-from .layout import Block, Layout
+from .layout import Block, Layout, Sizes
 from .packing import halved, tables
 
 __all__ = ["PLAIN", "check_index", "check_operands", "check_sizes", "is_known", "vouch"]
@@ -213,7 +213,7 @@ def _ascend(lists: Tensor, owner: Tensor) -> bool:
 
 
 def check_operands(
-    x: Tensor, factors: Tensor, lists: Tensor, bias: Tensor | None, scales: Tensor | None, *sizes: int
+    x: Tensor, factors: Tensor, lists: Tensor, bias: Tensor | None, scales: Tensor | None, sizes: Sizes
 ) -> None:
     """Raise unless a kernel that is given these arguments stays within them.
 
@@ -225,7 +225,7 @@ def check_operands(
         lists: int32 index buffer.
         bias: (m,) or ``None``.
         scales: Of int8 factors, else ``None``.
-        sizes: As in the operator of :mod:`~gblr_plugin.kernels.compiled`.
+        sizes: Numbers of a layout, which may be any.
 
     Raises:
         ConfigError: If it does not.

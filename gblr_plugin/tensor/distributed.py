@@ -42,31 +42,31 @@ def keep_frozen_local(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def component_part(weight: GBLRTensor, part: int, parts: int) -> GBLRTensor:
-    """Some of a weight's components, of about equal cost: the parts sum to the weight.
+    """Some of a weight's components; all parts have about equal costs and sum to the weight.
 
     Args:
         weight: A structured weight, floating-point or int8.
         part: Number of the part, from 0.
-        parts: How many there are.
+        parts: Number of parts.
 
     Raises:
-        ConfigError: If the weight is stored dense: it has no components to share out.
+        ConfigError: If the weight is kept as a dense matrix, which has no components.
     """
     if weight.packing.dense:
         raise ConfigError("component parallel: a weight that is stored dense has no components; leave it as it is")
     matrix = weight.to_structured()
-    # From the most expensive one on, to and fro over the parts.
+    # From the most expensive component on, each next one goes to the next part, to and fro.
     order = matrix.component_multiply_adds.argsort(descending=True, stable=True)
     place = torch.arange(len(order), device=order.device) % (2 * parts)
     mine = torch.zeros_like(order, dtype=torch.bool)
     mine[order[torch.minimum(place, 2 * parts - 1 - place) == part]] = True
-    own = matrix.select(mine)
-    result: GBLRTensor = GBLRTensor.from_structured(own, shape=weight.outer_shape, factor_dtype=weight.factor_dtype)
+    chosen = matrix.select(mine)
+    result: GBLRTensor = GBLRTensor.from_structured(chosen, shape=weight.outer_shape, factor_dtype=weight.factor_dtype)
     return result
 
 
 class _SumOverMesh(torch.autograd.Function):
-    """Sum of the partial outputs; each process's part has the gradient of the sum."""
+    """Sum of the partial outputs, of which each has the gradient of the sum."""
 
     @staticmethod
     def forward(ctx: Any, partial: Tensor, group: Any) -> Tensor:
@@ -80,7 +80,7 @@ class _SumOverMesh(torch.autograd.Function):
 
 
 class _SameInput(torch.autograd.Function):
-    """The input that every process has; its gradient is the sum of what the parts say."""
+    """The input that every process has; its gradient is the sum of the gradients of all processes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -95,11 +95,11 @@ class _SameInput(torch.autograd.Function):
 
 
 class ComponentParallel(ParallelStyle):
-    """Tensor parallelism of a converted layer: each process holds some of its components, outputs are summed.
+    """Tensor parallelism of a converted layer: each process holds some of its components, and outputs are summed.
 
-    A structured weight is a sum of rank-1 blocks, so that this needs no block to lie on one process's rows or columns:
-    any structure, also one that wraps around, is shared out by cost. Inputs and outputs are the whole ones on every
-    process; the bias stays whole, and is added once. For ``torch.distributed.tensor.parallel.parallelize_module``.
+    A structured weight is a sum of rank-1 blocks, so that any structure can be divided by cost, also where intervals
+    wrap around. Every process has the complete input, output and bias; the bias is added once. For
+    ``torch.distributed.tensor.parallel.parallelize_module``.
 
     Example:
         >>> parallelize_module(model, mesh, {"blocks.*.fc1": ComponentParallel()})  # doctest: +SKIP
@@ -117,7 +117,7 @@ class ComponentParallel(ParallelStyle):
         layer.weight = nn.Parameter(part, requires_grad=False)
         bias: Any = module.bias
         layer.register_parameter("bias", None)
-        layer.register_parameter("whole_bias", bias)
+        layer.register_parameter("full_bias", bias)
 
         def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return _SameInput.apply(arguments[0], group), *arguments[1:]
@@ -127,7 +127,7 @@ class ComponentParallel(ParallelStyle):
             if bias is None:
                 return total
             shape = (-1, *(1,) * (len(weight.shape) - 2))  # channels of a convolution come before its positions
-            return total + layer.whole_bias.view(shape)  # type: ignore[operator]  # the parameter above
+            return total + layer.full_bias.view(shape)  # type: ignore[operator]  # the parameter above
 
         layer.register_forward_pre_hook(before)
         layer.register_forward_hook(after)

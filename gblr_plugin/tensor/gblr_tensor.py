@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError, GBLRError
 from ..kernels import fit
-from ..kernels.buffers import interval_facts, quantize, to_dense, unpack
+from ..kernels.buffers import interval_facts, quantize, rows_as_components, to_dense, unpack
 from ..kernels.compiled import available, missing
 from ..kernels.costs import Costs
 from ..kernels.layout import Block, Layout
@@ -20,7 +20,7 @@ from ..kernels.measure import is_stale, measured_plan
 from ..kernels.packing import narrowed, pack, pack_for
 from ..kernels.plan import Plan, candidates, fixed_plan, predicted_cost
 from ..kernels.soundness import is_known, vouch
-from ..matrix.structure import Intervals, StructuredMatrix
+from ..matrix.structure import StructuredMatrix
 from . import pieces
 from ._compat import (
     Int8WeightOnlyConfig,
@@ -326,11 +326,7 @@ class GBLRTensor(TorchAOBaseTensor):
             order = interval_facts(self.packing, self.lists)[4].argsort()
             scales = None if self.scales is None else self.scales[order]
             return unpack(self.packing, self.factors, self.lists), scales
-        (m, n), device = self.packing.shape, self.device
-        each = Intervals.of_known(torch.ones(m, dtype=torch.int64, device=device), torch.arange(m, device=device), m)
-        rows = torch.eye(m, dtype=self.factors.dtype, device=device)
-        full = Intervals.full(m, n, device)
-        return StructuredMatrix(rows, self.factors.view(m, n), each, full, (m,)), self.scales
+        return rows_as_components(self.factors.view(self.packing.shape)), self.scales
 
     @classmethod
     def from_int8(cls, matrix: StructuredMatrix, scales: Tensor, shape: tuple[int, ...]) -> GBLRTensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,13 +20,7 @@ from ..surgery.layer_settings import INITIALISERS, FamilySettings, LayerSettings
 from ..surgery.matrices import weight_matrices
 from ..surgery.selection import LayerFilter, Skipped, choose, log_skipped
 from ..tensor.gblr_tensor import FACTOR_DTYPES
-from ..utils.optional_imports import quiet_import
-
-with quiet_import("gblr_plugin.GBLRConfig", "torchao 0.18"):
-    from torchao.core.config import AOBaseConfig
-    from torchao.quantization import FqnToConfig, quantize_
-    from torchao.quantization.quant_api import _is_linear
-    from torchao.quantization.transform_module import register_quantize_module_handler
+from ._compat import AOBaseConfig, FqnToConfig, default_filter, quantize_call, register_quantize_module_handler
 
 __all__ = ["GBLRConfig"]
 
@@ -121,10 +114,10 @@ class GBLRConfig(AOBaseConfig):
 
 @register_quantize_module_handler(GBLRConfig)
 def _gblr_transform(module: nn.Module, config: GBLRConfig, *, parameter_name: str = "weight") -> nn.Module:
-    """Handler of quantize_: the module itself, turned into what it becomes.
+    """Handler of quantize_: it changes the module in place, and returns it.
 
-    quantize_ would put another module in one of its places only; one that is used twice is to stay one. FqnToConfig
-    names a parameter, and its patterns meet biases too: of a dense layer only the weight is structured.
+    quantize_ would put another module in one place only, where the model uses the module in two. FqnToConfig names a
+    parameter, and its patterns match biases too: of a dense layer only the weight is structured.
     """
     if parameter_name != "weight" and not isinstance(module, StructuredLayer):
         return module
@@ -132,45 +125,39 @@ def _gblr_transform(module: nn.Module, config: GBLRConfig, *, parameter_name: st
         return module
     new = _transformed(module, config)
     if new is not module:
-        own = {**vars(new), **hooks_of(module)}
+        attributes = {**vars(new), **hooks_of(module)}
         module.__class__ = new.__class__
         vars(module).clear()
-        vars(module).update(own)
+        vars(module).update(attributes)
     return module
 
 
 def _stays_dense(module: nn.Module) -> bool:
     """Whether the policy of ``selection.py`` leaves a dense layer as it is. What it leaves in a model is logged once.
 
-    torchao shows a handler one layer at a time and has no hook that sees the model, without which nobody can tell that
-    a weight is tied or that a layer is an output head. So the model is read from the frame of quantize_.
-
     Raises:
         ConfigError: If FqnToConfig gives the layer's full name, and it is tied or cannot be structured.
     """
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not quantize_.__code__:
-        frame = frame.f_back
-    call = {} if frame is None else frame.f_locals
+    call = quantize_call()
     model, given, passes = call.get("model", module), call.get("config"), call.get("filter_fn")
-    name = next((name for name, part in model.named_modules() if part is module), "")
+    name = next((name for name, other in model.named_modules() if other is module), "")
     if not name or isinstance(passes, LayerFilter):  # the layer alone was given, or the policy is applied already
         return obstacle(module) is not None
     keys = given.fqn_to_config if isinstance(given, FqnToConfig) else {}
     named = [name] if name in keys or f"{name}.weight" in keys else []
-    selection = choose(model, lambda _, part: part is module, named)
+    selection = choose(model, lambda _, other: other is module, named)
     if passes is None:
         log_skipped(selection.skipped)
-    elif module is next(part for fqn, part in model.named_modules() if passes(part, fqn)):
+    elif module is next(other for fqn, other in model.named_modules() if passes(other, fqn)):
         log_skipped(_left_dense(model, passes))
     return not selection.layers
 
 
 def _left_dense(model: nn.Module, passes: Any) -> list[Skipped]:
-    """What quantize_ leaves dense: of the whole model with torchao's own filter, else of what the caller's passes."""
+    """What quantize_ leaves dense: with torchao's default filter, or of what the caller's filter passes."""
     everything, modules = choose(model, lambda name, module: True, default=True), dict(model.named_modules())
-    if passes is not _is_linear:
-        return [one for one in everything.skipped if one.name in modules and passes(modules[one.name], one.name)]
+    if passes is not default_filter:
+        return [skip for skip in everything.skipped if skip.name in modules and passes(modules[skip.name], skip.name)]
     entries = {matrix.name: matrix.entries for matrix in weight_matrices(model)}
     reason = "the default filter of quantize_ takes linear layers only; give filter_fn=gblr_plugin.layer_filter(model)"
     others = [name for name, module in everything.layers.items() if not passes(module)]

@@ -327,7 +327,7 @@ def torch_alone(monkeypatch):
 def test_compiled_masks_agree_with_torch(monkeypatch, torch_alone, dtype, threads):
     numba_masks = pytest.importorskip("gblr_plugin.kernels.cpu.numba_masks")
     monkeypatch.setattr("gblr_plugin.kernels.optional._LEAST", 0)
-    monkeypatch.setattr(numba_masks, "_WORTH_THREADS", 0)
+    monkeypatch.setattr(numba_masks, "_SHARED", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     n = 37

@@ -165,7 +165,7 @@ def frozen_tensor_parallel(rank, world, folder):
     x = batch(0)[0].requires_grad_()
     y = model(x)
     y.square().sum().backward()
-    return {"output": y.detach(), "gradient": x.grad, "bias": model[0].whole_bias.grad, "share": share}
+    return {"output": y.detach(), "gradient": x.grad, "bias": model[0].full_bias.grad, "share": share}
 
 
 SCENARIOS = (

@@ -1,7 +1,8 @@
-"""Machine code kept on disk across processes: compiling the kernels takes seconds, loading them a fraction of one.
+"""Machine code kept on disk across processes: compiling the kernels takes eight seconds, loading them less than one.
 
-numba's own cache notices edits of the file of a function, not of the files whose tiles it is made of. Here the names of
-the files carry a digest of all sources that take part, so that code of different sources never meets.
+numba's cache finds no function that is made by another one again, and notices edits only of the file of a function, not
+of the files whose tiles it is made of. Here the names of the files carry a digest of all sources, so that code of
+different sources is never mixed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _logger = logging.getLogger(__name__)
 
 
 def _digest() -> str:
-    """Of the sources that compiled functions are made of, and of the versions of the compiler; "" without sources."""
+    """Digest of the sources of compiled functions and of the versions of the compiler; "" without sources."""
     found = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     try:
         for name in _SOURCES:
@@ -50,7 +51,7 @@ def _digest() -> str:
     return found.hexdigest()[:16]
 
 
-_DIGEST = _digest()  # now, while the sources are those that are being imported
+_DIGEST = _digest()  # at import, while the sources are those that are being imported
 
 
 def identity() -> str:
@@ -60,7 +61,7 @@ def identity() -> str:
 
 
 class _Cache(FunctionCache):
-    """numba's files, keyed by processor and the digest; whatever is wrong with them, the kernel is compiled anew."""
+    """numba's files, keyed by processor and digest; where anything is wrong with them, the kernel is compiled again."""
 
     def __init__(self, function: Any) -> None:
         super().__init__(function)
@@ -68,7 +69,7 @@ class _Cache(FunctionCache):
         self._cache_file = IndexDataCacheFile(self._cache_path, name, _DIGEST)
 
     def _index_key(self, sig: Any, codegen: Any) -> Any:
-        # numba adds a hash of the closure, where its intrinsics have another random name in every process.
+        # numba adds a hash of the closure, but intrinsics in it have a random name in every process.
         return sig, codegen.magic_tuple()
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
@@ -88,11 +89,11 @@ class _Cache(FunctionCache):
 def compiled(variant: str, keep: bool = False, fast: bool = False) -> Callable[[Any], Any]:
     """Decorator: ``numba.njit(nogil=True)`` for functions made several times by one piece of code.
 
-    Machine code goes to the place of numba's choice: ``NUMBA_CACHE_DIR``, else ``__pycache__`` next to the source, else
-    the user's cache; numba tells processors apart. Without a writable place it is compiled in every process.
+    Machine code goes where numba puts it: ``NUMBA_CACHE_DIR``, else ``__pycache__`` next to the source, else the user's
+    cache; numba tells processors apart. Without a writable place it is compiled in every process.
 
     Args:
-        variant: Tells functions of one name apart, in symbols (two processes may have numbered them alike) and files.
+        variant: Tells functions of one name apart, in symbols and in the names of files.
         keep: Keep the machine code of this function and of all that it calls; for functions that Python calls.
         fast: Let the order of floating-point sums change. NaN and infinity are kept.
     """

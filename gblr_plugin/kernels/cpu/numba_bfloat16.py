@@ -1,7 +1,7 @@
-"""The compiled product of :mod:`~gblr_plugin.kernels.cpu.numba_float32` for bfloat16, on processors with AVX512-BF16.
+"""The factored product in bfloat16, compiled with numba for processors with AVX512-BF16.
 
-x is packed as words of two columns, (tiles, n / 2, 16); z is summed in float32 and rounded once, when the components
-of a row block are woven into pairs.
+x is packed in words of two columns, (tiles, n / 2, 16). z is summed in float32, and rounded once when the components of
+a row block are woven into pairs.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .simd_bfloat16 import expand_tile, pair_tile, weave_tile
 
 __all__ = ["bfloat16_product"]
 
-CHUNK = 256  # tokens per pass; fewer passes over the factors pay more than a z in the second-level cache
-WEAVE = 48  # tokens from which on the rows of U are woven into pairs once, not for every tile
+CHUNK = 256  # tokens per pass; fewer passes over the factors save more time than a z that fits the second-level cache
+WEAVE = 48  # tokens from which on the rows of U are woven into pairs once, and not for every tile
 
 
 @njit(nogil=True)
 def _pack(x, x_row, tokens, tiles, pairs, packed):
-    """Rows of x into (tiles, pairs, 16) words; lanes beyond the tokens are zero."""
+    """Copy rows of x to (tiles, pairs, 16) words; lanes beyond the tokens are zero."""
     for tile in range(tiles):
         for lane in range(LANES):
             t, at = tile * LANES + lane, tile * pairs * LANES + lane

@@ -1,8 +1,7 @@
-"""The factored product compiled with numba: no call per block, no copies of z, few tokens included. Optional.
+"""The factored product in float32, with factors in float32 or int8, compiled with numba.
 
-float32; the factors may be int8. Tokens are packed in tiles of 16 lanes: x as (tiles, n, 16) and z as (tiles, K, 16).
-Stage 1 adds up z over the column blocks in tiles of components x tokens; stage 2 writes each row block of y once, in
-tiles of tokens x rows, right into the row-major result. One token takes dot products instead, and no packing.
+Stage 1 (:mod:`~gblr_plugin.kernels.cpu.numba_stages`) sums z over the column blocks in tiles of components x tokens.
+Stage 2 writes each row block of y once, in tiles of tokens x rows. A single token takes dot products and no packing.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _VECTORS = TILES  # vectors of rows per register tile of stage 2
 
 @njit(nogil=True)
 def _pack(x, x_row, x_column, tokens, tiles, n, packed):
-    """Tokens of any strides into (tiles, n, 16); lanes beyond the tokens are zero."""
+    """Copy tokens of any strides to (tiles, n, 16); lanes beyond the tokens are zero."""
     for tile in range(tiles):
         left = min(tokens - tile * LANES, LANES)
         at, corner = tile * n * LANES, x + tile * LANES * x_row * 4
@@ -62,14 +61,14 @@ def _stage_two(int8: bool, narrow: bool) -> Callable[..., None]:
 
     @compiled(variant, keep=True)
     def stage_two(factors, lists, table, first, last, pieces, z, z_stride, z_tile, tokens, y, y_stride, bias):
-        """Some pieces of the row blocks, which are cut into ``pieces`` each."""
+        """Write some pieces of the row blocks, of which each has ``pieces``."""
         step = _VECTORS * LANES
         for piece in range(first, last):
-            b, of = piece // pieces, piece % pieces
+            b, place = piece // pieces, piece % pieces
             start, width, count, list_at, data_at = block_at(table, b)
             entries, u = lists + list_at * word, factors + data_at * item
-            j, end = width * of // pieces // step * step, width * (of + 1) // pieces // step * step
-            if of == pieces - 1:
+            j, end = width * place // pieces // step * step, width * (place + 1) // pieces // step * step
+            if place == pieces - 1:
                 end = width
             while j < end:
                 tail = 0 if end - j >= step else 16
@@ -131,7 +130,7 @@ def functions(int8: bool, narrow: bool) -> _Functions:
 
     @compiled(variant, keep=True)
     def some_columns(x, x_row, x_column, tokens, n, factors, lists, table, cols, num, z):
-        """Stage 1 over some of the column blocks, into a z of its own (zeroed by the caller)."""
+        """Stage 1 over some of the column blocks, into a z that the caller filled with zeros."""
         if tokens == 1:
             stage_one_single(factors, lists, table, cols, x, z)
             return

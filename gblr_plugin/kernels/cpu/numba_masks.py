@@ -1,7 +1,6 @@
-"""Masks, masked factors and their gradients compiled with numba: one pass over memory each, no temporaries. Optional.
+"""Masks, masked factors and their gradients compiled with numba: one pass over memory each, without temporaries.
 
-float32 and float64 on the CPU. Every function walks over whole rows of a table's windows, see
-:mod:`gblr_plugin.layers.masks`.
+float32 and float64 on the CPU. Every function takes rows of a table's windows, see :mod:`gblr_plugin.layers.masks`.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ import torch
 from torch import Tensor
 
 from .compile_cache import compiled
-from .threads import run_parts
+from .threads import run_shares
 
 __all__ = ["block_entries", "block_gradients", "edge_sums", "masked_gradients", "window_differences"]
 
-_WORTH_THREADS = 1 << 18  # elements below which handing work to another thread does not pay
+_SHARED = 1 << 18  # elements from which on several threads divide the work
 
 
 @compiled("masks", keep=True, fast=True)
@@ -115,17 +114,17 @@ def _block_gradients(tables, lists, table, width, start, factor, upstream, gradi
 
 
 def _arrays(*tensors: Tensor) -> list[Any]:
-    return [part.detach().contiguous().numpy() for part in tensors]
+    return [tensor.detach().contiguous().numpy() for tensor in tensors]
 
 
 def _by_components(run: Callable[[slice], None], num: int, n: int) -> None:
-    """Every thread takes some of the components."""
+    """Run on slices of the components, one for each thread."""
     threads = torch.get_num_threads()
-    if threads == 1 or num * n < _WORTH_THREADS:
+    if threads == 1 or num * n < _SHARED:
         run(slice(0, num))
         return
     share = -(-num // threads)
-    run_parts(lambda at: run(slice(at, at + share)), range(0, num, share))
+    run_shares(lambda at: run(slice(at, at + share)), range(0, num, share))
 
 
 def window_differences(tables: Tensor, first: Tensor, last: Tensor, factor: Tensor | None) -> Tensor:
@@ -144,10 +143,10 @@ def window_differences(tables: Tensor, first: Tensor, last: Tensor, factor: Tens
     out = torch.empty(num, n, dtype=tables.dtype)
     (windows, a, b), result = _arrays(tables[0], first, last), out.numpy()
     if factor is None:
-        _by_components(lambda part: _differences(windows, a[part], b[part], result[part]), num, n)
+        _by_components(lambda some: _differences(windows, a[some], b[some], result[some]), num, n)
         return out
     (values,) = _arrays(factor)
-    _by_components(lambda part: _products(windows, a[part], b[part], values[part], result[part]), num, n)
+    _by_components(lambda some: _products(windows, a[some], b[some], values[some], result[some]), num, n)
     return out
 
 
@@ -156,7 +155,7 @@ def edge_sums(tables: Tensor, first: Tensor, last: Tensor, upstream: Tensor) -> 
     num, n = upstream.shape
     sums = torch.empty(2, num, dtype=tables.dtype)
     (slope, a, b, g), result = _arrays(tables[1], first, last, upstream), sums.numpy()
-    _by_components(lambda part: _sums(slope, a[part], b[part], g[part], result[:, part]), num, n)
+    _by_components(lambda some: _sums(slope, a[some], b[some], g[some], result[:, some]), num, n)
     return sums
 
 
@@ -169,7 +168,7 @@ def masked_gradients(
     both, a, b, g, values = _arrays(tables, first, last, upstream, factor)
     gradient, result = out.numpy(), sums.numpy()
     _by_components(
-        lambda part: _gradients(both, a[part], b[part], g[part], values[part], gradient[part], result[:, part]), num, n
+        lambda some: _gradients(both, a[some], b[some], g[some], values[some], gradient[some], result[:, some]), num, n
     )
     return out, sums
 

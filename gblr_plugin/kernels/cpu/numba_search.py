@@ -1,4 +1,4 @@
-"""Power iterations on the tiles of a matrix, and candidates kept apart, compiled with numba. Optional."""
+"""Power iterations on the tiles of a matrix, and choice of candidates that overlap little, compiled with numba."""
 
 from __future__ import annotations
 
@@ -100,18 +100,18 @@ def _apart(starts, widths, lengths, overlap, kept):
 
 
 def apart(starts: Tensor, widths: Tensor, lengths: tuple[int, int], overlap: float, count: int) -> Tensor:
-    """The first candidates, best first, that do not share much with a better one.
+    """The first candidates, best first, that overlap little with every better one.
 
     Args:
         starts: (2, K) int64 first rows and first columns.
         widths: (2, K) int64.
         lengths: Rows and columns of the matrix, on which intervals wrap.
-        overlap: Largest shared part of the smaller of two.
+        overlap: Largest share of the smaller of two candidates that may lie in the other.
         count: Largest number kept.
 
     Returns:
         Their positions, int64.
     """
     kept = starts.new_empty(min(count, starts.shape[1]))
-    parts = [part.contiguous().numpy() for part in (starts, widths)]
-    return kept[: _apart(*parts, np.array(lengths), overlap, kept.numpy())] if len(kept) else kept
+    arrays = [tensor.contiguous().numpy() for tensor in (starts, widths)]
+    return kept[: _apart(*arrays, np.array(lengths), overlap, kept.numpy())] if len(kept) else kept

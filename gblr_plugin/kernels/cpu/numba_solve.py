@@ -1,10 +1,10 @@
-"""Many least-squares problems on submatrices of one Gram matrix, compiled with numba. Optional.
+"""Many least-squares problems on submatrices of one Gram matrix, compiled with numba.
 
-Neighbouring indices of an axis meet nearly the same components, since these live on intervals: K intervals begin and
-end 2K times on the whole axis, once or twice an index. So the inverse of the submatrix is kept from index to index,
-and a component that begins or ends is bordered to it or taken out of it: s^2 operations each where a factorisation
-from the ground up takes s^3. Its diagonal, which gains need, is at hand. Both steps lose as many digits as a component
-depends on the others; where that is much, an index is factored from the ground up, and so is the one after it.
+Neighbouring indices of an axis meet nearly the same components, since these cover intervals: K intervals begin and end
+2K times on an axis, once or twice per index. So the inverse of the submatrix of size s is kept from index to index, and
+a component that begins or ends is added to it or removed from it, in s^2 operations each, where a new factorisation
+takes s^3. The diagonal of the inverse gives the gains. Both steps lose as many digits as a component depends on the
+others; where a component depends on them strongly, that index and the next one are factored anew.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from .compile_cache import compiled
-from .threads import run_parts
+from .threads import run_shares
 
 __all__ = ["solve"]
 
 SEGMENT = 96, 192
-"""Least and greatest number of indices between two inverses made from the ground up; a quarter of the axis between."""
+"""Least and greatest number of indices between two new factorisations; a quarter of the axis in between."""
 
 REFINEMENTS = 4
 DEPENDENT = 1e6
@@ -69,9 +69,9 @@ def _four_dots_and_add(row0, row1, row2, row3, x, c0, c1, c2, c3, y):
 
 @compiled("solve", fast=True)
 def _product(lower, x, y, size):
-    """Into y the product A x of a symmetric A whose lower triangle is given; four rows at a time."""
-    whole = size - size % 4
-    for a in range(0, whole, 4):
+    """Write A x to y, for a symmetric A whose lower triangle is given; four rows at a time."""
+    fours = size - size % 4
+    for a in range(0, fours, 4):
         y[a], y[a + 1], y[a + 2], y[a + 3] = _four_dots_and_add(
             lower[a, :a],
             lower[a + 1, :a],
@@ -89,14 +89,14 @@ def _product(lower, x, y, size):
             for c in range(a, b):
                 y[b] += lower[b, c] * x[c]
                 y[c] += lower[b, c] * x[b]
-    for a in range(whole, size):
+    for a in range(fours, size):
         y[a] = lower[a, a] * x[a]
         y[a] += _dot_and_add(lower[a, :a], x[:a], x[a], y[:a])
 
 
 @compiled("solve", fast=True)
 def _take_out(matrix, slot, last):
-    """The last row and column of a symmetric matrix, lower triangle, move to ``slot``."""
+    """Move the last row and column of a symmetric matrix, of which the lower triangle is kept, to ``slot``."""
     for b in range(slot):
         matrix[slot, b] = matrix[last, b]
     for a in range(slot + 1, last):
@@ -106,7 +106,7 @@ def _take_out(matrix, slot, last):
 
 @compiled("solve", fast=True)
 def _leave(slot, size, inverse, known, who, column):
-    """The component in a slot leaves; the last one takes its place. Returns how many are left."""
+    """Remove the component in a slot, whose place the last one takes; returns how many are left."""
     last = size - 1
     for b in range(slot):
         column[b] = inverse[slot, b]
@@ -124,7 +124,7 @@ def _leave(slot, size, inverse, known, who, column):
 
 @compiled("solve", fast=True)
 def _join(k, size, gram, inverse, known, who, column, tiny):
-    """Component k comes in, after the others. Returns how many there are."""
+    """Add component k after the others; returns how many there are."""
     row, into = gram[k], known[size]
     for b in range(size):
         into[b] = row[who[b]]
@@ -152,7 +152,7 @@ def _dot(x, y):
 
 
 @compiled("solve", fast=True)
-def _from_the_ground_up(size, known, inverse, spare, tiny):
+def _factored(size, known, inverse, spare, tiny):
     """The inverse by a Cholesky factorisation: L, then M = L^-1, then M^T M; lower triangles."""
     for a in range(size):
         for b in range(a):
@@ -172,7 +172,7 @@ def _from_the_ground_up(size, known, inverse, spare, tiny):
 
 @compiled("solve", fast=True)
 def _dependence(size, known, inverse):
-    """Largest factor by which dependence on the others raises a diagonal of the inverse; infinite: it is none."""
+    """Largest factor by which dependence on the others raises a diagonal entry; infinite if this is no inverse."""
     largest = 1.0
     for a in range(size):
         factor = known[a, a] * inverse[a, a]
@@ -214,13 +214,13 @@ def _solve(gram, right, support, tiny, refinements, inverse, known, spare, who, 
                             known[size, b] = gram[k, who[b]]
                         size += 1
             if not sound:
-                _from_the_ground_up(size, known, inverse, spare, tiny)
+                _factored(size, known, inverse, spare, tiny)
                 sound = _dependence(size, known, inverse) < DEPENDENT
             before[:] = on
         for a in range(size):
             rhs[a] = right[who[a], j]
         _product(inverse, rhs, found, size)
-        for _ in range(refinements):  # what rounding in the inverse left is made up for
+        for _ in range(refinements):  # correct what rounding left in the inverse
             _product(known, found, column, size)
             for a in range(size):
                 column[a] = rhs[a] - column[a]
@@ -265,19 +265,19 @@ def solve(gram: Tensor, right: Tensor, support: Tensor, want_gains: bool) -> tup
     on = np.empty((length, len(gram)), np.bool_)
     most = _turned(support.contiguous().numpy(), on)
     tiny = float(torch.finfo(gram.dtype).eps * gram.diagonal().mean())
-    matrix, known, found, worth = (part.contiguous().numpy() for part in (gram, right, solution, gains))
+    matrix, known, found, gained = (tensor.contiguous().numpy() for tensor in (gram, right, solution, gains))
     refinements = REFINEMENTS if gram.dtype == torch.float64 and not want_gains else 0
     share = min(max(SEGMENT[0], -(-length // 4)), SEGMENT[1])
     starts = range(0, length, share)
 
-    def part(first: int) -> None:
+    def solve_some(first: int) -> None:
         buffers = *np.empty((3, most, most)), np.empty(most, np.int64), np.empty((4, most))
         for begin in starts[first :: min(threads, len(starts))]:
             inside = slice(begin, begin + share)
             _solve(
-                matrix, known[:, inside], on[inside], tiny, refinements, *buffers, found[:, inside], worth[:, inside]
+                matrix, known[:, inside], on[inside], tiny, refinements, *buffers, found[:, inside], gained[:, inside]
             )
 
     threads = torch.get_num_threads()
-    run_parts(part, range(min(threads, len(starts))))
+    run_shares(solve_some, range(min(threads, len(starts))))
     return solution, gains if want_gains else None

@@ -1,4 +1,4 @@
-"""The best interval of each component, compiled with numba: one pass over its gains. Optional."""
+"""The best interval of each component, in one pass over its gains, compiled with numba."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["best_spans", "joint_gains", "supports"]
 
 @compiled("spans")
 def _best(gains, price, cyclic):
-    """First cell, number of cells and net gain of the interval of greatest net gain; none where nothing pays."""
+    """First cell, number of cells and net gain of the interval of greatest net gain; no cells if none is positive."""
     count = len(gains)
     total = low = high = best = worst = 0.0
     low_at = high_at = start = cells = gap = gap_cells = 0
@@ -43,7 +43,7 @@ def best_spans(gains: Tensor, price: float, cyclic: bool) -> tuple[Tensor, Tenso
 
     Args:
         gains: (K, cells) float32 or float64 on the CPU.
-        price: Of one cell.
+        price: Cost of one cell, which is subtracted from its gain.
         cyclic: Whether intervals may wrap around.
 
     Returns:
@@ -88,8 +88,8 @@ def joint_gains(inside: Tensor, right: Tensor, image: Tensor, support: Tensor, s
         (K, cells).
     """
     sums = inside.new_empty(len(inside), -(-inside.shape[1] // tile))
-    parts = [part.contiguous().numpy() for part in (inside, right, image, support, scale)]
-    _joint_gains(*parts, tile, np.empty(inside.shape[1], parts[0].dtype), sums.numpy())
+    arrays = [tensor.contiguous().numpy() for tensor in (inside, right, image, support, scale)]
+    _joint_gains(*arrays, tile, np.empty(inside.shape[1], arrays[0].dtype), sums.numpy())
     return sums
 
 

@@ -15,6 +15,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from ..layout import Sizes
 from .compile_cache import worker
 from .numba_float32 import functions
 from .numba_stages import TABLE, TILES, block_at, variant_of
@@ -187,33 +188,19 @@ def is_shared(dtype: torch.dtype, tokens: int, entries: int, threads: int) -> bo
 
 
 def product(
-    x: Tensor,
-    factors: Tensor,
-    lists: Tensor,
-    bias: Tensor | None,
-    cols_at: int,
-    cols: int,
-    col_groups_at: int,
-    col_width: int,
-    rows_at: int,
-    rows: int,
-    row_groups_at: int,
-    row_width: int,
-    components: int,
-    out_features: int,
-    scales: Tensor | None = None,
+    x: Tensor, factors: Tensor, lists: Tensor, bias: Tensor | None, sizes: Sizes, scales: Tensor | None = None
 ) -> Tensor:
-    """``x @ W.T + bias`` for x (tokens, n) on the CPU, float32 or bfloat16; sizes as in the operator of ``compiled``.
+    """``x @ W.T + bias`` for x (tokens, n) on the CPU, float32 or bfloat16.
 
     int8 factors come with float32 ``scales`` (components,), and take x in float32.
 
     Uses up to ``torch.get_num_threads()`` threads, for products that are large enough.
     """
     x = x if x.stride(1) == 1 or (x.shape[0] > 1 and x.dtype != torch.bfloat16) else x.contiguous()
-    y = x.new_empty(x.shape[0], out_features)
+    y = x.new_empty(x.shape[0], sizes.out_features)
     bias = None if bias is None else bias.contiguous()
-    places = (cols_at, cols, rows_at, rows, components)
-    bias_at, narrow = 0 if bias is None else bias.data_ptr(), not col_groups_at  # narrow lists come without groups
+    places = (sizes.cols_at, sizes.cols, sizes.rows_at, sizes.rows, sizes.components)
+    bias_at, narrow = 0 if bias is None else bias.data_ptr(), not sizes.col_groups_at  # narrow lists have no groups
     run_product(x, x.stride(0), x.stride(1), len(x), x.shape[1], factors, lists, places, scales, bias_at, y, narrow)
     return y
 
@@ -242,7 +229,7 @@ def run_product(
         n: Number of columns.
         factors: Flat factors.
         lists: int32 or int16 lists.
-        places: cols_at, cols, rows_at, rows and components, as in the operator of ``compiled``.
+        places: cols_at, cols, rows_at, rows and components of :class:`~gblr_plugin.kernels.layout.Sizes`.
         scales: As in :func:`product`.
         bias: Address of (m,) contiguous numbers, or 0.
         y: Contiguous (tokens, m), written.

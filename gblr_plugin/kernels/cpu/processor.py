@@ -1,8 +1,8 @@
-"""What the processor that numba compiles for can do, asked of LLVM itself. Needs numba.
+"""What the processor for which numba compiles can do, as LLVM knows it. Needs numba.
 
-That processor is the machine's own, unless ``NUMBA_CPU_NAME``, ``NUMBA_CPU_FEATURES`` or ``NUMBA_ENABLE_AVX`` say
-otherwise. A name stands for many features, which only LLVM knows, so a few lines are compiled to assembly (and never
-run), and the instructions that LLVM chose tell what there is.
+It is this machine's, unless ``NUMBA_CPU_NAME``, ``NUMBA_CPU_FEATURES`` or ``NUMBA_ENABLE_AVX`` say otherwise.
+Only LLVM knows the features that a name stands for. So a few lines are compiled to assembly, which is never run, and
+the instructions that LLVM chose show the features.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ define void @round(ptr %from, ptr %to) {{
 
 
 class Abilities(NamedTuple):
-    """What the compiled kernels ask of a processor.
+    """The features of a processor on which the compiled kernels depend.
 
     Attributes:
         wide: Vectors of 16 float32 in one of 32 registers (AVX-512).
@@ -44,11 +44,11 @@ class Abilities(NamedTuple):
 
 
 def abilities_of(triple: str, name: str, features: str) -> Abilities:
-    """What LLVM has for a processor.
+    """The features of a processor.
 
     Args:
-        triple: Of the platform, as ``"x86_64-unknown-linux-gnu"``; its target must be initialised.
-        name: Of the processor, as LLVM names it.
+        triple: Platform, as ``"x86_64-unknown-linux-gnu"``; its target must be initialised.
+        name: Processor, as LLVM names it.
         features: Switches such as ``"+avx2,-avx512f"``, on top of what the name stands for.
 
     Raises:
@@ -63,7 +63,7 @@ def abilities_of(triple: str, name: str, features: str) -> Abilities:
 
 @cache
 def abilities() -> Abilities:
-    """What the processor has for which numba compiles in this process."""
+    """The features of the processor for which numba compiles in this process."""
     from numba.core.registry import cpu_target  # here, so that asking about another processor needs llvmlite alone
 
     return abilities_of(*cpu_target.target_context.codegen().magic_tuple())

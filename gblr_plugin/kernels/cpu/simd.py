@@ -1,8 +1,9 @@
 """Register tiles for the compiled CPU kernels: LLVM vector code behind numba intrinsics. Needs numba.
 
-All tiles take raw addresses (int64) and element strides, and work in float32 on vectors of 16 lanes. A tile keeps its
-sums in registers over the whole inner loop; the sizes fit 32 registers of 512 bits, or 16 of 256. Factors are float32,
-or int8 where a tile says so: widened as they are read, scaled by the caller. Lists are int32, or int16 if ``narrow``.
+All tiles take raw addresses (int64) and element strides, and compute in float32 on vectors of 16 lanes. A tile keeps
+its sums in registers over its loop, which numba's own loops do not (docs/notes/emitted-kernels.md). Its sizes fit 32
+registers of 512 bits, or 16 of 256. int8 factors are widened as they are read, and scaled by the caller. Lists are
+int32, or int16 if ``narrow``.
 """
 
 from __future__ import annotations

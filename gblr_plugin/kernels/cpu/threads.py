@@ -1,7 +1,7 @@
-"""Threads for kernels that release the interpreter lock: torch's own team where it can be had, else a small pool.
+"""Threads for kernels that release the interpreter lock: torch's team of OpenMP threads, or else a small pool.
 
-After a product torch's OpenMP threads wait for their next work in a loop, some milliseconds long. Threads beside them
-would share the cores with that loop; the team itself is at work at once.
+After a product torch's OpenMP threads wait for their next work in a loop, for some milliseconds. Other threads would
+share the cores with that loop; the team begins at once.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["MOST_THREADS", "run_parts", "run_team"]
+__all__ = ["MOST_THREADS", "run_shares", "run_team"]
 
 MOST_THREADS = 1024
-"""More than processors have cores; torch ends the process where the system has no more threads."""
+"""More than processors have cores. Torch ends the process where the system has no more threads."""
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 _forked = False
 
 
 def _after_fork() -> None:
-    """Threads do not survive a fork: a child makes its own pool, and leaves OpenMP, which would wait for them."""
+    """Threads do not survive a fork: a child makes another pool, and avoids OpenMP, which would wait for them."""
     global _forked
     _forked = True
     _pools.clear()
@@ -62,27 +62,27 @@ def run_team(worker: Any, data: int, threads: int) -> None:
     if team is not None:
         team(worker.address, data, threads, 0)
         return
-    run_parts(lambda _: worker.ctypes(data), range(threads))
+    run_shares(lambda _: worker.ctypes(data), range(threads))
 
 
-def run_parts(work: Callable[[int], None], parts: Sequence[int]) -> None:
-    """Run ``work(part)`` for every part and wait; the calling thread takes the first part itself.
+def run_shares(work: Callable[[int], None], shares: Sequence[int]) -> None:
+    """Run ``work(share)`` for every share and wait; the calling thread takes the first share itself.
 
     Args:
         work: Releases the interpreter lock while it computes.
-        parts: Its arguments; one alone runs without the pool.
+        shares: Its arguments; a single one runs without the pool.
     """
-    first, *others = parts
+    first, *others = shares
     if not others:
         work(first)
         return
     pool = _pools.get(len(others))
     if pool is None:
         pool = _pools.setdefault(len(others), ThreadPoolExecutor(len(others), thread_name_prefix="gblr"))
-    futures = [pool.submit(work, part) for part in others]
+    futures = [pool.submit(work, share) for share in others]
     try:
         work(first)
     finally:
-        wait(futures)  # interrupted, the caller frees the memory that they write to
+        wait(futures)  # a caller that is interrupted frees the memory that they write to
     for future in futures:
         future.result()

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import GROUP
+from ..layout import GROUP, Sizes
 
 __all__ = ["product"]
 
@@ -255,33 +255,22 @@ def product(
     factors: Tensor,
     lists: Tensor,
     bias: Tensor | None,
-    cols_at: int,
-    cols: int,
-    col_groups_at: int,
-    col_width: int,
-    rows_at: int,
-    rows: int,
-    row_groups_at: int,
-    row_width: int,
-    components: int,
-    out_features: int,
+    sizes: Sizes,
     tiles: tuple[dict[str, Any], dict[str, Any]] | None = None,
 ) -> Tensor:
-    """``x @ W.T + bias`` for x (tokens, n); sizes as in the operator of ``compiled``.
+    """``x @ W.T + bias`` for x (tokens, n).
 
     ``tiles`` are the constants of both stages, in place of those that tuning finds.
     """
-    tokens, n = x.shape
+    (tokens, n), components, out_features = x.shape, sizes.components, sizes.out_features
     y = x.new_empty(tokens, out_features)
     if tokens == 0:
         return y
     one, two = tiles or (None, None)
-    col_block, row_block = _power(col_width), _power(row_width)
+    col_block, row_block = _power(sizes.col_width), _power(sizes.row_width)
     # Factors of both axes lie in one buffer: every block begins at a multiple of 16 only if all of them are even.
-    even = (col_block, cols * col_width) == (col_width, n) and (row_block, rows * row_width) == (
-        row_width,
-        out_features,
-    )
+    even_cols = (col_block, sizes.cols * sizes.col_width) == (sizes.col_width, n)
+    even = even_cols and (row_block, sizes.rows * sizes.row_width) == (sizes.row_width, out_features)
     if x.stride(1) != 1 or (even and (x.stride(0) % 16 or x.data_ptr() % 16)):
         x = x.clone(memory_format=torch.contiguous_format)
     z_stride = triton.cdiv(tokens, 16) * 16  # rows of z begin on whole memory transactions
@@ -293,14 +282,25 @@ def product(
             _launch(
                 _stage_one,
                 lambda meta: (triton.cdiv(components, meta["COMPONENTS"]), triton.cdiv(tokens, meta["TOKENS"])),
-                (x, factors, lists, z, col_groups_at, tokens, expected, x.stride(0), z_stride, components),
+                (x, factors, lists, z, sizes.col_groups_at, tokens, expected, x.stride(0), z_stride, components),
                 {"BLOCK": col_block, "STEP": min(col_block, _ROW // x.element_size()), "PER_GROUP": GROUP, **shared},
                 one,
             )
         _launch(
             _stage_two,
-            lambda meta: (rows, triton.cdiv(tokens, meta["TOKENS"])),
-            (z, factors, lists, x if bias is None else bias, y, rows_at, tokens, expected, z_stride, out_features),
+            lambda meta: (sizes.rows, triton.cdiv(tokens, meta["TOKENS"])),
+            (
+                z,
+                factors,
+                lists,
+                x if bias is None else bias,
+                y,
+                sizes.rows_at,
+                tokens,
+                expected,
+                z_stride,
+                out_features,
+            ),
             {"BIAS": bias is not None, "BLOCK": row_block, **shared},
             two,
         )
