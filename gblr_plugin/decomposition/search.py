@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.optional import search_kernels
 from ..matrix.structure import Intervals
 from ..matrix.tiles import TiledAxis
 from .spans import Spans, best_spans, cell_sums
@@ -47,12 +46,6 @@ def _tile_vectors(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Leading right vector (T, width), squared singular value, first row and first column (T,) of each tile."""
     down, across = _stride(height, rows.tile), _stride(width, cols.tile)
-    kernels = search_kernels(residual)
-    if kernels is not None:
-        v, energy = kernels.tile_vectors(residual, height, width, down, across, POWER_STEPS, TINY)
-        per_row = (residual.shape[1] - width) // across + 1
-        index = torch.arange(len(v))
-        return v, energy, index // per_row * down, index % per_row * across
     tiles = residual.unfold(0, height, down).unfold(1, width, across)
     per_row = tiles.shape[1]
     flat = tiles.reshape(-1, height, width)
@@ -65,7 +58,7 @@ def _tile_vectors(
     return v[:, :, 0], v.square().sum((1, 2)), index // per_row * down, index % per_row * across
 
 
-def _apart(rows: Intervals, cols: Intervals, overlap: float, count: int, residual: Tensor) -> Tensor:
+def _apart(rows: Intervals, cols: Intervals, overlap: float, count: int) -> Tensor:
     """Positions of those of K candidates, best first, that do not overlap a better one too much.
 
     Args:
@@ -73,12 +66,7 @@ def _apart(rows: Intervals, cols: Intervals, overlap: float, count: int, residua
         cols: K column intervals.
         overlap: Largest shared part of the smaller of two candidates.
         count: Largest number of them.
-        residual: The matrix that they are from.
     """
-    kernels = search_kernels(residual)
-    if kernels is not None:
-        starts, widths = torch.stack([rows.start, cols.start]), torch.stack([rows.width, cols.width])
-        return kernels.apart(starts, widths, (rows.length, cols.length), overlap, count)  # type: ignore[no-any-return]  # optional
     on_rows, on_cols = rows.support().float(), cols.support().float()
     inter = (on_rows @ on_rows.T) * (on_cols @ on_cols.T)
     area = inter.diagonal()
@@ -151,7 +139,7 @@ def find_blocks(
     order = torch.argsort(net, descending=True, stable=True)
     order = order[(net[order] > 0) & (row_spans.cells[order] > 0) & (col_spans.cells[order] > 0)]
     row_spans, col_spans = row_spans.select(order), col_spans.select(order)
-    keep = _apart(row_spans.intervals(), col_spans.intervals(), overlap, count, residual)
+    keep = _apart(row_spans.intervals(), col_spans.intervals(), overlap, count)
     return Blocks(u[order[keep]], v[order[keep]], row_spans.select(keep), col_spans.select(keep))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.optional import span_kernels
+from ..kernels.optional import span_kernel
 from ..matrix.structure import Intervals
 from ..matrix.tiles import TiledAxis
 
@@ -41,11 +41,7 @@ class Spans:
 
     def support(self) -> Tensor:
         """(K, length) bool indicator of the covered indices."""
-        intervals = self.intervals()
-        kernels = span_kernels(intervals.width, self.grid.length)
-        if kernels is None:
-            return intervals.support()
-        return kernels.supports(intervals.start, intervals.width, self.grid.length)  # type: ignore[no-any-return]  # optional
+        return self.intervals().support()
 
     def widths(self) -> Tensor:
         """(K,) int64 indices covered, which is what the interval costs."""
@@ -85,9 +81,6 @@ def joint_gains(
     Returns:
         (K, cells).
     """
-    kernels = span_kernels(inside)
-    if kernels is not None:
-        return kernels.joint_gains(inside, right, image, support, scale, grid.tile)  # type: ignore[no-any-return]  # optional
     return cell_sums(torch.where(support, inside, (right - image).square() * scale[:, None]), grid)
 
 
@@ -105,9 +98,9 @@ def best_spans(gains: Tensor, grid: TiledAxis, price: float) -> tuple[Spans, Ten
     Returns:
         The intervals (of 0 cells where nothing pays) and their (K,) net gains.
     """
-    kernels = span_kernels(gains)
-    if kernels is not None:
-        cells, start, net = kernels.best_spans(gains, price * grid.tile, grid.cyclic)
+    kernel = span_kernel(gains)
+    if kernel is not None:
+        cells, start, net = kernel(gains, price * grid.tile, grid.cyclic)
         return Spans(cells, start, grid), net
     count = gains.shape[1]
     prefix = F.pad((gains - price * grid.tile).cumsum(1), (1, 0))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._compat import functorch_transform
 
-__all__ = ["mask_kernels", "proximal_kernel", "search_kernels", "solve_kernel", "span_kernels"]
+__all__ = ["mask_kernels", "proximal_kernel", "solve_kernel", "span_kernel"]
 
 _LEAST = 1 << 15  # elements from which on a kernel is used on the CPU: importing numba takes a second
 _PLAIN = Tensor, torch.nn.Parameter
@@ -76,19 +76,10 @@ def solve_kernel(gram: Tensor, size: int) -> Any:
     return None if module is None else module.solve
 
 
-def span_kernels(like: Tensor, each: int = 1) -> Any:
-    """A module with ``best_spans``, ``joint_gains`` and ``supports``.
-
-    Args:
-        like: One of the tensors to work on.
-        each: What its number of elements is multiplied by.
-    """
-    return _on_cpu("spans", like, like.numel() * each)
-
-
-def search_kernels(residual: Tensor) -> Any:
-    """A module with ``tile_vectors`` and ``apart`` for an (m, n) residual."""
-    return _on_cpu("search", residual, residual.numel())
+def span_kernel(gains: Tensor) -> Any:
+    """The best intervals of components by their (K, cells) gains."""
+    module = _on_cpu("spans", gains, gains.numel())
+    return None if module is None else module.best_spans
 
 
 def _on_cpu(name: str, like: Tensor, size: int) -> Any:

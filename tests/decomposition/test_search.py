@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from gblr_plugin.decomposition import search
 from gblr_plugin.decomposition.search import find_blocks
 from gblr_plugin.matrix.tiles import TiledAxis
 
@@ -50,37 +48,3 @@ def test_nothing_pays_in_silence() -> None:
         offset=(0, 0),
     )
     assert len(found.u) == 0
-
-
-@pytest.mark.parametrize("tile", [1, 8])
-def test_compiled_and_batched_searches_agree(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = pytest.importorskip("gblr_plugin.kernels.cpu.numba_search")
-    residual = torch.randn(128, 96, generator=torch.Generator().manual_seed(3), dtype=torch.float64) ** 3
-    found = []
-    for given in (None, kernels):
-        monkeypatch.setattr(search, "search_kernels", lambda residual, given=given: given)
-        found.append(
-            find_blocks(
-                residual,
-                TiledAxis(128, tile),
-                TiledAxis(96, tile),
-                count=30,
-                candidates=90,
-                price=2.0,
-                shapes=[(16, 8), (16, 16)],
-                refine=2,
-                overlap=0.6,
-                offset=(8, 16),
-            )
-        )
-    one, other = found
-    assert len(one.u) > 5
-    torch.testing.assert_close(one.u, other.u)
-    torch.testing.assert_close(one.v, other.v)
-    assert torch.equal(one.rows.start, other.rows.start)
-    assert torch.equal(one.cols.cells, other.cols.cells)
-    # None yields to a better one.
-    rows, cols = one.rows.support().double(), one.cols.support().double()
-    shared = (rows @ rows.T) * (cols @ cols.T)
-    area = shared.diagonal().clone()
-    assert bool((shared.fill_diagonal_(0) <= 0.6 * torch.minimum(area, area[:, None])).all())

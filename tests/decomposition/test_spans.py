@@ -26,7 +26,7 @@ def brute_force(net: torch.Tensor, cyclic: bool) -> float:
 def test_best_interval_is_optimal(length: int, tile: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if compiled:
         kernels = pytest.importorskip("gblr_plugin.kernels.cpu.numba_spans")
-        monkeypatch.setattr(module, "span_kernels", lambda gains: kernels)
+        monkeypatch.setattr(module, "span_kernel", lambda gains: kernels.best_spans)
     grid = TiledAxis(length, tile)
     gains = torch.rand(60, length, dtype=torch.float64, generator=torch.Generator().manual_seed(length)) ** 4
     sums = cell_sums(gains, grid)
@@ -58,20 +58,15 @@ def test_join_and_select() -> None:
 
 @pytest.mark.parametrize(("length", "tile"), [(12, 1), (12, 3), (11, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_joint_gains_are_those_of_the_formula(
-    length: int, tile: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kernels = pytest.importorskip("gblr_plugin.kernels.cpu.numba_spans")
+def test_joint_gains_are_those_of_the_formula(length: int, tile: int, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
     inside, right, image = torch.rand(3, 7, length, generator=g, dtype=dtype)
     support, scale = torch.rand(7, length, generator=g) < 0.5, torch.rand(7, generator=g, dtype=dtype)
     grid = TiledAxis(length, tile)
     gains = torch.where(support, inside, (right - image) ** 2 * scale[:, None])
     expected = torch.stack([gains[:, c * tile : (c + 1) * tile].sum(1) for c in range(grid.cells)], 1)
-    for given in (None, kernels):
-        monkeypatch.setattr(module, "span_kernels", lambda gains, given=given: given)
-        found = joint_gains(inside, right, image, support, scale, grid)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    found = joint_gains(inside, right, image, support, scale, grid)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_longest_run_wraps() -> None:

@@ -29,7 +29,6 @@ _SOURCES = (
     "numba_float32.py",
     "numba_bfloat16.py",
     "numba_masks.py",
-    "numba_search.py",
     "numba_solve.py",
     "numba_spans.py",
     "numba_stages.py",
