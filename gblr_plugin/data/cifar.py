@@ -204,14 +204,14 @@ def load_cifar(folder: object, classes: int) -> tuple[tuple[Tensor, Tensor], tup
     root = existing_folder(folder, what, looked_for, how)
 
     def load(names: list[str], binary_names: list[str]) -> tuple[Tensor, Tensor]:
-        parts = []
+        found = []
         if (pickles := _contents(root, python, archives[0], names)) is not None:
-            parts = [(*_from_pickle(content, source, classes), source) for source, content in pickles.items()]
+            found = [(*_from_pickle(content, source, classes), source) for source, content in pickles.items()]
         elif (records := _contents(root, binary, archives[1], binary_names)) is not None:
-            parts = [(*_from_records(content, source, label_bytes), source) for source, content in records.items()]
+            found = [(*_from_records(content, source, label_bytes), source) for source, content in records.items()]
         else:
             raise missing(what, looked_for, root, how)
-        checked = [_checked(data, target, source, classes) for data, target, source in parts]
+        checked = [_checked(data, target, source, classes) for data, target, source in found]
         return torch.cat([data for data, _ in checked]), torch.cat([target for _, target in checked])
 
     return load(train, train_bin), load(test, test_bin)

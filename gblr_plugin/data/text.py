@@ -59,9 +59,9 @@ class TokenFile:
         """Number of tokens."""
         return len(self._map)
 
-    def __getitem__(self, part: slice) -> Tensor:
+    def __getitem__(self, indices: slice) -> Tensor:
         """The tokens of a slice as int64."""
-        return torch.from_numpy(self._map[part].astype(np.int64))
+        return torch.from_numpy(self._map[indices].astype(np.int64))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
@@ -112,10 +112,10 @@ def text_parts(folder: object, *, wikitext: bool) -> tuple[list[Path], list[Path
     )
     root = existing_folder(folder, what, looked_for, how)
     if wikitext:
-        parts = [[root / _WIKITEXT["train"]], [root / _WIKITEXT["held_out"]]]
+        listed = [[root / _WIKITEXT["train"]], [root / _WIKITEXT["held_out"]]]
     else:
-        parts = [[root / f"{part}.txt", *sorted((root / part).rglob("*.txt"))] for part in ("train", "val")]
-    train, held_out = ([file for file in files if file.is_file()] for files in parts)
+        listed = [[root / f"{name}.txt", *sorted((root / name).rglob("*.txt"))] for name in ("train", "val")]
+    train, held_out = ([file for file in files if file.is_file()] for files in listed)
     if not train or not held_out:
         raise missing(what, looked_for, root, how)
     return train, held_out

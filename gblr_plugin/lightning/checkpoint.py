@@ -50,14 +50,14 @@ def match_checkpoint(
         if isinstance(module, GBLRLayer):
             if module.U.shape == u.shape or module.U.shape[1] != rows:
                 continue  # fits, or is an error that loading will report
-            for part, size in (
+            for parameter, size in (
                 ("U", (num, rows)),
                 ("V", (num, module.V.shape[1])),
                 ("widths", (2, num)),
                 ("locations", (2, num)),
             ):
-                old: nn.Parameter = getattr(module, part)
-                setattr(module, part, nn.Parameter(old.new_zeros(size), requires_grad=old.requires_grad))
+                old: nn.Parameter = getattr(module, parameter)
+                setattr(module, parameter, nn.Parameter(old.new_zeros(size), requires_grad=old.requires_grad))
         elif structurable(module):
             weight = weight_matrix(module)
             if weight.shape[0] % rows:

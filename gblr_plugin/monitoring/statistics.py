@@ -62,14 +62,14 @@ def layer_statistics(layers: Mapping[str, GBLRLayer]) -> dict[str, Statistics]:
     return result
 
 
-def total_statistics(parts: Mapping[str, Statistics]) -> Statistics:
+def total_statistics(layers: Mapping[str, Statistics]) -> Statistics:
     """All layers together: costs weighted by dense multiply-adds, widths by live components."""
-    dense = sum(part.dense for part in parts.values())
-    live = sum(part.live_components for part in parts.values())
+    dense = sum(layer.dense for layer in layers.values())
+    live = sum(layer.live_components for layer in layers.values())
     return Statistics(
-        sum(part.relative_flops * part.dense for part in parts.values()) / max(dense, 1),
+        sum(layer.relative_flops * layer.dense for layer in layers.values()) / max(dense, 1),
         live,
-        sum(part.mean_row_width * part.live_components for part in parts.values()) / max(live, 1),
-        sum(part.mean_column_width * part.live_components for part in parts.values()) / max(live, 1),
+        sum(layer.mean_row_width * layer.live_components for layer in layers.values()) / max(live, 1),
+        sum(layer.mean_column_width * layer.live_components for layer in layers.values()) / max(live, 1),
         dense,
     )

@@ -70,7 +70,7 @@ def _line(axes: Any, report: Any, name: str, phase: str, key: str, color: str) -
             values = [getattr(row, key) for row in rows]
             cost = sum(row.relative_flops for row in rows) / len(rows)
             points.append((cost, sum(values) / len(values), min(values), max(values)))
-    cost, mean, low, high = (list(part) for part in zip(*sorted(points), strict=True))
+    cost, mean, low, high = (list(values) for values in zip(*sorted(points), strict=True))
     masked = not report.select(name, "one_shot")
     ours = name.startswith("gblr")
     style: dict[str, Any] = {"linestyle": (0, (2, 1.5))} if masked else {}

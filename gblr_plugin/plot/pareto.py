@@ -70,7 +70,7 @@ def pareto(reports: Sequence[Any], *, title: str | None = None) -> Figure:
     for index, (name, found) in enumerate(points.items()):
         color = SERIES[index % len(SERIES)]
         found.sort()
-        cost, average, low, high = (list(part) for part in zip(*found, strict=True))
+        cost, average, low, high = (list(values) for values in zip(*found, strict=True))
         # Methods are compared at equal cost: stand beside each other instead of on top.
         aside = ScaledTranslation(4 * (index - (len(points) - 1) / 2) / 72, 0, figure.dpi_scale_trans)
         beside = axes.transData + aside

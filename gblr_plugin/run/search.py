@@ -229,8 +229,8 @@ def _show(rows: list[dict[str, Any]], result: SearchReport, shown: set[int], con
                 f"{trial.seconds:.0f} s  {values}"
             )
     running = [row for row in rows if row["state"] == "running"]
-    parts = [f"{len(rows) - len(running)} trials done"]
+    said = [f"{len(rows) - len(running)} trials done"]
     for row in running:
         latest = f" {result.metric} {row['result'][result.metric]:.2f}" if row["result"] else ""
-        parts.append(f"trial {row['number']}{latest}")
-    console.progress(", ".join(parts))
+        said.append(f"trial {row['number']}{latest}")
+    console.progress(", ".join(said))

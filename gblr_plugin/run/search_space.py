@@ -174,16 +174,16 @@ def overrides(parameters: Mapping[str, Any], run: Mapping[str, Any]) -> list[str
     return changes
 
 
-def _expanded(parts: list[str], data: Any, key: str) -> list[str]:
-    if "*" not in parts:
-        return [".".join(parts)]
-    at = parts.index("*")
-    for part in parts[:at]:
-        data = data.get(part) if isinstance(data, Mapping) else None
+def _expanded(words: list[str], data: Any, key: str) -> list[str]:
+    if "*" not in words:
+        return [".".join(words)]
+    at = words.index("*")
+    for word in words[:at]:
+        data = data.get(word) if isinstance(data, Mapping) else None
     if not isinstance(data, list):
-        raise ConfigError(f"{key}: the run has no {'.'.join(parts[:at])} to put it into")
-    rest = [_expanded(parts[at + 1 :], entry, key) for entry in data]
-    return [".".join([*parts[:at], str(index), end]) for index, ends in enumerate(rest) for end in ends]
+        raise ConfigError(f"{key}: the run has no {'.'.join(words[:at])} to put it into")
+    rest = [_expanded(words[at + 1 :], entry, key) for entry in data]
+    return [".".join([*words[:at], str(index), end]) for index, ends in enumerate(rest) for end in ends]
 
 
 def with_parameters(run: Mapping[str, Any], parameters: Mapping[str, Any]) -> RunSettings:

@@ -84,13 +84,13 @@ def best_start(context: RunContext, method: Method, network: nn.Module, seed: in
     def badness(start: str) -> float:
         return math.inf if math.isnan(figures[start]) else sign * figures[start]
 
-    for part, begun in _trial_grounds(context, method, network, seed):
-        data = data_of(part.task, seed, training)
+    for ground, begun in _trial_grounds(context, method, network, seed):
+        data = data_of(ground.task, seed, training)
         sample = data.test_dataloader() if method.folds else data.train_sample()
         for start in method.starts:
             set_random_state(kept)
             short = replace(starting_from(context, method, start), training=training)
-            tried = compress_once(part, short, copy.deepcopy(begun), seed, label=f"{method.name}-from-{start}")
+            tried = compress_once(ground, short, copy.deepcopy(begun), seed, label=f"{method.name}-from-{start}")
             figures[start] += evaluate(tried[0], sample, task.metric)[judged] / max(method.folds, 1)
             if method.trial == 1 and not method.folds and (found is None or badness(start) < badness(best)):
                 best, found = start, tried
@@ -109,5 +109,5 @@ def _trial_grounds(
     if not method.folds:
         yield context, network
     for index in range(method.folds):
-        part = context.on(Fold(context.task, index, method.folds), f"fold{index}")
-        yield part, network if method.start == "initial" else train_dense(part, seed)
+        ground = context.on(Fold(context.task, index, method.folds), f"fold{index}")
+        yield ground, network if method.start == "initial" else train_dense(ground, seed)

@@ -151,9 +151,9 @@ def parse_overrides(located: Located, overrides: list[str]) -> None:
         target = located.data
         *parents, last = key.strip().split(".")
         path: tuple[Any, ...] = ()
-        for part in parents:
-            path = (*path, _index(target, part, override) if isinstance(target, list) else part)
-            target = _descend(target, part, override)
+        for word in parents:
+            path = (*path, _index(target, word, override) if isinstance(target, list) else word)
+            target = _descend(target, word, override)
         if isinstance(target, list):
             path = (*path, _index(target, last, override))
         elif isinstance(target, dict):
@@ -166,18 +166,18 @@ def parse_overrides(located: Located, overrides: list[str]) -> None:
         located.places[path] = f"--set {override}"
 
 
-def _index(target: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(target):
-        raise ConfigError(f"--set {override}: {part!r} is no index of a list of {len(target)}, which count from 0")
-    return int(part)
+def _index(target: list[Any], word: str, override: str) -> int:
+    if not word.isdigit() or int(word) >= len(target):
+        raise ConfigError(f"--set {override}: {word!r} is no index of a list of {len(target)}, which count from 0")
+    return int(word)
 
 
-def _descend(target: Any, part: str, override: str) -> Any:
+def _descend(target: Any, word: str, override: str) -> Any:
     if isinstance(target, list):
-        return target[_index(target, part, override)]
+        return target[_index(target, word, override)]
     if not isinstance(target, dict):
-        raise ConfigError(f"--set {override}: {part!r} is inside a value that is not a table")
-    return target.setdefault(part, {})
+        raise ConfigError(f"--set {override}: {word!r} is inside a value that is not a table")
+    return target.setdefault(word, {})
 
 
 def read_settings(kind: type[T], located: Located) -> T:

@@ -164,9 +164,9 @@ class Container:
             if _HEADER_CHECKSUM in self.metadata:  # files of before have none
                 _check_header(self.path, self.metadata[_HEADER_CHECKSUM])
             names = self._file.offset_keys()
-            parts = {name: self._file.get_slice(name) for name in names}
+            slices = {name: self._file.get_slice(name) for name in names}
             self.entries = {
-                name: Entry(_DTYPES[part.get_dtype()], tuple(part.get_shape())) for name, part in parts.items()
+                name: Entry(_DTYPES[tensor.get_dtype()], tuple(tensor.get_shape())) for name, tensor in slices.items()
             }
         except FileNotFoundError as error:
             raise ConfigError(f"{who}: no file at {self.path!r}") from error

@@ -182,7 +182,7 @@ class ClassifierModule(pl.LightningModule):
         with torch.no_grad():
             taught = self.teacher.to(x.device)(x)
         counted = target.flatten() != IGNORED
-        log_p, log_q = (F.log_softmax(part.flatten(0, -2)[counted] / temperature, -1) for part in (taught, logits))
+        log_p, log_q = (F.log_softmax(x.flatten(0, -2)[counted] / temperature, -1) for x in (taught, logits))
         return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
@@ -249,9 +249,9 @@ class PairsDataModule(pl.LightningDataModule):
             count: Number of parts, at least 2.
         """
         sized: Any = self.train_set
-        parts = [place // self.stretch % count for place in range(len(sized))]
+        fold_of = [place // self.stretch % count for place in range(len(sized))]
         train, held_out = (
-            Subset(self.train_set, [place for place, part in enumerate(parts) if (part == index) == held])
+            Subset(self.train_set, [place for place, fold in enumerate(fold_of) if (fold == index) == held])
             for held in (False, True)
         )
         return PairsDataModule(train, held_out, self.batch_size, self.seed, self.workers, self.evaluation, self.stretch)

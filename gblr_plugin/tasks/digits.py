@@ -123,8 +123,8 @@ class DigitsTask(BuiltInTask):
         train, test = train_test_split(
             torch.arange(len(target)).numpy(), test_size=self.held_out, random_state=seed, stratify=digits.target
         )
-        parts = ShiftedImages(images[train], target[train], self.shift), ShiftedImages(images[test], target[test], 0)
-        return PairsDataModule(*parts, batch_size, seed)
+        sets = ShiftedImages(images[train], target[train], self.shift), ShiftedImages(images[test], target[test], 0)
+        return PairsDataModule(*sets, batch_size, seed)
 
     def example_input(self, batch: int = 1) -> Tensor:
         """Random images in [0, 1]."""

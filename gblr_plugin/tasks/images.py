@@ -65,8 +65,8 @@ class ImageTask(BuiltInTask):
         train: Any
         held_out: Any
         if self.dataset in ("cifar10", "cifar100"):
-            parts = load_cifar(self.folder, self.classes)
-            train, held_out = (ArrayImages(*part, self.image_size, part is parts[0]) for part in parts)
+            sets = load_cifar(self.folder, self.classes)
+            train, held_out = (ArrayImages(*images, self.image_size, images is sets[0]) for images in sets)
         else:
             train, held_out = image_folders(self.folder, self.image_size, imagenet=self.dataset == "imagenet")
             if len(train.classes) != self.classes:
@@ -82,8 +82,8 @@ class HFImageTask(ImageTask):
     """An image classifier of Hugging Face.
 
     ``pretrained`` is a local folder, or the name on the hub, of weights to start from, and ``download`` whether the hub
-    may be asked. The other arguments are those of :class:`ImageTask`, and of the network's configuration in
-    ``transformers``.
+    may be asked. The other arguments are those of :class:`~gblr_plugin.tasks.images.ImageTask`, and of the network's
+    configuration in ``transformers``.
     """
 
     kind: str
@@ -133,7 +133,7 @@ class HFImageTask(ImageTask):
 class ViTTask(HFImageTask):
     """Vision transformer (``transformers.ViTForImageClassification``); the defaults are ViT-Base/16.
 
-    Args are those of :class:`HFImageTask`, with those of ``ViTConfig``.
+    Args are those of :class:`~gblr_plugin.tasks.images.HFImageTask`, with those of ``ViTConfig``.
     """
 
     kind = "ViT"
@@ -149,7 +149,7 @@ class ResNetTask(HFImageTask):
     Args:
         kernel_positions: Whether the convolutions of the stages are written as one matrix per kernel position, instead
             of one c_out x (c_in * kh * kw) matrix each as published.
-        **arguments: As :class:`HFImageTask` takes them, with those of ``ResNetConfig``.
+        **arguments: As :class:`~gblr_plugin.tasks.images.HFImageTask` takes them, with those of ``ResNetConfig``.
     """
 
     kind = "ResNet"
@@ -175,7 +175,8 @@ class MixerTask(ImageTask):
     """MLP-Mixer (:class:`~gblr_plugin.tasks.mixer.Mixer`); the defaults are Mixer-S/16.
 
     Args:
-        **arguments: As :class:`ImageTask` takes them, and further ones of :class:`~gblr_plugin.tasks.mixer.Mixer`.
+        **arguments: As :class:`~gblr_plugin.tasks.images.ImageTask` takes them, and further ones of
+            :class:`~gblr_plugin.tasks.mixer.Mixer`.
     """
 
     layers = ["network.blocks.*"]

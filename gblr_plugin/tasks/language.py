@@ -86,8 +86,8 @@ class LanguageTask(BuiltInTask):
             raise ConfigError(f"model: context {self.context} is above {longest} {positions}")
 
     def _tokens(self, tokenizer: Any) -> list[TokenFile]:
-        parts = text_parts(self.folder, wikitext=self.dataset == "wikitext103")
-        return [encode(part, tokenizer, Path(self.cache or str(self.folder)).expanduser()) for part in parts]
+        texts = text_parts(self.folder, wikitext=self.dataset == "wikitext103")
+        return [encode(files, tokenizer, Path(self.cache or str(self.folder)).expanduser()) for files in texts]
 
     def _loaders(self, train: Dataset[Any], held_out: Dataset[Any], batch_size: int, seed: int) -> PairsDataModule:
         # Logits over a whole vocabulary are large: evaluation takes no more examples at once than training.
@@ -101,7 +101,8 @@ class LanguageTask(BuiltInTask):
 class GPT2Task(LanguageTask):
     """Predict the next token (``transformers.GPT2LMHeadModel``); the defaults are GPT-2 small.
 
-    Arguments are those of :class:`LanguageTask`, with a context of 1024, and those of ``GPT2Config``.
+    Arguments are those of :class:`~gblr_plugin.tasks.language.LanguageTask`, with a context of 1024, and those of
+    ``GPT2Config``.
     """
 
     layers = ["network.model.transformer.h.*.attn.c_attn", "network.model.transformer.h.*.mlp.*"]
@@ -138,7 +139,7 @@ class GPT2Task(LanguageTask):
         Raises:
             ConfigError: If the text or the tokenizer is not there.
         """
-        train, held_out = (Windows(part, self.context, self.context) for part in self._tokens(self.tokenizer()))
+        train, held_out = (Windows(tokens, self.context, self.context) for tokens in self._tokens(self.tokenizer()))
         return self._loaders(train, held_out, batch_size, seed)
 
 
@@ -179,8 +180,8 @@ class BertTask(LanguageTask):
 
     With the dataset ``"labelled"`` it classifies the lines of train.tsv and dev.tsv into ``classes``; with
     ``"wikitext103"`` or ``"text"`` it guesses masked tokens, and is judged by their perplexity. Lines longer than
-    ``context`` are cut, shorter ones padded. The other arguments are those of :class:`LanguageTask`, and those of
-    ``BertConfig``.
+    ``context`` are cut, shorter ones padded. The other arguments are those of
+    :class:`~gblr_plugin.tasks.language.LanguageTask`, and those of ``BertConfig``.
     """
 
     layers = ["network.model.bert.encoder.*"]
@@ -230,23 +231,23 @@ class BertTask(LanguageTask):
         if self.classifies:
             train, held_out = self._labelled(tokenizer)
         else:
-            parts = self._tokens(tokenizer)
+            tokens = self._tokens(tokenizer)
             mask, size = int(tokenizer.mask_token_id), len(tokenizer)
-            train = MaskedWindows(parts[0], self.context, mask, size, None)
-            held_out = MaskedWindows(parts[1], self.context, mask, size, 0)
+            train = MaskedWindows(tokens[0], self.context, mask, size, None)
+            held_out = MaskedWindows(tokens[1], self.context, mask, size, 0)
         return self._loaders(train, held_out, batch_size, seed)
 
     def _labelled(self, tokenizer: Any) -> tuple[Dataset[Any], Dataset[Any]]:
-        parts = labelled_lines(self.folder)
-        labels = sorted({label for _, label in parts[0]})
-        if len(labels) != self.classes or not {label for _, label in parts[1]} <= set(labels):
+        sets_of_lines = labelled_lines(self.folder)
+        labels = sorted({label for _, label in sets_of_lines[0]})
+        if len(labels) != self.classes or not {label for _, label in sets_of_lines[1]} <= set(labels):
             raise ConfigError(
                 f"data: the labels of {self.folder!r} are {', '.join(labels)}; model.classes is {self.classes}"
             )
-        sets = []
-        for lines in parts:
+        encoded_sets = []
+        for lines in sets_of_lines:
             texts = [text for text, _ in lines]
             encoded = tokenizer(texts, truncation=True, max_length=self.context, padding="max_length")
             targets = torch.tensor([labels.index(label) for _, label in lines])
-            sets.append(TensorDataset(torch.tensor(encoded["input_ids"]), targets))
-        return sets[0], sets[1]
+            encoded_sets.append(TensorDataset(torch.tensor(encoded["input_ids"]), targets))
+        return encoded_sets[0], encoded_sets[1]

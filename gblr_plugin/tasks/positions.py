@@ -7,6 +7,7 @@ Here the kernel is the sum of kh * kw convolutions of size 1 over shifted inputs
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,17 +37,18 @@ class KernelPositions(nn.Module):
         self.kernel_size: tuple[int, int] = convolution.kernel_size  # type: ignore[assignment]  # two axes
         self.stride, self.dilation, self.padding = convolution.stride, convolution.dilation, padding
         weight = convolution.weight.detach()
-        options = {"device": weight.device, "dtype": weight.dtype}
+        options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.positions = nn.ModuleList()
         for index in range(math.prod(self.kernel_size)):
             row, column = divmod(index, self.kernel_size[1])
             bias = convolution.bias if index == 0 else None
-            part = nn.Conv2d(convolution.in_channels, convolution.out_channels, 1, bias=bias is not None, **options)  # type: ignore[arg-type]  # device and dtype
+            channels = convolution.in_channels, convolution.out_channels
+            pointwise = nn.Conv2d(*channels, 1, bias=bias is not None, **options)
             with torch.no_grad():
-                part.weight.copy_(weight[:, :, row, column, None, None])
-                if bias is not None and part.bias is not None:
-                    part.bias.copy_(bias)
-            self.positions.append(part)
+                pointwise.weight.copy_(weight[:, :, row, column, None, None])
+                if bias is not None and pointwise.bias is not None:
+                    pointwise.bias.copy_(bias)
+            self.positions.append(pointwise)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, c_in, H, W) to (batch, c_out, H', W'), as the convolution."""
@@ -58,11 +60,11 @@ class KernelPositions(nn.Module):
             )
         )
         total: Tensor | None = None
-        for index, part in enumerate(self.positions):
+        for index, pointwise in enumerate(self.positions):
             top, left = (a * b for a, b in zip(divmod(index, self.kernel_size[1]), self.dilation, strict=True))
             down, along = self.stride
             shifted = x[:, :, top : top + (height - 1) * down + 1 : down, left : left + (width - 1) * along + 1 : along]
-            total = part(shifted) if total is None else total + part(shifted)
+            total = pointwise(shifted) if total is None else total + pointwise(shifted)
         assert total is not None  # a kernel has at least one position
         return total
 
