@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from ..matrix.gaudi_mask import mask_tables
 from ..matrix.structure import StructuredMatrix
 from .protocol import StructuredLayer
-from .storage import keep_components, replace_storage
 
 __all__ = ["MaskState", "StructureParameters"]
 
@@ -163,7 +162,7 @@ class StructureParameters(StructuredLayer):
     def _keep_components(self, keep: Tensor, optimizers: Iterable[Optimizer]) -> None:
         """Keep the components ``keep``, (K',) int64, in the parameters and in the optimizers' state."""
         for parameter, dim in ((self.U, 0), (self.V, 0), (self.widths, 1), (self.locations, 1)):
-            keep_components(parameter, dim, keep, optimizers)
+            _keep_entries(parameter, dim, keep, optimizers)
         self.low_rank_components = self.low_rank_components[keep]
         self._set_mask_state(low_rank=self._ranks(self.low_rank_components))
 
@@ -211,7 +210,7 @@ class StructureParameters(StructuredLayer):
             if saved is None or saved.dim() != 2 or saved.shape[dim] == parameter.shape[dim]:
                 continue
             if saved.shape[dim] % self.row_splits == 0 and saved.shape[1 - dim] == parameter.shape[1 - dim]:
-                replace_storage(parameter, parameter.new_empty(saved.shape))
+                _replace_storage(parameter, parameter.new_empty(saved.shape))
         saved = state_dict.get(prefix + "low_rank_components")
         if saved is not None and saved.shape != self.low_rank_components.shape and saved.shape == self.U.shape[:1]:
             self.low_rank_components = self.low_rank_components.new_empty(saved.shape)
@@ -230,3 +229,23 @@ class StructureParameters(StructuredLayer):
         align = f", align={self.align}" if self.align != (1, 1) else ""
         sigma = "boxcar" if self._mask_state.sigma is None else f"{self._mask_state.sigma:g}"
         return f"{super().extra_repr()}, components={self.U.shape[0]}{splits}{align}, sigma={sigma}"
+
+
+@torch.no_grad()
+def _replace_storage(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter other contents of another shape, keeping its identity, also while an old graph is alive."""
+    parameter.grad = None
+    parameter.set_(value)  # type: ignore[call-overload]  # `.data =` would leave the old shape in the graph's metadata
+
+
+def _keep_entries(parameter: nn.Parameter, dim: int, keep: Tensor, optimizers: Iterable[Optimizer]) -> None:
+    """Keep the entries ``keep`` along ``dim`` of a parameter, its gradient and its state in the optimizers."""
+    before, grad = parameter.shape, parameter.grad
+    _replace_storage(parameter, parameter.detach().index_select(dim, keep))
+    if grad is not None:
+        parameter.grad = grad.index_select(dim, keep)
+    for optimizer in optimizers:
+        state = optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dim() == len(before) and value.shape[dim] == before[dim]:
+                state[key] = value.index_select(dim, keep)
