@@ -160,7 +160,7 @@ class GBLRLayer(StructureParameters):
         """Let the layer's trapezoids train in low-rank form, as factors on whole axes.
 
         Trapezoids (component k on the rows from k and the columns from k) are a product of rank r, and so are factors
-        on whole axes, which cost more and train better: see :mod:`gblr_plugin.matrix.low_rank_form`. Where trapezoids
+        on whole axes, which cost more and train better: see ``matrix/low_rank_form.py``. Where trapezoids
         lead the components of a split, their factors are replaced by these, and their masks by whole axes. Widths,
         locations and all counts stay those of the trapezoids, and do not change until :meth:`use_trapezoid_form`;
         :meth:`structure` gives trapezoids.
