@@ -37,15 +37,15 @@ class MaskState(NamedTuple):
     low_rank: tuple[int, ...] = ()
 
     def to_tensor(self) -> Tensor:
-        """(3,) float64 of sigma, hard and frozen, as a state dict holds them."""
+        """(2,) float64, as a state dict holds it: sigma, and the sum of 1 if hard and 2 if frozen."""
         sigma = math.inf if self.sigma is None else self.sigma
-        return torch.tensor([sigma, self.hard, self.frozen], dtype=torch.float64)
+        return torch.tensor([sigma, self.hard + 2 * self.frozen], dtype=torch.float64)
 
     @classmethod
     def from_tensor(cls, values: Tensor, low_rank: tuple[int, ...]) -> MaskState:
         """Inverse of :meth:`to_tensor`."""
-        sigma, hard, frozen = values.tolist()
-        return cls(None if math.isinf(sigma) else sigma, bool(hard), bool(frozen), low_rank)
+        sigma, flags = float(values[0]), int(values[1])
+        return cls(None if math.isinf(sigma) else sigma, bool(flags & 1), bool(flags & 2), low_rank)
 
 
 class StructureParameters(StructuredLayer):
