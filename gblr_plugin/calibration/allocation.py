@@ -146,17 +146,17 @@ def _spectral_curves(
 
 
 def _curve(weight: Tensor, metric: Metric, gradient: Tensor | None, row_splits: int) -> Curve:
-    """Error over cost of low rank priced as trapezoids; a share of the whole unless gradients weigh it."""
+    """Error over cost of low rank priced as trapezoids; a share of the energy unless gradients weigh it."""
     if len(weight) % row_splits:
         raise ConfigError(f"allocation: row_splits {row_splits} does not divide {len(weight)} rows")
     lost: list[Tensor] = []
     rows, n = len(weight) // row_splits, weight.shape[1]
-    for index, part in enumerate(metric.whiten(weight.double()).chunk(row_splits)):
-        left, values, _ = singular_triplets(part)
+    for index, split in enumerate(metric.whiten(weight.double()).chunk(row_splits)):
+        left, values, _ = singular_triplets(split)
         energy = values.square()
         if gradient is not None:
-            own = slice(index * rows, (index + 1) * rows)
-            energy = energy * ((gradient[own, own] @ left) * left).sum(0)
+            here = slice(index * rows, (index + 1) * rows)
+            energy = energy * ((gradient[here, here] @ left) * left).sum(0)
         lost.append(energy)
     gains = torch.stack(lost).sum(0).cpu()
     total = gains.sum()

@@ -67,7 +67,7 @@ def attention_mask(batch: Any) -> Tensor | None:
     if isinstance(batch, Mapping):
         return batch.get("attention_mask")
     if isinstance(batch, (tuple, list)):
-        return next((attention_mask(part) for part in batch if isinstance(part, Mapping)), None)
+        return next((attention_mask(table) for table in batch if isinstance(table, Mapping)), None)
     return None
 
 

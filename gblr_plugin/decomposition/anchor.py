@@ -28,7 +28,7 @@ def anchored(matrix: StructuredMatrix, tiles: tuple[int, int] = (1, 1)) -> Struc
     """The same matrix, the starts of its full-width intervals chosen by their factors' energy.
 
     A full interval covers the axis wherever it starts, so the choice is free; with all starts at zero, as published,
-    every interval shrinks towards the first rows and columns, and the components huddle in one corner.
+    every interval shrinks towards the first rows and columns, and all components end in the same corner.
 
     Args:
         matrix: Any structured matrix; intervals that are not full stay.

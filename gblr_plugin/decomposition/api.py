@@ -54,7 +54,7 @@ METHODS: dict[str, Callable[[Problem], StructuredMatrix]] = {
 
 
 def _something(problem: Problem, found: StructuredMatrix) -> StructuredMatrix:
-    """The solution, or where a budget below rank 1 left nothing, the tile around the largest entry."""
+    """The solution found; where a budget below rank 1 left it empty, the tile around the largest entry."""
     if found.num_components or not bool(problem.weight.any()):
         return found
     cells = torch.tensor([[1], [1]])
@@ -96,8 +96,8 @@ def _solve(
     target = weight.detach().double()
     size = float(target.abs().max()) if weight.numel() else 0.0
     root = 2.0 ** (math.frexp(size)[1] // 2)
-    parts = (target / root / root).chunk(row_splits)
-    m, n = parts[0].shape
+    splits = (target / root / root).chunk(row_splits)
+    m, n = splits[0].shape
     limit = min(m, n) if max_components is None else max_components
     max_multiply_adds = limit * (m + n) if budget is None else math.floor(budget * m * n + 1e-6)
     rows, cols = TiledAxis(m, tiles[0]), TiledAxis(n, tiles[1])
@@ -107,12 +107,12 @@ def _solve(
             f"decompose: a budget of {budget} of a {m} x {n} matrix allows {max_multiply_adds} multiply-adds, "
             f"fewer than the {cheapest} of its smallest block; raise the budget or leave this matrix dense"
         )
-    # Dense is always at hand at its own price, and then exact.
-    whole = method in ("gblr", "pursuit", "trapezoid") and budget == 1 and limit >= min(m, n)
-    solve = exact if whole else METHODS[method]
+    # A budget of 1 pays for the matrix itself, written exactly.
+    pays_for_all = method in ("gblr", "pursuit", "trapezoid") and budget == 1 and limit >= min(m, n)
+    solve = exact if pays_for_all else METHODS[method]
     problems = [
         Problem(
-            part,
+            split,
             max_multiply_adds,
             rows,
             cols,
@@ -121,7 +121,7 @@ def _solve(
             seed + index,
             trains,
         )
-        for index, part in enumerate(parts)
+        for index, split in enumerate(splits)
     ]
     solved = [_something(problem, solve(problem).live()) for problem in problems]
     dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
@@ -194,10 +194,11 @@ def initialise(
     seed: int = 0,
     calibration: Tensor | Metric | None = None,
 ) -> StructuredMatrix:
-    """Starting point of a trainable layer: as :func:`decompose`, with a low-rank part that stays one.
+    """Starting point of a trainable layer: as :func:`decompose`, with a low-rank part in trapezoid form.
 
-    :func:`decompose` may give its components windows that they leave out, which comes closer to the weight; here it
-    keeps a gauge that can be freed (:meth:`gblr_plugin.layers.GBLRLayer.use_low_rank_form`).
+    :func:`decompose` may let the components of its low-rank part leave out windows, which comes closer to the weight.
+    Here they stay trapezoids, which a layer can train in low-rank form
+    (:meth:`gblr_plugin.layers.GBLRLayer.use_low_rank_form`).
 
     Args:
         weight: (m, n) dense weight.

@@ -19,12 +19,12 @@ def exact(problem: Problem) -> StructuredMatrix:
     by_rows = m <= n
     grid = problem.rows if by_rows else problem.cols
     count = min(m, n)
-    unit = torch.eye(count, dtype=problem.weight.dtype, device=problem.weight.device)
-    index = torch.arange(count, dtype=torch.int64, device=unit.device) // grid.tile
+    identity = torch.eye(count, dtype=problem.weight.dtype, device=problem.weight.device)
+    index = torch.arange(count, dtype=torch.int64, device=identity.device) // grid.tile
     narrow = grid.intervals(torch.ones_like(index), index)
     if by_rows:
-        return StructuredMatrix.from_factors(unit, problem.weight.clone(), rows=narrow)
-    return StructuredMatrix.from_factors(problem.weight.T.contiguous(), unit, cols=narrow)
+        return StructuredMatrix.from_factors(identity, problem.weight.clone(), rows=narrow)
+    return StructuredMatrix.from_factors(problem.weight.T.contiguous(), identity, cols=narrow)
 
 
 def lines(problem: Problem) -> StructuredMatrix | None:
@@ -39,7 +39,7 @@ def lines(problem: Problem) -> StructuredMatrix | None:
         if turned is not None:
             turned = StructuredMatrix.from_factors(turned.v, turned.u, turned.cols, turned.rows)
         found.append(turned)
-    return min((one for one in found if one is not None), key=lambda one: one.stored, default=None)
+    return min((matrix for matrix in found if matrix is not None), key=lambda matrix: matrix.stored, default=None)
 
 
 def _rows(weight: Tensor, cols: TiledAxis, problem: Problem) -> StructuredMatrix | None:
@@ -52,6 +52,6 @@ def _rows(weight: Tensor, cols: TiledAxis, problem: Problem) -> StructuredMatrix
     spans = Side.of(entries, cols, 0.0).spans()
     if int(spans.widths().sum()) + len(present) > problem.max_multiply_adds:
         return None
-    unit = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)[present]
+    identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)[present]
     narrow = TiledAxis(len(weight), 1).intervals(torch.ones_like(present), present)
-    return StructuredMatrix.from_factors(unit, entries.contiguous(), rows=narrow, cols=spans.intervals())
+    return StructuredMatrix.from_factors(identity, entries.contiguous(), rows=narrow, cols=spans.intervals())

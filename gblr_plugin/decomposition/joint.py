@@ -50,7 +50,7 @@ def supported_solve(
         gram: (K, K) symmetric positive semi-definite.
         right: (K, N).
         support: (K, N) bool.
-        want_gains: Also return what each unknown is worth.
+        want_gains: Also return by how much each unknown lowers the error.
         ridge: Added to the diagonal of ``gram``, relative to its mean; default :data:`RIDGE`.
 
     Returns:

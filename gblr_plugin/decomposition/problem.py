@@ -28,8 +28,8 @@ class Problem:
         max_components: Largest number of components.
         metric: Norm in which the error is measured.
         seed: Seed of whatever is drawn at random.
-        trains: Whether the factors will be trained. A low-rank part then stays one, for its gauge to be free: windows
-            come closer, but their factors are far from orthogonal.
+        trains: Whether the factors will be trained. A low-rank part then stays in trapezoid form, which layers train in
+            low-rank form: windows come closer, but their factors are far from orthogonal.
     """
 
     weight: Tensor

@@ -1,6 +1,6 @@
 r"""Low rank plus interval pursuit, ``W ~ A C + sum_k u_k v_k^T`` with u_k and v_k on intervals, within a budget.
 
-*State.* A low-rank part A C of rank r, which takes what is spread over the whole matrix and is counted in trapezoid
+*State.* A low-rank part A C of rank r, which takes what is spread over all of the matrix and is counted in trapezoid
 form, and K local rank-1 blocks. Block k has non-zero entries on a row interval I_k and a column interval J_k alone, and
 costs |I_k| + |J_k| multiply-adds. r is fixed from the start, as a share of the rank that the whole budget would buy.
 

@@ -1,4 +1,4 @@
-"""Random factors: the control every other starting point is compared with."""
+"""Random factors, with which every other starting point is compared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["random"]
 
 
 def random(problem: Problem) -> StructuredMatrix:
-    """Gaussian factors on full widths, as many as the budget pays, their product as large as the weight on average."""
+    """Gaussian factors on full widths, as many as the budget allows, of a product as large as the weight on average."""
     m, n = problem.weight.shape
     rank = min(problem.max_multiply_adds // (m + n), problem.max_components)
     generator = torch.Generator().manual_seed(problem.seed)

@@ -32,9 +32,9 @@ class Blocks:
     cols: Spans
 
 
-def _unit(rows: Tensor) -> Tensor:
-    unit: Tensor = rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=TINY)
-    return unit
+def _normalised(rows: Tensor) -> Tensor:
+    scaled: Tensor = rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=TINY)
+    return scaled
 
 
 def _stride(size: int, tile: int) -> int:
@@ -72,7 +72,7 @@ def _apart(rows: Intervals, cols: Intervals, overlap: float, count: int) -> Tens
     area = inter.diagonal()
     yields = torch.tril(inter > overlap * torch.minimum(area, area[:, None]), -1)
     keep = torch.ones(len(area), dtype=torch.bool, device=area.device)
-    while True:  # each pass settles at least the best candidate that is unsettled
+    while True:  # each pass decides at least about the best candidate that is undecided
         kept = ~(yields & keep).any(1)
         if bool((kept == keep).all()):
             return keep.nonzero()[:count, 0]
@@ -92,17 +92,17 @@ def find_blocks(
     overlap: float,
     offset: tuple[int, int],
 ) -> Blocks:
-    """Local rank-1 blocks that pay, none of them overlapping a better one by much.
+    """Local rank-1 blocks that gain more than their price, none of them overlapping a better one by much.
 
     Args:
         residual: (m, n) what is left to explain.
         rows: TiledAxis of the rows.
         cols: TiledAxis of the columns.
         count: Largest number of blocks.
-        candidates: Number of tiles, those that gain most, whose blocks are settled and compared.
+        candidates: Number of tiles, those that gain most, whose blocks are refined and compared.
         price: Squared error that one multiply-add must save.
         shapes: Heights and widths of the tiles, in indices.
-        refine: Alternations that settle a block's intervals by maximum sums, near its tile.
+        refine: Alternations that choose a block's intervals by maximum sums, near its tile.
         overlap: Largest shared part of two blocks, relative to the smaller.
         offset: First row and column of the first tile; varying it between calls shows other tiles.
     """
@@ -122,7 +122,7 @@ def find_blocks(
         size = torch.tensor([[height], [width]], device=residual.device).expand(2, len(best))
         places.append(torch.cat([torch.stack([top[best], left[best]]), size]))
     best = torch.cat(scores).topk(min(limit, sum(map(len, scores)))).indices
-    v = _unit(torch.cat(vectors)[best]).roll(offset[1], 1)
+    v = _normalised(torch.cat(vectors)[best]).roll(offset[1], 1)
     top, left, height_of, width_of = torch.cat(places, 1)[:, best]
     row_spans = Spans(-(-height_of // rows.tile), (top + offset[0]) % m // rows.tile, rows)
     col_spans = Spans(-(-width_of // cols.tile), (left + offset[1]) % n // cols.tile, cols)
@@ -130,10 +130,10 @@ def find_blocks(
     for _ in range(refine):
         image = v @ residual.T
         row_spans, _ = best_spans(cell_sums(image.square(), rows) * near_rows, rows, price)
-        u = _unit(image * row_spans.support())
+        u = _normalised(image * row_spans.support())
         image = u @ residual
         col_spans, _ = best_spans(cell_sums(image.square(), cols) * near_cols, cols, price)
-        v = _unit(image * col_spans.support())
+        v = _normalised(image * col_spans.support())
     u = (v @ residual.T) * row_spans.support()
     net = u.square().sum(1) - price * (row_spans.widths() + col_spans.widths())
     order = torch.argsort(net, descending=True, stable=True)

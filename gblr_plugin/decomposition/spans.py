@@ -68,7 +68,7 @@ def cell_sums(values: Tensor, grid: TiledAxis) -> Tensor:
 def joint_gains(
     inside: Tensor, right: Tensor, image: Tensor, support: Tensor, scale: Tensor, grid: TiledAxis
 ) -> Tensor:
-    """What covering each cell is worth: the gain of what is covered, and of what is not, were it fitted alone.
+    """Gain of covering each cell: of what is covered, if left out; of what is not, if it alone were fitted.
 
     Args:
         inside: (K, length) gains of the covered indices.
@@ -96,7 +96,7 @@ def best_spans(gains: Tensor, grid: TiledAxis, price: float) -> tuple[Spans, Ten
         price: Price of one index.
 
     Returns:
-        The intervals (of 0 cells where nothing pays) and their (K,) net gains.
+        The intervals (of 0 cells where no gain exceeds its price) and their (K,) net gains.
     """
     kernel = span_kernel(gains)
     if kernel is not None:
@@ -117,9 +117,9 @@ def best_spans(gains: Tensor, grid: TiledAxis, price: float) -> tuple[Spans, Ten
         best = torch.where(wraps, wrapped, best)
         start = torch.where(wraps, (gap_end + 1) % count, start)
         cells = torch.where(wraps, count - (gap_end - gap_start + 1), cells)
-    pays = best > 0
+    gains_more = best > 0
     zero = torch.zeros_like(cells)
-    return Spans(torch.where(pays, cells, zero), torch.where(pays, start, zero), grid), best.clamp(min=0)
+    return Spans(torch.where(gains_more, cells, zero), torch.where(gains_more, start, zero), grid), best.clamp(min=0)
 
 
 def longest_run(active: Tensor) -> tuple[Tensor, Tensor]:

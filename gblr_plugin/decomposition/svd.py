@@ -9,7 +9,7 @@ __all__ = ["svd"]
 
 
 def svd(problem: Problem) -> StructuredMatrix:
-    """U sqrt(S) and sqrt(S) V^T of the largest rank that the budget pays, all widths full.
+    """U sqrt(S) and sqrt(S) V^T of the largest rank within the budget, all widths full.
 
     Without a budget (``max_multiply_adds`` at least r (m + n)) this is the published starting point of learning: K =
     max_components full-width components, whose cost may exceed the dense matrix's.

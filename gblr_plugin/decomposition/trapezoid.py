@@ -23,7 +23,7 @@ def least_error(problem: Problem) -> float:
 
 
 def trapezoid(problem: Problem) -> StructuredMatrix:
-    """The best low-rank matrix whose trapezoids the budget pays; never above the SVD of equal cost."""
+    """The best low-rank matrix in trapezoid form within the budget; at least as close as the SVD of equal cost."""
     m, n = problem.weight.shape
     rank = _rank(problem)
     left, right = problem.low_rank(rank)

@@ -48,7 +48,7 @@ class Windows:
     net: float
 
 
-def _starts(grid: TiledAxis, rank: int) -> tuple[Tensor, Tensor]:
+def _window_starts(grid: TiledAxis, rank: int) -> tuple[Tensor, Tensor]:
     """First cell of each window, evenly spread, and how many before it begin at the same cell; both (rank,) int64."""
     index = torch.arange(rank)
     start = index * grid.cells // rank
@@ -109,7 +109,7 @@ def best_windows(factor: Tensor, grid: TiledAxis, price: float, least: float = 0
     length, rank = factor.shape
     if not grid.cyclic or rank < 2:
         return None
-    start, turn = (part.to(factor.device) for part in _starts(grid, rank))
+    start, turn = (each.to(factor.device) for each in _window_starts(grid, rank))
     best: Windows | None = None
     longest, top = grid.cells // 2, -math.inf
     for cells in dict.fromkeys(max(1, round(times * rank / grid.tile)) for times in LENGTHS):

@@ -21,8 +21,8 @@ from ..matrix.structure import multiply_adds
 
 __all__ = ["AxisSpec", "WidthBudget"]
 
-_WAYS = 8  # candidates evaluated at once: few calls, little waste
-_ROUNDS = 7  # the first one's widest gap, cut by _WAYS six times, is below the resolution
+_CANDIDATES = 8  # candidates evaluated at once: few calls, little waste
+_ROUNDS = 7  # the first one's widest gap, cut by _CANDIDATES six times, is below the resolution
 _RESOLUTION = 2e-6  # of thresholds, as a fraction of the axis
 _SLOWEST = 1e-3  # least share of a group's largest rate at which one search can empty a layer
 
@@ -33,13 +33,13 @@ class AxisSpec:
 
     Args:
         axis_lengths: Rows (per split) and columns that a normalised width of 1 covers.
-        align: Tile of rows and columns to which intervals snap.
+        tile: Multiples of rows and of columns at which intervals begin and end.
         num_components: K, over all splits.
         dense: Multiply-adds of the dense product, m * n.
     """
 
     axis_lengths: tuple[int, int]
-    align: tuple[int, int]
+    tile: tuple[int, int]
     num_components: int
     dense: int
 
@@ -53,7 +53,7 @@ class WidthBudget:
         lower: Least multiply-adds of each layer within its group (``max_sparse_ratio``); default 0.
         upper: Most multiply-adds of each layer within its group (``min_sparse_ratio``); default none.
         device: Where the widths live.
-        pinned: (C,) bool, components whose widths are counted but never change; default none.
+        fixed: (C,) bool, components whose widths are counted but never change; default none.
 
     Raises:
         ConfigError: If a lower bound exceeds an upper bound.
@@ -66,9 +66,9 @@ class WidthBudget:
         lower: Sequence[float] | None = None,
         upper: Sequence[float] | None = None,
         device: torch.device | str | None = None,
-        pinned: Tensor | None = None,
+        fixed: Tensor | None = None,
     ) -> None:
-        self._pinned = pinned
+        self._fixed = fixed
         self.num_layers = len(specs)
         self._groups = list(groups)
         self.num_groups = max(groups) + 1
@@ -82,9 +82,9 @@ class WidthBudget:
         self.num_components = int(counts.sum())
         self._layer = layer.to(device)
         self._bounds = F.pad(counts.cumsum(0), (1, 0)).to(device)
-        self._untiled = all(spec.align == (1, 1) for spec in specs)
+        self._untiled = all(spec.tile == (1, 1) for spec in specs)
         self._length = per_component([spec.axis_lengths for spec in specs])
-        self._tile = per_component([spec.align for spec in specs])
+        self._tile = per_component([spec.tile for spec in specs])
         self._group = torch.tensor(self._groups, dtype=torch.int64).to(device)
         low = [0.0] * self.num_layers if lower is None else list(lower)
         high = [math.inf] * self.num_layers if upper is None else list(upper)
@@ -108,16 +108,17 @@ class WidthBudget:
 
     def _layer_cost(self, widths: Tensor) -> Tensor:
         # Whole numbers below 2^24 in the widths' own dtype; their sums in float64.
-        whole = torch.round(widths * self._length.to(widths.dtype)) if self._untiled else self.snap(widths).to(widths)
-        rows, cols = whole.unbind(-2)
+        tiled = not self._untiled
+        samples = self.snap(widths).to(widths) if tiled else torch.round(widths * self._length.to(widths.dtype))
+        rows, cols = samples.unbind(-2)
         running = (rows + cols).mul_(torch.minimum(rows, cols) > 0).cumsum(-1, dtype=torch.float64)
         return F.pad(running, (1, 0)).index_select(-1, self._bounds).diff()
 
     def _shrunk_cost(self, widths: Tensor, threshold: Tensor, growing: bool) -> Tensor:
         """(W, L) cost after shrinking by thresholds (W, L); a negative threshold grows live widths only."""
         step = threshold.to(widths.dtype)[:, None, self._layer]
-        if self._pinned is not None:
-            step = torch.where(self._pinned, 0, step)
+        if self._fixed is not None:
+            step = torch.where(self._fixed, 0, step)
         if growing:
             step = torch.where((step < 0) & (widths <= 0), 0, step)
         return self._layer_cost((widths - step).clamp_(0, 1))
@@ -138,7 +139,7 @@ class WidthBudget:
         """
         num = target.numel()
         low, high = span
-        even = torch.arange(_WAYS + 1, dtype=target.dtype, device=target.device)[:, None] / _WAYS
+        even = torch.arange(_CANDIDATES + 1, dtype=target.dtype, device=target.device)[:, None] / _CANDIDATES
         for turn in range(_ROUNDS):
             fraction = even if turn else even**4  # one step's shrinkage is mostly small: look there first
             candidates = low + (high - low) * fraction  # (W + 1, G)
@@ -146,9 +147,9 @@ class WidthBudget:
             if clamp is not None:
                 threshold = threshold.maximum(clamp[0]).minimum(clamp[1])
             cost = self._shrunk_cost(widths, threshold, growing)
-            total = cost.new_zeros(_WAYS + 1, num).index_add_(1, group, cost)
+            total = cost.new_zeros(_CANDIDATES + 1, num).index_add_(1, group, cost)
             fits = (total <= target).int().cummax(0).values  # rounding may make the count wobble: take the first fit
-            first = (_WAYS + 1 - fits.sum(0)).clamp(max=_WAYS)
+            first = (_CANDIDATES + 1 - fits.sum(0)).clamp(max=_CANDIDATES)
             high = candidates.gather(0, first[None])[0]
             low = candidates.gather(0, (first - 1).clamp(min=0)[None])[0]
             if not widths.is_cuda and bool((high - low).max() <= _RESOLUTION):  # asking a GPU costs more than a round
@@ -156,7 +157,7 @@ class WidthBudget:
         return high
 
     def _paces(self, rates: list[float]) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
-        """Least and largest threshold of each group's fastest layer, and every layer's share (``None``: all whole)."""
+        """Least and largest threshold of each group's fastest layer, and every layer's share (``None``: all 1)."""
         fastest, most = [0.0] * self.num_groups, [1.0] * self.num_groups
         for rate, group in zip(rates, self._groups, strict=True):
             fastest[group] = max(fastest[group], rate)
@@ -192,13 +193,13 @@ class WidthBudget:
             layers at rates far below the group's largest hold).
         """
         targets = targets.to(self._upper)
-        own = [0.0] * self.num_layers if rates is None else list(rates)
-        span, shares = self._paces(own)
-        growing, clamp = any(own), None
+        paces = [0.0] * self.num_layers if rates is None else list(rates)
+        span, shares = self._paces(paces)
+        growing, clamp = any(paces), None
         if self._bounded:
             most = self._upper if upper is None else self._tensor(upper)
             each = torch.arange(self.num_layers, device=widths.device)
-            alone = -self._tensor(own), torch.ones_like(most)
+            alone = -self._tensor(paces), torch.ones_like(most)
             least = self._search(widths, most, each, alone, growing)
             # The threshold just undershoots the lower bound: step back by the resolution of the search.
             last = self._search(widths, self._lower, each, alone, growing) - 2 * _RESOLUTION
@@ -225,17 +226,17 @@ class WidthBudget:
         Returns:
             (2, C) int64 widths.
         """
-        whole = self.snap(widths).to(torch.float64)
+        samples = self.snap(widths).to(torch.float64)
         targets = targets.to(self._upper)
-        while self._revive(whole, widths.to(torch.float64), targets):
+        while self._revive(samples, widths.to(torch.float64), targets):
             pass
-        while self._raise(whole, widths.to(torch.float64), targets):
+        while self._raise(samples, widths.to(torch.float64), targets):
             pass
-        return whole.long()
+        return samples.long()
 
-    def _slack(self, whole: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _slack(self, samples: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(G,) what is left of each group's target and (L,) of each layer's upper bound."""
-        cost = multiply_adds(whole[0], whole[1])
+        cost = multiply_adds(samples[0], samples[1])
         cost = cost.new_zeros(self.num_layers).index_add_(0, self._layer, cost)
         return targets - cost.new_zeros(self.num_groups).index_add_(0, self._group, cost), self._upper - cost
 
@@ -258,27 +259,29 @@ class WidthBudget:
             fits[by_owner] &= running[1:] - running[first][sorted_owner] <= left[sorted_owner]
         return order[fits]
 
-    def _revive(self, whole: Tensor, widths: Tensor, targets: Tensor) -> bool:
+    def _revive(self, samples: Tensor, widths: Tensor, targets: Tensor) -> bool:
         """Give components that rounding emptied their first tile back, in place; whether any was."""
-        empty = whole == 0
-        first = torch.where(empty, torch.minimum(self._tile, self._length), whole)
+        empty = samples == 0
+        first = torch.where(empty, torch.minimum(self._tile, self._length), samples)
         score = torch.where(empty, widths, torch.inf).amin(0)
-        column = torch.arange(whole.shape[1], device=whole.device)
+        column = torch.arange(samples.shape[1], device=samples.device)
         usable = empty.any(0) & (score > 0)
-        if self._pinned is not None:
-            usable = usable & ~self._pinned
-        chosen = self._affordable(score, first.sum(0), column, usable, self._slack(whole, targets))
-        whole[:, chosen] = first[:, chosen]
+        if self._fixed is not None:
+            usable = usable & ~self._fixed
+        chosen = self._affordable(score, first.sum(0), column, usable, self._slack(samples, targets))
+        samples[:, chosen] = first[:, chosen]
         return chosen.numel() > 0
 
-    def _raise(self, whole: Tensor, widths: Tensor, targets: Tensor) -> bool:
+    def _raise(self, samples: Tensor, widths: Tensor, targets: Tensor) -> bool:
         """Raise live widths by one tile each, in place, as far as the slack goes; whether any was."""
-        step = torch.minimum(self._tile, self._length - whole)
-        usable = (whole > 0).all(0) & (step > 0)
-        if self._pinned is not None:
-            usable = usable & ~self._pinned
-        lost = widths - whole / self._length
-        column = torch.arange(whole.shape[1], device=whole.device).repeat(2)
-        chosen = self._affordable(lost.flatten(), step.flatten(), column, usable.flatten(), self._slack(whole, targets))
-        whole.view(-1)[chosen] += step.flatten()[chosen]
+        step = torch.minimum(self._tile, self._length - samples)
+        usable = (samples > 0).all(0) & (step > 0)
+        if self._fixed is not None:
+            usable = usable & ~self._fixed
+        lost = widths - samples / self._length
+        column = torch.arange(samples.shape[1], device=samples.device).repeat(2)
+        chosen = self._affordable(
+            lost.flatten(), step.flatten(), column, usable.flatten(), self._slack(samples, targets)
+        )
+        samples.view(-1)[chosen] += step.flatten()[chosen]
         return chosen.numel() > 0

@@ -192,14 +192,14 @@ class StructureLearner:
     def _shrink(self, optimizer: Optimizer, attached: list[Optimizer]) -> None:
         widths = self._shrinker.widths()
         self._guard.check_structure(widths)
-        own = self.schedule is not None
+        scheduled = self.schedule is not None
         self._shrinker.step(
             widths,
             optimizer,
             attached,
-            covered=Schedule.ramp(self.progress) if own else self.progress,
-            fixed=1.0 if own else self.progress,  # a host that gives the progress ramps a fixed lambda too
-            in_warmup=own and self.progress <= 0.0,
+            covered=Schedule.ramp(self.progress) if scheduled else self.progress,
+            fixed=1.0 if scheduled else self.progress,  # a host that gives the progress ramps a fixed lambda too
+            in_warmup=scheduled and self.progress <= 0.0,
         )
 
     def set_progress(self, progress: float) -> None:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import ConfigError, GBLRError
+from ..errors import GBLRError
 from ..layers import GBLRLayer
 from ..layers.distributed_parameters import all_finite, local_part
 from ..utils.files import write_text
+from ..utils.validation import check_choice
 
 __all__ = ["NON_FINITE", "FiniteGuard", "drop_gradients", "find_cause", "gradients_finite", "save_diagnostic"]
 
@@ -27,11 +28,16 @@ NON_FINITE = ("stop", "skip")
 _logger = logging.getLogger(__name__)
 _CUDA_CHECK_EVERY = 32
 _MOST_SKIPPED = 100  # in a row: the training makes no progress then
-_PARTS = ("widths", "locations", "U", "V", "bias")
 
 
 def _parameters(optimizer: Optimizer) -> Iterable[nn.Parameter]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _tensors(layer: GBLRLayer) -> dict[str, Tensor]:
+    """The parameters of a structured layer by name."""
+    found = dict(layer.named_parameters(recurse=False))
+    return {name: found[name] for name in ("widths", "locations", "U", "V", "bias") if name in found}
 
 
 def gradients_finite(optimizer: Optimizer) -> bool:
@@ -55,11 +61,10 @@ def find_cause(layers: Mapping[str, GBLRLayer], gradients: bool = True) -> tuple
     """Name of the first layer with an entry that is not finite, and of what: parameters first, then gradients."""
     for of_gradient in (False, True)[: 1 + gradients]:
         for name, layer in layers.items():
-            for part in _PARTS:
-                tensor: Tensor | None = getattr(layer, part, None)
-                tensor = tensor.grad if of_gradient and tensor is not None else tensor
+            for what, parameter in _tensors(layer).items():
+                tensor = parameter.grad if of_gradient else parameter
                 if tensor is not None and not all_finite([tensor]):
-                    return name, f"the gradient of {part}" if of_gradient else part
+                    return name, f"the gradient of {what}" if of_gradient else what
     return None
 
 
@@ -88,11 +93,9 @@ def save_diagnostic(
     """
     report: dict[str, Any] = {**facts, "layers": {}}
     for name, layer in layers.items():
-        parts = {part: getattr(layer, part, None) for part in _PARTS}
         report["layers"][name] = {
-            part: {"values": _counts(tensor), "gradient": _counts(tensor.grad)}
-            for part, tensor in parts.items()
-            if tensor is not None
+            what: {"values": _counts(tensor), "gradient": _counts(tensor.grad)}
+            for what, tensor in _tensors(layer).items()
         }
     text = json.dumps(report, indent=2) + "\n"
     for place in (folder, tempfile.gettempdir()):
@@ -133,8 +136,7 @@ class FiniteGuard:
         folder: str | os.PathLike[str] | None,
         facts: Callable[[], Mapping[str, Any]],
     ) -> None:
-        if non_finite not in NON_FINITE:
-            raise ConfigError(f"structure learner: non_finite must be 'stop' or 'skip', got {non_finite!r}")
+        check_choice("structure learner: non_finite", non_finite, NON_FINITE)
         self._layers, self._non_finite, self._folder, self._facts = layers, non_finite, folder, facts
         self.skipped_steps = 0
         self.last_loss: Tensor | None = None

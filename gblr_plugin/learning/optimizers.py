@@ -70,12 +70,12 @@ def param_groups(model: nn.Module, *, structure_lr: float | None = None, **optio
     structure = structure_parameters(model)
     ids = {id(parameter) for parameter in structure}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-    own: dict[str, Any] = {"params": structure, **_OWN_OPTIONS, STRUCTURE_KEY: True}
+    group: dict[str, Any] = {"params": structure, **_OWN_OPTIONS, STRUCTURE_KEY: True}
     if structure_lr is not None:
-        own["lr"] = structure_lr
+        group["lr"] = structure_lr
     elif "lr" in options:
-        own["lr"] = options["lr"]
-    return [{"params": rest, **options}, own]
+        group["lr"] = options["lr"]
+    return [{"params": rest, **options}, group]
 
 
 # Per-group lists of torch's schedulers, by name; whether they hold learning rates.
@@ -153,7 +153,7 @@ def split_structure_group(
             base = float(group.get("max_lr", group.get("initial_lr", group["lr"])))
             if base == 0:
                 raise ConfigError(
-                    "structure group: an own learning rate needs a non-zero rate of the group it comes from"
+                    "structure group: a learning rate of its own needs a non-zero rate of the group it comes from"
                 )
             ratio = lr / base
         new_group: dict[str, Any] = {"params": moved, **_structure_options(group, ratio)}

@@ -32,11 +32,11 @@ def prox_and_clip_(widths: Sequence[Tensor], locations: Sequence[Tensor], thresh
     if kernel is not None:
         kernel(widths, locations, thresholds)
         return
-    sizes = [part.numel() for part in widths]
-    flat = torch.cat([part.reshape(-1) for part in widths])
+    sizes = [each.numel() for each in widths]
+    flat = torch.cat([each.reshape(-1) for each in widths])
     counts = torch.tensor(sizes, device=flat.device)
     step = thresholds.to(flat.dtype).repeat_interleave(counts, output_size=sum(sizes))
     flat = torch.where((step < 0) & (flat <= 0), flat, flat - step).clamp_(0, 1)
-    shrunk = [part.view_as(like) for part, like in zip(flat.split(sizes), widths, strict=True)]
+    shrunk = [each.view_as(like) for each, like in zip(flat.split(sizes), widths, strict=True)]
     torch._foreach_copy_(list(widths), shrunk)
     torch._foreach_sub_(list(locations), torch._foreach_floor(list(locations)))

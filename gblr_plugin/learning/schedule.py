@@ -47,7 +47,7 @@ class Schedule:
             )
 
     def progress(self, step: int) -> float:
-        """Fraction of the way from warm-up to cool-down after ``step`` optimizer steps, in [0, 1]."""
+        """Progress after ``step`` optimizer steps: 0 until the warm-up ends, then linear to 1 at the cool-down."""
         span = self.cooldown_begin_step - self.warmup_step
         return min(1.0, max(0.0, (step - self.warmup_step) / span))
 
@@ -57,5 +57,5 @@ class Schedule:
 
     @staticmethod
     def ramp(progress: float) -> float:
-        """Share of the budget's way covered: the cubic ramp of NNI's MovementPruner and AGPPruner."""
+        """Share of the descent to the budget at a progress: the cubic ramp of NNI's MovementPruner and AGPPruner."""
         return 1.0 - (1.0 - progress) ** 3

@@ -146,12 +146,12 @@ class Shrinker:
         # Under FSDP2 each process holds some of the widths, and finds the same thresholds from all of them.
         widths = [local_part(layer.widths) for layer in layers]
         held = [
-            None if layer.fixed_components is None else part.clone() for layer, part in zip(layers, widths, strict=True)
+            None if layer.fixed_components is None else each.clone() for layer, each in zip(layers, widths, strict=True)
         ]
         prox_and_clip_(widths, [local_part(layer.locations) for layer in layers], thresholds)
-        for layer, part, before in zip(layers, widths, held, strict=True):
+        for layer, each, before in zip(layers, widths, held, strict=True):
             if before is not None:
-                part.copy_(torch.where(layer.low_rank_components, before, part))
+                each.copy_(torch.where(layer.low_rank_components, before, each))
 
     def _have_budgets(self, device: torch.device) -> Tensor:
         return torch.tensor([goal.budget is not None for goal in self._goals], device=device)

@@ -22,36 +22,36 @@ from ..errors import ConfigError
 __all__ = ["fft_mask", "integer_locations", "integer_widths", "mask_tables"]
 
 
-def integer_widths(width: Tensor, n: int | Tensor, align: int | Tensor = 1) -> Tensor:
-    """Round normalised widths to whole multiples of ``align`` samples, or to the whole axis.
+def integer_widths(width: Tensor, n: int | Tensor, tile: int | Tensor = 1) -> Tensor:
+    """Round normalised widths to whole multiples of ``tile`` samples, or to the whole axis.
 
     Args:
         width: Any shape, floating point in [0, 1] (fractions of the axis).
         n: Axis length N, or (broadcastable) float64 lengths.
-        align: Tile T, or float64 tiles; 1 is the published method.
+        tile: Tile T, or float64 tiles; 1 is the published method.
 
     Returns:
         int64 of the same shape, in [0, N]: the nearest of 0, T, 2T, ... and N itself, which need not be a multiple.
     """
     width = width.detach()
-    scale = n / align
+    scale = n / tile
     if isinstance(scale, Tensor):
         scale = scale.to(width.dtype)  # as a Python number would be, so that counts agree with masks
-    whole = torch.round(width * scale).to(torch.float64) * align
-    ragged = n % align
+    rounded = torch.round(width * scale).to(torch.float64) * tile
+    ragged = n % tile
     if isinstance(ragged, Tensor) or ragged:
         samples = width.to(torch.float64) * n
-        whole = torch.where((ragged > 0) & (samples > n - ragged / 2), n, whole)
+        rounded = torch.where((ragged > 0) & (samples > n - ragged / 2), n, rounded)
     if isinstance(n, Tensor):
-        return whole.clamp_(min=0).minimum(n).long()
-    return whole.long().clamp(0, n)
+        return rounded.clamp_(min=0).minimum(n).long()
+    return rounded.long().clamp(0, n)
 
 
-def integer_locations(location: Tensor, n: int, align: int = 1) -> Tensor:
-    """Round normalised locations (taken modulo 1) to whole multiples of ``align`` samples; int64 in [0, N)."""
+def integer_locations(location: Tensor, n: int, tile: int = 1) -> Tensor:
+    """Round normalised locations (taken modulo 1) to whole multiples of ``tile`` samples; int64 in [0, N)."""
     location = location.detach()
-    whole = (torch.round((location - location.floor()) * (n / align)) * align).long().clamp(min=0)
-    return torch.where(whole < n, whole, 0)  # the last tile wraps to the first sample, itself a multiple
+    rounded = (torch.round((location - location.floor()) * (n / tile)) * tile).long().clamp(min=0)
+    return torch.where(rounded < n, rounded, 0)  # the last tile wraps to the first sample, itself a multiple
 
 
 def _frequencies(n: int, sigma: float | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,13 +65,13 @@ def _frequencies(n: int, sigma: float | None) -> tuple[Tensor, Tensor, Tensor]:
 def _tables(n: int, sigma: float | None, hard: bool) -> Tensor:
     k, dirichlet, window = _frequencies(n, sigma)
     if sigma is None or hard:
-        unit = torch.zeros(n, dtype=torch.float64)
-        unit[0] = 1.0
+        narrowest = torch.zeros(n, dtype=torch.float64)
+        narrowest[0] = 1.0
     else:
-        unit = torch.fft.irfft((window / n).to(torch.complex128), n=n, norm="forward")
-    prefix = unit.cumsum(0)
+        narrowest = torch.fft.irfft((window / n).to(torch.complex128), n=n, norm="forward")
+    prefix = narrowest.cumsum(0)
     slope = torch.fft.irfft(torch.exp(1j * torch.pi * k / n) / dirichlet * window, n=n, norm="forward")
-    # Prefix sums of the periodic extension grow by one (the sum of `unit`) each period.
+    # Prefix sums of the periodic extension grow by one (the sum of the mask of width 1) each period.
     return torch.stack([torch.cat([prefix - 2, prefix - 1, prefix]), slope.repeat(3)])
 
 
@@ -108,7 +108,7 @@ def mask_tables(
 
 def fft_mask(width: Tensor, location: Tensor, n: int, sigma: float | None) -> Tensor:
     """The published frequency-domain form, (K, N); differentiable by autograd for real-valued arguments."""
-    k, dirichlet, window = (part.to(device=width.device, dtype=width.dtype) for part in _frequencies(n, sigma))
+    k, dirichlet, window = (each.to(device=width.device, dtype=width.dtype) for each in _frequencies(n, sigma))
     w, loc = width[:, None], location[:, None]
     amplitude = w * torch.sinc(k * w) / dirichlet * window
     phase = torch.pi * k * (1 / n - w - 2 * loc)

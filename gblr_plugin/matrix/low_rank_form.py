@@ -1,10 +1,10 @@
-"""Two forms of a low-rank part: trapezoids, which cost least, and full factors, which train best.
+"""Two forms of a low-rank product: trapezoids, which cost least, and full factors, which train best.
 
 A product A C of rank r is unchanged by A R, R^-1 C. These r^2 free numbers can make A lower and C upper trapezoidal
 (component k on the rows and on the columns from k), which costs r (r - 1) multiply-adds less; see
 :mod:`gblr_plugin.matrix.trapezoid_form`. Trapezoids keep the pivots of that elimination, and optimizers train them
 badly; full factors of balanced norm (the low-rank form) are as well conditioned as those of an SVD. A layer therefore
-trains such a part in low-rank form, and is counted and converted in trapezoid form.
+trains such a product in low-rank form, and is counted and converted in trapezoid form.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def _leading_trapezoids(rows: Intervals, cols: Intervals, tiles: tuple[int, int]
     """How many of the first components are trapezoids: intervals that lose one tile more at their start each."""
     most = min(rows.num_components, rows.length, cols.length)
     same = torch.ones(most, dtype=torch.bool, device=rows.width.device)
-    for part, tile in zip((rows, cols), tiles, strict=True):
-        straight = TiledAxis(part.length, tile).trailing(most, rows.width.device)
-        same &= (part.width[:most] == straight.width) & (straight.width > 0)
+    for side, tile in zip((rows, cols), tiles, strict=True):
+        straight = TiledAxis(side.length, tile).trailing(most, rows.width.device)
+        same &= (side.width[:most] == straight.width) & (straight.width > 0)
         # A full interval starts anywhere; the others begin where the trapezoids do, turned by one offset.
-        partial = straight.width < part.length
-        turn = (part.start[:most] - straight.start) % part.length
+        partial = straight.width < side.length
+        turn = (side.start[:most] - straight.start) % side.length
         if bool(partial.any()):
             same &= ~partial | (turn == turn[int(partial.int().argmax())])
     rank = int(same.int().cummin(0).values.sum())
@@ -46,7 +46,7 @@ def _leading_trapezoids(rows: Intervals, cols: Intervals, tiles: tuple[int, int]
 def to_low_rank_form(
     u: Tensor, v: Tensor, rows: Intervals, cols: Intervals, sizes: Sequence[int], tiles: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Replace leading trapezoids of each split by whole factors of balanced norm with the same product.
+    """Replace leading trapezoids of each split by full factors of balanced norm with the same product.
 
     Args:
         u: (K, m / s) row factors.
@@ -68,16 +68,16 @@ def to_low_rank_form(
         first += size
         if rank < 2:
             continue
-        part = index[:rank]
-        left = u[part].double() * rows.select(part).support()
-        right = v[part].double() * cols.select(part).support()
+        index = index[:rank]
+        left = u[index].double() * rows.select(index).support()
+        right = v[index].double() * cols.select(index).support()
         # SVD of the product by way of its two thin factors.
         q_left, r_left = torch.linalg.qr(left.T)
         q_right, r_right = torch.linalg.qr(right.T)
         a, c = truncated_svd(r_left @ r_right.T, rank)
-        u[part] = (q_left @ a).T.to(u.dtype)
-        v[part] = (c @ q_right.T).to(v.dtype)
-        free[part] = True
+        u[index] = (q_left @ a).T.to(u.dtype)
+        v[index] = (c @ q_right.T).to(v.dtype)
+        free[index] = True
     return u, v, free
 
 
@@ -91,9 +91,9 @@ def to_trapezoid_form(
     sizes: Sequence[int],
     tiles: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Intervals, Intervals]:
-    """Inverse of :func:`to_low_rank_form`: the whole factors of each split as trapezoids.
+    """Inverse of :func:`to_low_rank_form`: the full factors of each split as trapezoids.
 
-    Where no order of elimination is stable, the largest part of the product that whole factors buy for the same cost
+    Where no order of elimination is stable, the largest part of the product that full factors buy for the same cost
     takes its place, with a warning.
 
     Args:
@@ -113,25 +113,25 @@ def to_trapezoid_form(
     starts = [rows.start.clone(), cols.start.clone()]
     first = 0
     for size in sizes:
-        part = torch.arange(first, first + size, device=u.device)
-        part = part[free[part]]
+        index = torch.arange(first, first + size, device=u.device)
+        index = index[free[index]]
         first += size
-        if not len(part):
+        if not len(index):
             continue
-        left, right = u[part].double().T, v[part].double()
+        left, right = u[index].double().T, v[index].double()
         found = trapezoid_form(left, right, TiledAxis(rows.length, tiles[0]), TiledAxis(cols.length, tiles[1]))
         if found is not None:
-            u[part], v[part] = found.u.to(u.dtype), found.v.to(v.dtype)
+            u[index], v[index] = found.u.to(u.dtype), found.v.to(v.dtype)
             for side, intervals in enumerate((found.rows, found.cols)):
-                widths[side][part], starts[side][part] = intervals.width, intervals.start
+                widths[side][index], starts[side][index] = intervals.width, intervals.start
             continue
-        cost = int((rows.width[part] + cols.width[part]).sum())
+        cost = int((rows.width[index] + cols.width[index]).sum())
         kept = cost // (rows.length + cols.length)
-        _logger.warning("no stable trapezoids for a low-rank part of rank %d: kept rank %d", len(part), kept)
+        _logger.warning("no stable trapezoids for a low-rank product of rank %d: kept rank %d", len(index), kept)
         a, c = truncated_svd(left @ right, kept)
-        u[part] = F.pad(a.T, (0, 0, 0, len(part) - kept)).to(u.dtype)
-        v[part] = F.pad(c, (0, 0, 0, len(part) - kept)).to(v.dtype)
+        u[index] = F.pad(a.T, (0, 0, 0, len(index) - kept)).to(u.dtype)
+        v[index] = F.pad(c, (0, 0, 0, len(index) - kept)).to(v.dtype)
         for side, length in enumerate((rows.length, cols.length)):
-            whole = torch.arange(len(part), device=u.device) < kept
-            widths[side][part], starts[side][part] = torch.where(whole, length, 0), torch.zeros_like(part)
+            is_kept = torch.arange(len(index), device=u.device) < kept
+            widths[side][index], starts[side][index] = torch.where(is_kept, length, 0), torch.zeros_like(index)
     return u, v, Intervals(widths[0], starts[0], rows.length), Intervals(widths[1], starts[1], cols.length)

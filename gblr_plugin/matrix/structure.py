@@ -5,7 +5,7 @@ A GBLR matrix (Lee & Kim, ICLR 2024, Eq. 2) is a sum of K rank-1 blocks that may
     W = sum_k (b_k^R * u_k) (b_k^C * v_k)^T,
 
 where ``b_k^R`` and ``b_k^C`` are 0/1 indicators of cyclic intervals of the rows and columns. This module knows
-intervals and what they cost; how they are learned, found or multiplied fast is the business of the modules above it.
+intervals and what they cost; how they are learned, found or multiplied fast is known to the modules above it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Intervals:
 
     @classmethod
     def of_known(cls, width: Tensor, start: Tensor, length: int) -> Intervals:
-        """Intervals that are in range by the way they were computed: nothing is checked, no device is waited for."""
+        """Intervals that are computed so that they are in range: nothing is checked, no device is waited for."""
         made = object.__new__(cls)
         for name, value in (("width", width), ("start", start), ("length", length)):
             object.__setattr__(made, name, value)
@@ -87,19 +87,20 @@ class Intervals:
         end = start + width
         return ((index >= start) & (index < end)) | (index < end - self.length)
 
-    def select(self, index: Tensor) -> Intervals:
-        """The intervals at ``index`` ((J,) int64 or (K,) bool)."""
+    def select(self, index: Tensor | slice) -> Intervals:
+        """The intervals at ``index`` ((J,) int64, (K,) bool, or a slice)."""
         return Intervals.of_known(self.width[index], self.start[index], self.length)
 
     def join(self, *others: Intervals) -> Intervals:
         """These intervals, and after them those of others on an axis of the same length."""
-        parts = (self, *others)
-        return Intervals.of_known(torch.cat([p.width for p in parts]), torch.cat([p.start for p in parts]), self.length)
+        width, start = (torch.cat([getattr(each, name) for each in (self, *others)]) for name in ("width", "start"))
+        return Intervals.of_known(width, start, self.length)
 
     def narrow(self, start: int, length: int) -> Intervals:
-        """What the intervals cover of the indices ``start : start + length``, as cyclic intervals of that part.
+        """What the intervals cover of the indices ``start : start + length``, as cyclic intervals of that range.
 
-        A part of a cyclic interval is one again: where it wraps, its two ends meet at the border of the part.
+        What a cyclic interval covers of a range is a cyclic interval of it: where it wraps, its two ends meet at the
+        border of the range.
         """
         end = self.start + self.width
         first = self.start.clamp(min=start)
@@ -233,8 +234,8 @@ class StructuredMatrix:
 
     def t(self) -> StructuredMatrix:
         """The (n, m) transpose."""
-        one = self._unsplit()
-        return StructuredMatrix(one.v, one.u, one.cols, one.rows, one.split_sizes)
+        matrix = self._unsplit()
+        return StructuredMatrix(matrix.v, matrix.u, matrix.cols, matrix.rows, matrix.split_sizes)
 
     def narrow(self, dim: int, start: int, length: int) -> StructuredMatrix:
         """Rows (``dim=0``) or columns (``dim=1``) ``start : start + length``, as :func:`torch.narrow`; exact.
@@ -253,17 +254,17 @@ class StructuredMatrix:
         if dim == 1:
             cols = self.cols.narrow(start, length)
             return StructuredMatrix(self.u, self.v[:, start : start + length], self.rows, cols, self.split_sizes)
-        parts, height = [], self.rows.length
-        pieces = (self.u, self.v, self.rows.width, self.rows.start, self.cols.width, self.cols.start)
-        for number, own in enumerate(zip(*(piece.split(self.split_sizes) for piece in pieces), strict=True)):
+        pieces, height, first = [], self.rows.length, 0
+        for number, size in enumerate(self.split_sizes):
             begin = max(start - number * height, 0)
             end = min(start + length - number * height, height)
             if begin < end:
-                u, v, row_width, row_start, col_width, col_start = own
-                rows = Intervals.of_known(row_width, row_start, height).narrow(begin, end - begin)
-                cols = Intervals.of_known(col_width, col_start, self.cols.length)
-                parts.append(StructuredMatrix(u[:, begin:end], v, rows, cols, (len(u),)))
-        return StructuredMatrix.cat(parts, 0)
+                split = slice(first, first + size)
+                rows = self.rows.select(split).narrow(begin, end - begin)
+                cols = self.cols.select(split)
+                pieces.append(StructuredMatrix(self.u[split, begin:end], self.v[split], rows, cols, (size,)))
+            first += size
+        return StructuredMatrix.cat(pieces, 0)
 
     @staticmethod
     def cat(matrices: Sequence[StructuredMatrix], dim: int) -> StructuredMatrix:
@@ -326,8 +327,8 @@ class StructuredMatrix:
         if self.row_splits == 1:
             return self
         height, splits = self.rows.length, range(self.row_splits)
-        parts = [self.narrow(0, number * height, height) for number in splits]
-        return StructuredMatrix.sum([part._placed(0, n * height, self.shape[0]) for n, part in enumerate(parts)])
+        pieces = [self.narrow(0, number * height, height) for number in splits]
+        return StructuredMatrix.sum([piece._placed(0, n * height, self.shape[0]) for n, piece in enumerate(pieces)])
 
     def _placed(self, dim: int, at: int, total: int) -> StructuredMatrix:
         """A matrix of zeros but for this one at index ``at`` of an axis of length ``total``; unsplit if ``dim=0``."""
@@ -345,15 +346,15 @@ class StructuredMatrix:
         end = torch.where(second, (start + width - length)[source], end)
         cols = Intervals.of_known(end - begin, begin + at, total)
         v = F.pad(self.v[source], (at, total - at - length))
-        sizes = torch.stack([part.sum() for part in (1 + two.long()).split(self.split_sizes)]).tolist()
+        sizes = torch.stack([split.sum() for split in (1 + two.long()).split(self.split_sizes)]).tolist()
         return StructuredMatrix.from_factors(self.u[source], v, self.rows.select(source), cols, tuple(sizes))
 
     def to(self, *args: object, **kwargs: object) -> StructuredMatrix:
         """Move or cast as :meth:`torch.Tensor.to`; intervals follow the device and stay int64."""
         u, v = self.u.to(*args, **kwargs), self.v.to(*args, **kwargs)  # type: ignore[call-overload]  # passes through
 
-        def move(part: Intervals) -> Intervals:
-            return Intervals.of_known(part.width.to(u.device), part.start.to(u.device), part.length)
+        def move(side: Intervals) -> Intervals:
+            return Intervals.of_known(side.width.to(u.device), side.start.to(u.device), side.length)
 
         return StructuredMatrix(u, v, move(self.rows), move(self.cols), self.split_sizes)
 
@@ -366,5 +367,5 @@ class StructuredMatrix:
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ W.T + bias`` by the factored product, for ``x`` of shape (..., n); returns (..., m)."""
         z = F.linear(x, self.v).split(self.split_sizes, dim=-1)
-        y = torch.cat([part @ u for part, u in zip(z, self.u.split(self.split_sizes), strict=True)], dim=-1)
+        y = torch.cat([each @ u for each, u in zip(z, self.u.split(self.split_sizes), strict=True)], dim=-1)
         return y if bias is None else y + bias

@@ -25,7 +25,7 @@ def counted(specs, widths):
     costs = []
     for part, s in zip(widths.split([s.num_components for s in specs], dim=1), specs, strict=True):
         sides = [
-            gaudi_mask(part[i], torch.zeros_like(part[i]), s.axis_lengths[i], None, align=s.align[i]).count_nonzero(1)
+            gaudi_mask(part[i], torch.zeros_like(part[i]), s.axis_lengths[i], None, align=s.tile[i]).count_nonzero(1)
             for i in (0, 1)
         ]
         costs.append(int(torch.where((sides[0] > 0) & (sides[1] > 0), sides[0] + sides[1], 0).sum()))
@@ -224,18 +224,18 @@ def test_a_layer_without_a_lower_bound_may_vanish_beside_one_that_has_one():
 def test_pinned_components_are_counted_and_never_change(align):
     specs = [spec(32, 32, align=align)]
     widths = draw(specs, low=0.3)
-    pinned = torch.zeros(32, dtype=torch.bool)
-    pinned[:8] = True
+    fixed = torch.zeros(32, dtype=torch.bool)
+    fixed[:8] = True
     widths[:, 0] = 0.3 * align[0] / 32  # would be rounded away, and brought back
-    budget = WidthBudget(specs, [0], pinned=pinned)
+    budget = WidthBudget(specs, [0], fixed=fixed)
     target = torch.tensor([1000.0])
     threshold = budget.thresholds(widths, target)
     shrunk = apply_thresholds(specs, widths, threshold)
-    shrunk[:, pinned] = widths[:, pinned]
+    shrunk[:, fixed] = widths[:, fixed]
     cost = counted(specs, shrunk)[0]
     assert 1000 - 80 * align[0] < cost <= 1000
     settled = budget.rounded(shrunk, target)
-    assert torch.equal(settled[:, pinned], budget.snap(widths)[:, pinned])
+    assert torch.equal(settled[:, fixed], budget.snap(widths)[:, fixed])
     assert settled[:, 0].tolist() == [0, 0]
     assert 1000 - 2 * align[0] < int(multiply_adds(*settled).sum()) <= 1000
 
@@ -301,8 +301,8 @@ def test_a_lower_bound_of_one_keeps_a_component():
 def test_pinned_components_stay_beside_others_that_take_all_there_is():
     specs = [spec(10, 12, num=6)]
     widths = torch.tensor([[0.5, 0.5, 0.0, 0.5, 0.04, 0.04], [0.5, 0.5, 0.5, 0.0, 0.5, 0.5]])
-    pinned = torch.tensor([True, False, False, False, True, False])
-    settled = WidthBudget(specs, [0], pinned=pinned).rounded(widths, torch.tensor([1000.0]))
+    fixed = torch.tensor([True, False, False, False, True, False])
+    settled = WidthBudget(specs, [0], fixed=fixed).rounded(widths, torch.tensor([1000.0]))
     # Left alone; raised; dead, rows and columns; emptied by rounding and left so; brought back and raised.
     assert settled.tolist() == [[5, 10, 0, 5, 0, 10], [6, 12, 6, 0, 6, 12]]
 

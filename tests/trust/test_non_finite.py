@@ -107,9 +107,9 @@ def test_no_place_at_all(make_run, tmp_path, monkeypatch):
 
 
 def test_unknown_choice(make_run):
-    with pytest.raises(ConfigError, match="non_finite must be 'stop' or 'skip', got 'ignore'"):
+    with pytest.raises(ConfigError, match="non_finite must be one of stop, skip, got 'ignore'"):
         make_run(non_finite="ignore")
-    with pytest.raises(ConfigError, match="callback: non_finite must be 'stop' or 'skip', got 'ignore'"):
+    with pytest.raises(ConfigError, match="callback: non_finite must be one of stop, skip, got 'ignore'"):
         GBLRCallback(0.5, non_finite="ignore")
 
 

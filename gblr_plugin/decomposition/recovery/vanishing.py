@@ -1,9 +1,11 @@
 r"""Combinations of vectors that vanish on long windows of an axis.
 
-What lives on an interval vanishes on the window that is its complement. Whether some combination does is read off the
-Gram matrix of the window's rows, which grows with the window: a window that is too long stays too long when it grows,
-so that the longest ones are found by bisection or by sliding. No decision rests on an earlier one, which is what lets
-single precision through: exact zeros and ranks, decided one index after the other, drown in rounding.
+A vector that lives on an interval vanishes on the window that is the interval's complement. Whether some combination of
+vectors vanishes on a window is read off the Gram matrix of the window's rows: it does where that matrix is singular.
+The Gram matrix grows with the window, so that combinations found on no window are found on no longer one either, and
+the longest windows are found by bisection. Each decision is about all of a window and rests on no earlier decision.
+That is what makes it work in single precision: decisions about exact zeros, one index after the other, fail there,
+since their rounding errors add up.
 """
 
 from __future__ import annotations
@@ -72,10 +74,10 @@ def shortest_vectors(space: Tensor, grid: TiledAxis, noise: float, least: float)
 
     def unspanned(which: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """Parts (., d, T) of ends' rows that windows after them do not span, and their inner products (., T, T)."""
-        after, own = end[which] + 1, rows[end[which]]
+        after, last = end[which] + 1, rows[end[which]]
         factor = torch.linalg.cholesky_ex(sums[after + length] - sums[after] + damping)[0]
-        part = ridge * torch.cholesky_solve(own, factor)
-        return part, own.transpose(1, 2) @ part
+        unspanned_rows = ridge * torch.cholesky_solve(last, factor)
+        return unspanned_rows, last.transpose(1, 2) @ unspanned_rows
 
     low, high = torch.full_like(end, -1), torch.full_like(end, count - 1)
     # Where there is no structure, windows are as long as their rows leave anything unspanned: that is tried first.
@@ -88,8 +90,8 @@ def shortest_vectors(space: Tensor, grid: TiledAxis, noise: float, least: float)
         independent = values > (least * size[end[which]]) ** 2
         low[which] = torch.where(independent, middle, bottom)
         high[which] = torch.where(independent, top, middle - 1)
-    part, products = unspanned(torch.arange(len(end), device=space.device), low.clamp(min=0))
-    vectors = (part @ torch.linalg.eigh(products)[1].flip(2)[:, :, :levels]).transpose(1, 2)  # (., J, d)
+    free, products = unspanned(torch.arange(len(end), device=space.device), low.clamp(min=0))
+    vectors = (free @ torch.linalg.eigh(products)[1].flip(2)[:, :, :levels]).transpose(1, 2)  # (., J, d)
     there = (torch.arange(levels, device=space.device) <= level[:, None]) & (low >= 0)[:, None]
     which = there.nonzero()[:, 0]
     return (count - low)[which], ((end + 1 + low) % count)[which], vectors[there]
@@ -170,7 +172,7 @@ class WindowSearch:
         self.work += STEP + len(row) * size**2 * (size + PASSES)
         if self.work > self.most_work:
             return torch.zeros_like(row, dtype=torch.bool)
-        pieces = [part.split(max(1, CHUNK_ENTRIES // size**2)) for part in (row, begin % self.count, length)]
+        pieces = [each.split(max(1, CHUNK_ENTRIES // size**2)) for each in (row, begin % self.count, length)]
         return torch.cat([self._vanish(*piece) for piece in zip(*pieces, strict=True)])
 
     def _vanish(self, row: Tensor, begin: Tensor, length: Tensor) -> Tensor:
