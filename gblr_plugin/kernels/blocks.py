@@ -140,7 +140,7 @@ def convolution(
     """Convolution of x (batch, c_in, ...) with the (c_out, c_in * prod(kernel)) matrix; returns (batch, c_out, ...).
 
     Stage 1 convolves the channels of each column block with its components; stage 2 is a 1x1 convolution. Column blocks
-    hold whole channels (see :func:`~gblr_plugin.kernels.plan.fixed_plan`).
+    hold complete channels (see :func:`~gblr_plugin.kernels.plan.fixed_plan`).
     """
     taps, lists = 1, all_lists(layout, index)
     for size in kernel:

@@ -1,7 +1,7 @@
-"""The compiled product as one torch operator: numba on the CPU, triton on CUDA, with gradients for x and bias.
+"""The compiled product as one torch operator: numba on the CPU, Triton on CUDA, with gradients for x and bias.
 
-The operator is opaque to torch, so that ``torch.compile`` keeps it whole. Its backward pass is the same operator on the
-transposed matrix: the block tables change places.
+The operator is opaque to torch, so that ``torch.compile`` does not take it apart. Its backward pass is the same
+operator on the transposed matrix: the block tables change places.
 """
 
 from __future__ import annotations

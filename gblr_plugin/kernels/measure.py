@@ -23,13 +23,13 @@ from .plan import MATRIX, Plan, candidates
 
 __all__ = ["circumstances", "is_stale", "measured_plan"]
 
-KEEP = 3  # candidates of each kernel that are timed
-SECONDS = 0.02  # at most about this long per candidate and bucket
+KEEP = 3  # number of candidates of the compiled kernel that are timed
+SECONDS = 0.02  # about the most for each candidate and bucket
 _CACHE: dict[tuple[object, ...], Plan] = {}
 
 
 def circumstances(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
-    """What a measurement holds for: fields of a plan."""
+    """For what a measurement holds, as fields of a plan."""
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     name = str(dtype).removeprefix("torch.")
     return {"device": device.type, "dtype": name, "threads": torch.get_num_threads(), "machine": machine}
@@ -48,7 +48,7 @@ def _processor() -> str:
 
 
 def is_stale(plan: Plan, device: torch.device, dtype: torch.dtype) -> bool:
-    """Was a plan measured, and elsewhere: on another device, processor, dtype or number of threads."""
+    """Whether a plan was measured on another device, processor, dtype or number of threads."""
     return plan.measured and any(getattr(plan, name) != value for name, value in circumstances(device, dtype).items())
 
 
@@ -59,8 +59,8 @@ def _key(matrix: StructuredMatrix) -> tuple[object, ...]:
     return (*structure, matrix.shape, matrix.split_sizes, matrix.u.dtype, str(device), torch.get_num_threads())
 
 
-def _storages(matrix: StructuredMatrix, int8: bool) -> list[Plan]:
-    """Storages to time: most of them for the compiled kernel, where there is one."""
+def _plans(matrix: StructuredMatrix, int8: bool) -> list[Plan]:
+    """Plans to time, most of them for the compiled kernel, where there is one."""
     kernels = ["compiled"] if compiled.available(matrix.u.device, matrix.u.dtype) else []
     return [
         plan
@@ -71,17 +71,18 @@ def _storages(matrix: StructuredMatrix, int8: bool) -> list[Plan]:
 
 @torch.no_grad()
 def measured_plan(matrix: StructuredMatrix, buckets: tuple[int, ...] = (1, 16, 256), int8: bool = False) -> Plan:
-    """Time the candidates on the device and in the dtype of the factors; dense storage is one of them.
+    """Time the candidates, and the dense product, on the device and in the dtype of the factors.
 
     Args:
         matrix: The weight.
-        buckets: Token counts to time; a kernel is chosen for each.
-        int8: The factors will be int8: that decides which storages are lean enough; they are timed as they are.
+        buckets: Numbers of tokens to time; a kernel is chosen for each.
+        int8: Whether the factors will be int8, which decides the plans within the memory limit. Factors are timed as
+            they are.
 
     Returns:
-        The plan whose times over dense, no more than 1, have the least geometric mean over the buckets. Where dense
-        is faster the plan takes it, with the matrix beside the factors. Equal structures on one device reuse the
-        measurement.
+        The plan whose times over those of the dense product, at most 1, have the least geometric mean over the buckets.
+        Where dense is faster the plan uses it, with the matrix beside the factors. Equal structures on one device reuse
+        the measurement.
     """
     key = (*_key(matrix), buckets, int8)
     if key not in _CACHE:
@@ -93,11 +94,11 @@ def _measure(matrix: StructuredMatrix, buckets: tuple[int, ...], int8: bool) -> 
     device, dtype = matrix.u.device, matrix.u.dtype
     facts = circumstances(device, dtype)
     dense = matrix.to_dense()
-    plans = _storages(matrix, int8)
+    plans = _plans(matrix, int8)
     packed = [(plan, *pack_for(matrix, plan.block_rows, plan.block_cols, plan.even)) for plan in plans]
-    kernels = [("blocks",) if plan.even else ("compiled", "blocks") for plan in plans]  # of each storage
+    kernels = [("blocks",) if plan.even else ("compiled", "blocks") for plan in plans]  # of each plan
     small = not int8 and dense.nbytes <= MATRIX
-    slack = 1.0 if small else 1.05  # a large matrix is kept beside its factors for a clear gain alone
+    slack = 1.0 if small else 1.05  # a large matrix is kept beside its factors only for a clear gain
     ratios: list[list[tuple[float, str]]] = [[] for _ in packed]  # best (time over dense, kernel) per bucket
     for tokens in buckets:
         x = torch.randn(tokens, matrix.shape[1], device=device, dtype=dtype)
@@ -113,7 +114,7 @@ def _measure(matrix: StructuredMatrix, buckets: tuple[int, ...], int8: bool) -> 
     best = min(range(len(packed)), key=means.__getitem__)
     names = [name for _, name in ratios[best]]
     if "blocks" in names and "compiled" in kernels[best] and "compiled" not in names:
-        names[names.index("blocks")] = "compiled"  # else the weight would be packed evenly, unlike what was timed
+        names[names.index("blocks")] = "compiled"  # without it the weight would be packed evenly, unlike what was timed
     return replace(
         packed[best][0],
         kernels=tuple(zip(buckets, names, strict=True)),

@@ -124,7 +124,7 @@ def convolution(
         (extent + 2 * p - d * (size - 1) - 1) // s + 1
         for extent, p, d, size, s in zip(x.shape[2:], padding, dilation, sizes, stride, strict=True)
     )
-    if len(sizes) == 1:  # as a picture of height one
+    if len(sizes) == 1:  # as a picture of height 1
         x, sizes, stride = x.unsqueeze(2), (1, *sizes), (1, *stride)
         padding, dilation = (0, *padding), (1, *dilation)
     pointwise = set(sizes) == {1} == set(stride) and set(padding) == {0}

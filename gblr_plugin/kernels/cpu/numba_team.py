@@ -78,7 +78,7 @@ def _token_worker(kind: str, narrow: bool) -> Any:
 
     @worker(variant_of(kind, narrow))
     def by_tokens(data):
-        """The product for some of the tokens, whole tiles of them."""
+        """The product for some of the tokens, in complete tiles."""
         x, x_row, x_column, tokens, n, factors, lists, cols_at = _first_words(data)
         cols, rows_at, rows, num, scales, bias, y, y_row = _last_words(data)
         item, threads, tiles = load_int64(data + _LAST), load_int64(data + 8), (tokens + LANES - 1) // LANES
@@ -96,7 +96,7 @@ def _token_worker(kind: str, narrow: bool) -> Any:
 
 @njit(nogil=True)
 def _components(entries, width, count):
-    """How many of a block's components end within so many of its entries, in whole tiles unless these are all of them.
+    """How many of a block's components end within so many entries, in complete tiles unless these are all of them.
 
     Two neighbouring shares both ask for the border between them.
     """

@@ -6,6 +6,7 @@ word is such a pair, two bfloat16 in 32 bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -56,6 +57,12 @@ class _PairEmitter(Emitter):
     def halves(self, address: Any, mask: Any) -> Any:
         """16 bfloat16, as bits."""
         return self.vector(address, mask, _HALVES)
+
+    def in_pairs(self, count: Any, initial: list[Any], step: Callable[[Any, list[Any], bool], list[Any]]) -> list[Any]:
+        """``step(pair, values, complete)`` for every two of ``count`` rows, and for a last row without a partner."""
+        full = self.b.sdiv(count, self.i(2))
+        values = self.loop(full, initial, lambda p, values: step(p, values, True))
+        return self.loop(self.b.srem(count, self.i(2)), values, lambda _, values: step(full, values, False))
 
     def weave(self, first: Any, second: Any) -> Any:
         """Pairs of the lanes of two vectors."""
@@ -148,18 +155,12 @@ def pair_tile(narrow: bool = False) -> Tile:
             woven = e.b.shuffle_vector(both, both, _WEAVE)
             e.store(e.b.bitcast(woven, _WORDS), e.at(out, e.b.mul(p, e.i(LANES))))
 
-        def body(p: Any, _: list[Any]) -> list[Any]:
+        def step(p: Any, nothing: list[Any], complete: bool) -> list[Any]:
             at = e.b.mul(p, e.i(2))
-            put(p, row(at), row(e.b.add(at, e.i(1))))
-            return []
+            put(p, row(at), row(e.b.add(at, e.i(1))) if complete else _ZERO)
+            return nothing
 
-        def last(_: Any, carried: list[Any]) -> list[Any]:
-            put(whole, row(e.b.mul(whole, e.i(2))), _ZERO)
-            return carried
-
-        whole = e.b.sdiv(count, e.i(2))
-        e.loop(whole, [], body)
-        e.loop(e.b.srem(count, e.i(2)), [], last)
+        e.in_pairs(count, [], step)
 
     return Tile(4, emit)
 
@@ -175,30 +176,21 @@ def weave_tile() -> Tile:
         u, count, width, out = a
         vectors = e.b.sdiv(width, e.i(LANES))
 
-        def row(p: Any, second: bool) -> None:
+        def weave_rows(p: Any, nothing: list[Any], complete: bool) -> list[Any]:
             first_row = e.at(u, e.b.mul(e.b.mul(p, e.i(2)), width), 2)
             words = e.at(out, e.b.mul(p, width))
 
             def step(j: Any, _: list[Any]) -> list[Any]:
                 at = e.b.mul(j, e.i(LANES))
                 top = e.halves(e.at(first_row, at, 2), None)
-                bottom = e.halves(e.at(first_row, e.b.add(at, width), 2), None) if second else _NONE
+                bottom = e.halves(e.at(first_row, e.b.add(at, width), 2), None) if complete else _NONE
                 e.store(e.b.bitcast(e.weave(top, bottom), _WORDS), e.at(words, at))
                 return []
 
             e.loop(vectors, [], step)
+            return nothing
 
-        def whole_pair(p: Any, carried: list[Any]) -> list[Any]:
-            row(p, True)
-            return carried
-
-        def last_row(_: Any, carried: list[Any]) -> list[Any]:
-            row(whole, False)
-            return carried
-
-        whole = e.b.sdiv(count, e.i(2))
-        e.loop(whole, [], whole_pair)
-        e.loop(e.b.srem(count, e.i(2)), [], last_row)
+        e.in_pairs(count, [], weave_rows)
 
     return Tile(4, emit)
 
@@ -230,23 +222,21 @@ def expand_tile(tokens: int, vectors: int, masked: bool, woven: bool = False) ->
             row = e.at(u, e.b.mul(p, u_stride))
             return products(p, sums, [e.words(e.at(row, e.i(j * LANES))) for j in range(vectors)])
 
-        def step(p: Any, sums: list[Any], second: bool) -> list[Any]:
+        def step(p: Any, sums: list[Any], complete: bool) -> list[Any]:
             first_row = e.at(u, e.b.mul(e.b.mul(p, e.i(2)), u_stride), 2)
             second_row = e.at(first_row, u_stride, 2)
             factors = []
             for j in range(vectors):
                 offset = e.i(j * LANES)
                 top = e.halves(e.at(first_row, offset, 2), mask)
-                factors.append(e.weave(top, e.halves(e.at(second_row, offset, 2), mask) if second else _NONE))
+                factors.append(e.weave(top, e.halves(e.at(second_row, offset, 2), mask) if complete else _NONE))
             return products(p, sums, factors)
 
         if woven:
             pairs = e.b.sdiv(e.b.add(count, e.i(1)), e.i(2))
             sums = e.loop(pairs, initial * tokens, woven_step)
         else:
-            whole = e.b.sdiv(count, e.i(2))
-            sums = e.loop(whole, initial * tokens, lambda p, sums: step(p, sums, True))
-            sums = e.loop(e.b.srem(count, e.i(2)), sums, lambda _, sums: step(whole, sums, False))
+            sums = e.in_pairs(count, initial * tokens, step)
         for t in range(tokens):
             target = e.at(y, e.b.mul(y_stride, e.i(t)), 2)
             for j in range(vectors):

@@ -27,7 +27,7 @@ from ..layout import GROUP, Sizes
 __all__ = ["product"]
 
 
-_MOST_TOKENS = 1024  # beyond, the best tiles do not depend on the number of tokens
+_MOST_TOKENS = 1024  # above this number the best tiles do not depend on the number of tokens
 
 
 def _tokens_range(tokens: int) -> int:
@@ -39,7 +39,7 @@ def _config(components: int, tokens: int, warps: int, stages: int) -> triton.Con
     return triton.Config({"COMPONENTS": components, "TOKENS": tokens}, num_warps=warps, num_stages=stages)
 
 
-# The first that suits is the one taken without timing.
+# Without timing, the first that suits is used.
 _ONE = [
     _config(16, 16, 2, 4),
     _config(64, 16, 4, 3),
@@ -173,12 +173,12 @@ def _stage_one(  # type: ignore[no-untyped-def]  # compiled by triton
     bit = 1 << (lane & 31)
     in_low = lane < 32
     sums = tl.zeros((COMPONENTS, TOKENS), tl.float32)
-    # Each step reads the list entries of the next one: the addresses of its tiles then depend on no load of its own,
-    # and the compiler copies tiles as many steps ahead as there are stages.
+    # Each step reads the list entries of the next step, so that the addresses of its tiles depend on no load in the
+    # same step: the compiler then copies tiles as many steps ahead as there are stages.
     start, width, row, low, high = _pair(pair, pairs > 0, BLOCK, EVEN)
-    parts: tl.constexpr = BLOCK // STEP
-    for number in range(pairs * parts):
-        c = number % parts * STEP + tl.arange(0, STEP)
+    steps: tl.constexpr = BLOCK // STEP
+    for number in range(pairs * steps):
+        c = number % steps * STEP + tl.arange(0, STEP)
         active = (tl.where(in_low, low, high) & bit) != 0
         rank = _ones(tl.where(in_low, low & (bit - 1), low)) + _ones(tl.where(in_low, 0, high & (bit - 1)))
         inside = c < width
@@ -191,11 +191,11 @@ def _stage_one(  # type: ignore[no-untyped-def]  # compiled by triton
             other=0.0,
         )
         sums = tl.dot(v, inputs, sums, input_precision=PRECISION)
-        following = (number + 1) // parts
+        following = (number + 1) // steps
         start, width, row, low, high = _pair(pair + 5 * following, following < pairs, BLOCK, EVEN)
     k = tile * COMPONENTS + tl.arange(0, COMPONENTS)
     place = z + k[:, None].to(tl.int64) * z_stride + t[None, :]
-    # Whole rows, zeros beyond the tokens: stage 2 then reads them in whole vectors.
+    # Complete rows, with zeros beyond the tokens, so that stage 2 reads complete vectors.
     tl.store(place, sums.to(z.dtype.element_ty), mask=(k < components)[:, None] & (t < z_stride)[None, :])
 
 
@@ -233,11 +233,11 @@ def _stage_two(  # type: ignore[no-untyped-def]  # compiled by triton
     k = tl.load(members + i, mask=i < count, other=0)
     for _ in range(0, count, COMPONENTS):
         known = (i < count)[None, :] & (t < z_stride)[:, None]
-        parts = tl.load(z + k[None, :].to(tl.int64) * z_stride + t[:, None], mask=known, other=0.0)
+        inputs = tl.load(z + k[None, :].to(tl.int64) * z_stride + t[:, None], mask=known, other=0.0)
         u = tl.load(
             factors + data + i[:, None] * width + j[None, :], mask=(i < count)[:, None] & inside[None, :], other=0.0
         )
-        sums = tl.dot(parts, u, sums, input_precision=PRECISION)
+        sums = tl.dot(inputs, u, sums, input_precision=PRECISION)
         i += COMPONENTS
         k = tl.load(members + i, mask=i < count, other=0)
     if BIAS:
@@ -266,14 +266,14 @@ def product(
     y = x.new_empty(tokens, out_features)
     if tokens == 0:
         return y
-    one, two = tiles or (None, None)
+    tiles_one, tiles_two = tiles or (None, None)
     col_block, row_block = _power(sizes.col_width), _power(sizes.row_width)
     # Factors of both axes lie in one buffer: every block begins at a multiple of 16 only if all of them are even.
     even_cols = (col_block, sizes.cols * sizes.col_width) == (sizes.col_width, n)
     even = even_cols and (row_block, sizes.rows * sizes.row_width) == (sizes.row_width, out_features)
     if x.stride(1) != 1 or (even and (x.stride(0) % 16 or x.data_ptr() % 16)):
         x = x.clone(memory_format=torch.contiguous_format)
-    z_stride = triton.cdiv(tokens, 16) * 16  # rows of z begin on whole memory transactions
+    z_stride = triton.cdiv(tokens, 16) * 16  # so that rows of z begin on memory transactions
     z = x.new_empty(max(components, 1), z_stride)
     shared = {"EVEN": even, "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"}
     expected = _tokens_range(tokens)
@@ -284,7 +284,7 @@ def product(
                 lambda meta: (triton.cdiv(components, meta["COMPONENTS"]), triton.cdiv(tokens, meta["TOKENS"])),
                 (x, factors, lists, z, sizes.col_groups_at, tokens, expected, x.stride(0), z_stride, components),
                 {"BLOCK": col_block, "STEP": min(col_block, _ROW // x.element_size()), "PER_GROUP": GROUP, **shared},
-                one,
+                tiles_one,
             )
         _launch(
             _stage_two,
@@ -302,6 +302,6 @@ def product(
                 out_features,
             ),
             {"BIAS": bias is not None, "BLOCK": row_block, **shared},
-            two,
+            tiles_two,
         )
     return y

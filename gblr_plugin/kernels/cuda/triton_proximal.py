@@ -45,7 +45,7 @@ def _table(rows: tuple[tuple[int, int, int], ...], device: torch.device) -> Tens
 
 def prox_and_clip(widths: Sequence[Tensor], locations: Sequence[Tensor], thresholds: Tensor) -> None:
     """As :func:`~gblr_plugin.learning.proximal.prox_and_clip_`, for contiguous parameters of one dtype."""
-    sizes = [part.numel() for part in widths]
+    sizes = [width.numel() for width in widths]
     rows = zip(widths, locations, sizes, strict=True)
     table = _table(tuple((w.data_ptr(), at.data_ptr(), size) for w, at, size in rows), thresholds.device)
     grid = len(sizes), triton.cdiv(max(sizes), _BLOCK)
