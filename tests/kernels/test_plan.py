@@ -133,7 +133,7 @@ def test_measured_plans_are_kept_per_structure() -> None:
 
 
 def test_a_measured_storage_is_packed_as_it_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = [plan for plan in measure._storages(matrix(), False) if not plan.even]
+    stored = [plan for plan in measure._plans(matrix(), False) if not plan.even]
     if not stored:
         pytest.skip("no compiled kernel here")
 
