@@ -80,7 +80,7 @@ def fit_layers(
 
     Moments leave padding out; where a layer has a bias they are centred and the bias is corrected. Each layer is fitted
     against the inputs that its compressed predecessors produce, with the corrected target (see
-    :mod:`gblr_plugin.calibration.moments`). Layers that share an input share its moments. Costs two passes, each up to
+    ``gblr_plugin.calibration.moments``). Layers that share an input share its moments. Costs two passes, each up to
     the layer, per distinct input and batch; one pass in all where the calibration is not sequential.
 
     Args:

@@ -37,7 +37,7 @@ class StructureLearner:
     """Learns the structure of layers while any training loop trains them.
 
     After each real optimizer step it counts the step, takes the proximal step of that optimizer's layers, by a fixed
-    lambda or the one that meets the present share of the budget (:mod:`gblr_plugin.learning.shrinking`), and updates
+    lambda or the one that meets the present share of the budget (``gblr_plugin.learning.shrinking``), and updates
     sigma. At the end of the ramp it rounds the widths to whole samples within the budget and freezes the structure as
     exact boxcars. Groups of layers that begin within their budget have hard masks throughout, whose gradients are
     smoothed by the final sigma: smoothing such a start would only destroy it.
