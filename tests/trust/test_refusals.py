@@ -135,7 +135,7 @@ REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
         "addmm takes a 1-D bias",
     ),
     # settings
-    "another start": (lambda _: Method("gblr", start="best"), "start must be 'trained' or 'initial', got 'best'"),
+    "another start": (lambda _: Method("gblr", start="best"), "start must be one of trained, initial, got 'best'"),
     "a rule without a budget": (
         lambda _: RunSettings("digits_vit", config_list=[{}], allocation="weight"),
         "allocation goes with budget",
@@ -148,11 +148,11 @@ REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     "a switch of text": (lambda _: CalibrationSettings(sequential="yes"), "sequential must be true or false"),
     "no loss": (lambda _: loss_of({"logits": torch.ones(1)}), "a training step must return|loss"),
     "a data set that is none": (
-        lambda _: LanguageTask("books", None, None, "", None, 8, None, False, 0),
+        lambda _: LanguageTask("books", None, 8),
         "dataset must be one of .* got 'books'",
     ),
     "half a process": (
-        lambda _: LanguageTask("text", None, None, "", None, 8, None, False, 0.5),
+        lambda _: LanguageTask("text", None, 8, workers=0.5),
         "workers must be a whole number",
     ),
     "a place of no text": (lambda _: check_download(5, False), "must be a folder or a name of the hub, got 5"),
