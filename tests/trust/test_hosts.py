@@ -266,7 +266,7 @@ BRIDGES = [
     (
         "torchao",
         "0.17.0",
-        "gblr_plugin.tensor.gblr_tensor",
+        "gblr_plugin.tensor._compat",
         "gblr_plugin.GBLRTensor needs torchao>=0.18,<0.19, and torchao 0.17",
     ),
     ("nni", "2.10", "gblr_plugin.nni", "gblr_plugin.nni needs nni>=3.0,<4, and nni 2.10"),
