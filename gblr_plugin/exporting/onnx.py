@@ -116,18 +116,18 @@ def export_onnx(
     kwargs: dict[str, Any] | None = None,
     **options: Any,
 ) -> None:
-    """Write a converted model as an ONNX file that any runtime reads: standard operators, no code of ours.
+    """Write a converted model as an ONNX file in standard operators, which any runtime reads.
 
     Structured layers become the products of their factors' blocks (MatMul, Gather, ScatterElements, Conv), so that
     the file has about as many weights and multiply-adds as the model. int8 factors are written as floating point.
 
     Args:
-        model: With converted layers; it stays as it is.
+        model: A model with converted layers, which is not changed.
         args: Example inputs, as in ``torch.onnx.export``.
-        path: Of the ``.onnx`` file; weights of more than 1.5 GB go to ``path.data`` beside it.
+        path: Path of the ``.onnx`` file; weights of more than 1.5 GB go to ``path.data`` beside it.
         kwargs: Example inputs by name.
-        options: Of ``torch.onnx.export``, such as ``dynamic_shapes``, ``input_names`` and ``opset_version`` (default
-            20).
+        options: Options of ``torch.onnx.export``, such as ``dynamic_shapes``, ``input_names`` and ``opset_version``
+            (default 20).
 
     Raises:
         ConfigError: If onnx and onnxscript are not installed, or an operation of the model cannot be expressed.

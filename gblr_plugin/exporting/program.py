@@ -40,10 +40,10 @@ def export(
     (``torch._inductor.aoti_compile_and_package``) need nothing of this package to run it.
 
     Args:
-        model: With converted layers; layers quantized by torchao and dense ones may be among them.
+        model: A model with converted layers; layers quantized by torchao and dense ones may be among them.
         args: Example inputs, as in ``torch.export.export``.
         kwargs: Example inputs by name.
-        options: Others of ``torch.export.export``, such as ``dynamic_shapes`` and ``strict``.
+        options: Other options of ``torch.export.export``, such as ``dynamic_shapes`` and ``strict``.
 
     Returns:
         The program; its state has the names of parametrizations (``fc.parametrizations.weight.original0``).

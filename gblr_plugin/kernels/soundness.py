@@ -75,7 +75,7 @@ def check_sizes(layout: Layout, factors: Tensor, lists: Tensor, scales: Tensor |
         layout: Where everything lies.
         factors: Flat factors, floating point, or int8 where there are scales.
         lists: int32 index buffer.
-        scales: Of int8 factors, else ``None``.
+        scales: Scales of int8 factors, or ``None``.
 
     Raises:
         ConfigError: If they have not; the message says which buffer.
@@ -224,7 +224,7 @@ def check_operands(
         factors: Flat factors.
         lists: int32 index buffer.
         bias: (m,) or ``None``.
-        scales: Of int8 factors, else ``None``.
+        scales: Scales of int8 factors, or ``None``.
         sizes: Numbers of a layout, which may be any.
 
     Raises:

@@ -50,7 +50,7 @@ class GBLRConfig(AOBaseConfig):
         row_splits: Number of matrices packed along the rows.
         plan: How kernels are chosen, see :meth:`GBLRTensor.from_structured`; a :class:`~gblr_plugin.kernels.plan.Plan`
             is kept as its dictionary.
-        seed: Of random initialisers and decompositions.
+        seed: Seed of random initialisers and decompositions.
         factor_dtype: ``None`` keeps that of the weight; ``"int8"`` converts to int8 factors with a scale per component
             (weight-only). ``quantize_(model, Int8WeightOnlyConfig())`` does the same to a converted model.
         family: Name of a structure family whose layers take the place of the dense ones, at ``budget`` and with

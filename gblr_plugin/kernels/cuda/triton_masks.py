@@ -77,17 +77,7 @@ def _block(n: int) -> tuple[int, int]:
 
 
 def window_differences(tables: Tensor, first: Tensor, last: Tensor, factor: Tensor | None) -> Tensor:
-    """Masks, or masks times a factor.
-
-    Args:
-        tables: (2, 3N) from :func:`~gblr_plugin.matrix.gaudi_mask.mask_tables`, contiguous.
-        first: (K,) int64 first entries of the windows at the leading edges.
-        last: (K,) int64, of those at the trailing edges.
-        factor: (K, N), any floating point, or ``None``.
-
-    Returns:
-        (K, N) ``tables[0, first + i] - tables[0, last + i]``, times the factor and in its dtype.
-    """
+    """As in ``numba_masks``, for contiguous tables and a factor of any floating-point dtype, which the result has."""
     num, n = len(first), tables.shape[1] // 3
     out = tables.new_empty(num, n, dtype=tables.dtype if factor is None else factor.dtype)
     if num:
