@@ -306,11 +306,11 @@ class GBLRLayer(StructureParameters):
 
     def _choose_product(self, positions: int, linear: bool) -> Product:
         """Choose the product with fewest multiply-adds over ``positions`` inputs."""
-        blocks = self._blocks_allowed() and not torch.compiler.is_compiling() and not transformed()
+        blocks = self._may_use_blocks() and not torch.compiler.is_compiling() and not transformed()
         axes = self._masked_axes if blocks else None
         return choose_product(positions, self.U.shape[0], self.matrix_shape, self.row_splits, axes, linear=linear)
 
-    def _blocks_allowed(self) -> bool:
+    def _may_use_blocks(self) -> bool:
         """Whether to multiply by blocks: on a GPU, their lists cost a synchronisation, and small products are slow."""
         return self.widths.device.type == "cpu"
 

@@ -13,6 +13,7 @@ from schema import Optional, Schema
 from ..calibration.allocation import RULES
 from ..errors import ConfigError
 from ..layers import GBLRConv1d, GBLRConv2d, GBLRLinear
+from ..layers.learned_rank import LearnedRankConv1d, LearnedRankConv2d, LearnedRankLinear
 from ..surgery.layer_settings import INITIALISERS
 from ..utils.validation import describe_interval, did_you_mean, in_interval, is_whole
 
@@ -111,7 +112,7 @@ _WEIGHT_SETTING: dict[str, Any] = {
     "apply_method": "bypass",
     **{PREFIX + key: None for key in KEYS_OF_GBLR},
 }
-for _kind in (GBLRLinear, GBLRConv1d, GBLRConv2d):
+for _kind in (GBLRLinear, GBLRConv1d, GBLRConv2d, LearnedRankLinear, LearnedRankConv1d, LearnedRankConv2d):
     PruningSetting.register(_kind.__name__, {"weight": _WEIGHT_SETTING})
     QuantizationSetting.register(_kind.__name__, QuantizationSetting.activation_setting)
     if _kind not in FUSED_MODULES_TYPES_LIST:

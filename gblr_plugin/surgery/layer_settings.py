@@ -19,6 +19,7 @@ from ..families.layers import FamilyLayer, trainable
 from ..families.registry import get
 from ..layers import GBLRLayer
 from ..layers.dense import structured_like, weight_matrix
+from ..layers.learned_rank import learned_rank_like
 from ..matrix.metric import Metric
 from ..matrix.structure import StructuredMatrix
 
@@ -27,10 +28,13 @@ __all__ = ["EMBEDDED", "INITIALISERS", "UNBUDGETED", "FamilySettings", "LayerSet
 EMBEDDED = ("block_low_rank", "block_sparse", "block_diagonal")
 """Families whose members are GBLR matrices as they stand (and low rank, which is ``"svd"`` at a budget)."""
 
-INITIALISERS = (*METHODS, *EMBEDDED)
+LEARNED_RANK = "learned_rank"
+"""A full SVD whose components are learned to be on or off on both full axes; it has no other settings."""
+
+INITIALISERS = (*METHODS, *EMBEDDED, LEARNED_RANK)
 """Names of all initialisers."""
 
-UNBUDGETED = ("svd", "random")
+UNBUDGETED = ("svd", "random", LEARNED_RANK)
 """Initialisers that begin with full widths unless they are given a budget."""
 
 
@@ -41,7 +45,8 @@ class LayerSettings:
     Args:
         initialiser: ``"svd"`` (full widths, as published), ``"trapezoid"``, ``"random"``, or at
             ``budget`` a decomposition (``"pursuit"``, ``"gblr"``) or a family that GBLR contains
-            (``"block_low_rank"``, ``"block_sparse"``, ``"block_diagonal"``).
+            (``"block_low_rank"``, ``"block_sparse"``, ``"block_diagonal"``); ``"learned_rank"``: a full SVD whose
+            components are learned to be on or off on both full axes, with no other settings.
         num_components: K per split; default min(m / s, n).
         row_splits: Number of matrices packed along the rows (packed query, key, value: 3).
         align: Tile of rows and columns to which intervals snap; an integer or a pair.
@@ -95,6 +100,12 @@ def structured_from(
     if isinstance(settings, FamilySettings):
         options = {**settings.options, "row_splits": settings.row_splits, "calibration": metric}
         return trainable(get(settings.family), module, settings.budget, weight=weight, **options)
+    if settings.initialiser == LEARNED_RANK:
+        alone = {"num_components": (None,), "row_splits": (1,), "align": (1, (1, 1))}
+        changed = next((name for name, values in alone.items() if getattr(settings, name) not in values), None)
+        if changed is not None:
+            raise ConfigError(f"{LEARNED_RANK} begins at the full SVD, on both full axes: leave {changed} out")
+        return learned_rank_like(module, weight)
     tiles = settings.align if isinstance(settings.align, tuple) else (settings.align, settings.align)
     layer = structured_like(module, anchored(initial_matrix(weight, settings, metric), tiles), align=settings.align)
     layer.use_low_rank_form()

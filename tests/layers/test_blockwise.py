@@ -35,7 +35,7 @@ def gradients(layer, x, upstream):
 
 def plain(monkeypatch, layer, x, upstream):
     with monkeypatch.context() as patch:
-        patch.setattr(layer, "_blocks_allowed", lambda: False)
+        patch.setattr(layer, "_may_use_blocks", lambda: False)
         return gradients(layer, x, upstream)
 
 
@@ -222,7 +222,7 @@ class Functional:
     def gradients(self, x):
         """What a usual backward pass gives, without blocks."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(self.layer, "_blocks_allowed", lambda: False)
+            patch.setattr(self.layer, "_may_use_blocks", lambda: False)
             self.layer.zero_grad()
             self.layer(x).sin().sum().backward()
         return {name: parameter.grad for name, parameter in self.layer.named_parameters()}

@@ -40,7 +40,7 @@ def counted(call):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Layers multiply without lists of blocks, which are for the CPU alone."""
-    monkeypatch.setattr(GBLRLinear, "_blocks_allowed", lambda self: False)
+    monkeypatch.setattr(GBLRLinear, "_may_use_blocks", lambda self: False)
 
 
 def network(depth):

@@ -105,3 +105,17 @@ def test_packed_rows_of_the_config_are_split_for_every_family(kit: Any, name: st
     split, whole = (family.from_dense(weight, budget, row_splits=splits).to_dense() for splits in (2, 1))
     torch.testing.assert_close(model.fc2.weight, split)
     assert not torch.allclose(split, whole)
+
+
+def test_nni_drives_a_learned_rank_to_its_budget(kit: Any) -> None:
+    model = kit.MLP()
+    config = [{"op_names": ["fc1", "fc2"], "sparse_ratio": 0.5, "gblr": {"initialiser": "learned_rank"}}]
+    pruner = create_compressor("gblr", model, config, kit.evaluator(model), warmup_step=5, cooldown_begin_step=40)
+    assert model.fc1.structure_name == "low_rank"
+    pruner.compress(60, None)
+    pruner.unwrap_model()
+    for layer in (model.fc1, model.fc2):
+        structure = layer.structure()
+        assert structure.relative_flops <= 0.5
+        assert set(structure.rows.width.tolist()) == {layer.out_features}
+        assert set(structure.cols.width.tolist()) == {layer.in_features}
