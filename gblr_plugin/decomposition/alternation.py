@@ -9,7 +9,7 @@ same solution. With G = V (I - Q^T Q) V^T and B = V (I - Q^T Q) W^T,
     gain of index i outside               (B - G X)_ki^2 / G_kk
 
 are by how much the squared error grows if block k leaves i out, and falls if k alone is fitted to what is left at i.
-:mod:`gblr_plugin.decomposition.pricing` turns the gains into new intervals. The columns are fitted alike with the roles
+:mod:`gblr_plugin.decomposition.choice` turns the gains into new intervals. The columns are fitted alike with the roles
 exchanged, but in a metric: there they couple through the second moment, and conjugate gradients take the place of the
 small problems.
 """
@@ -23,19 +23,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .choice import Choice, choose, choose_within
 from .joint import conjugate_gradient, gram_matrix, supported_solve
-from .pricing import Choice, choose, choose_within
 from .problem import Problem
 from .spans import Spans, cell_sums, joint_gains
 from .state import State, norms, orthonormal
 
-__all__ = ["BUDGETED", "FIXED", "PRICED", "Alternation", "Mode"]
+__all__ = ["BY_BUDGET", "BY_GAIN", "FIXED", "Alternation", "Mode"]
 
-Mode = Literal["priced", "budgeted", "fixed"]
-"""How intervals are chosen: at the present price, at the price that meets the budget, or not at all."""
+Mode = Literal["by_gain", "by_budget", "fixed"]
+"""How intervals are chosen: by the present least gain per multiply-add, by that which meets the budget, or not."""
 
-PRICED: Mode = "priced"
-BUDGETED: Mode = "budgeted"
+BY_GAIN: Mode = "by_gain"
+BY_BUDGET: Mode = "by_budget"
 FIXED: Mode = "fixed"
 
 CG_STEPS = 12
@@ -53,7 +53,7 @@ class Alternation:
         ridge: Of the fits on chosen intervals, relative to the mean diagonal; ``None``: that of the dtype.
 
     Attributes:
-        price: Squared error that one multiply-add must save.
+        min_gain: Squared error that one multiply-add must save.
         explained: Squares of the target that the last fit accounts for.
         refit_full: Whether components on a whole axis are fitted, and may shrink, like any other.
     """
@@ -63,7 +63,7 @@ class Alternation:
     ) -> None:
         metric = problem.metric
         self.max_multiply_adds = max_multiply_adds
-        self.price = 0.0
+        self.min_gain = 0.0
         self.explained = 0.0
         self.refit_full = False
         self.target = problem.weight.to(dtype)
@@ -86,7 +86,7 @@ class Alternation:
 
         Args:
             state: To begin with.
-            mode: How intervals are chosen; ``"priced"`` also moves the price towards the budget.
+            mode: How intervals are chosen; ``"by_gain"`` also moves the least gain towards the budget.
             momentum: By how much of their last step the column factors are extrapolated first, which speeds up the
                 alternation.
         """
@@ -95,9 +95,9 @@ class Alternation:
         state = self.fit_cols(self.fit_rows(state, mode), mode)
         if mode != FIXED:
             state = self._turned(state)
-        if mode == PRICED:
+        if mode == BY_GAIN:
             ratio = max(state.cost(), 1) / self.max_multiply_adds
-            self.price *= min(1.25, max(0.9, ratio**0.7))
+            self.min_gain *= min(1.25, max(0.9, ratio**0.7))
         return state
 
     def _turned(self, state: State) -> State:
@@ -111,10 +111,10 @@ class Alternation:
     def fit_rows(self, state: State, mode: Mode) -> State:
         """Row factors of the blocks and columns of the low-rank part, jointly, given the column factors."""
         state = replace(state, v=state.v / norms(self.whiten(state.v)))
-        spans, worth, u, left = self._fit(
+        spans, net_gain, u, left = self._fit(
             self.whitened_target, state.right, self.whiten(state.v), state.rows, state.cols.widths(), mode
         )
-        return replace(state.live(worth), u=u, rows=spans, left=orthonormal(left))
+        return replace(state.live(net_gain), u=u, rows=spans, left=orthonormal(left))
 
     def fit_cols(self, state: State, mode: Mode) -> State:
         """Column factors of the blocks and rows of the low-rank part, jointly, given the row factors."""
@@ -123,14 +123,14 @@ class Alternation:
         if self.moment is not None:
             return self._fit_coupled_cols(replace(state, v=state.v * size), mode)
         target = self.whitened_target.T
-        spans, worth, v, right = self._fit(target, state.left.T, state.u, state.cols, state.rows.widths(), mode)
-        return replace(state.live(worth), v=v, cols=spans, right=orthonormal(right).T)
+        spans, net_gain, v, right = self._fit(target, state.left.T, state.u, state.cols, state.rows.widths(), mode)
+        return replace(state.live(net_gain), v=v, cols=spans, right=orthonormal(right).T)
 
     def _choose(self, gains: Tensor, spans: Spans, other: Tensor, mode: Mode, spent: int = 0) -> Choice:
-        if mode == PRICED:
-            return choose(gains, spans.grid, other, self.price)
-        found = choose_within(gains, spans.grid, other, self.price, spent, self.max_multiply_adds)
-        self.price = found.price
+        if mode == BY_GAIN:
+            return choose(gains, spans.grid, other, self.min_gain)
+        found = choose_within(gains, spans.grid, other, self.min_gain, spent, self.max_multiply_adds)
+        self.min_gain = found.min_gain
         return found
 
     def _fit(
@@ -146,20 +146,20 @@ class Alternation:
             return self._fit_blocks(target, basis, other, spans, other_cost, mode, 0)
         local = ~full
         basis, corner = torch.linalg.qr(other[full].T)
-        chosen, worth, factors, rest = self._fit_blocks(
+        chosen, net_gain, factors, rest = self._fit_blocks(
             target, basis.T, other[local], spans.select(local), other_cost[local], mode, spent
         )
         # Put both kinds back in their order; those on the whole axis always stay.
-        all_worth = worth.new_full((len(full),), math.inf)
-        all_worth[local] = worth
-        live = all_worth > 0
+        all_net_gain = net_gain.new_full((len(full),), math.inf)
+        all_net_gain[local] = net_gain
+        live = all_net_gain > 0
         place = torch.arange(int(live.sum()), device=full.device)
         full_at, local_at = place[full[live]], place[local[live]]
         result = factors.new_zeros(len(place), factors.shape[1])
         result[full_at] = torch.linalg.solve_triangular(corner, rest.T, upper=True)
         result[local_at] = factors
         order = torch.argsort(torch.cat([full_at, local_at]))
-        return spans.select(full).join(chosen).select(order), all_worth, result, rest[:, :0]
+        return spans.select(full).join(chosen).select(order), all_net_gain, result, rest[:, :0]
 
     def _fit_blocks(
         self, target: Tensor, basis: Tensor, other: Tensor, spans: Spans, other_cost: Tensor, mode: Mode, spent: int
@@ -173,17 +173,17 @@ class Alternation:
             spans: Present intervals on the axis of length N.
             other_cost: (K,) widths on the other side.
             mode: How intervals are chosen.
-            spent: Multiply-adds that are paid from the budget besides.
+            spent: Multiply-adds that count against the budget besides.
 
         Returns:
-            New intervals and (K,) worth, positive for the blocks that stay; the intervals and the factors are those of
-            these only. The free side of the low-rank part, (N, r).
+            New intervals and (K,) net gains, positive for the blocks that stay; intervals and factors are of these
+            only. The free side of the low-rank part, (N, r).
         """
         shared = other @ basis.T
         image = target @ basis.T
         gram = gram_matrix(other).addmm_(shared, shared.T, alpha=-1)
         right = (other @ target.T).addmm_(shared, image.T, alpha=-1)
-        worth = other.new_ones(len(other))
+        net_gain = other.new_ones(len(other))
         if mode != FIXED:
             support = spans.support()
             fitted, inside = supported_solve(gram, right, support, want_gains=True)
@@ -191,13 +191,13 @@ class Alternation:
             scale = 1 / gram.diagonal().clamp(min=1e-12)
             gains = joint_gains(inside, right, gram @ fitted, support, scale, spans.grid)
             choice = self._choose(gains, spans, other_cost, mode, spent)
-            spans, worth = choice.spans, choice.worth
-            live = worth > 0
+            spans, net_gain = choice.spans, choice.net_gain
+            live = net_gain > 0
             if not bool(live.all()):
                 spans, gram, right = spans.select(live), gram[live][:, live], right[live]
         factors, _ = supported_solve(gram, right, spans.support(), ridge=self._ridge)
         self.explained = float((factors * right).sum() + image.square().sum())
-        return spans, worth, factors, image - factors.T @ shared[worth > 0]
+        return spans, net_gain, factors, image - factors.T @ shared[net_gain > 0]
 
     def _fit_coupled_cols(self, state: State, mode: Mode) -> State:
         """As `_fit_blocks` for columns that couple through the second moment."""
@@ -221,8 +221,8 @@ class Alternation:
                 inside[narrow] = gained.T * level[narrow]
             gains = cell_sums(torch.where(support, inside, outside), state.cols.grid)
             choice = self._choose(gains, state.cols, state.rows.widths(), mode)
-            live = choice.worth > 0
-            state = replace(replace(state, worth=choice.worth).select(live), cols=choice.spans.select(live))
+            live = choice.net_gain > 0
+            state = replace(replace(state, net_gain=choice.net_gain).select(live), cols=choice.spans.select(live))
             gram, right, v = gram[live][:, live], right[live], v[live]
             support = state.cols.support()
             v = conjugate_gradient(gram, self.moment, right, support, v * support, CG_STEPS)

@@ -107,9 +107,9 @@ def _solve(
             f"decompose: a budget of {budget} of a {m} x {n} matrix allows {max_multiply_adds} multiply-adds, "
             f"fewer than the {cheapest} of its smallest block; raise the budget or leave this matrix dense"
         )
-    # A budget of 1 pays for the matrix itself, written exactly.
-    pays_for_all = method in ("gblr", "pursuit", "trapezoid") and budget == 1 and limit >= min(m, n)
-    solve = exact if pays_for_all else METHODS[method]
+    # A budget of 1 allows the matrix itself, written exactly.
+    allows_all = method in ("gblr", "pursuit", "trapezoid") and budget == 1 and limit >= min(m, n)
+    solve = exact if allows_all else METHODS[method]
     problems = [
         Problem(
             split,
@@ -165,7 +165,7 @@ def decompose(
         which a dense product computes for m * n multiply-adds.
 
     Raises:
-        ConfigError: If an argument is out of the ranges above, or the budget does not pay for a single block.
+        ConfigError: If an argument is out of the ranges above, or the budget is below the cost of the smallest block.
     """
     if budget is None:
         raise ConfigError("decompose: budget must be a number in (0, 1], got None")

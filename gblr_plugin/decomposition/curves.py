@@ -64,9 +64,9 @@ def least_sum(
     left = max_multiply_adds - sum(spent.values())
     # A layer's own pieces come in order, since slopes of a hull fall.
     for _, name, width in sorted(pieces, key=lambda piece: -piece[0]):
-        bought = min(width, left)
-        spent[name] += bought
-        left -= bought
+        added = min(width, left)
+        spent[name] += added
+        left -= added
         if left <= 0:
             break
     return _spread(spent, max(left, 0.0), high)
@@ -80,7 +80,7 @@ def least_maximum(
     What is left when the next smaller error cannot be paid for is shared out in proportion.
     """
 
-    def price(level: float) -> dict[str, float]:
+    def least_cost(level: float) -> dict[str, float]:
         chosen = {}
         for name, curve in curves.items():
             index = min(int((curve.error > level).sum()), len(curve.cost) - 1)
@@ -92,7 +92,7 @@ def least_maximum(
     spent = {name: float(low[name]) for name in curves}
     while begin < end:
         middle = (begin + end) // 2
-        trial = price(float(levels[middle]))
+        trial = least_cost(float(levels[middle]))
         if sum(trial.values()) <= max_multiply_adds * (1 + 1e-12):
             spent, end = trial, middle
         else:

@@ -19,7 +19,7 @@ class Effort:
     """How much is tried.
 
     Args:
-        rank_share: Rank of the low-rank part over the rank of the trapezoid that the budget buys; ``None``: 0.7, or
+        rank_share: Rank of the low-rank part over the rank of the trapezoids that cost the budget; ``None``: 0.7, or
             0.65 for large matrices, whose low-rank part stays. In a metric, where the spectrum decays and little is
             left for local blocks, the best of 0.8, 0.9 and 1, where blocks use what whole ranks leave of the budget;
             0.9 for matrices that are not small.
@@ -28,8 +28,8 @@ class Effort:
         choices: Choices of intervals within the budget, once the low-rank part has become components.
         polish: Last fits on fixed intervals.
         renew: Share of the components that each round gives up for better ones.
-        surplus: Components of the first round over those of the result; those worth least leave round by round.
-        price: First price of a multiply-add over the mean square of the residual.
+        surplus: Components of the first round over those of the result; those of least net gain leave round by round.
+        min_gain: First least gain per multiply-add over the mean square of the residual.
         overlap: Largest overlap of blocks added together, relative to the smaller.
         refine: Alternations on each candidate block before it is compared with the others.
         extra_candidates: Candidates beyond the blocks wanted; ``None``: twice as many. On tiles many of them collide.
@@ -45,7 +45,7 @@ class Effort:
     polish: int = 6
     renew: float = 0.05
     surplus: float = 1.3
-    price: float = 2.0
+    min_gain: float = 2.0
     overlap: float = 0.5
     refine: int = 2
     extra_candidates: int | None = None

@@ -1,4 +1,4 @@
-"""The matrix itself, for a budget that pays for it."""
+"""The matrix itself, for a budget that allows it."""
 
 from __future__ import annotations
 

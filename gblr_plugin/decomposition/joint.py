@@ -104,8 +104,8 @@ def supported_solve(
         else:
             inverse = torch.cholesky_inverse(factor)
             found = (inverse @ rhs[:, :, None])[:, :, 0]
-            worth = found.square() / inverse.diagonal(dim1=1, dim2=2)
-            gains[who, order[position[first : bounds[end - 1]]]] = worth[rows, cols]
+            gained = found.square() / inverse.diagonal(dim1=1, dim2=2)
+            gains[who, order[position[first : bounds[end - 1]]]] = gained[rows, cols]
         solution[who, order[position[first : bounds[end - 1]]]] = found[rows, cols]
         begin = end
     return solution, gains

@@ -2,27 +2,28 @@ r"""Low rank plus interval pursuit, ``W ~ A C + sum_k u_k v_k^T`` with u_k and v
 
 *State.* A low-rank part A C of rank r, which takes what is spread over all of the matrix and is counted in trapezoid
 form, and K local rank-1 blocks. Block k has non-zero entries on a row interval I_k and a column interval J_k alone, and
-costs |I_k| + |J_k| multiply-adds. r is fixed from the start, as a share of the rank that the whole budget would buy.
+costs |I_k| + |J_k| multiply-adds. r is fixed from the start, as a share of the rank that would cost all of the budget.
 
-*What is minimised.* At a price p, the squared error that one multiply-add must save,
+*What is minimised.* With g the least gain per multiply-add, the squared error that each multiply-add must save,
 
-    || W - A C - sum_k u_k v_k^T ||^2  +  p sum_k (|I_k| + |J_k|).
+    || W - A C - sum_k u_k v_k^T ||^2  +  g sum_k (|I_k| + |J_k|).
 
-The price is not given: it rises while the blocks cost more than the budget and falls while they cost less.
+g is not given: it rises while the blocks cost more than the budget and falls while they cost less. The net gain of a
+block is by how much the first term grows without it, less g times its multiply-adds.
 
 *A round* adds candidates and then sweeps:
 
 1. Candidates (:mod:`gblr_plugin.decomposition.search`): on overlapping tiles of the residual, the rank-1 block of
-   singular value s gains s^2 - p (|I| + |J|). Those of largest gain that do not overlap much take the places of the
-   blocks worth least.
+   singular value s has the net gain s^2 - g (|I| + |J|). Those of largest net gain that do not overlap much replace the
+   blocks of least net gain.
 2. A sweep (:mod:`gblr_plugin.decomposition.alternation`): all row factors are fitted jointly given the column factors;
    each index of a row interval has then a gain, by how much the error grows without it, and each interval is chosen
-   anew as the one whose gains exceed its price by most. A block whose gains do not pay for its two widths is dropped.
-   Then the columns likewise, then A C.
+   anew as the one whose gains exceed g times its width by most. A block without net gain is dropped. Then the columns
+   likewise, then A C.
 
 *The end.* Where that saves more than the trapezoid form, A C becomes r components that each leave out a window of one
 axis (:mod:`gblr_plugin.decomposition.windows`), which from then on are components like the others. The last sweeps
-choose intervals at the price that meets the budget, and the very last keep the intervals and only fit.
+choose intervals by the g that meets the budget, and the very last keep the intervals and only fit.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import torch
 
 from ..matrix.structure import StructuredMatrix
 from ..matrix.trapezoid_form import trapezoid_form
-from .alternation import BUDGETED, FIXED, PRICED, Alternation
+from .alternation import BY_BUDGET, BY_GAIN, FIXED, Alternation
 from .effort import LARGE, Effort, default_effort, default_shares
 from .exact import lines
 from .problem import Problem
@@ -72,7 +73,7 @@ def pursuit(problem: Problem, effort: Effort | None = None) -> StructuredMatrix:
 
 
 def _with_share(problem: Problem, effort: Effort, share: float) -> StructuredMatrix:
-    """Pursuit with a low-rank part of this share of the rank that the budget buys; trapezoids where nothing is left."""
+    """Pursuit with a low-rank part of this share of the rank within the budget; trapezoids where nothing is left."""
     m, n = problem.weight.shape
     dtype = torch.float32 if problem.metric.root is None else torch.float64
     for as_trapezoids in (True, False):  # on whole axes where no trapezoid form is stable
@@ -84,7 +85,7 @@ def _with_share(problem: Problem, effort: Effort, share: float) -> StructuredMat
         fits = Alternation(problem, left_over, dtype)
         rounds = _Rounds(problem, fits, problem.max_components - rank, effort)
         state = rounds.grow(rounds.start(rank, dtype))
-        found = _in_windows(problem, effort, fits.price, state, dtype) if as_trapezoids else None
+        found = _in_windows(problem, effort, fits.min_gain, state, dtype) if as_trapezoids else None
         found = found or finished(problem, rounds.meet_budget(state), rank, as_trapezoids)
         if found is not None:
             return found
@@ -105,10 +106,10 @@ class _Rounds:
         self.problem, self.fits, self.count, self.effort = problem, fits, count, effort
 
     def start(self, rank: int, dtype: torch.dtype) -> State:
-        """No blocks yet; the price in proportion to what the low-rank part leaves."""
+        """No blocks yet; the least gain in proportion to what the low-rank part leaves."""
         left, right = self.problem.triplets[0][:, :rank].to(dtype), self.problem.triplets[2][:rank].to(dtype)
         target = self.fits.whitened_target
-        self.fits.price = self.effort.price * float((target - left @ (left.T @ target)).square().mean())
+        self.fits.min_gain = self.effort.min_gain * float((target - left @ (left.T @ target)).square().mean())
         u, v = target.new_zeros(0, target.shape[0]), target.new_zeros(0, target.shape[1])
         rows, cols = (Spans.none(grid, target.device) for grid in (self.problem.rows, self.problem.cols))
         return State(u, v, rows, cols, left, right, v, v[:, 0])
@@ -120,11 +121,11 @@ class _Rounds:
             surplus = 1 + (self.effort.surplus - 1) * max(0.0, 1 - index / max(1, rounds - 3))
             state = self._add(state, int(self.count * surplus), self.problem.seed + index)
             for _ in range(self.effort.sweeps):
-                state = self.fits.sweep(state, PRICED, self.effort.momentum)
+                state = self.fits.sweep(state, BY_GAIN, self.effort.momentum)
         return state.best(self.count)
 
     def _add(self, state: State, count: int, seed: int) -> State:
-        """Give up the blocks worth least, then add those that gain most from what is left, up to ``count`` in all."""
+        """Give up the blocks of least net gain, then add the best candidates up to ``count`` in all."""
         state = state.best(count - int(self.effort.renew * count))
         wanted = count - len(state.u)
         if wanted <= 0:
@@ -144,7 +145,7 @@ class _Rounds:
             *grids,
             count=wanted,
             candidates=3 * wanted if extra is None else min(3 * wanted, wanted + extra),
-            price=fits.price,
+            min_gain=fits.min_gain,
             shapes=self._tile_shapes(),
             refine=self.effort.refine,
             overlap=self.effort.overlap,
@@ -164,7 +165,7 @@ class _Rounds:
 
     def meet_budget(self, state: State) -> State:
         """Intervals within the budget, then fits."""
-        for mode in [BUDGETED] * 2 + [FIXED] * self.effort.polish:
+        for mode in [BY_BUDGET] * 2 + [FIXED] * self.effort.polish:
             state = self.fits.sweep(state, mode, self.effort.momentum)
         return state
 
@@ -174,7 +175,7 @@ class _Rounds:
         Momentum grows from sweep to sweep, and starts anew where it made the error grow.
         """
         effort, fits = self.effort, self.fits
-        modes = [FIXED] * 2 + [BUDGETED] * effort.choices + [FIXED] * effort.polish
+        modes = [FIXED] * 2 + [BY_BUDGET] * effort.choices + [FIXED] * effort.polish
         momentum, last = 0.0, 0.0
         for index, mode in enumerate(modes):
             fits.refit_full = 2 + effort.choices // 3 <= index < 2 + effort.choices
@@ -192,7 +193,7 @@ class _Rounds:
 
 
 def _in_windows(
-    problem: Problem, effort: Effort, price: float, state: State, dtype: torch.dtype
+    problem: Problem, effort: Effort, min_gain: float, state: State, dtype: torch.dtype
 ) -> StructuredMatrix | None:
     """The result with the low-rank part in windows, in the Frobenius norm; ``None`` where trapezoids are better.
 
@@ -202,11 +203,11 @@ def _in_windows(
     rank = state.left.shape[1]
     if problem.metric.root is not None or problem.trains or rank < 2 or problem.weight.numel() >= LARGE:
         return None
-    opened = with_windows(state, problem, price)
+    opened = with_windows(state, problem, min_gain)
     if opened is None:
         return None
     fits = Alternation(problem, problem.max_multiply_adds, dtype)
-    fits.price = price
+    fits.min_gain = min_gain
     rounds = _Rounds(problem, fits, problem.max_components, effort)
     found = finished(problem, rounds.meet_budget_with_windows(opened.to(dtype)), 0, True)
     return found if found is not None and math.isfinite(problem.error(found)) else None

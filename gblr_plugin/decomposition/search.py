@@ -86,13 +86,13 @@ def find_blocks(
     *,
     count: int,
     candidates: int,
-    price: float,
+    min_gain: float,
     shapes: list[tuple[int, int]],
     refine: int,
     overlap: float,
     offset: tuple[int, int],
 ) -> Blocks:
-    """Local rank-1 blocks that gain more than their price, none of them overlapping a better one by much.
+    """Local rank-1 blocks that gain enough, none of them overlapping a better one by much.
 
     Args:
         residual: (m, n) what is left to explain.
@@ -100,7 +100,7 @@ def find_blocks(
         cols: TiledAxis of the columns.
         count: Largest number of blocks.
         candidates: Number of tiles, those that gain most, whose blocks are refined and compared.
-        price: Squared error that one multiply-add must save.
+        min_gain: Squared error that one multiply-add must save.
         shapes: Heights and widths of the tiles, in indices.
         refine: Alternations that choose a block's intervals by maximum sums, near its tile.
         overlap: Largest shared part of two blocks, relative to the smaller.
@@ -113,7 +113,7 @@ def find_blocks(
     for height, width in shapes:
         height, width = min(height, m), min(width, n)
         v, energy, top, left = _tile_vectors(turned, height, width, rows, cols)
-        score = energy - price * (height + width)
+        score = energy - min_gain * (height + width)
         score, best = score.topk(min(len(score), limit))
         scores.append(score)
         dense = turned.new_zeros(len(best), n)
@@ -129,13 +129,13 @@ def find_blocks(
     near_rows, near_cols = _widened(row_spans), _widened(col_spans)
     for _ in range(refine):
         image = v @ residual.T
-        row_spans, _ = best_spans(cell_sums(image.square(), rows) * near_rows, rows, price)
+        row_spans, _ = best_spans(cell_sums(image.square(), rows) * near_rows, rows, min_gain)
         u = _normalised(image * row_spans.support())
         image = u @ residual
-        col_spans, _ = best_spans(cell_sums(image.square(), cols) * near_cols, cols, price)
+        col_spans, _ = best_spans(cell_sums(image.square(), cols) * near_cols, cols, min_gain)
         v = _normalised(image * col_spans.support())
     u = (v @ residual.T) * row_spans.support()
-    net = u.square().sum(1) - price * (row_spans.widths() + col_spans.widths())
+    net = u.square().sum(1) - min_gain * (row_spans.widths() + col_spans.widths())
     order = torch.argsort(net, descending=True, stable=True)
     order = order[(net[order] > 0) & (row_spans.cells[order] > 0) & (col_spans.cells[order] > 0)]
     row_spans, col_spans = row_spans.select(order), col_spans.select(order)

@@ -84,8 +84,8 @@ def joint_gains(
     return cell_sums(torch.where(support, inside, (right - image).square() * scale[:, None]), grid)
 
 
-def best_spans(gains: Tensor, grid: TiledAxis, price: float) -> tuple[Spans, Tensor]:
-    """The interval of each component that maximises its gains less its price.
+def best_spans(gains: Tensor, grid: TiledAxis, min_gain: float) -> tuple[Spans, Tensor]:
+    """The interval of each component whose gains exceed the least gain of its indices by most.
 
     Kadane's maximum-sum subarray by running minima of prefix sums; an interval that wraps is the complement of the
     minimum-sum subarray.
@@ -93,17 +93,17 @@ def best_spans(gains: Tensor, grid: TiledAxis, price: float) -> tuple[Spans, Ten
     Args:
         gains: (K, cells) non-negative gain of covering each cell.
         grid: The axis.
-        price: Price of one index.
+        min_gain: Least gain of one index.
 
     Returns:
-        The intervals (of 0 cells where no gain exceeds its price) and their (K,) net gains.
+        The intervals (of 0 cells where none does) and their (K,) net gains.
     """
     kernel = span_kernel(gains)
     if kernel is not None:
-        cells, start, net = kernel(gains, price * grid.tile, grid.cyclic)
+        cells, start, net = kernel(gains, min_gain * grid.tile, grid.cyclic)
         return Spans(cells, start, grid), net
     count = gains.shape[1]
-    prefix = F.pad((gains - price * grid.tile).cumsum(1), (1, 0))
+    prefix = F.pad((gains - min_gain * grid.tile).cumsum(1), (1, 0))
     low, low_at = prefix[:, :-1].cummin(1)
     best, end = (prefix[:, 1:] - low).max(1)
     start = low_at.gather(1, end[:, None])[:, 0]

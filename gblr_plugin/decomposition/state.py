@@ -25,8 +25,8 @@ class State:
         left: (m, r), spans the columns of the low-rank part.
         right: (r, n) orthonormal, spans its rows, in whitened coordinates.
         last_v: (K, n) column factors one sweep ago.
-        worth: (K,) by how much the squared error would grow without each block, less what its multiply-adds are priced
-            at; from the last time that intervals were chosen.
+        net_gain: (K,) by how much the squared error would grow without each block, less the least gain of its
+            multiply-adds; from the last time that intervals were chosen.
     """
 
     u: Tensor
@@ -36,7 +36,7 @@ class State:
     left: Tensor
     right: Tensor
     last_v: Tensor
-    worth: Tensor
+    net_gain: Tensor
 
     def cost(self) -> int:
         """Multiply-adds of the blocks."""
@@ -44,25 +44,25 @@ class State:
 
     def to(self, dtype: torch.dtype) -> State:
         """In another dtype."""
-        names = ("u", "v", "left", "right", "last_v", "worth")
+        names = ("u", "v", "left", "right", "last_v", "net_gain")
         return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
 
     def select(self, index: Tensor) -> State:
         """The blocks at ``index`` ((J,) int64 or (K,) bool), and the low-rank part."""
         rows, cols = self.rows.select(index), self.cols.select(index)
-        u, v, last_v, worth = (each[index] for each in (self.u, self.v, self.last_v, self.worth))
-        return replace(self, u=u, v=v, last_v=last_v, worth=worth, rows=rows, cols=cols)
+        u, v, last_v, net_gain = (each[index] for each in (self.u, self.v, self.last_v, self.net_gain))
+        return replace(self, u=u, v=v, last_v=last_v, net_gain=net_gain, rows=rows, cols=cols)
 
-    def live(self, worth: Tensor) -> State:
-        """The blocks of positive (K,) worth."""
-        state, stays = replace(self, worth=worth), worth > 0
+    def live(self, net_gain: Tensor) -> State:
+        """The blocks of positive (K,) net gain."""
+        state, stays = replace(self, net_gain=net_gain), net_gain > 0
         return state if bool(stays.all()) else state.select(stays)
 
     def best(self, count: int) -> State:
-        """At most ``count`` blocks, those worth most, in their order."""
+        """At most ``count`` blocks, those of largest net gain, in their order."""
         if len(self.u) <= count:
             return self
-        return self.select(torch.argsort(self.worth, descending=True, stable=True)[:count].sort().values)
+        return self.select(torch.argsort(self.net_gain, descending=True, stable=True)[:count].sort().values)
 
     def with_blocks(self, blocks: Blocks) -> State:
         """These blocks, then others."""
@@ -71,7 +71,7 @@ class State:
             u=torch.cat([self.u, blocks.u]),
             v=torch.cat([self.v, blocks.v]),
             last_v=torch.cat([self.last_v, blocks.v]),
-            worth=torch.cat([self.worth, blocks.v.new_zeros(len(blocks.v))]),
+            net_gain=torch.cat([self.net_gain, blocks.v.new_zeros(len(blocks.v))]),
             rows=self.rows.join(blocks.rows),
             cols=self.cols.join(blocks.cols),
         )

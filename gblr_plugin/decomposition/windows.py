@@ -3,9 +3,10 @@ r"""Low rank on fewer rows: each component of a rank-r product leaves out a wind
 A vector of an r-dimensional space can be made zero on any r - 1 indices (the freedom that the trapezoid form uses), and
 nearly zero on many more: over z > r of them the smallest singular value of the z x r block grows like sqrt(z) - sqrt(r)
 only. So r windows are spread evenly over the axis, each with the direction of the space that is smallest on it. Of a
-few lengths that one is taken at which the price of the multiply-adds saved exceeds the squared error made by most. On
-tiles, where the trapezoid form wastes up to a tile a component, windows waste nothing. What the other components make
-up for once refitted is counted: index i loses the projection of its row on the directions that leave it out.
+few lengths that one is taken at which the multiply-adds saved, times the least gain per multiply-add, exceed the
+squared error made by most. On tiles, where the trapezoid form wastes up to a tile a component, windows waste nothing.
+What the other components make up for once refitted is counted: index i loses the projection of its row on the
+directions that leave it out.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Windows:
     Args:
         factor: (r, N), zero off ``spans``.
         spans: Where the components live: the complements of their windows.
-        net: Multiply-adds saved times their price, less the squared error made.
+        net: Multiply-adds saved times the least gain per multiply-add, less the squared error made.
     """
 
     factor: Tensor
@@ -94,13 +95,13 @@ def _lost(factor: Tensor, directions: Tensor, left_out: Tensor) -> float:
     return float((fitted * share).sum())
 
 
-def best_windows(factor: Tensor, grid: TiledAxis, price: float, least: float = 0.0) -> Windows | None:
+def best_windows(factor: Tensor, grid: TiledAxis, min_gain: float, least: float = 0.0) -> Windows | None:
     """The windows that save most, among several lengths.
 
     Args:
         factor: (N, r) float64 factor of a product whose other factor has orthonormal rows.
         grid: The axis of length N, which must be cyclic: a window in the middle leaves an interval that wraps.
-        price: Squared error that one multiply-add must save.
+        min_gain: Squared error that one multiply-add must save.
         least: What the windows must save more than.
 
     Returns:
@@ -114,7 +115,7 @@ def best_windows(factor: Tensor, grid: TiledAxis, price: float, least: float = 0
     longest, top = grid.cells // 2, -math.inf
     for cells in dict.fromkeys(max(1, round(times * rank / grid.tile)) for times in LENGTHS):
         width = cells * grid.tile
-        if cells > longest or price * width * rank <= least:
+        if cells > longest or min_gain * width * rank <= least:
             continue
         zero = (start[:, None] * grid.tile + torch.arange(width, device=factor.device)) % length
         directions = _directions(factor, zero, turn)
@@ -122,7 +123,7 @@ def best_windows(factor: Tensor, grid: TiledAxis, price: float, least: float = 0
         support = spans.support()
         if not bool(torch.isfinite(directions).all()):
             continue
-        net = price * width * rank - _lost(factor, directions, ~support)
+        net = min_gain * width * rank - _lost(factor, directions, ~support)
         if net <= top:
             longest = cells  # longer ones lose more still
         top = max(top, net)
@@ -131,17 +132,17 @@ def best_windows(factor: Tensor, grid: TiledAxis, price: float, least: float = 0
     return best
 
 
-def with_windows(state: State, problem: Problem, price: float) -> State | None:
+def with_windows(state: State, problem: Problem, min_gain: float) -> State | None:
     """The low-rank part as components that leave out windows; ``None`` where the trapezoid form saves more.
 
     Args:
         state: With a low-rank part.
         problem: What is decomposed, in the Frobenius norm.
-        price: Squared error that one multiply-add must save.
+        min_gain: Squared error that one multiply-add must save.
 
     Returns:
         A state without low-rank part, in float64, since these factors are far from orthogonal. Its first components,
-        of infinite worth, are those of the low-rank part.
+        of infinite net gain, are those of the low-rank part.
     """
     rank, grids = state.left.shape[1], (problem.rows, problem.cols)
     state = state.to(torch.float64)
@@ -150,9 +151,9 @@ def with_windows(state: State, problem: Problem, price: float) -> State | None:
     right, corner = torch.linalg.qr(rest.T @ left)  # what the blocks leave is left corner^T right^T
     saved = rank * sum(problem.weight.shape) - int(problem.trapezoid_cost()[rank])
     factors = left @ corner.T, right @ corner
-    axis, windows = 0, best_windows(factors[0], grids[0], price, price * saved)
-    least = price * saved if windows is None else windows.net
-    better = best_windows(factors[1], grids[1], price, least)
+    axis, windows = 0, best_windows(factors[0], grids[0], min_gain, min_gain * saved)
+    least = min_gain * saved if windows is None else windows.net
+    better = best_windows(factors[1], grids[1], min_gain, least)
     if better is not None:
         axis, windows = 1, better
     if windows is None:
@@ -176,5 +177,5 @@ def with_windows(state: State, problem: Problem, price: float) -> State | None:
         u.new_zeros(u.shape[1], 0),
         v.new_zeros(0, v.shape[1]),
         torch.cat([v, state.v]),
-        torch.cat([v.new_full((rank,), math.inf), state.worth]),
+        torch.cat([v.new_full((rank,), math.inf), state.net_gain]),
     )

@@ -154,12 +154,12 @@ def test_components_that_depend_on_each_other_are_fitted_as_by_torch(
         return float((target - solution.T @ other).norm() / target.norm())
 
     assert joint.solve_kernel(problem[0], support.numel()) is not None
-    compiled, worth = joint.supported_solve(*problem, want_gains=True)
+    compiled, net_gain = joint.supported_solve(*problem, want_gains=True)
     refined, _ = joint.supported_solve(*problem)
     monkeypatch.setattr(joint, "solve_kernel", lambda *_: None)
     by_torch, expected = joint.supported_solve(*problem, want_gains=True)
-    assert worth is not None
+    assert net_gain is not None
     assert expected is not None
     assert left(compiled) == pytest.approx(left(by_torch), rel=1e-7)
     assert left(refined) == pytest.approx(left(by_torch), rel=1e-7)
-    torch.testing.assert_close(worth, expected, rtol=0, atol=1e-5 * float(expected.max()))
+    torch.testing.assert_close(net_gain, expected, rtol=0, atol=1e-5 * float(expected.max()))

@@ -30,13 +30,13 @@ def test_best_interval_is_optimal(length: int, tile: int, compiled: bool, monkey
     grid = TiledAxis(length, tile)
     gains = torch.rand(60, length, dtype=torch.float64, generator=torch.Generator().manual_seed(length)) ** 4
     sums = cell_sums(gains, grid)
-    for price in (0.05, 0.2, 2.0):
-        spans, net = best_spans(sums, grid, price)
+    for min_gain in (0.05, 0.2, 2.0):
+        spans, net = best_spans(sums, grid, min_gain)
         for k in range(len(gains)):
-            best = brute_force(sums[k] - price * tile, grid.cyclic)
+            best = brute_force(sums[k] - min_gain * tile, grid.cyclic)
             assert float(net[k]) == pytest.approx(best, abs=1e-9)
             covered = (torch.arange(grid.cells) - spans.start[k]) % grid.cells < spans.cells[k]
-            assert float(((sums[k] - price * tile) * covered).sum()) == pytest.approx(best, abs=1e-9)
+            assert float(((sums[k] - min_gain * tile) * covered).sum()) == pytest.approx(best, abs=1e-9)
 
 
 def test_widths_of_short_last_cells_are_whole_tiles_or_the_axis() -> None:

@@ -1,4 +1,4 @@
-"""Trapezoids: the same product at a lower price."""
+"""Trapezoids: the same product for fewer multiply-adds."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def factor(length: int, rank: int) -> torch.Tensor:
 @pytest.mark.parametrize("tile", [1, 8])
 def test_what_is_lost_is_what_a_refit_loses(tile: int) -> None:
     a = factor(96, 18)
-    found = best_windows(a, TiledAxis(96, tile), price=0.5)
+    found = best_windows(a, TiledAxis(96, tile), min_gain=0.5)
     assert found is not None
     support = found.spans.support()
     assert torch.equal(found.factor, found.factor * support)
@@ -42,14 +42,14 @@ def test_what_is_lost_is_what_a_refit_loses(tile: int) -> None:
 
 
 def test_a_whole_tile_of_zeros_costs_nothing() -> None:
-    found = best_windows(factor(64, 10), TiledAxis(64, 8), price=1e-3)
+    found = best_windows(factor(64, 10), TiledAxis(64, 8), min_gain=1e-3)
     assert found is not None
     assert int((~found.spans.support()).sum()) == 10 * 8  # trapezoids on this grid leave out 32 entries in all
     assert found.net == pytest.approx(0.08, rel=1e-6)
 
 
 def test_no_windows_where_intervals_cannot_wrap() -> None:
-    assert best_windows(factor(65, 9), TiledAxis(65, 8), price=1.0) is None
+    assert best_windows(factor(65, 9), TiledAxis(65, 8), min_gain=1.0) is None
 
 
 @pytest.mark.parametrize("tile", [1, 16])

@@ -103,7 +103,7 @@ def shortest(problem: Problem) -> StructuredMatrix | None:
     """The matrix itself on intervals of least total width, or ``None`` where its rank or cost is beyond the budget.
 
     Exact to the precision of the weight; meant for matrices whose rank is well below their size. Starts from the
-    columns and from the rows, and takes the first that the budget pays for.
+    columns and from the rows, and takes the first that is within the budget.
     """
     m, n = problem.weight.shape
     values = problem.triplets[1]

@@ -88,7 +88,7 @@ def test_planted_blocks_are_found_at_their_true_cost(size: int, count: int, tile
 
 
 def test_of_two_blocks_that_end_together_none_pays_for_the_other() -> None:
-    """The difference of the blocks' columns is shorter by an index, at the price of a hull of their rows."""
+    """The difference of the blocks' columns is shorter by an index, at the cost of a hull of their rows."""
     g = torch.Generator().manual_seed(0)
     weight = torch.zeros(64, 64, dtype=torch.float64)
     for rows, cols in ((slice(0, 10), slice(5, 20)), (slice(40, 50), slice(8, 20))):
