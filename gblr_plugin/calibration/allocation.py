@@ -1,7 +1,7 @@
-r"""Split one budget of multiply-adds over layers by a named rule; apart from the layers, for every family alike.
+r"""Split one budget of multiply-adds over layers by a named rule, for every family alike.
 
 A rule gives each layer a curve: an error over the multiply-adds spent. The curves are those of low-rank approximations
-priced as trapezoids (r (m + n) - r (r - 1) for rank r), read off one singular value decomposition a layer:
+counted in trapezoid form (r (m + n) - r (r - 1) for rank r), read off one singular value decomposition a layer:
 
 * ``weight``: the share of ``||W||_F^2`` that is lost.
 * ``output``: the share of the output's energy ``E||W x||^2`` that is lost over calibration inputs.
@@ -10,7 +10,7 @@ priced as trapezoids (r (m + n) - r (r - 1) for rank r), read off one singular v
   weight costs ``s_k^2 u_k^T E[g g^T] u_k``.
 
 The sum of the errors is then made as small as the budget allows, exactly for the curves' convex hulls: pieces are
-bought in order of error saved per multiply-add. ``alds`` makes the largest relative spectral error as small as possible
+taken in order of error saved per multiply-add. ``alds`` makes the largest relative spectral error as small as possible
 instead (Liebenwein et al. 2021); ``uniform`` gives every layer the same share.
 """
 
@@ -75,7 +75,7 @@ def allocate(
         rule: One of ``RULES``.
         calibration: Batches, for ``output``; for ``sensitivity`` its forward must return the loss.
         bounds: Least and most relative FLOPs by layer name. By default the least is ``FLOOR`` times the budget, and
-            rank 1 where the budget pays for that; the most is 1.
+            rank 1 where the budget allows that; the most is 1.
         row_splits: Matrices packed in the rows of a layer's weight, by name; 1 where absent.
 
     Returns:
@@ -95,24 +95,15 @@ def allocate(
     for name, module in layers.items():
         check_structurable(module, name)
     dense = {name: weight_matrix(module).numel() for name, module in layers.items()}
-    given = bounds or {}
     splits = {name: 1 if row_splits is None else row_splits.get(name, 1) for name in layers}
-    low = {name: given.get(name, (0.0, 1.0))[0] * size for name, size in dense.items()}
-    for name, module in layers.items():
-        if low[name] <= 0:
-            rows, cols = weight_matrix(module).shape
-            smallest = SMALLEST * (rows + splits[name] * cols)
-            low[name] = max(FLOOR * budget * dense[name], min(smallest, budget * dense[name]))
-    high = {name: min(given.get(name, (0.0, 1.0))[1], 1.0) * size for name, size in dense.items()}
-    low = {name: min(least, high[name]) for name, least in low.items()}
-    max_multiply_adds = budget * sum(dense.values())
-    if not sum(low.values()) <= max_multiply_adds * (1 + 1e-9) or not max_multiply_adds <= sum(high.values()) * (
-        1 + 1e-9
-    ):
-        total = sum(dense.values())
+    total = sum(dense.values())
+    max_multiply_adds = budget * total
+    low, high = _limits(layers, splits, budget, bounds or {})
+    least, most = sum(low.values()), sum(high.values())
+    if not least <= max_multiply_adds * (1 + 1e-9) or not max_multiply_adds <= most * (1 + 1e-9):
         raise ConfigError(
-            f"allocation: the bounds of the layers allow relative FLOPs from {sum(low.values()) / total:.4g} to "
-            f"{sum(high.values()) / total:.4g}, which excludes the budget {budget:g}"
+            f"allocation: the bounds of the layers allow relative FLOPs from {least / total:.4g} to "
+            f"{most / total:.4g}, which excludes the budget {budget:g}"
         )
     if rule == "uniform":
         curves = {name: straight_curve(size) for name, size in dense.items()}
@@ -124,6 +115,22 @@ def allocate(
         curves = _spectral_curves(model, layers, rule, calibration, splits)
         spent = least_sum(curves, max_multiply_adds, low, high)
     return {name: min(1.0, spent[name] / dense[name]) for name in layers}
+
+
+def _limits(
+    layers: Mapping[str, nn.Module], splits: Mapping[str, int], budget: float, bounds: Bounds
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Least and most multiply-adds of each layer, with the defaults where no bounds are given."""
+    low, high = {}, {}
+    for name, module in layers.items():
+        rows, cols = weight_matrix(module).shape
+        size, (least, most) = rows * cols, bounds.get(name, (0.0, 1.0))
+        low[name], high[name] = least * size, min(most, 1.0) * size
+        if low[name] <= 0:
+            smallest = SMALLEST * (rows + splits[name] * cols)
+            low[name] = max(FLOOR * budget * size, min(smallest, budget * size))
+        low[name] = min(low[name], high[name])
+    return low, high
 
 
 def _spectral_curves(
@@ -146,7 +153,7 @@ def _spectral_curves(
 
 
 def _curve(weight: Tensor, metric: Metric, gradient: Tensor | None, row_splits: int) -> Curve:
-    """Error over cost of low rank priced as trapezoids; a share of the energy unless gradients weigh it."""
+    """Error over cost of low rank counted in trapezoid form; a share of the energy unless gradients weigh it."""
     if len(weight) % row_splits:
         raise ConfigError(f"allocation: row_splits {row_splits} does not divide {len(weight)} rows")
     lost: list[Tensor] = []
