@@ -2,8 +2,8 @@ r"""Trapezoid form: any product of rank r can be written with factors that are t
 
 A product A C of rank r is unchanged by A R, R^-1 C: r^2 free numbers. They suffice to make A lower trapezoidal
 (component k on rows k .. m) and C upper trapezoidal (component k on columns k .. n). Both are plain intervals, so the
-cost falls from r (m + n) to r (m + n) - r (r - 1). An orthogonal LQ settles the first side; the second is an LU
-without row exchanges, whose growth is held down by the choice of the row and the column at which the zeros begin.
+cost falls from r (m + n) to r (m + n) - r (r - 1). An orthogonal LQ makes A trapezoidal; C takes an
+LU without row exchanges, whose growth is kept small by the choice of the row and the column at which the zeros begin.
 """
 
 from __future__ import annotations
@@ -20,13 +20,9 @@ __all__ = ["lu_no_pivot", "trapezoid_form"]
 
 MAX_GROWTH = 1e6
 """Largest accepted growth of the factors: past it float32 copies of them would lose the product."""
-
-
 ROW_OFFSETS = 4
-
-
 COL_OFFSETS = 8
-"""Rows and columns at which the triangles may begin; of all pairs the one of least growth is kept."""
+"""Numbers of rows and of columns at which the triangles may begin; of all pairs the one of least growth is kept."""
 
 
 def lu_no_pivot(matrix: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
