@@ -26,7 +26,7 @@ _HELD_OUT = ("val", "validation", "valid", "test")
 _IMAGENET = (
     "ILSVRC 2012 from https://image-net.org (register there), unpacked into train/<class>/*.JPEG and val/<class>/*.JPEG"
 )
-_OWN = "put your images into train/<class>/ and val/<class>/"
+_OF_USER = "put your images into train/<class>/ and val/<class>/"
 
 Box = tuple[float, float, float, float]
 
@@ -196,7 +196,7 @@ def image_folders(folder: object, size: int, *, imagenet: bool) -> tuple[ImageFo
     Raises:
         ConfigError: If it is not there, or the two parts have different classes.
     """
-    what, how = ("ImageNet", _IMAGENET) if imagenet else ("image folder", _OWN)
+    what, how = ("ImageNet", _IMAGENET) if imagenet else ("image folder", _OF_USER)
     looked_for = "train/<class>/ and val/<class>/"
     root = existing_folder(folder, what, looked_for, how)
     held_out = next((root / name for name in _HELD_OUT if (root / name).is_dir()), None)

@@ -127,9 +127,9 @@ def _choices(weight: Tensor, parts: int | None) -> list[_Choice]:
     return choices
 
 
-def _together(parts: list[list[_Choice]]) -> list[_Choice]:
+def _together(choices: list[list[_Choice]]) -> list[_Choice]:
     """Choices of matrices stacked in one layer, all with the same parts and rank."""
     return [
         _Choice(same[0].parts, same[0].cost * len(same), torch.stack([choice.error for choice in same]).amax(0))
-        for same in zip(*parts, strict=True)
+        for same in zip(*choices, strict=True)
     ]

@@ -35,11 +35,11 @@ def fit_blocks(
     """
     if metric.moment is not None:
         fitted = torch.zeros_like(matrix)
-        for part, (start, size) in enumerate(zip(rows.starts, rows.sizes, strict=True)):
+        for row, (start, size) in enumerate(zip(rows.starts, rows.sizes, strict=True)):
             places = [
                 range(cols.starts[j], cols.starts[j] + cols.sizes[j])
                 for i, j in zip(row_part, col_part, strict=True)
-                if i == part
+                if i == row
             ]
             support = torch.tensor([index for place in places for index in place], device=matrix.device)
             if len(support):

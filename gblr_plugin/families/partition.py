@@ -34,13 +34,13 @@ class Partition:
     def sizes(self) -> list[int]:
         """Size of each part."""
         small, larger = divmod(self.length, self.count)
-        return [small + (part < larger) for part in range(self.count)]
+        return [small + (index < larger) for index in range(self.count)]
 
     @property
     def starts(self) -> list[int]:
         """First index of each part."""
         small, larger = divmod(self.length, self.count)
-        return [part * small + min(part, larger) for part in range(self.count)]
+        return [index * small + min(index, larger) for index in range(self.count)]
 
     def split(self, x: Tensor) -> Tensor:
         """(..., length) to (..., count, size), short parts filled with zeros."""
@@ -51,18 +51,18 @@ class Partition:
         tail = x[..., larger * self.size :].reshape(*x.shape[:-1], self.count - larger, self.size - 1)
         return torch.cat([head, F.pad(tail, (0, 1))], dim=-2)
 
-    def join(self, parts: Tensor) -> Tensor:
+    def join(self, split: Tensor) -> Tensor:
         """(..., count, size) to (..., length), the inverse of :meth:`split`."""
         larger = self.length % self.count or self.count
         if larger == self.count:
-            return parts.flatten(-2)
-        return torch.cat([parts[..., :larger, :].flatten(-2), parts[..., larger:, :-1].flatten(-2)], dim=-1)
+            return split.flatten(-2)
+        return torch.cat([split[..., :larger, :].flatten(-2), split[..., larger:, :-1].flatten(-2)], dim=-1)
 
-    def intervals(self, part: Tensor) -> Intervals:
+    def intervals(self, index: Tensor) -> Intervals:
         """The parts with the given (K,) int64 numbers as intervals of the axis."""
-        device = part.device
+        device = index.device
         width, start = torch.tensor(self.sizes, device=device), torch.tensor(self.starts, device=device)
-        return Intervals(width[part], start[part], self.length)
+        return Intervals(width[index], start[index], self.length)
 
 
 def cut_blocks(matrix: Tensor, rows: Partition, cols: Partition) -> Tensor:

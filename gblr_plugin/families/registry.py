@@ -19,7 +19,7 @@ GROUP = "gblr_plugin.families"
 """Group of the entry points."""
 
 # Name -> module and class of this package. Imported on first use, so that choosing a rival does not import all of them.
-_OWN = {
+_BUILT_IN = {
     "gblr": ("gblr", "Gblr"),
     "low_rank": ("low_rank", "LowRank"),
     "alds": ("alds", "Alds"),
@@ -36,12 +36,12 @@ _REGISTERED: dict[str, type[FamilyMatrix]] = {}
 @cache
 def _installed() -> dict[str, metadata.EntryPoint]:
     """Entry points of other packages by name; names of this package's families are not theirs to give."""
-    return {point.name: point for point in metadata.entry_points(group=GROUP) if point.name not in _OWN}
+    return {point.name: point for point in metadata.entry_points(group=GROUP) if point.name not in _BUILT_IN}
 
 
 def names() -> tuple[str, ...]:
     """Names of all families."""
-    return tuple({**_OWN, **_installed(), **_REGISTERED})
+    return tuple({**_BUILT_IN, **_installed(), **_REGISTERED})
 
 
 def get(name: str) -> type[FamilyMatrix]:
@@ -52,8 +52,8 @@ def get(name: str) -> type[FamilyMatrix]:
     """
     if name in _REGISTERED:
         return _REGISTERED[name]
-    if name in _OWN:
-        module, kind = _OWN[name]
+    if name in _BUILT_IN:
+        module, kind = _BUILT_IN[name]
         family: type[FamilyMatrix] = getattr(import_module(f".{module}", __package__), kind)
         return family
     if name not in _installed():
@@ -84,5 +84,5 @@ def register_family(name: str, family: type[FamilyMatrix]) -> None:
     named = getattr(family, "name", None)
     if named != name:
         raise ConfigError(f"family {name!r}: its class calls itself {named!r}; both names must be the same")
-    if name in _OWN or _REGISTERED.setdefault(name, family) is not family:
+    if name in _BUILT_IN or _REGISTERED.setdefault(name, family) is not family:
         raise ConfigError(f"family {name!r} is registered already")

@@ -111,7 +111,7 @@ class _Layer:
     row_splits: int
     key: str  # of its weight in the source
     shard: Path
-    part: Path  # where its result waits
+    result: Path  # where its result waits
 
 
 def compress_folder(
@@ -161,7 +161,7 @@ def compress_folder(
             log_skipped(skipped)
         wait()
         mine = layers[rank::processes]  # by number, not by what is missing, which the others change meanwhile
-        todo = [layer for layer in mine if not layer.part.exists() and not (output / layer.shard.name).exists()]
+        todo = [layer for layer in mine if not layer.result.exists() and not (output / layer.shard.name).exists()]
         for layer in track(todo, "decomposing"):
             _decompose(modules[layer.name], layer, settings)
         wait()
@@ -178,7 +178,7 @@ def compress_folder(
 def _together() -> Iterator[tuple[int, int, Callable[[], object]]]:
     """This process's number, how many there are as torchrun tells, and how each waits for all others.
 
-    They wait in a group of their own: the usual one gives up after half an hour, and parts may end further apart. A
+    They wait in a group of their own: the usual one gives up after half an hour, and processes may end further apart. A
     process that ends takes the connections of those that wait for it along, so that they end too.
     """
     started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
@@ -324,7 +324,7 @@ def _decompose(module: Any, layer: _Layer, settings: CompressSettings) -> None:
     else:
         tensors = {name: weight}
         header.full.append(layer.name)
-    write_container(layer.part, entries_of(tensors), header.to_metadata(), tensors.__getitem__)
+    write_container(layer.result, entries_of(tensors), header.to_metadata(), tensors.__getitem__)
 
 
 def _write_shard(source: Path, output: Path, names: Mapping[str, str], layers: Iterable[_Layer]) -> None:
@@ -332,22 +332,22 @@ def _write_shard(source: Path, output: Path, names: Mapping[str, str], layers: I
     compressed = {layer.key: layer for layer in layers}
     dense = Container(source, _WHO)
     places: dict[str, tuple[Container, str]] = {}
-    parts = []
+    results = []
     for key, name in names.items():
         if key not in compressed:
             places[name] = dense, key
             continue
-        part = Container(compressed[key].part, _WHO)
-        parts.append(part)
-        places.update({inside: (part, inside) for inside in part.entries})
+        result = Container(compressed[key].result, _WHO)
+        results.append(result)
+        places.update({inside: (result, inside) for inside in result.entries})
     entries = {name: container.entries[key] for name, (container, key) in places.items()}
 
     def read(name: str) -> Tensor:
         container, key = places[name]
         return container.read(key)
 
-    write_container(output, entries, read_headers(parts, _WHO).to_metadata(), read)
-    for container in (dense, *parts):
+    write_container(output, entries, read_headers(results, _WHO).to_metadata(), read)
+    for container in (dense, *results):
         container.close()
 
 
@@ -380,7 +380,7 @@ def _finish(
         config["quantization_config"] = {"quant_method": "gblr"}
         write_text(output / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     for layer in layers:
-        layer.part.unlink(missing_ok=True)
+        layer.result.unlink(missing_ok=True)
     shutil.rmtree(output / _WORK)  # with the note of what was being done, which came first and goes last
     return CompressSummary(
         len(layers),

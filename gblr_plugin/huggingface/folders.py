@@ -169,7 +169,7 @@ def _check_complete(network: nn.Module, containers: Sequence[Container], header:
     together.
     """
     entries = {name: entry for container in containers for name, entry in container.entries.items()}
-    parts = {part for name in header.weights for part in part_names(name)}
+    keys = {key for name in header.weights for key in part_names(name)}
     state = network.state_dict(keep_vars=True)
     said = f"load: {str(folder)!r} does not fit the network of its config.json, or is damaged: "
     ours = {*header.weights, *(name for name in state if name.rpartition(".")[0] in header.families)}
@@ -185,7 +185,7 @@ def _check_complete(network: nn.Module, containers: Sequence[Container], header:
             shape = entry.shape if sorted(entry.shape) == sorted(shape) else shape
         if entry.shape != shape or entry.dtype.is_floating_point != tensor.is_floating_point():
             raise ConfigError(f"{said}{name!r} is {entry.dtype} {entry.shape}, the network's {shape}")
-    extra = [name for name in entries.keys() - state.keys() - parts if name.rpartition(".")[0] not in header.families]
+    extra = [name for name in entries.keys() - state.keys() - keys if name.rpartition(".")[0] not in header.families]
     if extra and not header.torchao:
         raise ConfigError(f"{said}the network has no {min(extra)!r}")
 
@@ -217,10 +217,10 @@ class _Carrier(nn.Module):
     def __init__(self, dense: nn.Module, name: str, entries: Mapping[str, Entry]) -> None:
         super().__init__()
         self.dense = [dense]  # in a list: not a submodule
-        self.parts = {}
-        for part, entry in entries.items():
-            place = part.rpartition(".")[2]
-            self.parts[place] = part
+        self.keys = {}
+        for key, entry in entries.items():
+            place = key.rpartition(".")[2]
+            self.keys[place] = key
             self.register_parameter(
                 place, nn.Parameter(torch.empty(entry.shape, dtype=entry.dtype, device="meta"), requires_grad=False)
             )
@@ -264,7 +264,7 @@ class GBLRHfQuantizer(HfQuantizer):
         for name in self._header.weights:
             parent, _, last = name.rpartition(".")
             module = modules.get(parent)
-            parts = {part: entries[part] for part in part_names(name) if part in entries}
+            parts = {key: entries[key] for key in part_names(name) if key in entries}
             if module is None or not structurable(module) or last != "weight" or not parts:
                 raise ConfigError(f"load: {name!r} is no weight of the network that can be structured")
             replacements[id(module)] = _Carrier(module, name, parts)
@@ -346,7 +346,7 @@ def _loaded(carrier: _Carrier, record: Mapping[str, Any]) -> nn.Module:
     m, n = weight_matrix(dense).shape
     convolution = isinstance(dense, (nn.Conv1d, nn.Conv2d))
     expected = tuple(dense.weight.shape) if convolution else (m, n)
-    parts = {part: getattr(carrier, place).detach() for place, part in carrier.parts.items()}
+    parts = {key: getattr(carrier, place).detach() for place, key in carrier.keys.items()}
     weight = unflatten_weight(record, parts, carrier.name, expected).to(dense.weight.dtype)
     new: Any = dense if convolution else nn.Linear(n, m, bias=carrier.bias is not None, device="meta")
     new.weight = nn.Parameter(weight, requires_grad=False)

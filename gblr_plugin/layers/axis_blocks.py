@@ -133,8 +133,8 @@ class MaskedAxis:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The (A, B) entries of each block in a (size,) buffer that holds them one after another."""
-        parts = flat.split([block.size for block in self.blocks])
-        return [part.view(-1, block.stop - block.first) for part, block in zip(parts, self.blocks, strict=True)]
+        pieces = flat.split([block.size for block in self.blocks])
+        return [piece.view(-1, block.stop - block.first) for piece, block in zip(pieces, self.blocks, strict=True)]
 
     def _windows(self, table: Tensor, block: Block, at: Tensor) -> Tensor:
         """(A, B) table entries of a block's range for intervals that end or begin ``at``."""

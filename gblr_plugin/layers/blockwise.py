@@ -36,7 +36,7 @@ class _Side:
         else:
             flat = kernels.block_entries(axis.tables, *axis.lists, axis.width, axis.start, factor, axis.size)
             masked = axis.views(flat)
-        self.masked = [part.to(dtype) for part in masked]
+        self.masked = [factor.to(dtype) for factor in masked]
 
     def _kernels(self, *others: Tensor) -> Any:
         on_cpu = self.factor.device.type == "cpu"

@@ -35,8 +35,8 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def local_part(tensor: Tensor) -> Tensor:
     """Return the part of a parameter that this process holds, to be changed in place under ``no_grad``."""
     shared = _mesh_tensor(tensor)
-    part: Tensor = tensor if shared is None else shared.to_local()
-    return part
+    local: Tensor = tensor if shared is None else shared.to_local()
+    return local
 
 
 @torch.no_grad()
@@ -56,15 +56,17 @@ def write_full_tensor(parameter: Tensor, value: Tensor) -> None:
 @torch.no_grad()
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether every entry on every process is finite; one answer for all."""
-    parts = [local_part(tensor) for tensor in tensors]
-    parts = [part.coalesce().values() if part.is_sparse else part for part in parts]
-    if not parts:
+    values = [local_part(tensor) for tensor in tensors]
+    values = [value.coalesce().values() if value.is_sparse else value for value in values]
+    if not values:
         return True
     # A sum is finite only if all entries are, and several times cheaper; a sum that overflowed is looked at closely.
-    answer = torch.isfinite(torch.stack([part.sum(dtype=torch.float32).to(parts[0].device) for part in parts])).all()
+    answer = torch.isfinite(
+        torch.stack([value.sum(dtype=torch.float32).to(values[0].device) for value in values])
+    ).all()
     finite = bool(answer)
     if not finite:
-        answer = torch.stack([torch.isfinite(part).all().to(parts[0].device) for part in parts]).all()
+        answer = torch.stack([torch.isfinite(value).all().to(values[0].device) for value in values]).all()
     shared = next((found for found in map(_mesh_tensor, tensors) if found is not None), None)
     if shared is not None:
         least = answer.to(torch.int32)

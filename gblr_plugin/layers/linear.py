@@ -58,8 +58,8 @@ class GBLRLinear(GBLRLayer, nn.Linear):
         if self.row_splits == 1:
             return F.linear(z, u.T, self.bias)
         s = self.row_splits
-        parts = torch.einsum("...sk,skm->...sm", z.unflatten(-1, (s, -1)), u.view(s, -1, u.shape[1]))
-        y = parts.flatten(-2)
+        splits = torch.einsum("...sk,skm->...sm", z.unflatten(-1, (s, -1)), u.view(s, -1, u.shape[1]))
+        y = splits.flatten(-2)
         return y if self.bias is None else y + self.bias
 
     def _block_linear(self, input: Tensor, rows: MaskedAxis, cols: MaskedAxis) -> Tensor:

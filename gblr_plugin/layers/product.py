@@ -9,7 +9,7 @@ from .axis_blocks import MaskedAxis
 
 __all__ = ["Product", "choose_product"]
 
-_WORTH_BLOCKS = 5e7  # multiply-adds below which listing blocks costs more than they save
+_LEAST_FOR_BLOCKS = 5e7  # multiply-adds below which listing blocks costs more than they save
 _BLOCK_OVERHEAD = 5e5  # multiply-adds that take as long as the extra calls of one block
 _BLOCK_SLOWDOWN = 1.25  # of a multiply-add inside a block: gathering and scattering rows
 _BLOCK_DENSE_SLOWDOWN = 1.45  # of one in a block of the dense matrix
@@ -51,7 +51,7 @@ def choose_product(
     dense = components * per_split * n + positions * m * n
     plain = Product(factored <= dense, None, None)
     least = min(factored, dense)
-    if axes is None or least < _WORTH_BLOCKS:
+    if axes is None or least < _LEAST_FOR_BLOCKS:
         return plain
     rows, cols = axes()
     overhead = _BLOCK_OVERHEAD * (len(rows.blocks) + len(cols.blocks))

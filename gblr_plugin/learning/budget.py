@@ -241,12 +241,12 @@ class WidthBudget:
         return targets - cost.new_zeros(self.num_groups).index_add_(0, self._group, cost), self._upper - cost
 
     def _affordable(
-        self, score: Tensor, price: Tensor, column: Tensor, usable: Tensor, slack: tuple[Tensor, Tensor]
+        self, score: Tensor, cost: Tensor, column: Tensor, usable: Tensor, slack: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """Indices of usable items whose price, added to that of all better ones, fits their group and layer."""
+        """Indices of usable items whose cost, added to that of all better ones, fits their group and layer."""
         owners = self._group[self._layer][column], self._layer[column]
         for owner, left in zip(owners, slack, strict=True):
-            usable = usable & (price <= left[owner])
+            usable = usable & (cost <= left[owner])
         usable = usable & torch.isfinite(slack[0])[owners[0]]
         order = torch.where(usable, score, -torch.inf).argsort(descending=True, stable=True)
         order = order[usable[order]]
@@ -254,7 +254,7 @@ class WidthBudget:
         for owner, left in zip(owners, slack, strict=True):
             by_owner = owner[order].argsort(stable=True)
             sorted_owner = owner[order][by_owner]
-            running = torch.cat([price.new_zeros(1), price[order][by_owner].cumsum(0)])
+            running = torch.cat([cost.new_zeros(1), cost[order][by_owner].cumsum(0)])
             first = torch.searchsorted(sorted_owner, torch.arange(left.numel(), device=order.device))
             fits[by_owner] &= running[1:] - running[first][sorted_owner] <= left[sorted_owner]
         return order[fits]

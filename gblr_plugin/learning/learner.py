@@ -145,7 +145,7 @@ class StructureLearner:
         for optimizer in optimizers:
             if any(rate is not None for rate in learning_rates(optimizer, widths)):
                 self.attach(optimizer)
-        self._refreeze(attached=True)
+        self._refreeze(has_optimizers=True)
 
     def detach(self) -> None:
         """Leave all optimizers as they were."""
@@ -153,13 +153,13 @@ class StructureLearner:
             hook.remove()
             _DRIVING.get(hook.optimizer, weakref.WeakSet()).discard(self)
         self._hooks.clear()
-        self._refreeze(attached=False)  # nobody takes the gradients of zero away any more
+        self._refreeze(has_optimizers=False)  # nobody takes the gradients of zero away any more
 
-    def _refreeze(self, attached: bool) -> None:
+    def _refreeze(self, has_optimizers: bool) -> None:
         """Where DistributedDataParallel trains a frozen structure: say whether its gradients of zero are taken away."""
         if self.frozen and self._replicated():
             for layer in self.layers.values():
-                layer.freeze_structure(keep_gradients=attached)
+                layer.freeze_structure(keep_gradients=has_optimizers)
 
     def _replicated(self) -> bool:
         return replicated(layer.widths for layer in self.layers.values())
@@ -174,14 +174,14 @@ class StructureLearner:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """One real step of an optimizer was taken. Of several optimizers the first one's steps are counted."""
-        attached = [hook.optimizer for hook in self._hooks]
-        if not attached or attached[0] is optimizer:
+        optimizers = [hook.optimizer for hook in self._hooks]
+        if not optimizers or optimizers[0] is optimizer:
             self.step_count += 1
             if self.schedule is not None and not self.frozen:
                 self.progress = self.schedule.progress(self.step_count)
         if self.frozen:
             return
-        self._shrink(optimizer, attached)
+        self._shrink(optimizer, optimizers)
         if self.schedule is not None:
             if self.progress >= 1.0:
                 self.freeze()
@@ -189,14 +189,14 @@ class StructureLearner:
                 self._set_sigma()
 
     @torch.no_grad()
-    def _shrink(self, optimizer: Optimizer, attached: list[Optimizer]) -> None:
+    def _shrink(self, optimizer: Optimizer, optimizers: list[Optimizer]) -> None:
         widths = self._shrinker.widths()
         self._guard.check_structure(widths)
         scheduled = self.schedule is not None
         self._shrinker.step(
             widths,
             optimizer,
-            attached,
+            optimizers,
             covered=Schedule.ramp(self.progress) if scheduled else self.progress,
             fixed=1.0 if scheduled else self.progress,  # a host that gives the progress ramps a fixed lambda too
             in_warmup=scheduled and self.progress <= 0.0,
@@ -224,9 +224,9 @@ class StructureLearner:
         self._guard.check_parameters()
         self.begin()
         self.progress = 1.0
-        attached = self._replicated() and bool(self._hooks)
+        has_optimizers = self._replicated() and bool(self._hooks)
         for layer, widths in zip(self.layers.values(), self._shrinker.final_widths(), strict=True):
-            layer.freeze_structure(widths, keep_gradients=attached)
+            layer.freeze_structure(widths, keep_gradients=has_optimizers)
         self.frozen = True
         self._report_unmet()
         if self.compact and not (torch.distributed.is_available() and torch.distributed.is_initialized()):

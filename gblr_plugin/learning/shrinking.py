@@ -61,7 +61,7 @@ class Shrinker:
         self,
         flat: Tensor,
         optimizer: Optimizer,
-        attached: Sequence[Optimizer],
+        optimizers: Sequence[Optimizer],
         *,
         covered: float,
         fixed: float,
@@ -72,13 +72,13 @@ class Shrinker:
         Args:
             flat: :meth:`widths`.
             optimizer: The one that has stepped.
-            attached: All optimizers that step these layers, in order.
+            optimizers: All that step these layers, in order.
             covered: Share of the descent to the budgets that is done.
             fixed: Share of the fixed lambdas that holds now.
             in_warmup: Whether nothing shrinks yet.
         """
-        rates, moved = self._rates(optimizer, attached or [optimizer])
-        if self._begins_round(optimizer, attached) or self.due is None:
+        rates, moved = self._rates(optimizer, optimizers or [optimizer])
+        if self._begins_round(optimizer, optimizers) or self.due is None:
             self.due = self._thresholds(flat, rates, covered, in_warmup)
         lambdas = [0.0 if in_warmup else (goal.threshold or 0.0) * fixed for goal in self._goals]
         lam, rate = torch.tensor([lambdas, rates], dtype=torch.float64, device=flat.device)
@@ -87,24 +87,24 @@ class Shrinker:
         self.rates = rates
         self._lambdas = torch.where(rate > 0, thresholds / rate, 0.0)
 
-    def _rates(self, optimizer: Optimizer, attached: Sequence[Optimizer]) -> tuple[list[float], list[bool]]:
+    def _rates(self, optimizer: Optimizer, optimizers: Sequence[Optimizer]) -> tuple[list[float], list[bool]]:
         """Learning rate of each layer's widths, and whether a step of this optimizer moves them."""
         parameters = [layer.widths for layer in self._layers]
         here = learning_rates(optimizer, parameters)
-        anywhere = [learning_rates(each, parameters) for each in attached]
+        anywhere = [learning_rates(each, parameters) for each in optimizers]
         largest = max((rate for rate in anywhere[0] if rate is not None), default=0.0)
         rates, moved = [], []
         for layer, goal, rate, *others in zip(self._layers, self._goals, here, *anywhere, strict=True):
             known, moves = next((value for value in (rate, *others) if value is not None), None), rate is not None
             if known is None and not layer.widths.requires_grad and goal.budget is not None:
-                known, moves = largest, optimizer is attached[0]
+                known, moves = largest, optimizer is optimizers[0]
             rates.append(known or 0.0)
             moved.append(moves)
         return rates, moved
 
-    def _begins_round(self, optimizer: Optimizer, attached: Sequence[Optimizer]) -> bool:
+    def _begins_round(self, optimizer: Optimizer, optimizers: Sequence[Optimizer]) -> bool:
         """Whether this step begins a round, since the optimizer has taken one in the present round."""
-        place = next((index for index, each in enumerate(attached) if each is optimizer), 0)
+        place = next((index for index, each in enumerate(optimizers) if each is optimizer), 0)
         begins = not self.stepped or place in self.stepped
         self.stepped = [place] if begins else [*self.stepped, place]
         return begins

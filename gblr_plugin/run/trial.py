@@ -60,7 +60,7 @@ class Trial:
 
     def __init__(self, settings: RunSettings, parameters: dict[str, Any], flops_price: float = 0.0) -> None:
         self._job = prepare_run(settings, _EpochResults(self))
-        self._parameters, self._price = parameters, flops_price
+        self._parameters, self._flops_price = parameters, flops_price
 
     def run(self, output: Path, console: Console) -> RunReport:
         """Run, and report the end.
@@ -79,9 +79,9 @@ class Trial:
     def result(self, quality: float, relative_flops: float) -> dict[str, Any]:
         """What is reported about a network."""
         task = self._job.context.task
-        price = self._price * relative_flops
+        penalty = self._flops_price * relative_flops
         return {
-            "default": quality - price if task.higher_is_better else quality + price,
+            "default": quality - penalty if task.higher_is_better else quality + penalty,
             task.metric: quality,
             "relative_flops": relative_flops,
             "metric": task.metric,

@@ -19,7 +19,7 @@ __all__ = ["family_record", "restore_matrix"]
 def family_record(matrix: FamilyMatrix) -> dict[str, Any]:
     """What does not train of a matrix: ``{"family": name, field: values}``, or ``{"stacked": [records]}``."""
     if isinstance(matrix, Stacked):
-        return {"stacked": [family_record(part) for part in matrix.matrices]}
+        return {"stacked": [family_record(split) for split in matrix.matrices]}
     record: dict[str, Any] = {"family": matrix.name}
     for field in dataclasses.fields(matrix):  # type: ignore[arg-type]  # every family is a dataclass
         value = getattr(matrix, field.name)
@@ -60,15 +60,15 @@ def restore_matrix(record: Any, factors: Mapping[str, Tensor], shape: tuple[int,
 def _restore(record: Any, factors: Mapping[str, Tensor], shape: tuple[int, int]) -> FamilyMatrix:
     m, n = shape
     if "stacked" in record:
-        parts = record["stacked"]
-        if set(record) != {"stacked"} or not parts or m % len(parts) or any("stacked" in part for part in parts):
+        splits = record["stacked"]
+        if set(record) != {"stacked"} or not splits or m % len(splits) or any("stacked" in split for split in splits):
             raise ValueError("stack")
         named = [
             {key.removesuffix(f"_{i}"): value for key, value in factors.items() if key.endswith(f"_{i}")}
-            for i in range(len(parts))
+            for i in range(len(splits))
         ]
         return Stacked(
-            tuple(_restore(part, inside, (m // len(parts), n)) for part, inside in zip(parts, named, strict=True))
+            tuple(_restore(split, inside, (m // len(splits), n)) for split, inside in zip(splits, named, strict=True))
         )
     kind = registry.get(record["family"])
     known = {field.name: str(field.type) for field in dataclasses.fields(kind)}  # type: ignore[arg-type]  # as above
@@ -98,9 +98,9 @@ def _partition(value: Any, length: int) -> Partition:
 
 
 def _pattern(value: Any, rows: Partition, cols: Partition) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    row, col = (tuple(part) for part in value)
-    for part, count in ((row, rows.count), (col, cols.count)):
-        if len(row) != len(col) or any(type(index) is not int or not 0 <= index < count for index in part):
+    row, col = (tuple(indices) for indices in value)
+    for indices, count in ((row, rows.count), (col, cols.count)):
+        if len(row) != len(col) or any(type(index) is not int or not 0 <= index < count for index in indices):
             raise ValueError("pattern")
     return row, col
 

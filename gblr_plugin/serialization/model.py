@@ -58,7 +58,7 @@ def load_into(path: str | os.PathLike[str], network: nn.Module | Callable[[], nn
     place = os.fspath(path)
     if os.path.isfile(place) and _is_torch_file(place):
         raise ConfigError(f"load: {place!r} is a file of torch.save; give one that gblr_plugin.save() wrote")
-    containers = [Container(part) for part in (shard_paths(place) if os.path.isdir(place) else [place])]
+    containers = [Container(file) for file in (shard_paths(place) if os.path.isdir(place) else [place])]
     header = read_headers(containers)
     skeleton = _skeleton(network, header)
     stored = {name: tensor for container in containers for name, tensor in container.read_all()}
@@ -145,9 +145,9 @@ def flatten_model(model: nn.Module) -> tuple[dict[str, Tensor], Header]:
         if same != name:
             header.tied[name] = same
         elif isinstance(value, GBLRTensor):
-            parts, record = flatten_weight(name, value)
+            entries, record = flatten_weight(name, value)
             header.weights[name] = {**record, "plan": header.number_of(plan_record(value.plan))}
-            _add(tensors, parts)
+            _add(tensors, entries)
         elif type(value) is Tensor:
             _add(tensors, {name: value})
         else:
@@ -160,11 +160,11 @@ def flatten_model(model: nn.Module) -> tuple[dict[str, Tensor], Header]:
     return tensors, header
 
 
-def _add(tensors: dict[str, Tensor], parts: Mapping[str, Tensor]) -> None:
-    taken = next((name for name in parts if name in tensors), None)
+def _add(tensors: dict[str, Tensor], entries: Mapping[str, Tensor]) -> None:
+    taken = next((name for name in entries if name in tensors), None)
     if taken is not None:
         raise ConfigError(f"save: two tensors of the model would be called {taken!r}")
-    tensors.update(parts)
+    tensors.update(entries)
 
 
 def _identity(value: Tensor) -> Any:
@@ -180,11 +180,11 @@ def _flatten_torchao(name: str, value: Tensor, header: Header) -> dict[str, Tens
 
     inside = f"gblr.{name}"  # torchao splits names at the last dot
     try:
-        parts, said = flatten_tensor_state_dict({inside: value})
+        tensors, said = flatten_tensor_state_dict({inside: value})
     except ValueError as error:
         raise ConfigError(f"save: {name!r} is a {type(value).__name__}, which safetensors files cannot hold") from error
     header.torchao[name] = said[inside]
-    return {part.removeprefix("gblr."): tensor for part, tensor in parts.items()}
+    return {key.removeprefix("gblr."): tensor for key, tensor in tensors.items()}
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
@@ -205,8 +205,8 @@ def _assemble(stored: dict[str, Tensor], header: Header, skeleton: nn.Module, pa
         for name in header.weights:
             if name not in shapes:
                 raise ConfigError(f"the network has no weight {name!r}")
-            parts = {part: stored.pop(part) for part in part_names(name) if part in stored}
-            state[name] = unflatten_weight(header.record(name), parts, name, shapes[name]).replanned_here()
+            tensors = {key: stored.pop(key) for key in part_names(name) if key in stored}
+            state[name] = unflatten_weight(header.record(name), tensors, name, shapes[name]).replanned_here()
         for name, said in header.torchao.items():
             state[name] = _unflatten_torchao(name, said, stored)
         state.update(stored)
@@ -227,9 +227,9 @@ def _unflatten_torchao(name: str, said: str, stored: dict[str, Tensor]) -> Tenso
     inside = f"gblr.{name}"
     module, _, last = inside.rpartition(".")
     prefix = f"{module.removeprefix('gblr')}._{last}_".removeprefix(".")
-    parts = {f"gblr.{part}": stored.pop(part) for part in list(stored) if part.startswith(prefix)}
+    tensors = {f"gblr.{key}": stored.pop(key) for key in list(stored) if key.startswith(prefix)}
     try:
-        state, _ = unflatten_tensor_state_dict(parts, {inside: said, "tensor_names": json.dumps([inside])})
+        state, _ = unflatten_tensor_state_dict(tensors, {inside: said, "tensor_names": json.dumps([inside])})
         value: Tensor = state[inside]
     except Exception as error:  # torchao checks nothing itself
         raise ConfigError(f"the quantized weight {name!r} cannot be put together") from error

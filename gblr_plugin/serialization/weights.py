@@ -83,8 +83,8 @@ def flatten_weight(name: str, weight: GBLRTensor) -> tuple[dict[str, Tensor], di
     matrix = unpack(layout, weight.factors, weight.lists)
     if _too_many(len(matrix.u), layout.shape):
         raise ConfigError(f"save: {name!r} has {len(matrix.u)} components, too many for a {layout.shape} matrix")
-    parts = [matrix.rows.width, matrix.rows.start, matrix.cols.width, matrix.cols.start]
-    ends = torch.stack(parts)
+    values = [matrix.rows.width, matrix.rows.start, matrix.cols.width, matrix.cols.start]
+    ends = torch.stack(values)
     largest = max(layout.shape)
     tensors[factors] = torch.cat([matrix.u[matrix.rows.support()], matrix.v[matrix.cols.support()]])
     tensors[intervals] = ends.to(torch.uint8 if largest < 1 << 8 else torch.int16 if largest < 1 << 15 else torch.int32)
@@ -188,12 +188,12 @@ def _matrix(record: Mapping[str, Any], factors: Tensor, ends: Tensor, m: int, n:
         raise _UnsoundError
     if not splits or sum(splits) != num or m % len(splits):
         raise _UnsoundError
-    part = m // len(splits)
+    split_rows = m // len(splits)
     row_width, row_start, col_width, col_start = ends.long().unbind()
-    rows, cols = Intervals(row_width, row_start, part), Intervals(col_width, col_start, n)
+    rows, cols = Intervals(row_width, row_start, split_rows), Intervals(col_width, col_start, n)
     inside = int(row_width.sum())
     if inside + int(col_width.sum()) != factors.numel():
         raise _UnsoundError
-    u, v = factors.new_zeros(num, part), factors.new_zeros(num, n)
+    u, v = factors.new_zeros(num, split_rows), factors.new_zeros(num, n)
     u[rows.support()], v[cols.support()] = factors[:inside], factors[inside:]
     return StructuredMatrix(u, v, rows, cols, tuple(splits))

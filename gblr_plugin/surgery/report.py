@@ -205,9 +205,9 @@ class Report:
             if layer.left_dense:
                 groups.setdefault(layer.left_dense, []).append(layer)
         lines = []
-        parts = {reason: sum(layer.multiply_adds for layer in group) for reason, group in groups.items()}
-        for reason, group in sorted(groups.items(), key=lambda entry: -parts[entry[0]]):
-            share = _share(parts[reason], self.multiply_adds)
+        counts = {reason: sum(layer.multiply_adds for layer in group) for reason, group in groups.items()}
+        for reason, group in sorted(groups.items(), key=lambda entry: -counts[entry[0]]):
+            share = _share(counts[reason], self.multiply_adds)
             names = group[0].name if len(group) == 1 else f"{len(group)} layers, {group[0].name} to {group[-1].name}"
             lines += textwrap.wrap(f"  {share} {names}: {reason}", _COLUMNS, subsequent_indent="    ")
         return ["left dense (share of the multiply-adds, reason):", *lines] if lines else []
@@ -232,17 +232,17 @@ def _short(value: int) -> str:
     return f"{float(digits) / 10**power:.{2 - int(digits[-2:]) % 3}f}{'kMGTPE'[power // 3 - 1]}"
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else "-"
+def _share(count: int, total: int) -> str:
+    return f"{count / total:.1%}" if total else "-"
 
 
 def _shortened(name: str, width: int) -> str:
     """Shorten a name: the words between dots to their first letters, from the left; if needed, to the name's end."""
-    parts = name.split(".")
-    for index in range(len(parts) - 1):
-        if len(".".join(parts)) <= width:
+    steps = name.split(".")
+    for index in range(len(steps) - 1):
+        if len(".".join(steps)) <= width:
             break
-        if not parts[index].isdigit():
-            parts[index] = parts[index][:1]
-    name = ".".join(parts)
+        if not steps[index].isdigit():
+            steps[index] = steps[index][:1]
+    name = ".".join(steps)
     return name if len(name) <= width else "…" + name[len(name) - width + 1 :]

@@ -41,13 +41,13 @@ def keep_frozen_local(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def component_part(weight: GBLRTensor, part: int, parts: int) -> GBLRTensor:
+def component_part(weight: GBLRTensor, rank: int, world_size: int) -> GBLRTensor:
     """Some of a weight's components; all parts have about equal costs and sum to the weight.
 
     Args:
         weight: A structured weight, floating-point or int8.
-        part: Number of the part, from 0.
-        parts: Number of parts.
+        rank: Number of the process whose components are returned, from 0.
+        world_size: Number of processes, over which the components are spread.
 
     Raises:
         ConfigError: If the weight is kept as a dense matrix, which has no components.
@@ -57,9 +57,9 @@ def component_part(weight: GBLRTensor, part: int, parts: int) -> GBLRTensor:
     matrix = weight.to_structured()
     # From the most expensive component on, each next one goes to the next part, to and fro.
     order = matrix.component_multiply_adds.argsort(descending=True, stable=True)
-    place = torch.arange(len(order), device=order.device) % (2 * parts)
+    place = torch.arange(len(order), device=order.device) % (2 * world_size)
     mine = torch.zeros_like(order, dtype=torch.bool)
-    mine[order[torch.minimum(place, 2 * parts - 1 - place) == part]] = True
+    mine[order[torch.minimum(place, 2 * world_size - 1 - place) == rank]] = True
     chosen = matrix.select(mine)
     result: GBLRTensor = GBLRTensor.from_structured(chosen, shape=weight.outer_shape, factor_dtype=weight.factor_dtype)
     return result
@@ -113,8 +113,8 @@ class ComponentParallel(ParallelStyle):
         if not isinstance(weight, Tensor) or not isinstance(weight.data, GBLRTensor):
             raise ConfigError(f"component parallel: a {type(module).__name__} without a structured weight")
         group, layer = device_mesh.get_group(), module
-        part = component_part(weight.data, device_mesh.get_local_rank(), device_mesh.size())
-        layer.weight = nn.Parameter(part, requires_grad=False)
+        share = component_part(weight.data, device_mesh.get_local_rank(), device_mesh.size())
+        layer.weight = nn.Parameter(share, requires_grad=False)
         bias: Any = module.bias
         layer.register_parameter("bias", None)
         layer.register_parameter("full_bias", bias)

@@ -22,10 +22,10 @@ def check_version(who: str, tested: str) -> None:
     Raises:
         ImportError: In one line, for an older version.
     """
-    parts = re.fullmatch(r"([\w-]+)>=([\d.]+),<([\d.]+)", tested)
-    if parts is None:
+    match = re.fullmatch(r"([\w-]+)>=([\d.]+),<([\d.]+)", tested)
+    if match is None:
         raise ValueError(f"{tested!r} is no range of versions")
-    name, first, end = parts.groups()
+    name, first, end = match.groups()
     try:
         found = metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -40,7 +40,7 @@ def check_version(who: str, tested: str) -> None:
 def _numbers(version: str) -> tuple[int, ...]:
     """Of the release: 2.13.0+cpu is (2, 13, 0), 4 is (4, 0, 0)."""
     release = re.match(r"\d+(\.\d+)*", version)
-    numbers = [int(part) for part in release[0].split(".")] if release else []
+    numbers = [int(number) for number in release[0].split(".")] if release else []
     return tuple((*numbers, 0, 0, 0)[:3])
 
 

@@ -45,7 +45,7 @@ def test_frozen_blocks_are_exact(monkeypatch, splits, positions):
     layer = big_layer(splits=splits)
     layer.freeze_structure()
     x = torch.randn(positions, 384, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr("gblr_plugin.layers.product._WORTH_BLOCKS", 0)
+    monkeypatch.setattr("gblr_plugin.layers.product._LEAST_FOR_BLOCKS", 0)
     monkeypatch.setattr("gblr_plugin.layers.product._BLOCK_OVERHEAD", 0)
     assert layer._choose_product(positions, linear=True).rows is not None
     upstream = torch.randn(positions, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -114,7 +114,7 @@ def test_lists_follow_the_structure():
 def test_autocast_takes_the_lower_precision(monkeypatch):
     layer = big_layer(dtype=torch.float32)
     layer.freeze_structure()
-    monkeypatch.setattr("gblr_plugin.layers.product._WORTH_BLOCKS", 0)
+    monkeypatch.setattr("gblr_plugin.layers.product._LEAST_FOR_BLOCKS", 0)
     monkeypatch.setattr("gblr_plugin.layers.product._BLOCK_OVERHEAD", 0)
     x = torch.randn(40, 384)
     assert layer._choose_product(40, linear=True).cols is not None

@@ -490,7 +490,7 @@ def test_compiles_whole_and_follows_sigma_without_recompiling(monkeypatch, alway
     layer = GBLRLinear(random_matrix(12, 10, dtype=torch.float32))
     layer.set_sigma(1.0)
     if always_blocks:  # eager takes them, compiled code has none
-        for name in ("_WORTH_BLOCKS", "_BLOCK_OVERHEAD", "_BLOCK_SLOWDOWN"):
+        for name in ("_LEAST_FOR_BLOCKS", "_BLOCK_OVERHEAD", "_BLOCK_SLOWDOWN"):
             monkeypatch.setattr(f"gblr_plugin.layers.product.{name}", 0)
         assert layer._choose_product(5, linear=True).rows is not None
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -82,7 +82,7 @@ def test_a_training_pass_never_asks(sigma, as_on_a_gpu):
 
 
 def test_a_pass_by_blocks_asks_for_its_lists_alone(monkeypatch):
-    monkeypatch.setattr("gblr_plugin.layers.product._WORTH_BLOCKS", 0)
+    monkeypatch.setattr("gblr_plugin.layers.product._LEAST_FOR_BLOCKS", 0)
     _, layers = network(1)
     (layer,) = layers.values()
     layer.set_sigma(2.0)

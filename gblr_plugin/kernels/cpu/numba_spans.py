@@ -11,13 +11,13 @@ __all__ = ["best_spans"]
 
 
 @compiled("spans")
-def _best(gains, price, cyclic):
+def _best(gains, cell_cost, cyclic):
     """First cell, number of cells and net gain of the interval of greatest net gain; no cells if none is positive."""
     count = len(gains)
     total = low = high = best = worst = 0.0
     low_at = high_at = start = cells = gap = gap_cells = 0
     for e in range(count):
-        total += gains[e] - price
+        total += gains[e] - cell_cost
         if total - low > best:
             best, start, cells = total - low, low_at, e + 1 - low_at
         if total < low:
@@ -32,17 +32,17 @@ def _best(gains, price, cyclic):
 
 
 @compiled("spans", keep=True)
-def _best_of_each(gains, price, cyclic, start, cells, net):
+def _best_of_each(gains, cell_cost, cyclic, start, cells, net):
     for k in range(len(gains)):
-        start[k], cells[k], net[k] = _best(gains[k], price, cyclic)
+        start[k], cells[k], net[k] = _best(gains[k], cell_cost, cyclic)
 
 
-def best_spans(gains: Tensor, price: float, cyclic: bool) -> tuple[Tensor, Tensor, Tensor]:
+def best_spans(gains: Tensor, cell_cost: float, cyclic: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`gblr_plugin.decomposition.spans.best_spans`.
 
     Args:
         gains: (K, cells) float32 or float64 on the CPU.
-        price: Cost of one cell, which is subtracted from its gain.
+        cell_cost: Cost of one cell, which is subtracted from its gain.
         cyclic: Whether intervals may wrap around.
 
     Returns:
@@ -50,5 +50,5 @@ def best_spans(gains: Tensor, price: float, cyclic: bool) -> tuple[Tensor, Tenso
     """
     start, cells = gains.new_empty(2, len(gains), dtype=torch.int64)
     net = gains.new_empty(len(gains))
-    _best_of_each(gains.contiguous().numpy(), price, cyclic, start.numpy(), cells.numpy(), net.numpy())
+    _best_of_each(gains.contiguous().numpy(), cell_cost, cyclic, start.numpy(), cells.numpy(), net.numpy())
     return cells, start, net

@@ -40,7 +40,7 @@ def _config(components: int, tokens: int, warps: int, stages: int) -> triton.Con
 
 
 # Without timing, the first that suits is used.
-_ONE = [
+_UNTIMED = [
     _config(16, 16, 2, 4),
     _config(64, 16, 4, 3),
     _config(32, 64, 4, 4),
@@ -143,7 +143,7 @@ def _pair(at, there, BLOCK: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[n
     return start, width, row, tl.load(at + 3, there), tl.load(at + 4, there)
 
 
-@_tuned(_ONE, by_tokens=False)
+@_tuned(_UNTIMED, by_tokens=False)
 @triton.jit
 def _stage_one(  # type: ignore[no-untyped-def]  # compiled by triton
     x,

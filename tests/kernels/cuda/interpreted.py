@@ -84,10 +84,10 @@ def tuning():
         compare_product(exact, torch.float16, (16, 16), tokens - 1, 3e-3)
         assert len(timed) == after  # the same range of tokens
     # Every configuration that is not the last one: right too.
-    for one in triton_cuda._ONE[:-1]:
+    for one in triton_cuda._UNTIMED[:-1]:
         layout, factors, lists = pack(exact, 16, 16)
         x = torch.randn(20, 48)
-        two = triton_cuda._TWO[triton_cuda._ONE.index(one)]
+        two = triton_cuda._TWO[triton_cuda._UNTIMED.index(one)]
         tiles = one.all_kwargs(), two.all_kwargs()
         y = compiled.linear(x, factors, lists, layout, None, opaque=True, tiles=tiles)
         torch.testing.assert_close(y, x @ exact.to_dense().t(), rtol=1e-4, atol=1e-4)
