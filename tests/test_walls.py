@@ -29,6 +29,33 @@ HOSTS = {
     "transformers": {"huggingface"},
 }
 COMMAND = {"bench", "cli", "data", "run", "tasks"}
+TESTS = Path(__file__).parent
+# Folders of tests that are about the whole project.
+OF_THE_PROJECT = {"docs", "integration", "trust"}
+# Tests that are about several files of their room, or about what happens between rooms -> what they hold.
+ACROSS = {
+    "kernels/cuda/test_float32_products_compile": "triton's products in float32, compiled without a GPU",
+    "kernels/cuda/test_masks_compile": "triton's masks and proximal step, compiled without a GPU",
+    "kernels/cuda/test_products_compile": "triton's products, compiled without a GPU",
+    "learning/test_synchronisations": "how often learning waits for a GPU",
+    "lightning/test_averages": "averages of weights",
+    "lightning/test_distributed": "DDP and FSDP2",
+    "lightning/test_with_nni": "the callback beside NNI's pruner",
+    "nni/test_fusion": "a distiller, a pruner and a quantizer together",
+    "nni/test_import": "what the import prints and leaves",
+    "nni/test_whole_way": "from a config list to a converted model",
+    "plot/test_figures": "all figures",
+    "run/test_calibration": "calibration as a key of a run",
+    "serialization/test_processors": "files between processors",
+    "surgery/test_conversion_of_families": "prepare and convert with every family",
+    "surgery/test_selection_of_models": "selection on models of other packages",
+    "tasks/test_models": "networks of all tasks",
+    "tensorboard/test_browser": "the tab in a browser",
+    "test_machines": "other systems than Linux",
+    "test_package": "public names",
+    "test_walls": "imports",
+    "test_words": "identifiers",
+}
 FILES = {
     ".".join(["gblr_plugin", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -96,6 +123,15 @@ def test_the_picture_shows_these_levels():
 def test_few_names_stand_directly_under_the_package():
     beside = [path.name for path in PACKAGE.iterdir() if path.is_file()]
     assert len(beside) <= 12, beside
+
+
+def test_tests_mirror_the_tree():
+    sources = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/_", "/") for path in FILES.values()}
+    for path in sorted(TESTS.rglob("test_*.py")):
+        place = path.relative_to(TESTS).with_suffix("")
+        mirrored = (place.parent / place.name.removeprefix("test_")).as_posix()
+        if place.parts[0] not in OF_THE_PROJECT and place.as_posix() not in ACROSS:
+            assert mirrored in sources, f"{path} is the test of no file"
 
 
 @pytest.mark.parametrize("module", FILES)
