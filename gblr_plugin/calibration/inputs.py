@@ -1,4 +1,4 @@
-"""What the layers of a model see and give during a forward pass, as rows that their weight matrices multiply."""
+"""Inputs and outputs of a model's layers in a forward pass, as rows that the layers' weight matrices multiply."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def output_rows(module: nn.Module, y: Tensor) -> Tensor:
 
 
 def fitting_mask(mask: Tensor | None, rows: Tensor) -> Tensor | None:
-    """The mask in the shape of a layer's samples; ``None`` where these are others (pooled inputs have no padding)."""
+    """The mask in the shape of a layer's samples; ``None`` if their shapes differ (pooled inputs have no padding)."""
     if mask is None or mask.numel() != rows.shape[:-1].numel():
         return None
     return mask.reshape(rows.shape[:-1])

@@ -21,7 +21,7 @@ __all__ = ["layer_moments"]
 
 
 class _Watch:
-    """Forward hooks that add up the moments of inputs and keep the outputs whose gradients are wanted.
+    """Forward hooks that add up the moments of layers' inputs, and keep outputs whose gradients are taken later.
 
     Args:
         layers: By name.

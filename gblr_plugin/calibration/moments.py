@@ -1,12 +1,12 @@
-r"""Moments of a layer's inputs, and the target and the bias that follow from them where the inputs have changed.
+r"""Moments of a layer's inputs, and how they correct its weight and bias once the layers before it are compressed.
 
-With x0 the inputs of the original network and x1 those that its compressed predecessors produce, the best approximation
-of the output W x0 + b by W_hat x1 + b' under E||.||^2 has, for any W_hat, the bias
+Let x0 be the layer's inputs in the original network, and x1 its inputs behind compressed layers. The layer's original
+output is W x0 + b. For any approximation W_hat, the bias that minimises E||W x0 + b - W_hat x1 - b'||^2 is
 
-    b' = b + W E[x0] - W_hat E[x1],
+    b' = b + W E[x0] - W_hat E[x1].
 
-after which W_hat is a fit of W' = W C01 H^-1 in the metric H, where C01 = Cov(x0, x1) and H = Cov(x1), damped alike.
-A layer without a bias gets none: its moments are then not centred.
+With this bias, the best W_hat is the best approximation of W' = W C01 H^-1 in the metric H, where C01 = Cov(x0, x1) and
+H = Cov(x1), with the same damping. A layer without a bias gets none: its moments are then not centred.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["Moments", "corrected_target", "output_shift"]
 class Moments:
     """Running first and second moments of pairs of inputs (x0, x1), in float64.
 
-    Memory is O(n^2), whatever the number of samples. Sums are kept about the first batch's mean, so that a large common
-    offset costs no digits.
+    Memory is O(n^2), whatever the number of samples. The first batch's mean is subtracted from all samples before they
+    are summed, so that a large common offset costs no digits.
 
     Args:
         size: Number n of features.
-        device: Where the sums live.
+        device: Device of the sums.
     """
 
     def __init__(self, size: int, device: torch.device | str | None = None) -> None:
@@ -117,7 +117,7 @@ def corrected_target(weight: Tensor, cross: Tensor, metric: Metric) -> Tensor:
     Args:
         weight: (m, n) original weight W.
         cross: (n, n) moment of original with present inputs.
-        metric: Of the moment of the present inputs; its damping eps draws W' towards W where inputs say nothing.
+        metric: Metric of the present inputs' moment; its damping eps draws W' towards W in directions without inputs.
 
     Returns:
         (m, n) float64; equal to W where ``cross`` equals the moment.
@@ -129,7 +129,7 @@ def corrected_target(weight: Tensor, cross: Tensor, metric: Metric) -> Tensor:
 
 
 def output_shift(weight: Tensor, estimate: Tensor, mean_original: Tensor, mean_present: Tensor) -> Tensor:
-    """What the bias gains where an approximation replaces the weight, W E[x0] - W_hat E[x1]: (m,) float64.
+    """(m,) float64 W E[x0] - W_hat E[x1], which is added to the bias when W_hat replaces the weight.
 
     Args:
         weight: (m, n) original weight W.

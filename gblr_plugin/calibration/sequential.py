@@ -1,4 +1,4 @@
-"""Fit the layers of a model in order, each against the inputs that its compressed predecessors really produce."""
+"""Fits the layers of a model in order, each over the inputs that the compressed layers before it produce."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _StandIns:
         self._done: list[tuple[nn.Module, Tensor, Tensor | None]] = []
 
     def add(self, module: nn.Module, estimate: Tensor, shift: Tensor | None) -> None:
-        """From now on this (m, n) approximation stands in for a layer, whose outputs move by the (m,) shift."""
+        """Let this (m, n) approximation stand in for a layer, and add the (m,) shift to the layer's outputs."""
         weight: Any = module.weight
         shift = None if shift is None else shift.to(weight)
         if shift is not None and isinstance(module, nn.Conv1d | nn.Conv2d):
@@ -129,7 +129,7 @@ def fit_layers(
 
 
 def _input_metric(held: Moments, damping: float, centred: bool) -> Metric:
-    """The metric of a layer's inputs; inputs that never change say nothing, and the weight itself then counts."""
+    """The metric of a layer's inputs; the Frobenius norm if the inputs never change."""
     square = held.second(centred=centred)[1]
     return Metric.from_moment(square, damping) if float(square.diagonal().sum()) > 0 else Metric()
 
@@ -137,7 +137,7 @@ def _input_metric(held: Moments, damping: float, centred: bool) -> Metric:
 def _task(
     module: nn.Module, held: Moments, metric: Metric, calibration: Calibration, slope: Tensor | None
 ) -> tuple[Tensor, Metric]:
-    """The (m, n) float64 matrix that a layer's approximation is to be near, and in which metric.
+    """The (m, n) float64 matrix that a layer's approximation is fitted to, and the metric of the fit.
 
     Args:
         module: The layer.
@@ -160,7 +160,7 @@ def _stage_moments(
     done: _StandIns,
     once: set[str],
 ) -> dict[str, Moments]:
-    """Moments of the inputs of the first layer of each group, by its name: of the original model's and the present."""
+    """Moments of the original and the present inputs of each group's first layer, by the name of that layer."""
     firsts = {group[0]: layers[group[0]] for group in stage}
     stop = set(firsts) <= once
     moments: dict[str, Moments] = {}

@@ -1,17 +1,17 @@
 r"""Alternating least squares over blocks on intervals and a low-rank part, with a choice of intervals in between.
 
-With the column factors fixed, all row factors are fitted together: row i is a small least-squares problem of its own,
-in the blocks whose row interval covers it (:mod:`gblr_plugin.decomposition.joint`). The low-rank part, whose right
-basis Q is fixed as well, needs no unknowns of its own: projecting the column factors and the target off Q leaves the
-same solution. With G = V (I - Q^T Q) V^T and B = V (I - Q^T Q) W^T,
+With the column factors fixed, all row factors are fitted together: each row i is a separate small least-squares problem
+in the blocks whose row interval covers it (:mod:`gblr_plugin.decomposition.joint`). The low-rank part has a fixed right
+basis Q, and adds no unknowns: projecting Q out of the column factors and of the target gives the same solution. With
+G = V (I - Q^T Q) V^T and B = V (I - Q^T Q) W^T,
 
     gain of index i inside interval k     x_ki^2 / (G[S, S]^-1)_kk      S: the blocks that cover i
     gain of index i outside               (B - G X)_ki^2 / G_kk
 
-are by how much the squared error grows if block k leaves i out, and falls if k alone is fitted to what is left at i.
-:mod:`gblr_plugin.decomposition.choice` turns the gains into new intervals. The columns are fitted alike with the roles
-exchanged, but in a metric: there they couple through the second moment, and conjugate gradients take the place of the
-small problems.
+The first gain is by how much the squared error grows if block k leaves out index i; the second, by how much it falls if
+block k alone is fitted to the residual at i. :mod:`gblr_plugin.decomposition.choice` turns gains into new intervals.
+The columns are fitted in the same manner with the roles exchanged. In a metric of inputs, however, the columns are
+coupled by the second moment, and conjugate gradients replace the small problems.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ WIDE = 512
 
 
 class Alternation:
-    """Fits to one weight; its methods take a state and return the next.
+    """Fits blocks and a low-rank part to one weight; its methods take a state and return the next.
 
     Args:
         problem: The weight, its grids and metric.
-        max_multiply_adds: What the blocks may cost.
-        dtype: Of the fits.
-        ridge: Of the fits on chosen intervals, relative to the mean diagonal; ``None``: that of the dtype.
+        max_multiply_adds: Most multiply-adds of all blocks together.
+        dtype: Dtype of the fits.
+        ridge: Ridge of the fits on chosen intervals, relative to the mean diagonal; ``None``: a default of the dtype.
 
     Attributes:
         min_gain: Squared error that one multiply-add must save.
-        explained: Squares of the target that the last fit accounts for.
-        refit_full: Whether components on a whole axis are fitted, and may shrink, like any other.
+        explained: Squared norm of the target less the squared error, after the last fit.
+        refit_full: Whether components on a complete axis get new intervals like all others.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class Alternation:
         return v if self.root is None else v @ self.root
 
     def residual(self, state: State) -> Tensor:
-        """(m, n) what the blocks leave, in whitened coordinates."""
+        """(m, n) target less the blocks, in whitened coordinates; the low-rank part is not subtracted."""
         return self.whitened_target - state.u.T @ self.whiten(state.v)
 
     def sweep(self, state: State, mode: Mode, momentum: float) -> State:
         """Fit rows, then columns.
 
         Args:
-            state: To begin with.
+            state: State before the sweep.
             mode: How intervals are chosen; ``"by_gain"`` also moves the least gain towards the budget.
             momentum: By how much of their last step the column factors are extrapolated first, which speeds up the
                 alternation.
@@ -101,7 +101,7 @@ class Alternation:
         return state
 
     def _turned(self, state: State) -> State:
-        """The low-rank part turned towards the leading singular vectors of what the blocks leave."""
+        """The low-rank part after one step of subspace iteration towards the residual's leading singular vectors."""
         if state.left.shape[1] == 0:
             return state
         target, u, v = self.whitened_target, state.u, self.whiten(state.v)
@@ -136,9 +136,10 @@ class Alternation:
     def _fit(
         self, target: Tensor, basis: Tensor, other: Tensor, spans: Spans, other_cost: Tensor, mode: Mode
     ) -> tuple[Spans, Tensor, Tensor, Tensor]:
-        """As `_fit_blocks`, where the components on the whole axis may be a low-rank part.
+        """As `_fit_blocks`, but components on the complete axis may join the low-rank part.
 
-        These are fitted on all indices alike, so that they can be projected out at once, and keep their intervals.
+        Such components have the same problem at every index, so they are projected out at once; they keep their
+        intervals.
         """
         full = spans.cells == spans.grid.cells
         spent = int((spans.widths() + other_cost)[full].sum())
@@ -149,7 +150,7 @@ class Alternation:
         chosen, net_gain, factors, rest = self._fit_blocks(
             target, basis.T, other[local], spans.select(local), other_cost[local], mode, spent
         )
-        # Put both kinds back in their order; those on the whole axis always stay.
+        # Put both kinds of components back in their order; those on the complete axis always stay.
         all_net_gain = net_gain.new_full((len(full),), math.inf)
         all_net_gain[local] = net_gain
         live = all_net_gain > 0
@@ -173,11 +174,11 @@ class Alternation:
             spans: Present intervals on the axis of length N.
             other_cost: (K,) widths on the other side.
             mode: How intervals are chosen.
-            spent: Multiply-adds that count against the budget besides.
+            spent: Multiply-adds of other components that count against the budget.
 
         Returns:
-            New intervals and (K,) net gains, positive for the blocks that stay; intervals and factors are of these
-            only. The free side of the low-rank part, (N, r).
+            The intervals of the blocks that stay; (K,) net gains, positive for the blocks that stay; the factors of
+            these blocks; and the fitted side of the low-rank part, (N, r).
         """
         shared = other @ basis.T
         image = target @ basis.T

@@ -1,4 +1,4 @@
-"""Choose where full-width intervals begin, so that shrinking takes the least first."""
+"""Chooses where full-width intervals begin, so that they lose the smallest entries first when training shrinks them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["anchored"]
 
 
 def _best_start(factor: Tensor, tile: int) -> Tensor:
-    """(K,) start, on a multiple of ``tile``, whose cyclic interval loses least energy as its end is cut back.
+    """(K,) start, a multiple of ``tile``, from which a cyclic interval loses least energy as its end is cut back.
 
-    A shrinking interval keeps its start. Index i after the start is outside it at i of the N widths, so minimise the
-    sum of i * energy over the starts: a circular correlation.
+    A shrinking interval keeps its start. Of the widths 1 .. N, those up to i exclude the i-th index after the start. So
+    the best start minimises the sum of i * energy_i, which is a circular correlation.
     """
     n = factor.shape[1]
     energy = factor.double().square()
@@ -25,10 +25,10 @@ def _best_start(factor: Tensor, tile: int) -> Tensor:
 
 
 def anchored(matrix: StructuredMatrix, tiles: tuple[int, int] = (1, 1)) -> StructuredMatrix:
-    """The same matrix, the starts of its full-width intervals chosen by their factors' energy.
+    """The same matrix, with the starts of its full-width intervals chosen by the energy of their factors.
 
-    A full interval covers the axis wherever it starts, so the choice is free; with all starts at zero, as published,
-    every interval shrinks towards the first rows and columns, and all components end in the same corner.
+    A full interval covers the axis wherever it starts, so its start may be chosen. With all starts at zero, as in the
+    paper, every interval shrinks towards the first rows and columns, and all components end in the same corner.
 
     Args:
         matrix: Any structured matrix; intervals that are not full stay.

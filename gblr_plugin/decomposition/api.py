@@ -31,15 +31,15 @@ _ROUNDING = 1e-7  # relative error of a matrix that is written exactly; single p
 def _best(problem: Problem) -> StructuredMatrix:
     """Interval pursuit, or trapezoids where they are better in the metric of the problem."""
     found = _pursuit(problem)
-    # Blocks that are there are found at their cost; trapezoids may be nearer by rounding alone, and cost far more.
+    # A matrix that is a sum of blocks is found exactly; trapezoids might be nearer by rounding, but cost far more.
     if problem.error(found) <= max(least_error(problem), _ROUNDING):
         return found
     return min((trapezoid(problem), found), key=problem.error)
 
 
 def _pursuit(problem: Problem) -> StructuredMatrix:
-    """Local blocks are chosen by their gains over inputs alone."""
-    plain = problem.metric.gradient is None  # the same problem then, whose singular triplets are at hand
+    """Pursuit in the metric of the inputs alone, since blocks cannot use moments of loss gradients."""
+    plain = problem.metric.gradient is None  # the same problem object then, which keeps its singular triplets
     return pursuit(problem if plain else replace(problem, metric=problem.metric.of_inputs()))
 
 
@@ -54,7 +54,7 @@ METHODS: dict[str, Callable[[Problem], StructuredMatrix]] = {
 
 
 def _something(problem: Problem, found: StructuredMatrix) -> StructuredMatrix:
-    """The solution found; where a budget below rank 1 left it empty, the tile around the largest entry."""
+    """``found``, or if it is empty because the budget is below rank 1, the tile that holds the largest entry."""
     if found.num_components or not bool(problem.weight.any()):
         return found
     cells = torch.tensor([[1], [1]])
@@ -196,14 +196,14 @@ def initialise(
 ) -> StructuredMatrix:
     """Starting point of a trainable layer: as :func:`decompose`, with a low-rank part in trapezoid form.
 
-    :func:`decompose` may let the components of its low-rank part leave out windows, which comes closer to the weight.
-    Here they stay trapezoids, which a layer can train in low-rank form
+    The components of :func:`decompose`'s low-rank part may be zero on windows, for a smaller error. Here the low-rank
+    part keeps the trapezoid form, which a layer can train in low-rank form
     (:meth:`gblr_plugin.layers.GBLRLayer.use_low_rank_form`).
 
     Args:
         weight: (m, n) dense weight.
-        method: As in :func:`decompose`. ``"svd"``, ``"trapezoid"`` and ``"random"`` can do without a budget: they then
-            give ``num_components`` components, which may cost more than the dense matrix (as the published start does).
+        method: As in :func:`decompose`. ``"svd"``, ``"trapezoid"`` and ``"random"`` need no budget: without one they
+            give ``num_components`` components, which may cost more than the dense matrix (as the paper's start does).
         num_components: Largest number K of components of each split; default ``min(m / row_splits, n)``.
         row_splits: Number of matrices stacked in the rows.
         budget: Relative FLOPs in (0, 1], or ``None``.

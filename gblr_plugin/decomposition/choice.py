@@ -1,4 +1,4 @@
-"""Intervals for given gains: by the least gain per multiply-add, given, or found so that all together meet a budget."""
+"""Chooses intervals by their gains, with a given least gain per multiply-add, or with the one that meets a budget."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Choice:
 
     Args:
         spans: K intervals.
-        net_gain: (K,) gain of each component, less the least gain of its multiply-adds on both axes.
+        net_gain: (K,) gain of each component, less ``min_gain`` times its multiply-adds (both widths).
         min_gain: Squared error that one multiply-add must save.
-        cost: Multiply-adds of the components of positive net gain, and of what else counts against the budget.
+        cost: Multiply-adds of the components of positive net gain, plus those spent on other components.
     """
 
     spans: Spans
@@ -45,7 +45,7 @@ def choose(gains: Tensor, grid: TiledAxis, other: Tensor, min_gain: float, spent
         grid: The axis.
         other: (K,) widths on the other axis.
         min_gain: Squared error that one multiply-add must save.
-        spent: Multiply-adds that count against the budget besides.
+        spent: Multiply-adds of other components, which :attr:`Choice.cost` includes.
     """
     spans, net = best_spans(gains, grid, min_gain)
     net_gain = net - min_gain * other
@@ -55,9 +55,9 @@ def choose(gains: Tensor, grid: TiledAxis, other: Tensor, min_gain: float, spent
 def choose_within(
     gains: Tensor, grid: TiledAxis, other: Tensor, min_gain: float, spent: int, max_multiply_adds: int
 ) -> Choice:
-    """As :func:`choose`, by the lowest least gain found at which the cost is within a budget of multiply-adds.
+    """As :func:`choose`, with the lowest least gain found at which the cost is at most ``max_multiply_adds``.
 
-    The search starts from ``min_gain``.
+    The search for that least gain starts from ``min_gain``.
     """
 
     def at(min_gain: float) -> Choice:
@@ -74,7 +74,7 @@ def choose_within(
 
 
 def _enclosed(at: Callable[[float], Choice], min_gain: float, max_multiply_adds: int) -> tuple[Choice, Choice]:
-    """A choice above the budget and one within it; both within it where nothing tried exceeds it."""
+    """(a choice above the budget, a choice within it); both are within it if no least gain tried exceeds it."""
     over = within = at(min_gain)
     while within.cost > max_multiply_adds:
         over, within = within, at(within.min_gain * 1.3)

@@ -1,4 +1,4 @@
-"""Error over multiply-adds of several matrices, and how to split a budget so that their errors are smallest."""
+"""Curves of error over multiply-adds, and the split of a budget over layers at which their errors are smallest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Curve", "least_maximum", "least_sum", "straight_curve"]
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """What spending more on a layer gains.
+    """The error of a layer's approximation at several costs.
 
     Args:
         cost: (J,) float64 multiply-adds, strictly increasing.
@@ -25,7 +25,7 @@ class Curve:
 
     @classmethod
     def envelope(cls, cost: Tensor, error: Tensor) -> Curve:
-        """The curve of the best of some choices: dominated ones are left out."""
+        """The curve of some choices: at each cost, the least error of the choices that cost no more."""
         order = torch.argsort(cost, stable=True)
         cost, error = cost[order].double(), error[order].double().cummin(0).values
         last = torch.ones(len(cost), dtype=torch.bool, device=cost.device)
@@ -34,7 +34,7 @@ class Curve:
 
 
 def straight_curve(size: int) -> Curve:
-    """An error that falls evenly to 0 at the dense cost: its largest is least where all get the same share."""
+    """An error that falls linearly to 0 at the dense cost, so that :func:`least_maximum` gives equal shares."""
     cost = torch.arange(0, 1001, dtype=torch.float64) * (size / 1000)
     return Curve(cost, 1 - cost / size)
 
@@ -77,7 +77,7 @@ def least_maximum(
 ) -> dict[str, float]:
     """Multiply-adds of each layer that minimise the largest error over layers; arguments as :func:`least_sum`.
 
-    What is left when the next smaller error cannot be paid for is shared out in proportion.
+    Multiply-adds that are too few for the next smaller error are shared out in proportion.
     """
 
     def least_cost(level: float) -> dict[str, float]:
@@ -114,7 +114,7 @@ def _hull(curve: Curve) -> tuple[list[float], list[float]]:
 
 
 def _spread(spent: dict[str, float], left: float, high: Mapping[str, float]) -> dict[str, float]:
-    """Share out what is left in proportion, up to the bounds."""
+    """Share out the multiply-adds that are left in proportion, up to the bounds."""
     while left > 1e-9 * max(1.0, sum(spent.values())):
         open_to_more = {name: cost for name, cost in spent.items() if cost < high[name] * (1 - 1e-12)}
         if not open_to_more:

@@ -1,4 +1,4 @@
-"""How much the interval pursuit tries, and what it tries by default for a metric and a size."""
+"""The settings of the interval pursuit that decide its time and its result, and their defaults by metric and size."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from .problem import Problem
 __all__ = ["LARGE", "Effort", "default_effort", "default_shares"]
 
 LARGE = 1 << 22
-"""Entries from which fewer rounds are made: each takes many seconds, and the last ones gain least."""
+"""Entries of a matrix from which fewer rounds are made: each takes many seconds, and the last rounds gain least."""
 MODEST = 1 << 18
-"""Entries up to which several shares of the low-rank part are tried in a metric."""
+"""Entries of a matrix up to which several shares of the low-rank part are tried in a metric of inputs."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is tried.
+    """How many rounds, sweeps and candidates the interval pursuit takes.
 
     Args:
-        rank_share: Rank of the low-rank part over the rank of the trapezoids that cost the budget; ``None``: 0.7, or
-            0.65 for large matrices, whose low-rank part stays. In a metric, where the spectrum decays and little is
-            left for local blocks, the best of 0.8, 0.9 and 1, where blocks use what whole ranks leave of the budget;
-            0.9 for matrices that are not small.
-        rounds: Times that blocks are added.
-        sweeps: Fits with a new choice of intervals after each, a round.
-        choices: Choices of intervals within the budget, once the low-rank part has become components.
-        polish: Last fits on fixed intervals.
-        renew: Share of the components that each round gives up for better ones.
-        surplus: Components of the first round over those of the result; those of least net gain leave round by round.
+        rank_share: Rank of the low-rank part over the rank that would cost the complete budget in trapezoid form.
+            ``None``: 0.7, or 0.65 for large matrices, whose low-rank part is not turned into windows. In a metric of
+            inputs the spectrum decays and little is left for blocks: small matrices take the best of 0.8, 0.9 and 1
+            (at 1, blocks use the multiply-adds that are too few for one more rank), others take 0.9.
+        rounds: Rounds, in each of which blocks are added.
+        sweeps: Sweeps per round; each fits the factors and chooses new intervals.
+        choices: Sweeps that choose intervals within the budget, after the low-rank part has become windows.
+        polish: Last sweeps, which keep the intervals.
+        renew: Share of the blocks that each round drops to add better ones.
+        surplus: Number of blocks in the first round over that in the result; later rounds drop those of least gain.
         min_gain: First least gain per multiply-add over the mean square of the residual.
-        overlap: Largest overlap of blocks added together, relative to the smaller.
+        overlap: Largest overlap of two blocks added in one round, relative to the smaller block.
         refine: Alternations on each candidate block before it is compared with the others.
-        extra_candidates: Candidates beyond the blocks wanted; ``None``: twice as many. On tiles many of them collide.
+        extra_candidates: Candidates beyond the blocks wanted; ``None``: twice as many. With tiles many of them overlap.
         momentum: Extrapolation of the column factors from sweep to sweep.
-        tile_scale: Side of the smaller tiles searched over (mean width of a component that the budget allows)^(3/4);
-            the larger ones have twice that side.
+        tile_scale: Side of the smaller search tiles over (mean width of a component that the budget allows)^(3/4); the
+            larger search tiles have twice that side.
     """
 
     rank_share: float | None = None
@@ -60,7 +60,7 @@ PLAIN = Effort(rounds=8, polish=4)
 
 
 def default_effort(problem: Problem) -> Effort:
-    """What is tried by default, by metric and size."""
+    """The default settings for the metric and the size of a matrix."""
     if problem.metric.root is not None:  # little is left for blocks, and each sweep takes longer
         return BRISK
     if problem.weight.numel() >= LARGE:

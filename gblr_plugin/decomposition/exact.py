@@ -1,4 +1,4 @@
-"""The matrix itself, for a budget that allows it."""
+"""Writes a matrix as components without any error, if the budget is large enough."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["exact", "lines"]
 
 
 def exact(problem: Problem) -> StructuredMatrix:
-    """The matrix itself: a component per row (or column, if fewer), narrow on one side and full on the other."""
+    """The weight as one component per row, or per column if there are fewer columns: one index wide, full across."""
     m, n = problem.weight.shape
     by_rows = m <= n
     grid = problem.rows if by_rows else problem.cols
@@ -28,9 +28,12 @@ def exact(problem: Problem) -> StructuredMatrix:
 
 
 def lines(problem: Problem) -> StructuredMatrix | None:
-    """The matrix itself: its rows, or its columns, on the intervals of their entries; ``None`` beyond the budget.
+    """The weight as one component per row or column, on the shortest interval that holds that row's non-zero entries.
 
-    Blocks of full rank that share no row or no column cost h w + min(h, w) so, which is the least that they can.
+    For (h, w) blocks of full rank that share no row or no column this takes the fewest multiply-adds: h w + min(h, w).
+
+    Returns:
+        The cheaper of both matrices, or ``None`` if both exceed the budget.
     """
     weight = problem.weight
     found = [] if problem.rows.tile > 1 else [_rows(weight, problem.cols, problem)]

@@ -1,8 +1,7 @@
-r"""Least squares for all components at once, on given supports.
+r"""Least-squares fits of the factors of all components on one side, on given supports.
 
-With the factors of one side fixed, the other side splits into independent small problems: index i of the axis meets
-only the components whose interval covers it. The Gram matrix of the fixed side is shared, so each problem is a
-submatrix of it.
+With the factors of the other side fixed, each index i of the axis is an independent small problem in the components
+whose interval covers i. Its matrix is a submatrix of the fixed side's Gram matrix, which all indices share.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ RIDGE = {torch.float32: 1e-6, torch.float64: 1e-10}
 
 
 def gram_matrix(rows: Tensor) -> Tensor:
-    """``rows @ rows.T`` of (K, N) rows, blocks above the diagonal being copies of those below it."""
+    """``rows @ rows.T`` of (K, N) rows; the blocks above the diagonal are copied from those below it."""
     num = len(rows)
     gram = rows.new_empty(num, num)
     pieces = [(0, num)]
@@ -54,8 +53,8 @@ def supported_solve(
         ridge: Added to the diagonal of ``gram``, relative to its mean; default :data:`RIDGE`.
 
     Returns:
-        x (K, N), zero off the support, and (with ``want_gains``) the joint gains x^2 / (gram[S, S]^-1)_kk: by so much
-        the squared error would grow if the unknown were dropped and the others refitted.
+        x (K, N), zero off the support; and with ``want_gains`` (K, N) gains x^2 / (gram[S, S]^-1)_kk: by how much the
+        squared error would grow if one unknown were dropped and the others refitted.
     """
     num, length = right.shape
     device, dtype = right.device, right.dtype
@@ -70,19 +69,19 @@ def supported_solve(
     kernel = solve_kernel(gram, support.numel())
     if kernel is not None:
         return kernel(gram, right, support, want_gains)  # type: ignore[no-any-return]  # of an optional module
-    # A component of zeros stands where an index has fewer than its neighbours.
+    # Problems of different sizes are solved in one batch: an extra component of zeros pads the smaller problems.
     padded, padded_right = F.pad(gram, (0, 1, 0, 1)), F.pad(right.T, (0, 1))
     counts = support.sum(0)
     order = torch.argsort(counts, stable=True)
     counts = counts[order]
     begin = int((counts == 0).sum())
-    # Members of each index, in rows of a table that is padded to the largest count of its chunk.
+    # Each index has a row in a table of its components; the rows of a chunk are padded to the longest of them.
     position, member = support.T[order].nonzero(as_tuple=True)
     slot = torch.arange(len(position), device=device) - (counts.cumsum(0) - counts)[position]
     bounds = counts.cumsum(0).tolist()
     sizes = counts.tolist()
     while begin < length:
-        # Counts rise along the order: find how many indices fit when padded to the largest among them.
+        # Indices are sorted by count: find how many fit into one chunk when padded to the largest count among them.
         end = begin + 1
         step = max(1, CHUNK_ENTRIES // max(1, sizes[begin]) ** 2)
         end = min(length, begin + step, max(end, _reach(sizes, begin, 1.25)))
@@ -126,7 +125,7 @@ def conjugate_gradient(
 ) -> Tensor:
     """Approximate solution V, zero off its support, of ``(gram V moment)[S] = right[S]`` by preconditioned CG.
 
-    The columns couple through the second moment, so that they do not split into small problems.
+    The second moment couples the columns, so that they are no independent small problems.
 
     Args:
         gram: (K, K) Gram matrix of the row factors.

@@ -1,4 +1,4 @@
-"""What every decomposition method is given: one matrix, what it may cost, and where intervals may begin and end."""
+"""The input of every decomposition method: a matrix, its budget, its metric, and where intervals may begin and end."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Problem:
         max_components: Largest number of components.
         metric: Norm in which the error is measured.
         seed: Seed of whatever is drawn at random.
-        trains: Whether the factors will be trained. A low-rank part then stays in trapezoid form, which layers train in
-            low-rank form: windows come closer, but their factors are far from orthogonal.
+        trains: Whether the factors will be trained. The low-rank part then keeps the trapezoid form, which layers train
+            in low-rank form. Windows have a smaller error, but their factors are far from orthogonal and train badly.
     """
 
     weight: Tensor
@@ -47,7 +47,7 @@ class Problem:
         return singular_triplets(self.metric.whiten_rows(self.metric.whiten(self.weight)))
 
     def low_rank(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Best factors of a rank in the metric of the problem: A (m, rank) and C (rank, n)."""
+        """Factors A (m, rank) and C (rank, n) of the best matrix of that rank in the problem's metric."""
         return truncated_svd(self.weight, rank, self.metric, self.triplets)
 
     def trapezoid_cost(self) -> Tensor:

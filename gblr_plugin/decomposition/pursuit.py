@@ -17,13 +17,13 @@ block is by how much the first term grows without it, less g times its multiply-
    singular value s has the net gain s^2 - g (|I| + |J|). Those of largest net gain that do not overlap much replace the
    blocks of least net gain.
 2. A sweep (:mod:`gblr_plugin.decomposition.alternation`): all row factors are fitted jointly given the column factors;
-   each index of a row interval has then a gain, by how much the error grows without it, and each interval is chosen
-   anew as the one whose gains exceed g times its width by most. A block without net gain is dropped. Then the columns
-   likewise, then A C.
+   each index of a row interval then has a gain: by how much the error would grow if the interval left the index out.
+   Each block takes the interval whose gains exceed g times its width by most, and is dropped if it has no net gain.
+   The columns follow in the same manner, then A C.
 
-*The end.* Where that saves more than the trapezoid form, A C becomes r components that each leave out a window of one
-axis (:mod:`gblr_plugin.decomposition.windows`), which from then on are components like the others. The last sweeps
-choose intervals by the g that meets the budget, and the very last keep the intervals and only fit.
+*The end.* If windows save more than the trapezoid form, A C becomes r components that are each zero on a window of one
+axis (:mod:`gblr_plugin.decomposition.windows`); from then on they are treated like the blocks. The last sweeps first
+choose intervals by the g that meets the budget, and then keep the intervals and fit the factors alone.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ the size of what is left, and tear apart in training. Costs 2e-4 of the error.""
 def pursuit(problem: Problem, effort: Effort | None = None) -> StructuredMatrix:
     """Low rank plus interval pursuit within the budget; deterministic for a seed.
 
-    A matrix that is a sum of few blocks is written as these instead, exactly. Works in float32 (float64 in a metric,
-    whose whitening is badly conditioned) and finishes in float64.
+    A matrix that equals a sum of few blocks is returned as this sum, exactly. The search runs in float32 (with a metric
+    of inputs in float64, since its whitening is badly conditioned); the last fit is in float64.
 
     Args:
         problem: The matrix, its budget, grids, metric and seed.
-        effort: How much is tried; default by size.
+        effort: How much time the search takes; by default it depends on the size of the matrix.
     """
     exact = shortest(problem) or lines(problem)
     if exact is not None:
@@ -73,7 +73,7 @@ def pursuit(problem: Problem, effort: Effort | None = None) -> StructuredMatrix:
 
 
 def _with_share(problem: Problem, effort: Effort, share: float) -> StructuredMatrix:
-    """Pursuit with a low-rank part of this share of the rank within the budget; trapezoids where nothing is left."""
+    """Pursuit with a low-rank part of this share of the largest rank; trapezoid form if no blocks fit beside it."""
     m, n = problem.weight.shape
     dtype = torch.float32 if problem.metric.root is None else torch.float64
     for as_trapezoids in (True, False):  # on whole axes where no trapezoid form is stable
@@ -93,20 +93,20 @@ def _with_share(problem: Problem, effort: Effort, share: float) -> StructuredMat
 
 
 class _Rounds:
-    """Adds blocks and sweeps.
+    """Runs the rounds of the pursuit: each adds blocks, then fits all factors in sweeps.
 
     Args:
-        problem: What is decomposed.
-        fits: To its weight.
-        count: Most blocks at the end.
-        effort: How much is tried.
+        problem: The matrix and its budget.
+        fits: Fits factors to the matrix.
+        count: Most blocks in the result.
+        effort: How many rounds, sweeps and candidates.
     """
 
     def __init__(self, problem: Problem, fits: Alternation, count: int, effort: Effort) -> None:
         self.problem, self.fits, self.count, self.effort = problem, fits, count, effort
 
     def start(self, rank: int, dtype: torch.dtype) -> State:
-        """No blocks yet; the least gain in proportion to what the low-rank part leaves."""
+        """The low-rank part without blocks; also sets the first least gain, from the error of the low-rank part."""
         left, right = self.problem.triplets[0][:, :rank].to(dtype), self.problem.triplets[2][:rank].to(dtype)
         target = self.fits.whitened_target
         self.fits.min_gain = self.effort.min_gain * float((target - left @ (left.T @ target)).square().mean())
@@ -125,7 +125,7 @@ class _Rounds:
         return state.best(self.count)
 
     def _add(self, state: State, count: int, seed: int) -> State:
-        """Give up the blocks of least net gain, then add the best candidates up to ``count`` in all."""
+        """Drop the blocks of least net gain, then add the best candidates until there are ``count`` blocks."""
         state = state.best(count - int(self.effort.renew * count))
         wanted = count - len(state.u)
         if wanted <= 0:
@@ -135,7 +135,7 @@ class _Rounds:
         offset = [int(torch.randint(g.cells, (1,), generator=generator)) * g.tile if g.cyclic else 0 for g in grids]
         residual = fits.residual(state)
         residual = residual - (residual @ state.right.T) @ state.right
-        # In a metric, a block gains by correlation with the inputs: columns of R H over the size of their input.
+        # With a moment H of inputs, blocks are sought in the residual R times H, each column over its input's size.
         scale = None if fits.moment is None else fits.moment.diagonal().rsqrt()
         if fits.root is not None and scale is not None:
             residual = (residual @ fits.root.T) * scale
@@ -154,7 +154,7 @@ class _Rounds:
         return state.with_blocks(found if scale is None else replace(found, v=found.v * scale))
 
     def _tile_shapes(self) -> list[tuple[int, int]]:
-        """Heights and widths of the tiles searched, whole cells, twice as large the second time."""
+        """(height, width) of the tiles that are searched: complete cells, in two sizes, the second twice the first."""
         side = self.effort.tile_scale * (self.fits.max_multiply_adds / self.count / 2) ** 0.75
         grids = self.problem.rows, self.problem.cols
         small = [min(max(1, round(side / grid.tile)), grid.cells) for grid in grids]
@@ -164,15 +164,15 @@ class _Rounds:
         return [(height, width) for height, width in shapes]
 
     def meet_budget(self, state: State) -> State:
-        """Intervals within the budget, then fits."""
+        """Sweeps that choose intervals within the budget, then sweeps that fit the factors alone."""
         for mode in [BY_BUDGET] * 2 + [FIXED] * self.effort.polish:
             state = self.fits.sweep(state, mode, self.effort.momentum)
         return state
 
     def meet_budget_with_windows(self, state: State) -> State:
-        """Fits, then choices of intervals within the budget, blocks being added twice, then fits.
+        """Sweeps that fit factors, then sweeps that choose intervals within the budget, then sweeps that fit factors.
 
-        Momentum grows from sweep to sweep, and starts anew where it made the error grow.
+        Blocks are added before two of these sweeps. Momentum grows with each sweep, and returns to 0 if the error grew.
         """
         effort, fits = self.effort, self.fits
         modes = [FIXED] * 2 + [BY_BUDGET] * effort.choices + [FIXED] * effort.polish
@@ -195,10 +195,10 @@ class _Rounds:
 def _in_windows(
     problem: Problem, effort: Effort, min_gain: float, state: State, dtype: torch.dtype
 ) -> StructuredMatrix | None:
-    """The result with the low-rank part in windows, in the Frobenius norm; ``None`` where trapezoids are better.
+    """The result with a low-rank part on windows, in the Frobenius norm; ``None`` if the trapezoid form is better.
 
-    Large matrices keep trapezoids, and so do starts of training: layers train a trapezoid form in low-rank form, while
-    the factors of windows are far from orthogonal.
+    Large matrices keep the trapezoid form. So do matrices from which a training starts: a layer trains a trapezoid form
+    in low-rank form, whose factors can be orthogonal, while the factors on windows are far from orthogonal.
     """
     rank = state.left.shape[1]
     if problem.metric.root is not None or problem.trains or rank < 2 or problem.weight.numel() >= LARGE:
@@ -217,10 +217,10 @@ def finished(problem: Problem, state: State, rank: int, as_trapezoids: bool) -> 
     """Blocks and low-rank part in one matrix, fitted once more in float64.
 
     Args:
-        problem: What is decomposed.
-        state: With its final intervals.
-        rank: Of the low-rank part.
-        as_trapezoids: Whether to write that in trapezoid form, or on whole axes.
+        problem: The matrix.
+        state: Blocks on their final intervals, and the low-rank part.
+        rank: Rank of the low-rank part.
+        as_trapezoids: Whether to write the low-rank part in trapezoid form, or else in low-rank form.
 
     Returns:
         The matrix, or ``None`` where no trapezoid form is stable.

@@ -1,4 +1,4 @@
-"""Where a residual holds local rank-1 blocks: power iterations on overlapping tiles of several shapes."""
+"""Finds local rank-1 blocks in a residual, by power iterations on overlapping tiles of several shapes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFINE = 3
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """K rank-1 blocks: row factors (K, m), unit column factors (K, n), and where they live."""
+    """K rank-1 blocks: row factors (K, m), unit column factors (K, n), and their intervals."""
 
     u: Tensor
     v: Tensor
@@ -59,7 +59,7 @@ def _tile_vectors(
 
 
 def _apart(rows: Intervals, cols: Intervals, overlap: float, count: int) -> Tensor:
-    """Positions of those of K candidates, best first, that do not overlap a better one too much.
+    """Positions of the candidates, given best first, that do not overlap a better chosen candidate too much.
 
     Args:
         rows: K row intervals.
@@ -95,7 +95,7 @@ def find_blocks(
     """Local rank-1 blocks that gain enough, none of them overlapping a better one by much.
 
     Args:
-        residual: (m, n) what is left to explain.
+        residual: (m, n) matrix in which blocks are sought.
         rows: TiledAxis of the rows.
         cols: TiledAxis of the columns.
         count: Largest number of blocks.

@@ -36,7 +36,7 @@ class Spans:
         return cls(empty, empty, grid)
 
     def intervals(self) -> Intervals:
-        """As index intervals."""
+        """The same intervals, counted in indices."""
         return self.grid.intervals(self.cells, self.start)
 
     def support(self) -> Tensor:
@@ -68,12 +68,15 @@ def cell_sums(values: Tensor, grid: TiledAxis) -> Tensor:
 def joint_gains(
     inside: Tensor, right: Tensor, image: Tensor, support: Tensor, scale: Tensor, grid: TiledAxis
 ) -> Tensor:
-    """Gain of covering each cell: of what is covered, if left out; of what is not, if it alone were fitted.
+    """Gain of covering each cell with each component, summed over the indices of the cell.
+
+    A covered index gains by how much the error would grow without it; an index that is not covered gains by how much
+    the error would fall if the component alone were fitted to the residual there.
 
     Args:
         inside: (K, length) gains of the covered indices.
         right: (K, length) products of the fixed factors with the target.
-        image: (K, length) the same with the present fit, so that ``right - image`` is what is left.
+        image: (K, length) products of the fixed factors with the present fit.
         support: (K, length) bool, which indices are covered.
         scale: (K,) one over the squared norms of the fixed factors.
         grid: The axis.

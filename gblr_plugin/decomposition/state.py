@@ -1,4 +1,4 @@
-"""What a pursuit changes step by step: local blocks, and a low-rank part."""
+"""The state of a pursuit: local blocks and a low-rank part, which each step replaces by better ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["State", "norms", "orthonormal"]
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """K local blocks u_k v_k^T, and the bases of a low-rank part, the rest of which follows by least squares.
+    """K local blocks u_k v_k^T, and bases of a low-rank part, whose coefficients follow by least squares.
 
     Args:
         u: (K, m) row factors, zero off ``rows``.
@@ -25,8 +25,8 @@ class State:
         left: (m, r), spans the columns of the low-rank part.
         right: (r, n) orthonormal, spans its rows, in whitened coordinates.
         last_v: (K, n) column factors one sweep ago.
-        net_gain: (K,) by how much the squared error would grow without each block, less the least gain of its
-            multiply-adds; from the last time that intervals were chosen.
+        net_gain: (K,) by how much the squared error would grow without each block, less the least gain per multiply-add
+            times its multiply-adds; computed when intervals were last chosen.
     """
 
     u: Tensor
@@ -43,7 +43,7 @@ class State:
         return int((self.rows.widths() + self.cols.widths()).sum())
 
     def to(self, dtype: torch.dtype) -> State:
-        """In another dtype."""
+        """The same state in another dtype."""
         names = ("u", "v", "left", "right", "last_v", "net_gain")
         return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
 

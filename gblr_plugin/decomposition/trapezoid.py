@@ -14,10 +14,7 @@ def _rank(problem: Problem) -> int:
 
 
 def least_error(problem: Problem) -> float:
-    """Relative error, in the metric of the problem, of :func:`trapezoid` where a stable trapezoid form exists.
-
-    Elsewhere the error of :func:`trapezoid` is larger.
-    """
+    """Lower bound of the relative error of :func:`trapezoid`, which equals it if a stable trapezoid form exists."""
     energy = problem.triplets[1].square()
     return float((energy[_rank(problem) :].sum() / energy.sum().clamp(min=1e-300)).sqrt())
 

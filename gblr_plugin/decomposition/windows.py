@@ -1,12 +1,12 @@
-r"""Low rank on fewer rows: each component of a rank-r product leaves out a window of one axis.
+r"""Writes a rank-r product as r components that are each zero on a window of one axis, which saves multiply-adds.
 
-A vector of an r-dimensional space can be made zero on any r - 1 indices (the freedom that the trapezoid form uses), and
-nearly zero on many more: over z > r of them the smallest singular value of the z x r block grows like sqrt(z) - sqrt(r)
-only. So r windows are spread evenly over the axis, each with the direction of the space that is smallest on it. Of a
-few lengths that one is taken at which the multiply-adds saved, times the least gain per multiply-add, exceed the
-squared error made by most. On tiles, where the trapezoid form wastes up to a tile a component, windows waste nothing.
-What the other components make up for once refitted is counted: index i loses the projection of its row on the
-directions that leave it out.
+An r-dimensional space has a vector that is zero on any given r - 1 indices (the trapezoid form uses this), and one that
+is nearly zero on many more: on z > r indices, the smallest singular value of the z x r block of a basis grows only like
+sqrt(z) - sqrt(r). So r windows are spread evenly over the axis, and each component takes the vector that is smallest on
+its window. All windows have one length, the best of a few that are tried: the multiply-adds saved, times the least gain
+per multiply-add, exceed the squared error by most. The squared error is that after the other components are refitted:
+index i loses the projection of its row on the directions whose windows hold i. With tiles, the trapezoid form wastes up
+to one tile per component, while windows are complete tiles.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Windows", "best_windows", "with_windows"]
 LENGTHS = (1.5, 2.0, 3.0, 1.0)
 """Lengths of the windows that are compared, over the rank, in this order."""
 ITERATIONS = 4
-"""Of the inverse iteration that finds the smallest directions."""
+"""Steps of the inverse iteration that finds the smallest directions."""
 RIDGE = 1e-10
 CHUNK_ENTRIES = 1 << 24
 """Largest number of entries gathered at once."""
@@ -39,9 +39,9 @@ class Windows:
     """r components of one factor, each zero on a window.
 
     Args:
-        factor: (r, N), zero off ``spans``.
-        spans: Where the components live: the complements of their windows.
-        net: Multiply-adds saved times the least gain per multiply-add, less the squared error made.
+        factor: (r, N) factors, zero outside ``spans``.
+        spans: Intervals of the components: the complements of their windows.
+        net: Multiply-adds saved times the least gain per multiply-add, less the squared error.
     """
 
     factor: Tensor
@@ -50,19 +50,19 @@ class Windows:
 
 
 def _window_starts(grid: TiledAxis, rank: int) -> tuple[Tensor, Tensor]:
-    """First cell of each window, evenly spread, and how many before it begin at the same cell; both (rank,) int64."""
+    """(rank,) int64: first cell of each window, evenly spread; and how many windows before it begin at that cell."""
     index = torch.arange(rank)
     start = index * grid.cells // rank
     return start, index - torch.searchsorted(start, start)
 
 
 def _directions(factor: Tensor, zero: Tensor, turn: Tensor) -> Tensor:
-    """(r, r) unit columns: the direction that is smallest on each window, or next to smallest where ``turn`` says so.
+    """(r, r) unit columns: for each window, the direction that is ``turn``-th smallest on it, counted from 0.
 
     Args:
         factor: (N, r).
         zero: (r, z) indices of the windows.
-        turn: (r,) which of the smallest directions to take.
+        turn: (r,) number of the direction to take; windows that are equal take different directions.
     """
     rank = factor.shape[1]
     eye = torch.eye(rank, dtype=factor.dtype, device=factor.device)
@@ -83,12 +83,12 @@ def _directions(factor: Tensor, zero: Tensor, turn: Tensor) -> Tensor:
 
 
 def _lost(factor: Tensor, directions: Tensor, left_out: Tensor) -> float:
-    """Squared error of leaving entries out, the others refitted.
+    """Squared error after components leave entries out and the remaining entries are refitted.
 
     Args:
         factor: (N, r) in an orthonormal basis of the other side.
         directions: (r, r) unit columns.
-        left_out: (r, N) bool, which components leave out which index.
+        left_out: (r, N) bool, whether a component leaves out an index.
     """
     share = directions.T @ factor.T
     fitted, _ = supported_solve(directions.T @ directions, share, left_out)
@@ -102,7 +102,7 @@ def best_windows(factor: Tensor, grid: TiledAxis, min_gain: float, least: float 
         factor: (N, r) float64 factor of a product whose other factor has orthonormal rows.
         grid: The axis of length N, which must be cyclic: a window in the middle leaves an interval that wraps.
         min_gain: Squared error that one multiply-add must save.
-        least: What the windows must save more than.
+        least: Windows are returned only if their ``net`` is above this value.
 
     Returns:
         The windows, or ``None`` where the axis is too short for them or not cyclic, or nothing is saved.
@@ -133,11 +133,11 @@ def best_windows(factor: Tensor, grid: TiledAxis, min_gain: float, least: float 
 
 
 def with_windows(state: State, problem: Problem, min_gain: float) -> State | None:
-    """The low-rank part as components that leave out windows; ``None`` where the trapezoid form saves more.
+    """Replace the low-rank part by components that are zero on windows; ``None`` if the trapezoid form saves more.
 
     Args:
-        state: With a low-rank part.
-        problem: What is decomposed, in the Frobenius norm.
+        state: Blocks and a low-rank part.
+        problem: The matrix; its metric must be the Frobenius norm.
         min_gain: Squared error that one multiply-add must save.
 
     Returns:
@@ -158,7 +158,7 @@ def with_windows(state: State, problem: Problem, min_gain: float) -> State | Non
         axis, windows = 1, better
     if windows is None:
         return None
-    # The other factor, on its whole axis, fitted to the low-rank part.
+    # Fit the other factor, on its complete axis, to the low-rank part.
     fit = torch.linalg.pinv(windows.factor.T) @ factors[axis]
     other = grids[1 - axis]
     zeros = torch.zeros(rank, dtype=torch.int64, device=fit.device)

@@ -1,7 +1,8 @@
-"""The cost model: times of dense and structured products, from which plans are chosen without timing the weight.
+"""The cost model: it predicts the times of dense and structured products, so that a plan is chosen without timing.
 
-The numbers hold for one processor, dtype, kernel and number of threads. :mod:`~gblr_plugin.kernels.fit` measures them
-on the machine itself; ``recorded_costs.json`` holds those of one machine.
+A structured product's time is a sum of :data:`FEATURES`, each times a coefficient; a dense product's time is
+interpolated between measured sizes. These numbers hold for one processor, dtype, kernel and number of threads.
+:mod:`~gblr_plugin.kernels.fit` measures them on the user's machine; ``recorded_costs.json`` holds those of one machine.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ RECORDED = Path(__file__).with_name("recorded_costs.json")
 
 
 def case_of(taps: int | None, tokens: int) -> str:
-    """Which of :data:`CASES` a product is.
+    """The name, among :data:`CASES`, of the case to which a product belongs.
 
     Args:
         taps: ``prod(kernel)`` of a convolution; ``None`` for a linear layer.
@@ -61,7 +62,7 @@ class Workload(NamedTuple):
     taps: int | None = None
 
     def features(self, tokens: int, threads: int) -> tuple[float, ...]:
-        """:data:`FEATURES` of a product on so many threads."""
+        """Values of :data:`FEATURES` for one product that runs on ``threads`` threads."""
         of_rows, of_cols = (sum(width * count for width, count in blocks) for blocks in (self.rows, self.cols))
         single = max(len(self.rows), len(self.cols)) == 1  # all components in one block: nothing to gather
         listed = 0 if single else sum(count for _, count in (*self.rows, *self.cols))
@@ -87,7 +88,7 @@ class Costs:
             product.
 
     Raises:
-        ValueError: If a case is missing or unknown, or a number cannot be a time.
+        ValueError: If a case is missing or unknown, or a number is negative or not finite.
     """
 
     threads: int

@@ -1,7 +1,8 @@
 """The numbers of the cost model, measured once per processor, dtype, kernel and number of threads.
 
-They are kept in the user's cache folder: ``gblr_plugin`` in ``XDG_CACHE_HOME``, which is ``~/.cache`` by default.
-With ``GBLR_FIT_COSTS=0`` in the environment nothing is measured, and the recorded costs are used.
+The first conversion on a machine times a few dense and structured products, and writes the costs to the user's cache
+folder: ``gblr_plugin`` in ``XDG_CACHE_HOME``, which is ``~/.cache`` by default. With ``GBLR_FIT_COSTS=0`` in the
+environment nothing is measured, and the recorded costs are used.
 """
 
 from __future__ import annotations
@@ -64,9 +65,10 @@ class _Cell:
         self.times = [math.inf] * len(layers)
 
     def take(self, clock: Callable[[], float], rounds: int = ROUNDS) -> None:
-        """Time each structured layer in turns with the dense one, whose weight more layers would drive from the caches.
+        """Time each structured layer in turns with the dense layer, and keep the least time of each.
 
-        The least time is kept, since it was disturbed least.
+        Only two layers take turns, since the weights of more would drive the dense weight out of the caches. The least
+        time is the one that other work on the machine disturbed least.
         """
         dense, *others = self.calls
         for number, call in enumerate(others, 1):
@@ -76,10 +78,10 @@ class _Cell:
 
 
 def costs_here(device: torch.device, dtype: torch.dtype, kernel: str, make: Make) -> Costs:
-    """Costs on this machine: known, read from a file, or measured now, which takes up to two seconds.
+    """Costs on this machine, from this process's memory, from the file, or from a measurement of up to two seconds.
 
-    Processes wait for one another, so that only one of them measures. A file that cannot be read or written is named in
-    the log, and the costs are then measured again.
+    Processes wait for one another, so that only one of them measures. If the file cannot be read or written, a warning
+    in the log names it, and the costs are measured again.
 
     Args:
         device: Only CPUs are measured; other devices take the recorded costs.
@@ -97,7 +99,7 @@ def costs_here(device: torch.device, dtype: torch.dtype, kernel: str, make: Make
 
 
 def _facts(device: torch.device, dtype: torch.dtype, kernel: str) -> dict[str, str | int]:
-    """What a measurement holds for."""
+    """The facts that a measurement depends on; costs from a file are used only if all of them are equal."""
     compiler = ""
     if kernel == "compiled":
         from .cpu.compile_cache import identity  # needs numba
@@ -111,7 +113,7 @@ def _folder() -> Path:
 
 
 def _kept_or_fitted(facts: dict[str, str | int], fit: Callable[[], Costs]) -> Costs:
-    """The costs in the file for these facts; without a file those of ``fit``, which are then written to it."""
+    """The costs that the file holds for these facts; if it holds none, the costs from ``fit``, which it then keeps."""
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     name, costs = f"costs-{facts['dtype']}-{facts['kernel']}-{facts['threads']}-{digest}.json", None
     try:
@@ -142,7 +144,7 @@ def _read(path: Path, damaged: str | None = None) -> Costs | None:
 
 
 def _fitted_apart(dtype: torch.dtype, kernel: str, make: Make) -> Costs:
-    """Measure in another thread, which the caller's modes, autocast and default device do not reach."""
+    """Measure in another thread, where the caller's torch modes, autocast and default device do not apply."""
     with ThreadPoolExecutor(1, thread_name_prefix="gblr") as pool:
         return pool.submit(copy_context().run, _fitted, dtype, kernel, make).result()
 
@@ -163,7 +165,7 @@ def _fitted(dtype: torch.dtype, kernel: str, make: Make) -> Costs:
 
 
 def _coefficients(found: list[tuple[tuple[float, ...], float]]) -> tuple[float, ...]:
-    """What each feature adds to the time, by least squares of relative errors; none is below 0.
+    """What one unit of each feature adds to the time (>= 0), by least squares of relative errors.
 
     Args:
         found: (features, time) of every structured product.
@@ -182,7 +184,7 @@ def _coefficients(found: list[tuple[tuple[float, ...], float]]) -> tuple[float, 
 
 
 def _measured(dtype: torch.dtype, kernel: str, make: Make) -> list[_Cell]:
-    """Time modules as conversion leaves them, all once, and the short products in further passes."""
+    """Time frozen modules as conversion makes them: all of them once, then the short products in further passes."""
     threads = torch.get_num_threads()
     # Other work on the machine does not disturb the time of a single thread, where the system counts that exactly.
     exact = threads == 1 and time.get_clock_info("thread_time").resolution <= 1e-6
@@ -243,7 +245,7 @@ def _layers(
 
 
 def _structure(m: int, n: int, share: float, tile: int, dtype: torch.dtype) -> StructuredMatrix:
-    """Components of widths up to half an axis, at any place, in complete tiles; no random numbers are drawn."""
+    """Components on intervals of complete tiles, up to half an axis wide, spread over the axis deterministically."""
     number = torch.arange(max(round(share * 4 * m * n / (m + n)), 1), dtype=torch.float64)
 
     def intervals(length: int, step: float) -> Intervals:

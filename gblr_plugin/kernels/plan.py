@@ -1,7 +1,7 @@
 """Kernel plans: the block sizes of a structured weight, and the kernel for each number of tokens.
 
-A plan comes from the cost model, whose numbers are measured once per machine (:mod:`~gblr_plugin.kernels.fit`), or from
-a measurement of the weight itself (:mod:`~gblr_plugin.kernels.measure`).
+This module chooses a plan by the cost model, whose numbers are measured once per machine
+(:mod:`~gblr_plugin.kernels.fit`); :mod:`~gblr_plugin.kernels.measure` chooses it by timing the weight itself.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from .product import KERNELS
 __all__ = ["BUCKETS", "CostsOf", "Plan", "candidates", "dense_plan", "fixed_plan", "predicted_cost", "workload_of"]
 
 BLOCKS = (16, 32, 64, 128, 256, 512)
-# Most bytes of a layout over those of the bare factors; torch operations need equally many components in all blocks.
+# Memory limit of a plan: bytes of the layout over those of the bare factors. It is higher for torch operations, which
+# pad all blocks to equally many components.
 MEMORY = {"compiled": 1.15, "blocks": 1.55}
-MATRIX = 1 << 20  # bytes of a dense matrix by which one launch multiplies as fast as two launches by its factors
-# Costs per token in multiply-adds, by kernel and bytes of an element: moving one element of z at a block of rows, and
-# at a block of columns, where z is also written; one more block.
+MATRIX = 1 << 20  # bytes of a dense matrix up to which its one launch is as fast as the two launches of its factors
+# Costs per token in multiply-adds. z holds one element per component: the product of the column factors with the input.
+# MOVE, by kernel and bytes of an element: a block of rows reads one element of z; a block of columns also writes it.
+# CALL: one more block.
 MOVE = {"compiled": {4: (0.5, 1.5), 2: (7.0, 5.0)}, "blocks": {8: (25.0, 25.0), 4: (50.0, 50.0), 2: (65.0, 65.0)}}
 CALL = 50.0
-# The matrix is kept where the structured product is predicted to take more than the first share of the dense one's time
-# at some number of tokens; then the dense product is used above the second share. Predictions are within about 10%.
+# The dense matrix is kept beside the factors if, at some number of tokens, the structured product is predicted to take
+# more than LOSS times the dense product's time. The dense product then serves all numbers of tokens at which the
+# structured product takes more than DOUBT times as long. Predictions are right within about 10%.
 LOSS, DOUBT = 0.95, 0.85
 # Types of a plan's fields; those that are not listed are tuples.
 _KINDS = {
@@ -52,7 +55,7 @@ class Plan:
     Args:
         block_rows: Rows per block (within a row split); 0 for dense storage.
         block_cols: Columns per block; 0 for dense storage.
-        kernels: (largest number of tokens, kernel name) in increasing order; the last one also serves beyond.
+        kernels: (largest number of tokens, kernel name) in increasing order; the last kernel also serves more tokens.
         predicted: Predicted cost of one token in multiply-adds, overheads included, over those of the dense product.
         padding: Entries with padding over those inside the intervals.
         device: Device type on which the kernels were measured; ``""`` if not measured.
@@ -107,7 +110,7 @@ class Plan:
         return bool(self.device)
 
     def unmeasured(self) -> Plan:
-        """The same choice as if it had not been measured: no machine measures it again."""
+        """The same plan without the facts of its measurement, so that no other machine replaces it by measuring."""
         return replace(self, device="", dtype="", threads=0, machine="", speedups=())
 
     def kernel(self, tokens: int) -> str:
@@ -119,7 +122,7 @@ class Plan:
 
     @property
     def dense_tokens(self) -> tuple[tuple[int, int | None], ...]:
-        """(above, up to) the numbers of tokens that take the dense matrix, in increasing order; from -1, up to None."""
+        """Ranges of numbers of tokens that the dense kernel serves, as (above, up to); from -1, and up to ``None``."""
         spans: list[tuple[int, int | None]] = []
         above = -1
         for number, (limit, name) in enumerate(self.kernels):
@@ -133,7 +136,7 @@ class Plan:
 
     @property
     def even(self) -> bool:
-        """Whether a linear weight's blocks get equally many components, so that torch takes all in one product."""
+        """Whether all blocks of a linear weight are padded to equally many components, for one batched product."""
         names = {name for _, name in self.kernels}
         return "blocks" in names and "compiled" not in names
 
@@ -158,7 +161,7 @@ class Plan:
         """The plan that :meth:`to_dict` wrote; lists may stand in place of tuples.
 
         Raises:
-            ConfigError: For unknown keys, and as the constructor.
+            ConfigError: If a key is unknown or the constructor refuses a value.
         """
         unknown = set(values) - set(cls.__dataclass_fields__)
         if unknown:
@@ -194,7 +197,7 @@ def _cost(entries: int, block: int, blocks: int, move: float) -> float:
 
 
 def predicted_cost(layout: Layout, kernel: str, itemsize: int) -> float:
-    """Predicted cost of one token over that of the dense product; 1.0 where the dense product is what runs.
+    """Predicted cost of one token over that of the dense product; 1.0 if the layout is kept dense.
 
     Args:
         layout: Where the weight lies.
@@ -273,7 +276,7 @@ def candidates(
     if kernel is None:
         kernel = "compiled" if available(matrix.u.device, matrix.u.dtype) else "blocks"
     if _all_full(matrix) and (kernel == "blocks" or matrix.u.is_cuda):
-        # Two plain products per split, for which a library's kernels are the fastest.
+        # A low-rank matrix takes two plain products per row split, for which torch's matrix products are fastest.
         return [_single_blocks(matrix)]
     even = kernel == "blocks" and taps is None
     rows = _axis(matrix.rows, matrix.split_sizes, 1, even)
@@ -302,7 +305,7 @@ CostsOf = Callable[[torch.device, torch.dtype, str], Costs]
 
 
 def workload_of(plan: Plan, matrix: StructuredMatrix, taps: int | None) -> Workload:
-    """What the time of the product depends on, under a plan.
+    """The cost model's description of a weight that is multiplied under a plan.
 
     Args:
         plan: Block sizes, and the kernel for many tokens.
@@ -316,15 +319,15 @@ def workload_of(plan: Plan, matrix: StructuredMatrix, taps: int | None) -> Workl
 
 
 def _slowness(plan: Plan, matrix: StructuredMatrix, taps: int | None, costs: CostsOf) -> Callable[[int], float]:
-    """Predicts, by number of tokens, the time of the structured product over that of the dense one.
+    """A function of the number of tokens: predicted time of the structured product over that of the dense product.
 
-    Tests put a constant in its place, for structured kernels (0.0) or dense ones (2.0) throughout.
+    Tests replace it by a constant, so that every plan is structured (0.0) or dense (2.0).
 
     Args:
         plan: Block sizes, and the kernel for many tokens.
         matrix: The weight.
         taps: ``prod(kernel)`` of a convolution; ``None`` for a linear weight.
-        costs: Where the times come from.
+        costs: Gives the times of products.
     """
     shape, factors = matrix.shape, matrix.u
     if factors.is_cuda:  # where nothing was measured
@@ -347,8 +350,8 @@ def fixed_plan(
         matrix: The weight.
         taps: ``prod(kernel)`` of a convolution; ``None`` for a linear weight.
         int8: As in :func:`candidates`. Factors are made int8 to save memory, so no matrix is kept beside them.
-        beside: Keep the matrix beside the factors where the dense product is predicted to be faster at some number of
-            tokens. It is then used at all numbers of tokens where structure saves little.
+        beside: Keep the dense matrix beside the factors if the dense product is predicted to be faster at some number
+            of tokens. It then multiplies at all numbers of tokens at which structure saves little.
         costs: Times of products; by default the recorded ones, which are the same everywhere.
 
     Returns:

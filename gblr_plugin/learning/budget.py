@@ -1,8 +1,9 @@
-"""Find the shrinkage that meets a budget: lambda from relative FLOPs.
+"""Finds the lambda at which the widths of layers meet a budget of relative FLOPs.
 
-Minimising the task loss subject to a bound on the widths' l1 norm is proximal gradient descent whose threshold is the
-multiplier of that bound: after each gradient step the widths are soft-thresholded by one lambda times their learning
-rate, the lambda that brings their *counted* cost to the target. The published method grid-searches it.
+To minimise the loss under a bound on the widths' l1 norm is proximal gradient descent: after each gradient step the
+widths are soft-thresholded by lambda times their learning rate, lambda being the bound's multiplier. The published
+method finds lambda by a grid search over trainings. This module finds it at each step: the lambda at which the
+multiply-adds, counted after the shrinkage, are at most the target.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ _SLOWEST = 1e-3  # least share of a group's largest rate at which one search can
 
 @dataclass(frozen=True)
 class AxisSpec:
-    """What a layer's widths count.
+    """What is needed to count a layer's multiply-adds from its normalised widths.
 
     Args:
-        axis_lengths: Rows (per split) and columns that a normalised width of 1 covers.
+        axis_lengths: Rows (per row split) and columns that a normalised width of 1 covers.
         tile: Multiples of rows and of columns at which intervals begin and end.
         num_components: K, over all splits.
         dense: Multiply-adds of the dense product, m * n.
@@ -45,14 +46,14 @@ class AxisSpec:
 
 
 class WidthBudget:
-    """Per-layer thresholds that bring groups of layers to their targets, found by exact counting.
+    """Finds each layer's threshold by counting multiply-adds, so that groups of layers meet their targets.
 
     Args:
         specs: One per layer.
         groups: (L,) group of each layer, 0 .. G - 1; layers of a group share one target.
         lower: Least multiply-adds of each layer within its group (``max_sparse_ratio``); default 0.
         upper: Most multiply-adds of each layer within its group (``min_sparse_ratio``); default none.
-        device: Where the widths live.
+        device: Device of the widths.
         fixed: (C,) bool, components whose widths are counted but never change; default none.
 
     Raises:
@@ -107,7 +108,7 @@ class WidthBudget:
         return self._layer_cost(widths).long()
 
     def _layer_cost(self, widths: Tensor) -> Tensor:
-        # Whole numbers below 2^24 in the widths' own dtype; their sums in float64.
+        # Single widths are integers below 2^24, exact in the dtype of the widths; their sums need float64.
         tiled = not self._untiled
         samples = self.snap(widths).to(widths) if tiled else torch.round(widths * self._length.to(widths.dtype))
         rows, cols = samples.unbind(-2)
@@ -135,24 +136,24 @@ class WidthBudget:
     ) -> Tensor:
         """(G,) smallest threshold in ``span`` at which each group's cost is at most its target.
 
-        Each layer shrinks by its share of the threshold, within its clamp.
+        Each layer shrinks by its share of the group's threshold, limited to the range that ``clamp`` gives it.
         """
         num = target.numel()
         low, high = span
         even = torch.arange(_CANDIDATES + 1, dtype=target.dtype, device=target.device)[:, None] / _CANDIDATES
         for turn in range(_ROUNDS):
-            fraction = even if turn else even**4  # one step's shrinkage is mostly small: look there first
+            fraction = even if turn else even**4  # a single step mostly shrinks little: candidates are dense near 0
             candidates = low + (high - low) * fraction  # (W + 1, G)
             threshold = candidates[:, group] if shares is None else candidates[:, group] * shares
             if clamp is not None:
                 threshold = threshold.maximum(clamp[0]).minimum(clamp[1])
             cost = self._shrunk_cost(widths, threshold, growing)
             total = cost.new_zeros(_CANDIDATES + 1, num).index_add_(1, group, cost)
-            fits = (total <= target).int().cummax(0).values  # rounding may make the count wobble: take the first fit
+            fits = (total <= target).int().cummax(0).values  # rounded counts may rise and fall: take the first fit
             first = (_CANDIDATES + 1 - fits.sum(0)).clamp(max=_CANDIDATES)
             high = candidates.gather(0, first[None])[0]
             low = candidates.gather(0, (first - 1).clamp(min=0)[None])[0]
-            if not widths.is_cuda and bool((high - low).max() <= _RESOLUTION):  # asking a GPU costs more than a round
+            if not widths.is_cuda and bool((high - low).max() <= _RESOLUTION):  # waiting for a GPU outlasts a round
                 break
         return high
 
@@ -165,7 +166,7 @@ class WidthBudget:
         for rate, group in zip(rates, self._groups, strict=True):
             share = rate / fastest[group] if fastest[group] else 1.0
             shares.append(share)
-            if share > 0:  # a slow layer is emptied by a threshold that is larger by as much
+            if share > 0:  # a layer at half the rate is emptied by a group threshold that is twice as large
                 most[group] = max(most[group], 1 / max(share, _SLOWEST))
         span = -self._tensor(fastest), self._tensor(most)
         return span, None if min(shares) == 1.0 else self._tensor(shares)
@@ -183,14 +184,14 @@ class WidthBudget:
         Args:
             widths: (2, C) normalised widths of all layers side by side, after the gradient step.
             targets: (G,) multiply-adds per group; ``inf`` leaves a group alone.
-            rates: (L,) learning rates. The thresholds of a group are one lambda times its layers' rates, and the live
-                widths of a group below its target grow by at most these, as fractions of the axis. Where all rates of
-                a group are 0, as by default, its thresholds are equal and nothing grows.
-            upper: Most multiply-adds of each layer for now, in place of the final ``upper``.
+            rates: (L,) learning rates. The thresholds of a group are one lambda times its layers' rates. In a group
+                below its target the live widths grow by at most these rates, as fractions of the axis. If all rates of
+                a group are 0, as by default, its layers have equal thresholds and nothing grows.
+            upper: Most multiply-adds of each layer at this step, in place of the constructor's ``upper``.
 
         Returns:
-            (L,) float64; after the shrinkage no group exceeds its target (unless its lower bounds alone do, or what
-            layers at rates far below the group's largest hold).
+            (L,) float64. After the shrinkage no group exceeds its target, unless its lower bounds do, or its layers
+            with learning rates far below the group's largest.
         """
         targets = targets.to(self._upper)
         paces = [0.0] * self.num_layers if rates is None else list(rates)
@@ -201,7 +202,7 @@ class WidthBudget:
             each = torch.arange(self.num_layers, device=widths.device)
             alone = -self._tensor(paces), torch.ones_like(most)
             least = self._search(widths, most, each, alone, growing)
-            # The threshold just undershoots the lower bound: step back by the resolution of the search.
+            # At this threshold the cost is just below the lower bound: lower it by the resolution of the search.
             last = self._search(widths, self._lower, each, alone, growing) - 2 * _RESOLUTION
             last = torch.where(self._lower > 0, last, torch.ones_like(last))
             clamp = least, torch.maximum(last, least)
@@ -214,10 +215,10 @@ class WidthBudget:
 
     @torch.no_grad()
     def rounded(self, widths: Tensor, targets: Tensor) -> Tensor:
-        """Whole widths that use each group's target up to less than one step of one interval.
+        """Integer widths that leave less of each group's target unused than one interval needs to grow by a tile.
 
-        Components that only rounding made empty come back first, if they fit; then live widths grow, those whose
-        rounding lost most first. A width of exactly zero stays zero.
+        First, components that rounding made empty get one tile again, if the target allows it. Then live widths grow
+        by tiles, beginning with those from which rounding took most. A width of exactly zero stays zero.
 
         Args:
             widths: (2, C) normalised widths that already meet the targets.
@@ -235,7 +236,7 @@ class WidthBudget:
         return samples.long()
 
     def _slack(self, samples: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(G,) what is left of each group's target and (L,) of each layer's upper bound."""
+        """Unused multiply-adds: (G,) of each group's target, and (L,) of each layer's upper bound."""
         cost = multiply_adds(samples[0], samples[1])
         cost = cost.new_zeros(self.num_layers).index_add_(0, self._layer, cost)
         return targets - cost.new_zeros(self.num_groups).index_add_(0, self._group, cost), self._upper - cost
@@ -243,7 +244,7 @@ class WidthBudget:
     def _affordable(
         self, score: Tensor, cost: Tensor, column: Tensor, usable: Tensor, slack: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """Indices of usable items whose cost, added to that of all better ones, fits their group and layer."""
+        """Indices of usable items whose cost, together with all items of higher score, fits their group and layer."""
         owners = self._group[self._layer][column], self._layer[column]
         for owner, left in zip(owners, slack, strict=True):
             usable = usable & (cost <= left[owner])
@@ -260,7 +261,7 @@ class WidthBudget:
         return order[fits]
 
     def _revive(self, samples: Tensor, widths: Tensor, targets: Tensor) -> bool:
-        """Give components that rounding emptied their first tile back, in place; whether any was."""
+        """Set empty widths of components that rounding made empty to one tile, in place; return whether any was set."""
         empty = samples == 0
         first = torch.where(empty, torch.minimum(self._tile, self._length), samples)
         score = torch.where(empty, widths, torch.inf).amin(0)
@@ -273,7 +274,7 @@ class WidthBudget:
         return chosen.numel() > 0
 
     def _raise(self, samples: Tensor, widths: Tensor, targets: Tensor) -> bool:
-        """Raise live widths by one tile each, in place, as far as the slack goes; whether any was."""
+        """Raise live widths by one tile each, in place, within the slack; return whether any was raised."""
         step = torch.minimum(self._tile, self._length - samples)
         usable = (samples > 0).all(0) & (step > 0)
         if self._fixed is not None:

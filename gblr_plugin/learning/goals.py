@@ -1,4 +1,4 @@
-"""What layers are to become, and what each layer and each group of layers may cost while training goes on."""
+"""The goals of layers, and the multiply-adds that each layer and group may have at each time of the training."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class LayerGoal:
 
     Args:
         budget: Relative FLOPs to end at, in (0, 1]; lambda is found automatically.
-        threshold: Alternatively a fixed lambda, as published.
-        group: Layers of one group share one budget, weighted by their dense multiply-adds; ``None``: on its own.
+        threshold: A fixed lambda instead of a budget, as in the paper.
+        group: Layers of one group share one budget, weighted by their dense multiply-adds; ``None``: the layer has a
+            budget of its own.
         min_flops: Least relative FLOPs of this layer within its group.
         max_flops: Most relative FLOPs of this layer within its group.
 
@@ -57,8 +58,8 @@ class LayerGoal:
 class CostTargets:
     """Multiply-adds that layers, and groups of layers that share one budget, may have while training goes on.
 
-    A group comes down from the cost with which it began to its budget. A group that began within its budget may have
-    all of it at once.
+    The target of a group descends from the cost with which the group began to its budget. A group that began within
+    its budget has the budget as its target from the start.
 
     Args:
         layers: Structured layers by name.
@@ -114,21 +115,21 @@ class CostTargets:
         return self.start_costs
 
     def begins_within_budget(self) -> list[bool]:
-        """(L,) whether each layer's group has a budget and began within it."""
+        """(L,) bool: whether the layer's group has a budget and began within it."""
         if self.start_costs is None:
             return [False] * len(self._layers)
         within = [start <= end for start, end in zip(*self._from_and_to(), strict=True)]
         return [within[group] and goal.budget is not None for goal, group in zip(self._goals, self.groups, strict=True)]
 
     def _from_and_to(self) -> tuple[list[float], list[float]]:
-        """(G,) multiply-adds at which each group begins, and those to end at; infinite where nothing is to shrink."""
+        """Multiply-adds of each group at the start and the end of its descent; infinite ends for no descent."""
         starts = self.by_group(self._begun())
         dense = self.by_group([float(size) for size in self._dense])
         sizes = zip(self._goals, self._dense, strict=True)
         ends = self.by_group([math.inf if goal.budget is None else goal.budget * size for goal, size in sizes])
         bounded = self.by_group([float(goal.max_flops < 1) for goal in self._goals])
         for group, most in enumerate(dense):
-            # A budget of 1: layers that cost more than their dense matrices are stored as these.
+            # A budget of 1 needs no shrinkage: a layer that costs more than its dense matrix is stored as that matrix.
             if ends[group] >= most <= starts[group] and not bounded[group]:
                 ends[group] = math.inf
         return starts, ends
@@ -138,7 +139,7 @@ class CostTargets:
 
         Args:
             covered: Share of the descent from the starting cost to the budget that is done, in [0, 1].
-            device: Of the result.
+            device: Device of the result.
         """
         now = [_between(start, end, covered) for start, end in zip(*self._from_and_to(), strict=True)]
         return torch.tensor(now, dtype=torch.float64, device=device)
@@ -164,5 +165,5 @@ def _group_numbers(goals: Mapping[str, LayerGoal]) -> list[int]:
 
 
 def _between(start: float, end: float, covered: float) -> float:
-    """From the starting cost down to ``end``; an ``end`` above the start holds at once."""
+    """Interpolate from the starting cost down to ``end``; if ``end`` is above the start, it is the result at once."""
     return end if start <= end else start + (end - start) * covered

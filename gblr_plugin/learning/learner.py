@@ -1,7 +1,7 @@
 """The object that learns the structure of a model's layers while any training loop trains them.
 
-NNI's pruner, the Lightning callback and loops written by hand use the same :class:`StructureLearner`: they decide to
-which optimizers it is attached, and whether its own schedule or the host says how far the training has come.
+NNI's pruner, the Lightning callback and loops written by hand all use :class:`StructureLearner`. They attach it to the
+optimizers; the progress of the training comes from the learner's schedule or from the host.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ _DRIVING: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[StructureLearner]
 class StructureLearner:
     """Learns the structure of layers while any training loop trains them.
 
-    After each real optimizer step it counts the step, takes the proximal step of that optimizer's layers, by a fixed
-    lambda or the one that meets the present share of the budget (``gblr_plugin.learning.shrinking``), and updates
-    sigma. At the end of the ramp it rounds the widths to whole samples within the budget and freezes the structure as
-    exact boxcars. Groups of layers that begin within their budget have hard masks throughout, whose gradients are
-    smoothed by the final sigma: smoothing such a start would only destroy it.
+    After each real step of an optimizer the learner counts the step, takes the proximal step of that optimizer's layers
+    (``gblr_plugin.learning.shrinking``), and updates sigma. The proximal step uses a fixed lambda, or the lambda at
+    which the layers meet the present target of their descent to the budget. When the progress reaches 1, the learner
+    rounds the widths to integers within the budget and freezes the structure as exact boxcars. Groups of layers that
+    begin within their budget have hard masks from the start, with gradients smoothed by the final sigma, since smooth
+    masks would change the matrices with which they start.
 
-    Several optimizers may share the layers, also those of one group. The first one's steps are counted. The freeze
-    brings all layers to the budget together.
+    Several optimizers may hold the layers, even those of one group; only the first optimizer's steps are counted. The
+    freeze brings all layers to the budget together.
 
     Args:
         layers: Structured layers by name. Layers that appear twice are counted once.
@@ -99,14 +100,14 @@ class StructureLearner:
             self._costs.begin()
             for layer, hard in zip(self.layers.values(), self._costs.begins_within_budget(), strict=True):
                 if not hard:
-                    layer.use_trapezoid_form()  # all of it may have to shrink
+                    layer.use_trapezoid_form()  # in this form every component can shrink
             self._set_sigma()
 
     def attach(self, optimizer: Optimizer) -> None:
         """Run :meth:`after_step` after each real step of the optimizer that holds the structure parameters.
 
         Raises:
-            ConfigError: If another learner is attached to it for one of the layers.
+            ConfigError: If another learner is attached to this optimizer for one of the layers.
         """
         self._check_alone(optimizer)
         _DRIVING.setdefault(optimizer, weakref.WeakSet()).add(self)
@@ -130,10 +131,10 @@ class StructureLearner:
                 )
 
     def attach_all(self, optimizers: list[Optimizer]) -> None:
-        """Attach to those optimizers that hold structure parameters, and begin.
+        """Attach to those of the optimizers that hold structure parameters, and begin.
 
         Raises:
-            ConfigError: If the widths of a layer are in none of them, or another learner drives it with one of them.
+            ConfigError: If no optimizer holds the widths of a layer, or another learner is attached for that layer.
         """
         if not self.frozen:
             check_optimized(self.layers, optimizers)
@@ -148,15 +149,15 @@ class StructureLearner:
         self._refreeze(has_optimizers=True)
 
     def detach(self) -> None:
-        """Leave all optimizers as they were."""
+        """Detach from all optimizers, whose ``step`` is again what it was."""
         for hook in self._hooks:
             hook.remove()
             _DRIVING.get(hook.optimizer, weakref.WeakSet()).discard(self)
         self._hooks.clear()
-        self._refreeze(has_optimizers=False)  # nobody takes the gradients of zero away any more
+        self._refreeze(has_optimizers=False)  # no hook removes the gradients of zero any more
 
     def _refreeze(self, has_optimizers: bool) -> None:
-        """Where DistributedDataParallel trains a frozen structure: say whether its gradients of zero are taken away."""
+        """Under DistributedDataParallel, freeze the layers anew, with gradients of zero only if a hook removes them."""
         if self.frozen and self._replicated():
             for layer in self.layers.values():
                 layer.freeze_structure(keep_gradients=has_optimizers)
@@ -165,7 +166,7 @@ class StructureLearner:
         return replicated(layer.widths for layer in self.layers.values())
 
     def _before_step(self) -> None:
-        """Keep the gradients of zero of a frozen structure from the optimizer."""
+        """Remove the zero gradients of a frozen structure before the optimizer sees them."""
         if self.frozen:
             for layer in self.layers.values():
                 layer.widths.grad = layer.locations.grad = None
@@ -173,7 +174,10 @@ class StructureLearner:
     # -- each step ---------------------------------------------------------------------------------------------------
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """One real step of an optimizer was taken. Of several optimizers the first one's steps are counted."""
+        """Do the work after a real step of an optimizer: count it, shrink its layers, update sigma or freeze.
+
+        If several optimizers are attached, only the steps of the first are counted.
+        """
         optimizers = [hook.optimizer for hook in self._hooks]
         if not optimizers or optimizers[0] is optimizer:
             self.step_count += 1
@@ -198,12 +202,12 @@ class StructureLearner:
             optimizer,
             optimizers,
             covered=Schedule.ramp(self.progress) if scheduled else self.progress,
-            fixed=1.0 if scheduled else self.progress,  # a host that gives the progress ramps a fixed lambda too
+            fixed=1.0 if scheduled else self.progress,  # with a host's progress, fixed lambdas grow with it too
             in_warmup=scheduled and self.progress <= 0.0,
         )
 
     def set_progress(self, progress: float) -> None:
-        """Say from outside (AGP and linear schedules) which share of the descent to the budget is due, in [0, 1]."""
+        """Set the share of the descent to the budget that is due, in [0, 1]; for hosts with their own schedules."""
         if self.frozen:
             return
         self.progress = min(1.0, max(0.0, progress))
@@ -234,10 +238,10 @@ class StructureLearner:
                 layer.compact([hook.optimizer for hook in self._hooks])
 
     def _report_unmet(self) -> None:
-        """Warn about groups that end more than a point under their budget, because live components are too few."""
+        """Warn about groups that miss their budget: above it, or more than 0.01 below, with too few live components."""
         sizes = [float(math.prod(layer.matrix_shape)) for layer in self.layers.values()]
         dense = self._costs.by_group(sizes)
-        # What costs more than its dense matrix is stored as that.
+        # A layer that costs more than its dense matrix is stored as that matrix.
         stored = [min(layer.stored, size) for layer, size in zip(self.layers.values(), sizes, strict=True)]
         cost = self._costs.by_group(stored)
         for group, name in {group: name for name, group in zip(self.layers, self._costs.groups, strict=True)}.items():
@@ -254,7 +258,7 @@ class StructureLearner:
 
     @property
     def skipped_steps(self) -> int:
-        """Optimizer steps that were not taken since gradients were not finite."""
+        """Number of optimizer steps that were not taken because gradients were not finite."""
         return self._guard.skipped_steps
 
     @property
@@ -275,7 +279,7 @@ class StructureLearner:
         return next((layer.sigma for layer in self.layers.values()), None)
 
     def lambdas(self) -> dict[str, float]:
-        """Present lambda per layer: threshold over its own learning rate (paper Algorithm 1); 0 once frozen."""
+        """Present lambda per layer: its threshold over its learning rate (paper Algorithm 1); 0 once frozen."""
         if self.frozen:
             return dict.fromkeys(self.layers, 0.0)
         return dict(zip(self.layers, self._shrinker.lambdas(), strict=True))
@@ -287,7 +291,7 @@ class StructureLearner:
         return sum(layer.stored for layer in self.layers.values()) / dense if dense else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, starting costs, and what is due in this round; all else is in the layers and the optimizer."""
+        """Steps, starting costs and the round's thresholds; all other state is in the layers and the optimizer."""
         due = self._shrinker.due
         return {
             "step_count": self.step_count,
@@ -300,10 +304,10 @@ class StructureLearner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume; the layers' own state must be loaded too, before or after this.
+        """Resume from :meth:`state_dict`; the state of the layers must be loaded too, before or after this.
 
         Raises:
-            ConfigError: For anything but what :meth:`state_dict` gave, for as many layers.
+            ConfigError: If the state is not from :meth:`state_dict`, or is for another number of layers.
         """
         missing = [key for key in self.state_dict() if not isinstance(state, Mapping) or key not in state]
         if missing:

@@ -1,10 +1,10 @@
-"""The proximal step of many layers that one or several optimizers hold, by the lambda that meets their budgets.
+"""Takes the proximal steps of layers whose widths one or several optimizers hold.
 
-Each optimizer takes the proximal step of the layers whose widths it holds, and moves no others: by the group's lambda
-times the layer's own learning rate. One lambda holds for a round, until an optimizer steps for the second time: the
-lambda at which the group meets its target if each of its layers takes one step. So all layers of a group shrink by one
-lambda, whichever optimizer is first; what the gradients of later optimizers add within a round is taken away in the
-next. Layers whose weights are frozen and in no optimizer shrink with the first optimizer, at its largest rate.
+After a step of an optimizer, the layers whose widths it holds shrink by the lambda of their group times their learning
+rate. A group's lambda is chosen once per round, so that the group meets its target if each of its layers takes one
+step. A round ends when one of its optimizers steps again. So the layers of a group shrink by the same lambda, whatever
+the order of the optimizers; growth by the gradients of later optimizers in a round is counted in the next round. Layers
+whose weights are frozen and in no optimizer shrink with the first optimizer, at its largest learning rate.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Shrinker:
 
     Args:
         layers: Structured layers by name.
-        goals: A goal for each.
-        costs: What layers and groups may cost.
+        goals: The goal of each layer.
+        costs: Multiply-adds that layers and groups may have.
 
     Attributes:
         rates: Learning rate of each layer's widths at the last step.
-        due: (L,) thresholds of the layers that are to meet a budget, in this round; ``None`` before the first.
-        stepped: Places of the optimizers that have taken their step in this round.
+        due: (L,) thresholds, in this round, of the layers that have a budget; ``None`` before the first round.
+        stepped: Indices of the optimizers that have stepped in this round.
     """
 
     def __init__(self, layers: Mapping[str, GBLRLayer], goals: Mapping[str, LayerGoal], costs: CostTargets) -> None:
@@ -50,11 +50,11 @@ class Shrinker:
         self._budget_made_for: tuple[torch.device, int, list[bool]] | None = None
 
     def widths(self) -> Tensor:
-        """(2, C) present widths of all layers side by side, without gradient; under FSDP2 every process must ask."""
+        """(2, C) present widths of all layers side by side, without gradient; under FSDP2 all processes call it."""
         return torch.cat([full_tensor(layer.widths) for layer in self._layers], dim=1)
 
     def lambdas(self) -> list[float]:
-        """Lambda of each layer at the last step: its threshold over its own learning rate."""
+        """Lambda of each layer at the last step: its threshold over its learning rate."""
         return [0.0] * len(self._layers) if self._lambdas is None else self._lambdas.tolist()
 
     def step(
@@ -70,9 +70,9 @@ class Shrinker:
         """Prox-and-clip of the layers that an optimizer has just stepped.
 
         Args:
-            flat: :meth:`widths`.
-            optimizer: The one that has stepped.
-            optimizers: All that step these layers, in order.
+            flat: The present :meth:`widths`.
+            optimizer: The optimizer that has stepped.
+            optimizers: All optimizers that hold widths of these layers, in order.
             covered: Share of the descent to the budgets that is done.
             fixed: Share of the fixed lambdas that holds now.
             in_warmup: Whether nothing shrinks yet.
@@ -103,21 +103,21 @@ class Shrinker:
         return rates, moved
 
     def _begins_round(self, optimizer: Optimizer, optimizers: Sequence[Optimizer]) -> bool:
-        """Whether this step begins a round, since the optimizer has taken one in the present round."""
+        """Whether this step begins a new round, because the optimizer has already stepped in the present round."""
         place = next((index for index, each in enumerate(optimizers) if each is optimizer), 0)
         begins = not self.stepped or place in self.stepped
         self.stepped = [place] if begins else [*self.stepped, place]
         return begins
 
     def _thresholds(self, flat: Tensor, rates: list[float], covered: float, in_warmup: bool) -> Tensor:
-        """(L,) what each layer shrinks by in one step for its group to meet its present target."""
+        """(L,) threshold of each layer in one step, by which its group meets its present target."""
         if in_warmup or all(goal.budget is None for goal in self._goals):
             return torch.zeros(len(self._layers), dtype=torch.float64, device=flat.device)
         targets = self._costs.of_groups(covered, flat.device)
         return self.width_budget(flat.device).thresholds(flat, targets, rates, upper=self._costs.of_layers(covered))
 
     def width_budget(self, device: torch.device) -> WidthBudget:
-        """The search for thresholds; made anew where components were dropped or forms have changed."""
+        """The search for thresholds; it is made anew after components were dropped or forms have changed."""
         total = sum(layer.U.shape[0] for layer in self._layers)
         made_for = device, total, [layer.fixed_components is not None for layer in self._layers]
         if self._budget is None or self._budget_made_for != made_for:
@@ -139,11 +139,11 @@ class Shrinker:
         return torch.cat([layer.low_rank_components for layer in self._layers]).to(device)
 
     def _prox_and_clip(self, thresholds: Tensor, places: Sequence[int] | None = None) -> None:
-        """Of the layers at these places; by default of all."""
+        """Take the proximal step of the layers at these indices, by default of all layers."""
         layers = self._layers
         if places is not None and len(places) < len(layers):
             layers, thresholds = [layers[place] for place in places], thresholds[list(places)]
-        # Under FSDP2 each process holds some of the widths, and finds the same thresholds from all of them.
+        # Under FSDP2 each process shrinks the widths that it holds; all have found the same thresholds.
         widths = [local_part(layer.widths) for layer in layers]
         held = [
             None if layer.fixed_components is None else each.clone() for layer, each in zip(layers, widths, strict=True)
@@ -160,10 +160,10 @@ class Shrinker:
         """Meet the budgets exactly and round: (2, K) int64 widths of each layer."""
         device = self._layers[0].widths.device
         targets, budget = self._costs.of_groups(1.0, device), self.width_budget(device)
-        # At the layers' rates; then all alike, should layers at a rate of zero hold more than the budget.
+        # First in proportion to the learning rates; then equally, in case layers at a rate of 0 exceed the budget.
         for rates in (self.rates, None):
             thresholds = budget.thresholds(self.widths(), targets, rates)
-            # A step of an unmet budget only: a fixed lambda shrinks once per optimizer step.
+            # Layers with a fixed lambda do not shrink here: they shrink once per optimizer step.
             self._prox_and_clip(torch.where(self._have_budgets(device), thresholds, 0.0))
         rounded = budget.rounded(self.widths(), targets)
         return list(rounded.split([layer.U.shape[0] for layer in self._layers], dim=1))

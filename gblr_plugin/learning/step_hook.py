@@ -18,15 +18,16 @@ __all__ = ["StepHook"]
 class StepHook:
     """Runs a function after each step that an optimizer really took.
 
-    ``Optimizer.register_step_post_hook`` fires for steps that a GradScaler skips inside a fused kernel, and twice for
-    subclasses that call ``super().step``; per-batch callbacks count micro-batches. Wrapping ``step`` on the instance,
-    and passing over steps with ``found_inf`` set, is exact for all of these.
+    This hook replaces ``step`` on the instance, and ignores steps with ``found_inf`` set. That counts real steps in all
+    cases: ``Optimizer.register_step_post_hook`` also fires for steps that a GradScaler skips inside a fused kernel, and
+    twice for subclasses that call ``super().step``, and per-batch callbacks count micro-batches.
 
     Args:
         optimizer: Its ``step`` is wrapped until :meth:`remove`.
         function: Called without arguments after each real step.
-        before: Called before every step, also one that a scaler skips.
-        usable: Asked once the gradients are there (with a closure: after it); where it says no, the step is not taken.
+        before: Called before every step, even if a scaler skips that step.
+        usable: Called once the gradients exist (after the closure, if there is one). If it returns ``False``, the step
+            is not taken.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class StepHook:
             taken = True
 
             def judged() -> Any:
-                """The closure; without gradients the step after it changes nothing."""
+                """Call the closure; drop the gradients if they are not usable, so that the step changes nothing."""
                 nonlocal taken
                 loss = closure()
                 taken = hook._usable is None or hook._usable()
@@ -79,7 +80,7 @@ class StepHook:
         optimizer.step = self._step  # type: ignore[method-assign]  # on the instance: see above
 
     def remove(self) -> None:
-        """Stop; the optimizer's own ``step`` is restored unless something else has wrapped it meanwhile."""
+        """Stop calling the functions, and restore the optimizer's ``step`` unless other code has replaced it since."""
         self._function = self._before = self._usable = None
         if self.optimizer.__dict__.get("step") is not self._step:
             return

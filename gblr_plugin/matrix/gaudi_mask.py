@@ -90,7 +90,7 @@ def mask_tables(
         sigma: Smoothness, > 0; ``None`` for the exact boxcar.
         dtype: Result dtype; default ``torch.get_default_dtype()``. Computed in float64.
         device: Result device.
-        hard: Masks are exact boxcars, of which only the gradients are smoothed.
+        hard: Whether masks are exact boxcars and only their gradients are smoothed.
 
     Returns:
         (2, 3N): running sums of the width-1 mask over three periods, and three periods of the width derivative at the

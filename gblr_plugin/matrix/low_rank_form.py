@@ -1,10 +1,11 @@
-"""Two forms of a low-rank product: trapezoids, which cost least, and full factors, which train best.
+"""Converts a low-rank product between the trapezoid form, which costs least, and the low-rank form, which trains best.
 
-A product A C of rank r is unchanged by A R, R^-1 C. These r^2 free numbers can make A lower and C upper trapezoidal
-(component k on the rows and on the columns from k), which costs r (r - 1) multiply-adds less; see
-:mod:`gblr_plugin.matrix.trapezoid_form`. Trapezoids keep the pivots of that elimination, and optimizers train them
-badly; full factors of balanced norm (the low-rank form) are as well conditioned as those of an SVD. A layer therefore
-trains such a product in low-rank form, and is counted and converted in trapezoid form.
+A product A C of rank r equals (A R) (R^-1 C) for any invertible R. The r^2 numbers of R can make A lower and C upper
+trapezoidal (component k on the rows and columns from k), which takes r (r - 1) multiply-adds less; see
+:mod:`gblr_plugin.matrix.trapezoid_form`. Optimizers train trapezoids badly, since the pivots of that elimination make
+their factors badly conditioned. The factors of the low-rank form have balanced norms and are as well conditioned as
+those of an SVD. A layer therefore trains such a product in low-rank form, and is counted and converted in trapezoid
+form.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 
 def _leading_trapezoids(rows: Intervals, cols: Intervals, tiles: tuple[int, int]) -> int:
-    """How many of the first components are trapezoids: intervals that lose one tile more at their start each."""
+    """How many of the first components are trapezoids: each interval begins one tile after the one before."""
     most = min(rows.num_components, rows.length, cols.length)
     same = torch.ones(most, dtype=torch.bool, device=rows.width.device)
     for side, tile in zip((rows, cols), tiles, strict=True):
@@ -93,8 +94,8 @@ def to_trapezoid_form(
 ) -> tuple[Tensor, Tensor, Intervals, Intervals]:
     """Inverse of :func:`to_low_rank_form`: the full factors of each split as trapezoids.
 
-    Where no order of elimination is stable, the largest part of the product that full factors buy for the same cost
-    takes its place, with a warning.
+    If no order of elimination is stable, the best low-rank approximation in low-rank form at the same cost replaces the
+    product, with a warning.
 
     Args:
         u: (K, m / s) row factors.

@@ -29,7 +29,7 @@ class Metric:
         root: (n, n) float64 lower Cholesky factor of ``moment``, or ``None``.
         level: What was added to the diagonal of the moment.
         gradient: (m, m) float64 positive definite second moment of output gradients, or ``None``. Only closed forms of
-            low rank use it; what cannot, works with :meth:`of_inputs`.
+            low rank use it; other methods work with :meth:`of_inputs`.
     """
 
     moment: Tensor | None = None
@@ -66,10 +66,10 @@ class Metric:
     def from_calibration(
         cls, where: str, calibration: Tensor | Metric | None, weight: Tensor, damping: float = DAMPING
     ) -> Metric:
-        """The metric that an argument ``calibration`` means.
+        """The metric for the value of an argument ``calibration``.
 
         Args:
-            where: Who takes the argument, for messages.
+            where: Name of the function that takes the argument, for messages.
             calibration: (N, n) rows of inputs, their (n, n) second moment, a metric, or ``None``: the Frobenius norm.
             weight: (m, n) weight whose inputs these are; its device becomes the metric's.
             damping: As for :meth:`from_moment`.
@@ -95,7 +95,7 @@ class Metric:
     def weighted(self, gradient: Tensor, damping: float = DAMPING) -> Metric:
         """The same metric of inputs, with outputs weighed by the (m, m) second moment of their loss gradients.
 
-        A moment that is zero says nothing about the outputs, and none is used.
+        If that moment is zero, the outputs are not weighed.
         """
         gradient = gradient.double()
         level = damping * float(gradient.diagonal().mean())

@@ -4,8 +4,8 @@ A GBLR matrix (Lee & Kim, ICLR 2024, Eq. 2) is a sum of K rank-1 blocks that may
 
     W = sum_k (b_k^R * u_k) (b_k^C * v_k)^T,
 
-where ``b_k^R`` and ``b_k^C`` are 0/1 indicators of cyclic intervals of the rows and columns. This module knows
-intervals and what they cost; how they are learned, found or multiplied fast is known to the modules above it.
+where ``b_k^R`` and ``b_k^C`` are 0/1 indicators of cyclic intervals of the rows and columns. This module holds the
+matrix and counts its multiply-adds; other modules learn its intervals, find them, or multiply by the matrix fast.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def multiply_adds(row_width: Tensor, col_width: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class StructuredMatrix:
-    """An (m, n) GBLR matrix: factors and the integer intervals on which they live.
+    """An (m, n) GBLR matrix: factors, and the integer intervals on which they are non-zero.
 
     With ``row_splits = s > 1`` the matrix is a stack of s GBLR matrices of m/s rows each (packed q, k, v: s = 3); the
     components are ordered by split and row intervals are cyclic within their split.

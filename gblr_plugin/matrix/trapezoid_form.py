@@ -1,9 +1,10 @@
 r"""Trapezoid form: any product of rank r can be written with factors that are trapezoids, at fewer multiply-adds.
 
-A product A C of rank r is unchanged by A R, R^-1 C: r^2 free numbers. They suffice to make A lower trapezoidal
-(component k on rows k .. m) and C upper trapezoidal (component k on columns k .. n). Both are plain intervals, so the
-cost falls from r (m + n) to r (m + n) - r (r - 1). An orthogonal LQ makes A trapezoidal; C takes an
-LU without row exchanges, whose growth is kept small by the choice of the row and the column at which the zeros begin.
+A product A C of rank r equals (A R) (R^-1 C) for any invertible R, which has r^2 numbers. They suffice to make A lower
+trapezoidal (component k on rows k .. m) and C upper trapezoidal (component k on columns k .. n). Both are intervals, so
+the cost falls from r (m + n) to r (m + n) - r (r - 1). An LQ factorisation makes A trapezoidal. An LU factorisation
+without row exchanges makes C trapezoidal; the row and the column at which the zeros begin are chosen so that its
+entries do not grow much.
 """
 
 from __future__ import annotations

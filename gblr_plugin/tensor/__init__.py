@@ -1,1 +1,1 @@
-"""tensor."""
+"""The frozen structured weight, a tensor subclass, and its products."""

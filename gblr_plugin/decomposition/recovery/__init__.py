@@ -1,1 +1,1 @@
-"""recovery."""
+"""Exact recovery: finds the components of a matrix that is exactly structured."""

@@ -1,8 +1,9 @@
-r"""Exchanges between components: adding one component's factor to another's leaves the product alone.
+r"""Exchanges between components, which make their intervals shorter in total and leave the product U^T V unchanged.
 
-``u_l += c u_k`` with ``v_k -= c v_l`` changes no product U^T V. Where u_l can so be made to vanish on a longer window,
-its interval gets shorter, while the intervals of the v_k grow as far as they do not hold that of v_l. What the first
-saves less what the others cost is exact, in multiply-adds. Exchanges are made as long as one saves something.
+``u_l += sum_k c_k u_k`` with ``v_k -= c_k v_l`` for each k does not change U^T V. If coefficients c exist with which
+u_l vanishes on a longer window, the interval of u_l gets shorter, and the interval of each v_k grows until it holds
+that of v_l. The multiply-adds that an exchange saves are thus known exactly before it is made. Exchanges are made until
+none saves any.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from .vanishing import WindowSearch, by_cells, cancelled, running_sums
 __all__ = ["Exchange", "Side"]
 
 GROWTH = (0, 4)
-"""By how many cells an interval may grow for the sake of the other side's."""
+"""By how many cells the intervals of one side may grow in an exchange that shortens one of the other side."""
 ROUNDS = 60
-"""More have not been seen to be needed."""
+"""Most rounds of exchanges; no matrix tried has needed more."""
 
 
 @dataclass(eq=False)
@@ -42,19 +43,19 @@ class Side:
 
     @classmethod
     def of(cls, factors: Tensor, grid: TiledAxis, tolerance: float) -> Side:
-        """The shortest intervals that hold the entries above the tolerance, relative to a factor's largest."""
+        """Factors on the shortest intervals that hold their entries above ``tolerance`` times the largest entry."""
         size = by_cells(factors.abs(), grid).amax(2)
         gap, first = longest_run(size <= tolerance * size.amax(1, keepdim=True))
         return cls(factors, grid.cells - gap, (first + gap) % grid.cells, grid)
 
     def spans(self) -> Spans:
-        """The intervals; one that wraps where the grid does not let it is the whole axis."""
+        """The intervals; an interval that wraps on an axis that is not cyclic becomes the complete axis."""
         beyond = (self.start + self.cells > self.grid.cells) & (not self.grid.cyclic)
         full = (self.cells >= self.grid.cells) | beyond
         return Spans(torch.where(full, self.grid.cells, self.cells), torch.where(full, 0, self.start), self.grid)
 
     def _around(self, k: Tensor, l: Tensor) -> Tensor:  # noqa: E741  # as in the equations above
-        """Cells of the interval from the start of k that holds both k and l."""
+        """Number of cells of the interval that begins where k begins and holds both k and l."""
         return torch.maximum(self.cells[k], (self.start[l] - self.start[k]) % self.grid.cells + self.cells[l])
 
     def growth(self) -> Tensor:
@@ -64,7 +65,7 @@ class Side:
         return torch.minimum(around, around.T).clamp(max=self.grid.cells) - self.cells[:, None]
 
     def hold(self, k: int, l: int) -> None:  # noqa: E741
-        """Let interval k hold interval l as well."""
+        """Extend interval k until it holds interval l as well."""
         first, second = torch.tensor(k), torch.tensor(l)
         from_k, from_l = int(self._around(first, second)), int(self._around(second, first))
         if from_l < from_k:
@@ -76,15 +77,15 @@ class Exchange:
     """Exchanges between the components of ``rows.factors.T @ cols.factors``.
 
     Args:
-        rows: Row factors (r, m); their intervals are found here.
+        rows: Row factors (r, m); the constructor finds their intervals.
         cols: Column factors (r, n) on their intervals.
         target: (m, n) the product.
         row_grid: Axis of the rows.
-        tolerance: What is smaller, relative to a factor, is zero.
-        most_work: Work, in multiply-adds (about), beyond which no further exchange is looked for.
+        tolerance: Size below which entries count as zero, relative to their factor.
+        most_work: Multiply-adds (about) after which the search for exchanges ends.
 
     Attributes:
-        work: Work done, in multiply-adds (about).
+        work: Multiply-adds (about) of the search so far.
     """
 
     def __init__(
@@ -96,11 +97,11 @@ class Exchange:
         self.rows = self._nested(rows, row_grid)
 
     def cost(self) -> int:
-        """Multiply-adds."""
+        """Multiply-adds of all components on their present intervals."""
         return int(self.rows.spans().widths().sum() + self.cols.spans().widths().sum())
 
     def run(self) -> None:
-        """Exchange until nothing is saved any more, or the work exceeds its limit."""
+        """Make exchanges until none saves multiply-adds, or the search exceeds ``most_work``."""
         for _ in range(ROUNDS):
             for growth in GROWTH:
                 saved = self._exchange(self.rows, self.cols, growth) + self._exchange(self.cols, self.rows, growth)
@@ -114,11 +115,11 @@ class Exchange:
             self.rows.factors = fitted * self.rows.spans().support()
 
     def _nested(self, factors: Tensor, grid: TiledAxis) -> Side:
-        """All row factors made short at once by those whose columns hold theirs, which costs no column anything."""
+        """Row factors on short intervals, by all exchanges at once in which no column interval has to grow."""
         rank = len(factors)
         index = torch.arange(rank, device=factors.device)
         may = self.cols.growth() <= 0
-        may &= ~(may & may.T & (index[:, None] <= index))  # an order: what is mixed can be unmixed
+        may &= ~(may & may.T & (index[:, None] <= index))  # of two equal intervals one may: the mixture is invertible
         if bool(may.any()):
             size = _norms(factors)
             _, _, members, shares = self._longest(factors / size, may, index, grid, torch.zeros_like(index))
@@ -131,18 +132,18 @@ class Exchange:
     def _longest(
         self, factors: Tensor, may: Tensor, takers: Tensor, grid: TiledAxis, least: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Longest windows on which factors vanish once others have been added to them.
+        """For each taker, the longest window on which it vanishes once multiples of other factors are added to it.
 
         Args:
             factors: (r, N) of norm 1.
-            may: (r, B) bool, which may be added to which taker.
-            takers: (B,) components to which others are added.
+            may: (r, B) bool, which factor may be added to which taker.
+            takers: (B,) indices of the factors to which others are added.
             grid: The axis.
-            least: (B,) cells of windows that are known.
+            least: (B,) cells of the windows on which the takers vanish already.
 
         Returns:
-            First cell and number of cells of each window, -1 and ``least`` where none is longer; (B, d) the components
-            that might be added, and how much of each is.
+            First cell and number of cells of each window, -1 and ``least`` where none is longer; (B, d) indices of the
+            factors that may be added, and (B, d) their coefficients.
         """
         count = may.sum(0)
         most = int(count.max())
@@ -161,7 +162,7 @@ class Exchange:
         return start, length, members, shares
 
     def _exchange(self, shrinking: Side, growing: Side, growth: int) -> int:
-        """Shorten intervals of one side, each of the other side growing by at most so many cells.
+        """Shorten intervals of ``shrinking`` while those of ``growing`` grow by at most ``growth`` cells each.
 
         Returns:
             Multiply-adds saved.
@@ -188,7 +189,7 @@ class Exchange:
                 break
             taker, added = int(takers[at]), members[at][used[at]]
             if grown[taker] or bool(shrunk[added].any()):
-                continue  # factors that this saving was computed from have changed
+                continue  # an exchange before has changed factors from which this saving was computed
             share = shares[at][used[at]] * size[taker, 0] / size[added, 0]
             shrinking.factors[taker] = (shrinking.factors[taker] + share @ shrinking.factors[added]) * inside[at]
             shrinking.cells[taker], shrinking.start[taker] = cells[at], begin[at]

@@ -1,11 +1,14 @@
-r"""The cheapest exact form of a matrix of low rank: a basis of its row space on the shortest intervals, then exchanges.
+r"""Exact recovery: writes a low-rank matrix W that equals a sum of components as such a sum, with few multiply-adds.
 
-For each index, ``shortest_vectors`` of :mod:`~gblr_plugin.decomposition.recovery.vanishing` gives the shortest interval
-ending there on which a vector of the row space lives. The shortest independent ones are a basis of least total width
-(a matroid: choosing greedily is optimal). The factors of the other side follow by least squares. What is left to choose
-is which components' factors to add to each other, which :class:`~gblr_plugin.decomposition.recovery.exchange.Exchange`
-does. Sums of blocks on intervals are so recovered at their true cost, and low rank without structure comes out as
-trapezoids.
+1. For each index, ``shortest_vectors`` of :mod:`~gblr_plugin.decomposition.recovery.vanishing` finds the vectors of W's
+   row space that are zero off the shortest intervals ending at that index. The shortest independent vectors become the
+   column factors: a basis of least total width, since a greedy choice of independent vectors is optimal (a matroid).
+2. Least squares gives the row factors.
+3. :class:`~gblr_plugin.decomposition.recovery.exchange.Exchange` adds components' factors to each other, which leaves
+   the product unchanged, as long as the intervals get shorter in total.
+
+A sum of blocks on intervals is recovered at its true cost. A matrix of low rank without other structure takes the
+trapezoid form.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ RIDGE = 1e-13
 
 
 def _independent(vectors: Tensor, count: int, least: float) -> list[int]:
-    """Positions of the first ``count`` rows of (N, d) of which such a part is independent of those before."""
+    """Positions of the first ``count`` rows of (N, d) that, at norm 1, are ``least`` from the span of those kept."""
     basis = vectors.new_zeros(0, vectors.shape[1])
     kept: list[int] = []
     for index, vector in enumerate(vectors):
@@ -77,13 +80,13 @@ def _basis(space: Tensor, grid: TiledAxis, noise: float) -> Side | None:
 
 
 def _unstructured(basis: Side) -> bool:
-    """Whether intervals are no shorter than those of any space of that rank, as if no entry of it were zero."""
+    """Whether the intervals are no shorter than those of a generic space of that rank: there is no structure then."""
     gap = (len(basis.cells) - 1) // basis.grid.tile
     return float(basis.cells.double().mean()) > basis.grid.cells - gap - 0.5
 
 
 def _fitted(exchange: Exchange, turned: bool) -> StructuredMatrix:
-    """Both sides fitted to the target on the intervals found; ``turned``: rows are columns."""
+    """Both sides fitted to the target on their intervals; ``turned``: the target is the transposed weight."""
     target, u_spans, v_spans = exchange.target, exchange.rows.spans(), exchange.cols.spans()
     u_support, v_support = u_spans.support(), v_spans.support()
     u, v = exchange.rows.factors, exchange.cols.factors * v_support
@@ -100,10 +103,10 @@ def _fitted(exchange: Exchange, turned: bool) -> StructuredMatrix:
 
 
 def shortest(problem: Problem) -> StructuredMatrix | None:
-    """The matrix itself on intervals of least total width, or ``None`` where its rank or cost is beyond the budget.
+    """The weight itself, as components of few multiply-adds; ``None`` if its rank or cost exceeds the budget.
 
-    Exact to the precision of the weight; meant for matrices whose rank is well below their size. Starts from the
-    columns and from the rows, and takes the first that is within the budget.
+    The result is exact to the precision of the weight. The search is meant for matrices whose rank is well below their
+    size. It begins with the columns, then with the rows, and returns the first result that is within the budget.
     """
     m, n = problem.weight.shape
     values = problem.triplets[1]
@@ -138,10 +141,10 @@ def shortest(problem: Problem) -> StructuredMatrix | None:
                 return found
     if unstructured < 2:
         return None
-    # No basis is shorter than any space of that rank has: trapezoids are the cheapest then, at whatever budget.
+    # Neither side has shorter intervals than a generic matrix of that rank: the trapezoid form is then the cheapest.
     return _accepted(problem, trapezoid(replace(problem, max_multiply_adds=int(problem.trapezoid_cost()[rank]))))
 
 
 def _accepted(problem: Problem, found: StructuredMatrix) -> StructuredMatrix | None:
-    """A matrix that is within the budget and equals the weight."""
+    """``found`` if it is within the budget and equals the weight, else ``None``."""
     return found if found.stored <= problem.max_multiply_adds and problem.error(found) < EXACT else None

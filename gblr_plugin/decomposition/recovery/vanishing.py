@@ -1,11 +1,11 @@
-r"""Combinations of vectors that vanish on long windows of an axis.
+r"""Finds combinations of vectors that are zero on long windows of an axis, for exact recovery.
 
-A vector that lives on an interval vanishes on the window that is the interval's complement. Whether some combination of
-vectors vanishes on a window is read off the Gram matrix of the window's rows: it does where that matrix is singular.
-The Gram matrix grows with the window, so that combinations found on no window are found on no longer one either, and
-the longest windows are found by bisection. Each decision is about all of a window and rests on no earlier decision.
-That is what makes it work in single precision: decisions about exact zeros, one index after the other, fail there,
-since their rounding errors add up.
+A vector that is zero off an interval vanishes on a window: the interval's complement. Some combination of given vectors
+vanishes on a window if the Gram matrix of the window's rows (the vectors' entries there) is singular. If none vanishes
+on a window, none vanishes on a larger window around it, so bisection finds the longest windows.
+
+Each test looks at a complete window and depends on no earlier test, so that it works on weights in single precision.
+An elimination that decides index by index which entries are zero fails on these, since its rounding errors add up.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STEP = 1 << 20
 
 
 def by_cells(vectors: Tensor, grid: TiledAxis) -> Tensor:
-    """(..., N) values as (..., cells, tile), no tile being longer than the axis, with zeros past its end."""
+    """(..., N) values as (..., cells, tile), with zeros after the end of the axis; a cell is one tile of the axis."""
     tile = min(grid.tile, grid.length)
     padded = F.pad(vectors, (0, grid.cells * tile - grid.length))
     cells: Tensor = padded.unflatten(-1, (grid.cells, tile))
@@ -43,20 +43,20 @@ def by_cells(vectors: Tensor, grid: TiledAxis) -> Tensor:
 
 
 def shortest_vectors(space: Tensor, grid: TiledAxis, noise: float, least: float) -> tuple[Tensor, Tensor, Tensor]:
-    """For each cell, the shortest intervals that end there and that vectors of a space live on.
+    """For each cell, the vectors of a space that are zero off the shortest intervals ending at that cell.
 
-    A cell of T indices may end as many independent vectors; the j-th has the longest window after the cell whose rows
-    leave j dimensions of the cell's own rows unspanned.
+    Up to T independent vectors may end at a cell of T indices. The j-th of them vanishes on the longest window after
+    the cell whose rows leave j dimensions of the cell's rows outside their span.
 
     Args:
         space: (d, N) float64 orthonormal basis of the space along the axis.
         grid: The axis.
         noise: Size of the errors of ``space``.
-        least: Part of a row's norm outside the span of a window's rows from which on it is independent of them.
+        least: A row is independent of a window's rows if more than this share of its norm is outside their span.
 
     Returns:
-        Cells covered and first cell, (P,) int64, and coefficients (P, d): vectors ``coefficients @ space``, more than
-        are independent. A cell on which all vectors vanish ends none.
+        Number of cells and first cell of each interval, (P,) int64, and coefficients (P, d). The P vectors
+        ``coefficients @ space`` are not independent of each other. None ends at a cell on which the space is zero.
     """
     count, dim = grid.cells, len(space)
     levels = min(grid.tile, LEVELS, dim)
@@ -73,14 +73,14 @@ def shortest_vectors(space: Tensor, grid: TiledAxis, noise: float, least: float)
     level = torch.arange(levels, device=space.device).repeat(len(present))
 
     def unspanned(which: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        """Parts (., d, T) of ends' rows that windows after them do not span, and their inner products (., T, T)."""
+        """(., d, T) parts of the last cells' rows outside the span of the windows' rows; (., T, T) inner products."""
         after, last = end[which] + 1, rows[end[which]]
         factor = torch.linalg.cholesky_ex(sums[after + length] - sums[after] + damping)[0]
         unspanned_rows = ridge * torch.cholesky_solve(last, factor)
         return unspanned_rows, last.transpose(1, 2) @ unspanned_rows
 
     low, high = torch.full_like(end, -1), torch.full_like(end, count - 1)
-    # Where there is no structure, windows are as long as their rows leave anything unspanned: that is tried first.
+    # First try the length for a space without structure, whose windows end when their rows span everything.
     usual = (dim - 1 - level) // grid.tile
     guesses = [usual, usual + 1]
     while len(which := (low < high).nonzero()[:, 0]):
@@ -107,17 +107,17 @@ def running_sums(factors: Tensor, grid: TiledAxis) -> Tensor:
 
 
 class WindowSearch:
-    """Longest windows on which the last of some factors is a combination of the others.
+    """Finds the longest windows on which some factors can cancel another one: it is a combination of them there.
 
-    What is not cancelled on a part of a window is not cancelled on the window. Ranges of starts are halved as long as
-    what their windows have in common is cancelled, so that few windows are looked at.
+    A factor that cannot be cancelled on a section of a window cannot be cancelled on the window. So a range of starts
+    is halved only if the factor can be cancelled on the section that all its windows share: few windows are tested.
 
     Args:
         sums: (C + 1, r, r) :func:`running_sums` of factors of norm 1.
-        members: (B, d) which of them are combined, the last one in each row being the one that is cancelled.
+        members: (B, d) indices of the factors in each of B searches; the last factor is the one to cancel.
         there: (B, d) bool, which of the members count.
-        tolerance: What is smaller is zero.
-        most_work: Multiply-adds (about) after which nothing more is taken for cancelled.
+        tolerance: Entries below it count as zero.
+        most_work: Multiply-adds (about) after which every further test answers that nothing is cancelled.
     """
 
     def __init__(self, sums: Tensor, members: Tensor, there: Tensor, tolerance: float, most_work: int) -> None:
@@ -126,7 +126,7 @@ class WindowSearch:
         self.work, self.most_work = 0, most_work
 
     def longest(self, least: Tensor) -> tuple[Tensor, Tensor]:
-        """First cells and numbers of cells, (B,) int64, of windows of more than ``least`` cells; -1 and ``least``."""
+        """First cell and cells, (B,) int64, of each search's longest window; -1 and ``least`` if none is longer."""
         start, length = torch.full_like(least, -1), least.clone()
         row = torch.arange(len(least), device=least.device).repeat_interleave(PROBES)
         first = torch.arange(PROBES, device=least.device).repeat(len(least)) * self.count // PROBES
@@ -134,7 +134,7 @@ class WindowSearch:
         row = torch.arange(len(least), device=least.device)
         first, size = torch.zeros_like(row), 1 << (self.count - 1).bit_length()
         while True:
-            # Windows from ``size`` starts share what the first and the last of them do.
+            # The windows of ``size`` successive starts share the section that the first and the last window share.
             common = length[row] + 2 - size
             keep = (first < self.count) & (length[row] < self.count)
             tested = (keep & (common > 0)).nonzero()[:, 0]
@@ -147,7 +147,7 @@ class WindowSearch:
             row, first = row.repeat(2), torch.cat([first, first + size])
 
     def _longest_from(self, row: Tensor, first: Tensor, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        """The longest windows, if longer than ``length``, of ``row`` that begin at ``first``."""
+        """``start`` and ``length``, improved where a window of search ``row`` that begins at ``first`` is longer."""
         while True:
             longer = length[row] < self.count
             row, first = row[longer], first[longer]
@@ -155,7 +155,7 @@ class WindowSearch:
             row, first = row[longer], first[longer]
             if not len(row):
                 return start, length
-            # One start of each row is followed to the end; the others must be better still.
+            # The full length from one start of each search is found; the other starts must then exceed it.
             chosen, at = torch.unique(row, return_inverse=True)
             index = torch.arange(len(row), device=row.device)
             followed = torch.zeros_like(chosen).scatter_reduce(0, at, index, "amin", include_self=False)
@@ -167,7 +167,7 @@ class WindowSearch:
             start, length = start.index_copy(0, chosen, first[followed]), length.index_copy(0, chosen, low)
 
     def _vanishes(self, row: Tensor, begin: Tensor, length: Tensor) -> Tensor:
-        """Whether the last member of ``row`` is cancelled on windows of ``length`` cells from cell ``begin`` on."""
+        """Whether the last factor of search ``row`` can be cancelled on the ``length`` cells from ``begin`` on."""
         size = self.members.shape[1]
         self.work += STEP + len(row) * size**2 * (size + PASSES)
         if self.work > self.most_work:
@@ -189,13 +189,13 @@ class WindowSearch:
         gram *= there[:, :, None] & there[:, None]
         gram.diagonal(dim1=1, dim2=2).add_(self.tolerance**2)
         factor, info = torch.linalg.cholesky_ex(gram)
-        # The last pivot is what the others leave of the last factor.
+        # The last pivot is the norm of what remains of the last factor after projection on the others.
         vanish: Tensor = (info > 0) | (factor[:, -1, -1] <= 2 * self.tolerance)
         return vanish
 
 
 def cancelled(bases: Tensor, tolerance: float, start: Tensor, length: Tensor) -> Tensor:
-    """Coefficients (B, d - 1) of the others with which the last vector vanishes on windows of ``length`` cells."""
+    """(B, d - 1) coefficients by which the others, added to the last vector, cancel it on ``length`` cells."""
     index = torch.arange(bases.shape[2], device=bases.device)
     inside = (index - start[:, None]) % bases.shape[2] < length[:, None]
     window = (bases * inside[:, None, :, None]).flatten(2)

@@ -1,1 +1,1 @@
-"""cpu."""
+"""Kernels for CPUs, compiled with numba."""

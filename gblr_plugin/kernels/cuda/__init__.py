@@ -1,1 +1,1 @@
-"""cuda."""
+"""Kernels for CUDA devices, compiled with Triton."""
