@@ -14,7 +14,7 @@ class ConfigError(GBLRError, ValueError):
 
 
 class BudgetError(ConfigError):
-    """A budget that does not pay for the smallest matrix of a structure."""
+    """A budget that is below the cost of the smallest matrix of a structure."""
 
 
 def first_line(error: BaseException) -> str:

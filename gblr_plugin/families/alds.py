@@ -72,7 +72,7 @@ class Alds(BlockGrid):
         """Budgets that minimise the largest error bound over the layers, by multiply-adds of one product each.
 
         Raises:
-            ConfigError: If the budget does not pay for rank 1 in every layer.
+            ConfigError: If the budget is too small for rank 1 in every layer.
         """
         targets = {
             name: check_weight(f"{cls.name}: layer {name!r}", weight, budget) for name, weight in weights.items()

@@ -53,8 +53,8 @@ class FamilyMatrix(ABC):
             A matrix with ``relative_flops <= budget`` in the dtype of the weight (float32 for half precision).
 
         Raises:
-            ConfigError: If the budget does not pay for the family's smallest member, or an option is unknown or out of
-                range.
+            ConfigError: If the budget is below the cost of the family's smallest member, or an option is unknown or out
+                of range.
         """
         target = check_weight(cls.name, weight, budget)
         known = inspect.signature(cls._project).parameters.keys() - {"weight", "max_multiply_adds", "metric"}

@@ -26,7 +26,7 @@ class BlockDiagonal(FamilyMatrix):
     for h + w.
 
     Options:
-        blocks: b; default the least number that the budget pays for.
+        blocks: b; default the least number of blocks that is within the budget.
 
     Args:
         blocks: (b, s, p) blocks; zero-filled past the smaller blocks' last row and column.

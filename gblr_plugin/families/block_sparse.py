@@ -60,9 +60,9 @@ class BlockSparse(FamilyMatrix):
     :class:`~gblr_plugin.families.block_diagonal.BlockDiagonal`.
 
     Options:
-        block: Largest side of a block, default 32; halved (in the default) until the budget pays for the diagonal.
-        low_rank_share: Least share of the budget for the low-rank part, default 0.25; it also takes what whole
-            butterfly factors leave over. 0 gives a purely block-sparse matrix.
+        block: Largest side of a block. Default 32, halved until the budget allows the diagonal blocks.
+        low_rank_share: Least share of the budget for the low-rank part, default 0.25; the low-rank part also takes the
+            multiply-adds that are too few for another butterfly factor. 0 gives a purely block-sparse matrix.
         iterations: Alternations, default 10.
 
     Args:

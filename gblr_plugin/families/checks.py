@@ -25,7 +25,7 @@ def check_weight(family: str, weight: Tensor, budget: float) -> Tensor:
 
 
 def too_small(family: str, shape: torch.Size, max_multiply_adds: int, least: int, what: str) -> BudgetError:
-    """The error of a budget that does not pay for the smallest member of a family."""
+    """The error for a budget below the cost of a family's smallest member."""
     m, n = shape
     return BudgetError(
         f"{family}: the budget allows {max_multiply_adds} of the {m * n} multiply-adds of a {m} x {n} matrix, fewer "

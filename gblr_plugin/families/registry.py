@@ -35,7 +35,7 @@ _REGISTERED: dict[str, type[FamilyMatrix]] = {}
 
 @cache
 def _installed() -> dict[str, metadata.EntryPoint]:
-    """Entry points of other packages by name; names of this package's families are not theirs to give."""
+    """Entry points of other packages by name, without those that use the name of a family of this package."""
     return {point.name: point for point in metadata.entry_points(group=GROUP) if point.name not in _BUILT_IN}
 
 
@@ -48,7 +48,7 @@ def get(name: str) -> type[FamilyMatrix]:
     """The class of a family.
 
     Raises:
-        ConfigError: If there is none of that name, or what another package brings is no family.
+        ConfigError: If no family has that name, or the class that another package registers is no family.
     """
     if name in _REGISTERED:
         return _REGISTERED[name]

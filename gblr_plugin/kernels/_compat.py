@@ -1,6 +1,7 @@
-"""What the kernels ask of torch by names that it does not document; ``tests/kernels/test_compat.py`` checks each.
+"""Undocumented functions of torch that the kernels call; ``tests/kernels/test_compat.py`` checks each of them.
 
-Kernels read raw memory, so they may run only where nothing but the result of a product is wanted.
+Kernels read raw memory, so they may run only where nothing but the result of a product is wanted: no gradients in
+forward mode, no traces, no transforms. These functions tell whether any of these is at work.
 """
 
 from __future__ import annotations

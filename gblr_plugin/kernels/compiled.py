@@ -1,7 +1,7 @@
 """The compiled product as one torch operator: numba on the CPU, Triton on CUDA, with gradients for x and bias.
 
-The operator is opaque to torch, so that ``torch.compile`` does not take it apart. Its backward pass is the same
-operator on the transposed matrix: the block tables change places.
+The operator is opaque to torch: ``torch.compile`` calls it as it is. Its backward pass is the same operator on the
+transposed matrix, for which the tables of row blocks and column blocks are exchanged.
 """
 
 from __future__ import annotations

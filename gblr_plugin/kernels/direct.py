@@ -1,7 +1,7 @@
 """A direct call from ``F.linear`` to the compiled kernels of a CPU, for inference: microseconds count at few tokens.
 
-:func:`launcher` decides once what depends on the weight alone. Each call then asks torch a few questions, and returns
-``None`` for all that is not plain inference, which goes through :func:`~gblr_plugin.kernels.product.linear` instead.
+:func:`launcher` decides once everything that depends on the weight alone. Each call then checks a few states of torch,
+and returns ``None`` unless it is plain inference; the caller then uses :func:`~gblr_plugin.kernels.product.linear`.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def _pack_axis(
 def tables(
     blocks: tuple[tuple[Block, ...], tuple[Block, ...]], lists: Tensor, at: int, num: int, narrow: bool = False
 ) -> list[Tensor]:
-    """What follows lists and intervals in the index buffer: block tables, and groups unless lists are narrow.
+    """The words of the index buffer after lists and intervals: block tables, and groups unless lists are narrow.
 
     Args:
         blocks: Blocks of the columns and of the rows.

@@ -1,8 +1,8 @@
 """Checks that the buffers of a weight hold what its layout says, before kernels follow them through raw addresses.
 
-A layout is sound from its construction on (:class:`~gblr_plugin.kernels.layout.Layout`). The sizes of the buffers are
-checked at every use. The words of the index buffer are read once: a buffer that was found sound is remembered, with
-torch's count of the changes to it.
+The constructor of :class:`~gblr_plugin.kernels.layout.Layout` checks the layout. The sizes of the buffers are checked
+at every use. The words of the index buffer are read once: a buffer that was found sound is remembered together with
+torch's version counter, which grows when the buffer is written to.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def vouch(lists: Tensor, fact: object) -> None:
 
 
 def check_sizes(layout: Layout, factors: Tensor, lists: Tensor, scales: Tensor | None) -> None:
-    """Raise unless the buffers have the types, sizes and places that the layout asks for; no value of them is read.
+    """Raise unless the buffers have the dtypes, sizes and devices that the layout asks for; their values are not read.
 
     Args:
         layout: Where everything lies.

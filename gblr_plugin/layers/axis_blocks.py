@@ -1,8 +1,8 @@
 """An axis of a layer cut into blocks, each with the list of the components that are active in it.
 
-A component whose interval does not meet a block contributes nothing there. For exact boxcars of a frozen structure the
-lists lose nothing. For smooth masks, mask values below ``TOLERANCE`` are taken for zero, and so is what enters the
-gradients of widths and locations with less than ``SLOPE_TOLERANCE`` of the steepest weight.
+A component whose interval does not meet a block contributes nothing there. For the exact boxcars of a frozen structure
+the result is exact. For smooth masks, mask values below ``TOLERANCE`` are taken for zero, and so are mask derivatives
+below ``SLOPE_TOLERANCE`` times the largest one, which multiply the gradients of widths and locations.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The weight of a GBLR layer: its masks and intervals, what they cost, and the product that is chosen for them."""
+"""The common base of trainable GBLR layers: masks and intervals, their multiply-adds, and the choice of a product."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class GBLRLayer(StructureParameters):
     def intervals(self) -> tuple[Intervals, Intervals]:
         """The present integer row and column intervals of all K components, as the masks round them.
 
-        Components in low-rank form have the intervals of the trapezoids that they are counted as. Under FSDP2, here and
-        wherever something is counted, every process must ask.
+        Components in low-rank form have the intervals of the trapezoids as which they are counted. Under FSDP2 every
+        process must call this, and every other method that counts.
         """
         return self._rounded(full_tensor(self.widths), full_tensor(self.locations))
 
@@ -137,9 +137,9 @@ class GBLRLayer(StructureParameters):
 
         Args:
             widths: (2, K) int64 widths to fix; default the present ones.
-            keep_gradients: Whether widths and locations go on receiving gradients, of zero: a
-                DistributedDataParallel that was made before waits for them. An optimizer must not see these (weight
-                decay); a :class:`~gblr_plugin.StructureLearner` takes them away before each step.
+            keep_gradients: Whether widths and locations still receive gradients, of zero, for which a
+                DistributedDataParallel that was made before waits. An optimizer must not see them (weight decay); a
+                :class:`~gblr_plugin.StructureLearner` removes them before each step.
         """
         rows, cols = self.intervals()
         widths = torch.stack([rows.width, cols.width]) if widths is None else widths
@@ -159,11 +159,11 @@ class GBLRLayer(StructureParameters):
     def use_low_rank_form(self) -> int:
         """Let the layer's trapezoids train in low-rank form, as factors on whole axes.
 
-        Trapezoids (component k on the rows from k and the columns from k) are a product of rank r, and so are factors
-        on whole axes, which cost more and train better: see ``matrix/low_rank_form.py``. Where trapezoids
-        lead the components of a split, their factors are replaced by these, and their masks by whole axes. Widths,
-        locations and all counts stay those of the trapezoids, and do not change until :meth:`use_trapezoid_form`;
-        :meth:`structure` gives trapezoids.
+        Trapezoids (component k on the rows from k and the columns from k) are a product of rank r. The same product has
+        factors on complete axes, which cost more and train better: see ``matrix/low_rank_form.py``. If the first
+        components of a row split are trapezoids, this method replaces their factors by these, and their masks by ones.
+        Widths, locations and counts remain those of the trapezoids, and do not change until
+        :meth:`use_trapezoid_form`; :meth:`structure` returns trapezoids.
 
         Returns:
             Number of components in low-rank form.
@@ -199,7 +199,7 @@ class GBLRLayer(StructureParameters):
 
     @property
     def fixed_components(self) -> Tensor | None:
-        """(K,) bool, components whose intervals are not learned, being in low-rank form; ``None``: there are none."""
+        """(K,) bool, the components in low-rank form, whose intervals are not learned; ``None`` if there are none."""
         return self.low_rank_components if self._mask_state.low_rank else None
 
     # -- dropping components -----------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ class GBLRLayer(StructureParameters):
         return widths, locations
 
     def _row_factors(self) -> Tensor:
-        """Return U; where widths and locations must have a gradient, they get one of zero through it."""
+        """Return U, with zero gradients for widths and locations if these must have gradients."""
         return with_zero_gradients(self.U, (self.widths, self.locations)) if self._keeps_gradients else self.U
 
     def masks(self) -> tuple[Tensor, Tensor]:
@@ -319,7 +319,8 @@ class GBLRLayer(StructureParameters):
         if self._axes is not None and self._mask_state.frozen:
             return self._axes
         rows, cols = self._mask_intervals()
-        # Compared by value: optimizers that write to `.data` leave no other trace. A change of sigma has cleared them.
+        # Widths are compared by value, since optimizers that write to `.data` leave no other trace. A change of sigma
+        # clears the remembered blocks.
         if self._axes is None or not all(
             torch.equal(old.width, new.width) and torch.equal(old.start, new.start)
             for old, new in zip(self._axes, (rows, cols), strict=True)

@@ -1,4 +1,4 @@
-"""Products of masked factors by blocks: each block multiplies the components on its list, forward and backward."""
+"""Products by masked factors that skip inactive blocks: each block multiplies only the components on its list."""
 
 from __future__ import annotations
 

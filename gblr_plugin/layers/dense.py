@@ -1,4 +1,4 @@
-"""Dense layers: which of them can be structured, their weights as matrices, and how other modules replace them."""
+"""Dense layers: which of them can be structured, their weights as matrices, and their replacement by other modules."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def stored_weight(module: nn.Module, matrix: Tensor) -> Tensor:
 
 
 def structured_like(module: nn.Module, matrix: StructuredMatrix, *, align: int | tuple[int, int] = 1) -> GBLRLayer:
-    """Make a trainable structured layer that takes the place of a dense one.
+    """Make a trainable structured layer to replace a dense layer.
 
     Args:
         module: nn.Linear, nn.Conv1d, nn.Conv2d or Hugging Face ``Conv1D``.

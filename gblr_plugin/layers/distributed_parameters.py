@@ -1,7 +1,7 @@
 """Read, write and check parameters of which each process holds a part.
 
 Under FSDP2 a parameter is a DTensor of which each process holds some rows. Widths are (2, K), so that a process may
-hold the row widths alone, or nothing. Whatever counts must see all of them, which costs one gather of a few kilobytes.
+hold only the row widths, or nothing. To count multiply-adds, a process must gather all widths: a few kilobytes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def write_full_tensor(parameter: Tensor, value: Tensor) -> None:
-    """Write all of a parameter from a value that every process has; each process keeps its part."""
+    """Write a parameter from a value that every process has; each process writes the rows that it holds."""
     shared = _mesh_tensor(parameter)
     if shared is None:
         parameter.copy_(value)
@@ -94,7 +94,7 @@ class _WithZeroGradients(torch.autograd.Function):
 
 
 def with_zero_gradients(tensor: nn.Parameter, others: Sequence[Tensor]) -> Tensor:
-    """The tensor, through which ``others`` get gradients of zero.
+    """The same tensor, made to depend on ``others`` such that their gradients are zero.
 
     DistributedDataParallel waits for a gradient of every parameter that needed one when it was made.
     """

@@ -1,6 +1,6 @@
-"""The parameters and buffers of a GBLR layer: how they begin, and how they are moved, saved, loaded and dropped.
+"""The parameters and buffers of a GBLR layer: how they are initialised, moved, saved, loaded and dropped.
 
-What they mean (intervals, masks, products) is in ``base.py``.
+``base.py`` computes intervals, masks and products from them.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class MaskState(NamedTuple):
 class StructureParameters(StructuredLayer):
     """Parameters and buffers of a GBLR layer, see :class:`~gblr_plugin.GBLRLayer`.
 
-    The Python value ``_mask_state`` says how masks are made. All buffers follow from it: ``mask_state`` and
-    ``low_rank_components`` are its copy for state dicts, ``row_tables`` and ``column_tables`` are (2, 3N) tables.
+    The Python value ``_mask_state`` says how masks are made, and all buffers are computed from it: ``mask_state`` and
+    ``low_rank_components`` are its copies for state dicts, ``row_tables`` and ``column_tables`` are (2, 3N) tables.
     """
 
     U: nn.Parameter
@@ -116,7 +116,7 @@ class StructureParameters(StructuredLayer):
 
     @torch.no_grad()
     def _write_buffers(self) -> None:
-        """Write what follows from ``_mask_state``: when it changes, or the dtype, device or memory of the buffers."""
+        """Compute all buffers from ``_mask_state``, after it or the dtype, device or memory of the buffers changed."""
         self._structure_changed()
         for (name, tables), n in zip(self._tables(), self.axis_lengths, strict=True):
             new = self._new_tables(n, tables.dtype, self.widths.device)
@@ -127,7 +127,7 @@ class StructureParameters(StructuredLayer):
         self.mask_state.copy_(self._mask_state.to_tensor(), non_blocking=True)
 
     def _structure_changed(self) -> None:
-        """Forget what is remembered of the structure; called where it changes."""
+        """Clear the values that are cached for the present structure; called when the structure changes."""
 
     def _tables(self) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
         return ("row_tables", self.row_tables), ("column_tables", self.column_tables)
@@ -146,7 +146,7 @@ class StructureParameters(StructuredLayer):
         return ranks if any(ranks) else ()
 
     def _mark_frozen(self, frozen: bool, keep_gradients: bool = False) -> None:
-        """Fix or free widths and locations; ``keep_gradients``: they go on receiving gradients, of zero."""
+        """Fix or free widths and locations; with ``keep_gradients`` they still receive gradients, of zero."""
         self._keeps_gradients = keep_gradients
         if frozen:
             self._set_mask_state(sigma=None, hard=False, frozen=True)

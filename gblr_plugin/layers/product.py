@@ -1,4 +1,4 @@
-"""Choose how a layer multiplies: by its two factors or by its dense matrix, over whole axes or over active blocks."""
+"""Chooses how a layer multiplies: by two factors or by the dense matrix, over complete axes or over active blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BLOCK_DENSE_SLOWDOWN = 1.45  # of one in a block of the dense matrix
 
 
 class Product(NamedTuple):
-    """How to multiply: by the two factors or by their dense product, and over which blocks (``None``: all of it)."""
+    """How to multiply: by the two factors or by the dense matrix, and over which blocks (``None``: complete axes)."""
 
     factored: bool
     rows: MaskedAxis | None

@@ -1,4 +1,4 @@
-"""The protocol of structured layers: what reports, conversion and files ask of one, whatever its family."""
+"""The protocol of structured layers: what reports, conversion and files call on a layer of any family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NaN and infinity in training: noticed before an optimizer spreads them, and described in a file."""
+"""Finds NaN and infinity in a training before an optimizer spreads them, and describes them in a file."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def _tensors(layer: GBLRLayer) -> dict[str, Tensor]:
 
 
 def gradients_finite(optimizer: Optimizer) -> bool:
-    """Whether all gradients of an optimizer's parameters are finite; one answer for all processes that share them.
+    """Whether all gradients of an optimizer's parameters are finite; all processes that share them get one answer.
 
-    Gradients that a GradScaler judges inside a fused step are left to it.
+    Gradients that a GradScaler checks inside a fused step are not checked here.
     """
     found_inf: Any = getattr(optimizer, "found_inf", None)
     if found_inf is not None and float(found_inf):
@@ -58,7 +58,7 @@ def drop_gradients(optimizer: Optimizer) -> None:
 
 
 def find_cause(layers: Mapping[str, GBLRLayer], gradients: bool = True) -> tuple[str, str] | None:
-    """Name of the first layer with an entry that is not finite, and of what: parameters first, then gradients."""
+    """Name of the first layer and of its tensor with an entry that is not finite: parameters first, then gradients."""
     for of_gradient in (False, True)[: 1 + gradients]:
         for name, layer in layers.items():
             for what, parameter in _tensors(layer).items():
@@ -81,7 +81,7 @@ def _counts(tensor: Tensor | None) -> dict[str, Any] | None:
 def save_diagnostic(
     layers: Mapping[str, GBLRLayer], facts: Mapping[str, Any], folder: str | os.PathLike[str] | None
 ) -> Path | None:
-    """Write what is known of every layer's values and gradients as JSON.
+    """Write a JSON summary of every layer's values and gradients.
 
     Args:
         layers: By name.

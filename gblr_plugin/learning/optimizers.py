@@ -46,7 +46,7 @@ def _structure_options(group: dict[str, Any], ratio: float) -> dict[str, Any]:
 
 
 def restore_options(optimizer: Optimizer) -> None:
-    """Give the structure's groups their own options back: schedulers that cycle momentum write to every group."""
+    """Restore the options of the structure's groups, since schedulers that cycle momentum write to every group."""
     for group in optimizer.param_groups:
         if group.get(STRUCTURE_KEY):
             group.update({key: _OWN_OPTIONS[key] for key in ("betas", "momentum") if key in group})
@@ -125,8 +125,8 @@ def split_structure_group(
         structure: Widths and locations; those that the optimizer does not hold, or that have moved already, are passed
             over.
         lr: Learning rate of the new group, on the scale of the source group's base rate (the peak of a OneCycleLR; the
-            present rate where no scheduler recorded a base); under a scheduler both rates keep that ratio. Default: the
-            same rate.
+            present rate if no scheduler recorded a base). Under a scheduler both rates keep that ratio. Default: the
+            rate of the source group.
         schedulers: Learning-rate schedulers of this optimizer; their per-group lists grow by the source group's entry,
             so that the new group follows the same schedule.
 

@@ -20,8 +20,9 @@ __all__ = ["count_config"]
 def count_config(settings: RunSettings) -> Report:
     """Count a config's network on the meta device: no memory for weights, no arithmetic.
 
-    Layers that the config gives a budget are shown as ``planned``, at that budget; layers that share one are shown
-    alike, though the structure will decide who spends it. A fixed lambda has no known cost, and its layers count dense.
+    Layers to which the config gives a budget are shown as ``planned``, at that budget. Layers that share a budget are
+    shown at equal relative FLOPs, though learning will split it. A fixed lambda has no known cost: its layers count
+    dense.
 
     Args:
         settings: Of the run; its first method's ``config_list``, or its own.

@@ -105,7 +105,7 @@ def best_start(context: RunContext, method: Method, network: nn.Module, seed: in
 def _trial_grounds(
     context: RunContext, method: Method, network: nn.Module, seed: int
 ) -> Iterator[tuple[RunContext, nn.Module]]:
-    """Where trials are made, and the network that they start from."""
+    """The runs in which trials are made, one per fold, each with the dense network from which the trials start."""
     if not method.folds:
         yield context, network
     for index in range(method.folds):

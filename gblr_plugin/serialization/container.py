@@ -1,4 +1,4 @@
-"""safetensors files: written one tensor at a time, whole or not at all, and read with everything they claim checked."""
+"""Writes safetensors files, one tensor at a time, completely or not at all; reads them and checks all their claims."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class Container:
-    """One safetensors file, opened: its header is sound and its data is all there.
+    """One open safetensors file, whose header is sound and whose data is complete.
 
     Args:
         path: The file.
@@ -195,7 +195,7 @@ class Container:
             raise ConfigError(f"{self._who}: {self.path!r} is damaged: its data does not match its checksum")
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.__exit__(None, None, None)
 
 

@@ -1,4 +1,4 @@
-"""What a file says of its model besides tensors: a small JSON text in the header of a safetensors file."""
+"""The description of a model besides its tensors: a small JSON text in the header of a safetensors file."""
 
 from __future__ import annotations
 

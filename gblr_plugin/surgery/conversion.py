@@ -1,4 +1,4 @@
-"""Put structured layers into a model in place of dense ones, and freeze them when they are trained.
+"""Replaces a model's dense layers by structured ones, and structured layers by frozen modules after the training.
 
 :func:`prepare` chooses layers by patterns and gives all the same settings; :func:`prepare_layers` takes settings by
 name. Both do the same for GBLR and for every other family, and so does :func:`convert`.
@@ -54,8 +54,8 @@ def prepare(
     by NNI. With it, their structure is fixed by a projection onto the family at ``budget``, and any training loop
     trains their factors.
 
-    What is asked for and stays dense is logged with the reason: tied weights, output heads, and what cannot be
-    structured (see :func:`~gblr_plugin.surgery.selection.select_layers`).
+    Layers that are asked for and stay dense are logged with the reason: tied weights, output heads, and layers that
+    cannot be structured (see :func:`~gblr_plugin.surgery.selection.select_layers`).
 
     Args:
         model: Changed in place.
@@ -203,8 +203,8 @@ def frozen_like(
 ) -> nn.Module:
     """Make a plain nn.Linear, nn.Conv1d or nn.Conv2d whose weight is a frozen :class:`~gblr_plugin.GBLRTensor`.
 
-    Where a small weight keeps its matrix beside the factors, the module is of a subclass that takes it first
-    (``frozen.py``). A matrix that costs at least as much as the dense product becomes a dense weight instead.
+    For a small weight that keeps its dense matrix beside the factors, the module is of a subclass that multiplies by
+    this matrix (``frozen.py``). A matrix that costs at least as much as the dense product becomes a dense weight.
 
     Args:
         module: The dense or structured module whose geometry, bias and mode are taken over.

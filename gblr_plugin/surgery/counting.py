@@ -1,8 +1,8 @@
 """Count what a model costs: multiply-adds and parameters per layer and in total.
 
-The model runs once on an example input, with torch's counter of FLOPs. Layers are counted by the cost of their
-structure times the number of their products, whatever product they compute at the moment; of everything else the
-counter says what was computed.
+The model runs once on an example input, with torch's counter of FLOPs. A structured layer counts the multiply-adds of
+its structure times the number of its products, even if it multiplies by a dense matrix at present. All other products
+count as torch's counter reports them.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _frozen_weight(module: nn.Module) -> Any:
 
 
 def _note(module: nn.Module, structure: str) -> str:
-    """Say what a reader does not expect of a dense weight: it was compressed, or pruning left zeros in it."""
+    """Note about a dense weight that was compressed, or in which pruning left zeros."""
     if structure == "full":
         return "not cheaper than dense, stored dense"
     weight = module._parameters.get("weight")

@@ -1,6 +1,6 @@
-"""Reorder the hidden units of a model, which costs nothing, so that units that are alike are neighbours.
+"""Reorders the hidden units of a model so that similar units are neighbours, without changing what the model computes.
 
-Blocks on intervals approximate such weights with a smaller error.
+Blocks on intervals approximate the reordered weights with a smaller error, at the same multiply-adds.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Decide which layers of a model are structured, and why the others are not.
+"""Decides which layers of a model are structured, and gives the reason for each layer that stays dense.
 
-Every way of compressing a model asks here, so that one policy holds for all. Users ask for layers by patterns
-(:mod:`.patterns`), or for all of them. What cannot be structured as it stands, what is tied to another weight, and
-output heads stay dense and are listed with the reason. A full name overrules this for an output head; for a layer that
-cannot be structured, or whose weight is tied, it is an error.
+All functions that compress a model use this policy. Users ask for layers by patterns (:mod:`.patterns`), or for all
+layers. Layers that cannot be structured, layers whose weight is tied to another, and output heads stay dense and are
+listed with the reason. An output head that is asked for by its full name is structured; to name a tied layer, or one
+that cannot be structured, is an error.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Selection:
-    """What of a model is to be structured, and what was asked for and stays dense.
+    """The layers of a model to structure, and the weights that were asked for and stay dense.
 
     Args:
-        layers: What can be structured: module by name, in the model's order; one that appears twice has its first name.
-        skipped: What stays dense, in the model's order.
+        layers: Modules to structure by name, in the model's order; a module that appears twice has its first name.
+        skipped: Weights that stay dense, in the model's order.
     """
 
     layers: dict[str, nn.Module]

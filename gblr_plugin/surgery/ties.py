@@ -1,4 +1,4 @@
-"""Find weights that several layers share: a structured layer would silently no longer share its weight."""
+"""Finds weights that several layers share, since a structured layer would silently stop sharing its weight."""
 
 from __future__ import annotations
 

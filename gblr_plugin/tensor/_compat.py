@@ -1,4 +1,4 @@
-"""What this room uses of torch and torchao beyond their documented names; each line says which behaviour it stands for.
+"""Undocumented names of torch and torchao that ``gblr_plugin.tensor`` uses, each with the behaviour that it relies on.
 
 ``tests/tensor/test_compat.py`` checks that behaviour, so that a new version of a host that changes it is noticed there.
 """

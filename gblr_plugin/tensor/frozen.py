@@ -1,7 +1,7 @@
-"""Modules for small frozen weights, which multiply by the dense matrix that such a weight keeps.
+"""Modules for small frozen weights, which multiply by the dense matrix that such a weight keeps beside its factors.
 
-They take the matrix before torch sees the weight: torch needs microseconds to find out that a weight is a tensor
-subclass, which is longer than a small product takes.
+They pass the matrix, and not the weight, to torch: torch needs microseconds to dispatch on a tensor subclass, which is
+longer than a small product takes.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ __all__ = ["cat", "mode_of", "select", "slice_of", "split"]
 
 
 def mode_of(weight: Weight) -> torch.inference_mode:
-    """Inference mode as the weight was made in: torch asks for it of what it takes for a view of the weight."""
+    """The inference mode in which the weight was made, which torch requires of a view of the weight."""
     return torch.inference_mode(weight.is_inference())
 
 
@@ -63,7 +63,7 @@ def _rebuilt(
 
 
 def _cut(weight: Weight, dim: int, start: int, length: int) -> Any:
-    """Indices ``start : start + length`` of one axis: a copy, which torch takes for a view.
+    """A copy of the indices ``start : start + length`` of one axis, where torch expects a view.
 
     The full axis gives the same buffers again, and no index at all gives a plain tensor.
     """

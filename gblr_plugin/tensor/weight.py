@@ -1,7 +1,7 @@
-"""What the files below :class:`~gblr_plugin.tensor.gblr_tensor.GBLRTensor` know of it, and the checks of its buffers.
+"""Checks of a frozen weight's buffers, and the protocol by which lower files use a ``GBLRTensor`` without importing it.
 
-A weight may come from anywhere: a file, ``__tensor_unflatten__``, an assignment. Its buffers are checked before a
-kernel follows them through raw addresses.
+A weight may come from a file, ``__tensor_unflatten__`` or an assignment. Its buffers are therefore checked before a
+kernel reads them through raw addresses.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MOST_UNPACKED = 64  # times the factors: how large a matrix is made of what a f
 
 
 class Weight(Protocol):
-    """The attributes and methods of a GBLRTensor."""
+    """The attributes and methods of a GBLRTensor that the files below ``gblr_tensor.py`` use."""
 
     factors: Tensor
     lists: Tensor
@@ -65,7 +65,7 @@ def taps_of(shape: tuple[int, ...]) -> int | None:
 
 
 class Checked:
-    """The buffers of a weight that were found sound, and the direct call of its kernels. No file can hold one."""
+    """The buffers of a weight that were found sound, and the direct call of its kernels. Files never hold it."""
 
     __slots__ = (
         *("call", "packing", "plan", "version"),
@@ -81,13 +81,13 @@ class Checked:
         self.call: Launcher | None = self._first
 
     def _first(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Make the direct call when it is first used; most weights that are made on the way to others never use it."""
+        """Make the direct call when it is first used; intermediate weights never use it."""
         self.call = launcher(self.packing, self.plan, self.factors, self.lists, self.scales)
         return None if self.call is None else self.call(x, bias)
 
     @skip
     def holds(self) -> bool:
-        """Whether the buffers are in their places, and the lists unchanged; asked before every product."""
+        """Whether the buffers have the same addresses and the lists are unchanged; called before every product."""
         lists, scales = self.lists, self.scales
         return (
             lists._version == self.version
@@ -101,7 +101,7 @@ class Checked:
 
 
 def checked(weight: Weight) -> Checked | None:
-    """The checks of a weight, made where they do not hold; ``None`` where there is no memory to look at, and in traces.
+    """The checks of a weight, made anew if its buffers changed; ``None`` in traces and for tensors without memory.
 
     Raises:
         ConfigError: If the buffers do not hold what the layout says.
@@ -114,7 +114,7 @@ def checked(weight: Weight) -> Checked | None:
 
 @torch.compiler.disable
 def look(weight: Weight) -> Checked | None:
-    """Check what is not known to be sound of a weight, and make the matrix that its plan asks for."""
+    """Check the buffers of a weight that are not known to be sound, and make the matrix that its plan asks for."""
     if not weight.__dict__.keys() >= BUFFERS:
         raise ConfigError("GBLR tensor: it has no state, as if a file had named its class alone")
     check_state(weight)

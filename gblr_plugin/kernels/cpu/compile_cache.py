@@ -1,8 +1,8 @@
 """Machine code kept on disk across processes: compiling the kernels takes eight seconds, loading them less than one.
 
-numba's cache finds no function that is made by another one again, and notices edits only of the file of a function, not
-of the files whose tiles it is made of. Here the names of the files carry a digest of all sources, so that code of
-different sources is never mixed.
+numba's cache cannot find a function again that another function has made. It also notices edits only of the file that
+holds a function, not of the files whose tiles the function uses. Here the names of the cached files carry a digest of
+all sources, so that code of different sources is never mixed.
 """
 
 from __future__ import annotations

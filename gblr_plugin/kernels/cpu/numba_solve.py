@@ -3,8 +3,8 @@
 Neighbouring indices of an axis meet nearly the same components, since these cover intervals: K intervals begin and end
 2K times on an axis, once or twice per index. So the inverse of the submatrix of size s is kept from index to index, and
 a component that begins or ends is added to it or removed from it, in s^2 operations each, where a new factorisation
-takes s^3. The diagonal of the inverse gives the gains. Both steps lose as many digits as a component depends on the
-others; where a component depends on them strongly, that index and the next one are factored anew.
+takes s^3. The diagonal of the inverse gives the gains. Adding and removing lose digits if a component is nearly a
+combination of the others; the problems of that index and of the next are then factored anew.
 """
 
 from __future__ import annotations

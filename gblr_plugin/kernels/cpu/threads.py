@@ -1,7 +1,7 @@
 """Threads for kernels that release the interpreter lock: torch's team of OpenMP threads, or else a small pool.
 
-After a product torch's OpenMP threads wait for their next work in a loop, for some milliseconds. Other threads would
-share the cores with that loop; the team begins at once.
+For some milliseconds after a product, torch's OpenMP threads wait for more work in a busy loop. Threads of another pool
+would share the cores with these loops; torch's own threads begin at once.
 """
 
 from __future__ import annotations
