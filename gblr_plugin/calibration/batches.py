@@ -83,7 +83,7 @@ class Calibration:
             :class:`~gblr_plugin.calibration.fisher.SampledTargets`.
         mask: ``mask(batch)`` is non-zero for samples that count, in the shape of the layers' inputs without their
             features, or ``None``; by default the batch's ``attention_mask``, so that padding is left out.
-        damping: Of the second moments, as a fraction of their mean diagonal.
+        damping: Damping of the second moments, as a fraction of their mean diagonal.
         sequential: Fit each layer to what its compressed predecessors produce.
         loss: Weigh output errors by what they do to the loss, with the Fisher matrix factored as E[x x^T] times
             E[g g^T], g being the loss gradient at the layer's output (K-FAC, Martens & Grosse 2015). Low-rank closed

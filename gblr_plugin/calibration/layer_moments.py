@@ -24,7 +24,7 @@ class _Watch:
     """Forward hooks that add up the moments of layers' inputs, and keep outputs whose gradients are taken later.
 
     Args:
-        layers: By name.
+        layers: Layers by name.
         firsts: The layers whose inputs are looked at: one of each group that shares an input.
         keep_outputs: Whether to keep the outputs.
     """

@@ -79,7 +79,7 @@ def _enclosed(at: Callable[[float], Choice], min_gain: float, max_multiply_adds:
     while within.cost > max_multiply_adds:
         over, within = within, at(within.min_gain * 1.3)
     if over is within:
-        for _ in range(CUTS):  # what is left of the budget allows wider intervals
+        for _ in range(CUTS):  # the budget allows wider intervals: lower the least gain
             over = at(over.min_gain / 1.5)
             if over.cost > max_multiply_adds:
                 break

@@ -45,7 +45,7 @@ def least_sum(
     """Multiply-adds of each layer that minimise the sum of the convex hulls of the curves.
 
     Args:
-        curves: By layer.
+        curves: Curve of each layer.
         max_multiply_adds: Multiply-adds of all layers together, at least those of ``low``.
         low: Least multiply-adds of each layer.
         high: Most multiply-adds of each layer.

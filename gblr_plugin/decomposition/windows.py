@@ -148,7 +148,7 @@ def with_windows(state: State, problem: Problem, min_gain: float) -> State | Non
     state = state.to(torch.float64)
     rest = problem.weight - state.u.T @ state.v
     left = orthonormal(rest @ state.right.T)
-    right, corner = torch.linalg.qr(rest.T @ left)  # what the blocks leave is left corner^T right^T
+    right, corner = torch.linalg.qr(rest.T @ left)  # the residual of the blocks is left corner^T right^T
     saved = rank * sum(problem.weight.shape) - int(problem.trapezoid_cost()[rank])
     factors = left @ corner.T, right @ corner
     axis, windows = 0, best_windows(factors[0], grids[0], min_gain, min_gain * saved)

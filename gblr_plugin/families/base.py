@@ -204,12 +204,12 @@ class Stacked(FamilyMatrix):
 
     @property
     def stored(self) -> int:
-        """Of all matrices together."""
+        """Stored entries of all matrices together."""
         return sum(matrix.stored for matrix in self.matrices)
 
     @property
     def multiply_adds(self) -> int:
-        """Of all matrices together."""
+        """Multiply-adds of all matrices together."""
         return sum(matrix.multiply_adds for matrix in self.matrices)
 
     def factors(self) -> dict[str, Tensor]:

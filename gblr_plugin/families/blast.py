@@ -18,7 +18,7 @@ __all__ = ["Blast"]
 
 _BLOCKS = 16
 _MOMENTUM, _MOST_MOMENTUM = 0.5, 3.0  # times the last step; 3 to 5 times fewer sweeps than without
-_RIDGE = 1e-10  # of the mean diagonal: keeps the normal equations of dependent bases solvable
+_RIDGE = 1e-10  # share of the mean diagonal: keeps the normal equations of dependent bases solvable
 
 
 @dataclass(frozen=True, eq=False)

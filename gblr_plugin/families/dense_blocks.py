@@ -28,7 +28,7 @@ def fit_blocks(
         cols: C parts of the columns.
         row_part: Block rows of the N blocks.
         col_part: Their block columns.
-        metric: Of the error.
+        metric: Norm of the error.
 
     Returns:
         (N, s, p) blocks, zero-filled.

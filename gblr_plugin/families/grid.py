@@ -35,7 +35,7 @@ def grid_factors(weight: Tensor, rows: Partition, cols: Partition, rank: int, me
         rows: R parts of the rows.
         cols: C parts of the columns.
         rank: c; blocks with a smaller side get zero components.
-        metric: Of the error.
+        metric: Norm of the error.
 
     Returns:
         (C, c, m) row factors and (R, c, n) column factors.

@@ -44,7 +44,7 @@ class Monarch(BlockGrid):
         block_rank: int | None = None,
     ) -> Monarch:
         m, n = weight.shape
-        units = max_multiply_adds // (m + n)  # so many c b are paid for
+        units = max_multiply_adds // (m + n)  # largest c b within the budget
         if block_rank is not None:
             check_count(cls.name, "block_rank", block_rank, min(m, n))
         if blocks is None:

@@ -73,7 +73,7 @@ def register_family(name: str, family: type[FamilyMatrix]) -> None:
     """Make a family known by name, wherever a family is chosen by one.
 
     Args:
-        name: As in a config.
+        name: Name of the family in configs.
         family: Its class, whose ``name`` is the same.
 
     Raises:

@@ -93,7 +93,7 @@ class Tucker2(FamilyMatrix):
 
     @property
     def multiply_adds(self) -> int:
-        """Of one output position."""
+        """Multiply-adds of one output position."""
         first = self.input.numel() * _input_positions(self.kernel_size, self.stride)
         return first + self.core.numel() + self.output.numel()
 

@@ -66,7 +66,7 @@ def quantize(layout: Layout, values: Tensor, index: Tensor) -> tuple[Tensor, Ten
     int8 factors with the lists of :func:`narrowed`.
 
     Args:
-        layout: Where everything lies; dense storage has a scale per stored row.
+        layout: Layout of the buffers; dense storage has a scale per stored row.
         values: Flat floating-point factors.
         index: int32 index buffer.
 

@@ -152,7 +152,7 @@ def linear(
         x: (tokens, n), on a device and in a dtype for which :func:`available` is true.
         factors: Flat factors.
         lists: int32 index buffer.
-        layout: Where everything lies; not dense.
+        layout: Layout of the buffers; not dense.
         bias: (m,) or None.
         opaque: Call the kernel directly, without torch's dispatcher: no gradients, no tracing, less overhead.
         scales: (components,) float32 of int8 factors; on the CPU, for x in float32.

@@ -48,7 +48,7 @@ class Workload(NamedTuple):
     Args:
         shape: (m, n) of the matrix.
         rows: (width, active components) of every block of rows.
-        cols: The same of the columns.
+        cols: (width, active components) of every block of columns.
         dtype: Dtype of the factors.
         kernel: ``"compiled"`` or ``"blocks"``.
         taps: ``prod(kernel)`` of a convolution; ``None`` for a linear layer.

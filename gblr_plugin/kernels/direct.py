@@ -27,7 +27,7 @@ def launcher(layout: Layout, plan: Plan, factors: Tensor, lists: Tensor, scales:
     """A call for products by one weight; ``None`` where the compiled kernel of a CPU never multiplies by it.
 
     Args:
-        layout: Where everything lies.
+        layout: Layout of the buffers.
         plan: The kernels.
         factors: Flat factors.
         lists: Index buffer. The addresses of all buffers are kept; the caller checks that they have not changed.

@@ -38,8 +38,8 @@ SECONDS = 1.5  # after this time no further pass begins
 PATIENCE = 60.0  # seconds to wait for another process that measures
 # Microseconds of a dense product: above the first it is timed in one round, above the second no more tokens are tried.
 SLOW, SLOWEST = 1000.0, 3000.0
-ROUNDS = 3  # of each other measurement
-PASSES = 12  # over all short products, so that a disturbance of one pass does not reach all
+ROUNDS = 3  # timings of each shorter product in one pass
+PASSES = 12  # most passes over all short products, so that a disturbance of one pass does not reach all
 # Shapes of the weights of linear layers and convolutions; (relative FLOPs, tile) of the structures of each.
 SHAPES: tuple[tuple[int, ...], ...] = (
     *((32, 32), (64, 64), (128, 128), (256, 256), (512, 512), (1024, 256), (256, 1024), (1024, 1024), (2048, 2048)),

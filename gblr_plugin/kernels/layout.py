@@ -79,7 +79,9 @@ def batches(blocks: tuple[Block, ...]) -> list[Batch]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything lies in the flat buffers. It is hashable and holds no tensors, so traces see constants.
+    """The places of all blocks, lists and intervals in the flat buffers.
+
+    A layout is hashable and holds no tensors, so that traces see its values as constants.
 
     Args:
         shape: (m, n) of the matrix.

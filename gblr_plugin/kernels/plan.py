@@ -185,7 +185,7 @@ class _Axis:
     """What one block size costs on one axis."""
 
     block: int
-    entries: int  # of the factor, padding included
+    entries: int  # entries of the factor, padding included
     listed: int  # entries of the component lists
     groups: int  # most int32 words that the groups take
     blocks: int
@@ -200,7 +200,7 @@ def predicted_cost(layout: Layout, kernel: str, itemsize: int) -> float:
     """Predicted cost of one token over that of the dense product; 1.0 if the layout is kept dense.
 
     Args:
-        layout: Where the weight lies.
+        layout: Layout of the weight.
         kernel: Kernel for many tokens.
         itemsize: Bytes of an input's element.
     """
@@ -330,7 +330,7 @@ def _slowness(plan: Plan, matrix: StructuredMatrix, taps: int | None, costs: Cos
         costs: Gives the times of products.
     """
     shape, factors = matrix.shape, matrix.u
-    if factors.is_cuda:  # where nothing was measured
+    if factors.is_cuda:  # costs are not measured on GPUs
         small = shape[0] * shape[1] * factors.element_size() <= MATRIX
         return lambda tokens: 2.0 if small else 0.0
     here, work = costs(factors.device, factors.dtype, plan.kernels[-1][1]), workload_of(plan, matrix, taps)

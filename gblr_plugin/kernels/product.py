@@ -64,7 +64,7 @@ def linear(
         x: (tokens, n), dtype and device of ``factors`` (of ``scales`` where there are some).
         factors: Flat factors, see :class:`~gblr_plugin.kernels.layout.Layout`.
         lists: int32 lists, intervals and block tables.
-        layout: Where everything lies.
+        layout: Layout of the buffers.
         bias: (m,) or None.
         kernel: One of :data:`KERNELS`.
         scales: (components,) of int8 factors; compiled kernels take them in float32 on the CPU.
@@ -105,7 +105,7 @@ def convolution(
         x: One or two axes of places, dtype and device of ``factors``.
         factors: Flat factors.
         lists: int32 lists, intervals and block tables.
-        layout: Where everything lies.
+        layout: Layout of the buffers.
         bias: (c_out,) or None.
         sizes: Kernel size per axis.
         stride: As in ``F.conv2d``, per axis.

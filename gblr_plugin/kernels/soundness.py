@@ -72,7 +72,7 @@ def check_sizes(layout: Layout, factors: Tensor, lists: Tensor, scales: Tensor |
     """Raise unless the buffers have the dtypes, sizes and devices that the layout asks for; their values are not read.
 
     Args:
-        layout: Where everything lies.
+        layout: Layout of the buffers.
         factors: Flat factors, floating point, or int8 where there are scales.
         lists: int32 index buffer.
         scales: Scales of int8 factors, or ``None``.
@@ -130,7 +130,7 @@ def check_index(layout: Layout, lists: Tensor) -> None:
     """Raise unless the words of the index buffer follow from its lists and intervals, and these fit the layout.
 
     Args:
-        layout: Where everything lies.
+        layout: Layout of the buffers.
         lists: Index buffer of the size that :func:`check_sizes` asks for, with memory.
 
     Raises:

@@ -22,7 +22,7 @@ class GBLRLinear(GBLRLayer, nn.Linear):
         matrix: Start of the (out_features, in_features) weight.
         bias: (out_features,) or ``None``.
         align: Tile of rows and columns to which intervals snap.
-        dtype: Of the factors; default that of ``matrix``.
+        dtype: Dtype of the factors; default that of ``matrix``.
 
     Shape:
         Input (..., in_features), output (..., out_features).

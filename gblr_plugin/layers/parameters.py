@@ -170,7 +170,7 @@ class StructureParameters(StructuredLayer):
 
     @torch.no_grad()
     def train(self, mode: bool = True) -> Any:
-        """As of every module; buffers that hold anything else than they should are written anew.
+        """Set the training mode as for every module, and rewrite buffers that hold wrong values.
 
         ``from_pretrained`` of transformers, which prepares a model where it is given a ``TorchAoConfig`` of a
         ``GBLRConfig``, puts uninitialised memory in place of all buffers that files do not hold, and then calls

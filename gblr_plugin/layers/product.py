@@ -11,8 +11,8 @@ __all__ = ["Product", "choose_product"]
 
 _LEAST_FOR_BLOCKS = 5e7  # multiply-adds below which listing blocks costs more than they save
 _BLOCK_OVERHEAD = 5e5  # multiply-adds that take as long as the extra calls of one block
-_BLOCK_SLOWDOWN = 1.25  # of a multiply-add inside a block: gathering and scattering rows
-_BLOCK_DENSE_SLOWDOWN = 1.45  # of one in a block of the dense matrix
+_BLOCK_SLOWDOWN = 1.25  # time of a multiply-add inside a block over that outside: rows are gathered
+_BLOCK_DENSE_SLOWDOWN = 1.45  # the same inside a block of the dense matrix
 
 
 class Product(NamedTuple):

@@ -22,10 +22,10 @@ from ..matrix.structure import multiply_adds
 
 __all__ = ["AxisSpec", "WidthBudget"]
 
-_CANDIDATES = 8  # candidates evaluated at once: few calls, little waste
-_ROUNDS = 7  # the first one's widest gap, cut by _CANDIDATES six times, is below the resolution
-_RESOLUTION = 2e-6  # of thresholds, as a fraction of the axis
-_SLOWEST = 1e-3  # least share of a group's largest rate at which one search can empty a layer
+_CANDIDATES = 8  # thresholds that are evaluated at once
+_ROUNDS = 7  # after these rounds the gap between candidates is below the resolution
+_RESOLUTION = 2e-6  # resolution of thresholds, as a fraction of the axis
+_SLOWEST = 1e-3  # a layer at a lower share of the group's largest rate may not be emptied
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ NON_FINITE = ("stop", "skip")
 
 _logger = logging.getLogger(__name__)
 _CUDA_CHECK_EVERY = 32
-_MOST_SKIPPED = 100  # in a row: the training makes no progress then
+_MOST_SKIPPED = 100  # steps skipped in a row, after which the training stops
 
 
 def _parameters(optimizer: Optimizer) -> Iterable[nn.Parameter]:
@@ -84,7 +84,7 @@ def save_diagnostic(
     """Write a JSON summary of every layer's values and gradients.
 
     Args:
-        layers: By name.
+        layers: Layers by name.
         facts: Of the training: step, loss, sigma, and so on; put first.
         folder: Where; ``None``, or one that cannot be written to: the system's folder of temporary files.
 

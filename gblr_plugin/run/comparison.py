@@ -61,7 +61,7 @@ class Comparison:
 
         Args:
             output: An existing folder.
-            console: For progress.
+            console: Console that shows the progress.
 
         Returns:
             The report, also written as a table and, where matplotlib is installed, drawn.

@@ -80,10 +80,10 @@ def compress_once(
     """The network, compressed by a method from one start, fine-tuned and converted.
 
     Args:
-        context: Of the run.
-        method: How.
+        context: Context of the run.
+        method: The method.
         network: Trained dense network; used up.
-        seed: Of the split.
+        seed: Seed of the split.
         calibrated: Whether a one-shot start is fitted to the calibration batches, if the settings have some.
         train: Whether it is fine-tuned; for methods that are one-shot starts.
         label: Name of its TensorBoard events; default the method's.

@@ -57,7 +57,7 @@ class CapturedOutput:
         self._file = file
 
     def send_to(self, log: Path) -> None:
-        """From now on append to a log file. Streams that the hosts have kept follow."""
+        """Append all further output to a log file, also that of streams which the hosts hold already."""
         if self._file is None:
             return
         self._file.flush()

@@ -31,7 +31,7 @@ class RunContext:
     Args:
         settings: What to do.
         task: Network, data and metric.
-        console: For progress.
+        console: Console that shows the progress.
         events: Folder of TensorBoard events, made when it is needed.
         watchers: Callbacks of every training under a method.
     """

@@ -25,7 +25,7 @@ def count_config(settings: RunSettings) -> Report:
     dense.
 
     Args:
-        settings: Of the run; its first method's ``config_list``, or its own.
+        settings: Settings of the run; the run's first method's ``config_list``, or its own.
 
     Raises:
         ConfigError: If the task, its network or the config list cannot be used.

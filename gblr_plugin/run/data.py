@@ -17,9 +17,9 @@ def data_of(task: Any, seed: int, training: Training) -> PairsDataModule:
     """Training and held-out data of a task.
 
     Args:
-        task: Of the run, or a fold of it.
-        seed: Of the split and the shuffling.
-        training: Says the batch size.
+        task: The run's task, or a fold of it.
+        seed: Seed of the split and the shuffling.
+        training: Settings of the training, which give the batch size.
 
     Raises:
         ConfigError: If there is less than one training batch, or no held-out example.

@@ -109,11 +109,11 @@ def train_dense(
     """A trained dense network in evaluation mode.
 
     Args:
-        context: Of the run.
-        seed: Of the split.
+        context: Context of the run.
+        seed: Seed of the split.
         network: Trained further; default a new one.
-        training: How; default the settings' ``dense``.
-        random_seed: Of initialisation, shuffling and dropout; default ``seed``.
+        training: Settings of the training; default the settings' ``dense``.
+        random_seed: Seed of initialisation, shuffling and dropout; default ``seed``.
     """
     pl.seed_everything(seed if random_seed is None else random_seed)
     training = training or context.settings.dense

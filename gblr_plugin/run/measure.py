@@ -53,8 +53,8 @@ def interleaved_latency(networks: Mapping[str, nn.Module], x: Tensor, rounds: in
     """Median seconds of one forward pass of each network, measured turn by turn in one run.
 
     Args:
-        networks: By name; put in evaluation mode.
-        x: Input of all of them.
+        networks: Networks by name; they are put in evaluation mode.
+        x: Input of all networks.
         rounds: Turns that are counted, after three that are not.
     """
     for network in networks.values():

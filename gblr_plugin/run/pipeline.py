@@ -61,7 +61,7 @@ def prepare_run(settings: RunSettings, *watchers: pl.Callback) -> Job:
     """Check all that can be checked before anything is written.
 
     Args:
-        settings: Of the run.
+        settings: Settings of the run.
         watchers: Callbacks of every training under a method.
 
     Raises:
@@ -89,7 +89,7 @@ class Job:
         Args:
             output: An existing folder. Files of an earlier run stay until the new ones are complete. Trainings that a
                 killed run of the same settings has finished are not done again.
-            console: For progress.
+            console: Console that shows the progress.
 
         Returns:
             The report.

@@ -23,11 +23,11 @@ class Records:
     """Figures by method over the seeds, and the networks of the first seed.
 
     Args:
-        context: Of the run.
+        context: Context of the run.
 
     Attributes:
         figures: One table a seed, by name.
-        networks: Of the first seed, by name, as they come back from their files.
+        networks: Networks of the first seed by name, loaded back from their files.
         reports: What their layers cost.
         histories: Curves of the first seed in which a method's structure was learned.
     """
@@ -46,9 +46,9 @@ class Records:
 
         Args:
             network: Dense, or converted.
-            data: Of the seed.
+            data: Data of the seed.
             start: ``time.monotonic()`` when its training began.
-            seed: Of the split.
+            seed: Seed of the split.
         """
         task = self._context.task
         metric = task.metric
@@ -79,7 +79,7 @@ class Records:
         """Keep the figures of a seed, and say them on the console.
 
         Args:
-            name: Of the method.
+            name: Name of the method.
             result: From :meth:`evaluate`.
             network: Kept if the seed is the first.
             history: Curves of its structure by name, (step, value) each; empty where none was learned.

@@ -68,7 +68,7 @@ class Search:
 
         Args:
             output: An existing folder, without an earlier search.
-            console: For progress.
+            console: Console that shows the progress.
 
         Returns:
             The report, also written as a table and, where matplotlib is installed, drawn.

@@ -16,7 +16,7 @@ class TrialResult(Entry):
     """One trial.
 
     Args:
-        number: In the order in which they were started, from 0.
+        number: Number of the trial in the order of starting, from 0.
         parameters: Values by key of the space, as the trial itself reported them.
         state: ``"done"``, ``"failed"``, or ``"stopped"`` (by a time limit).
         compressor: Name of its method, once known.
@@ -44,9 +44,9 @@ class SearchReport(TaskReport):
 
     Args:
         task: As :class:`~gblr_plugin.run.reports.TaskReport` takes it.
-        metric: See there.
+        metric: The same.
         higher_is_better: See there.
-        trials: By number.
+        trials: Trials in the order of their numbers.
         environment: Versions, threads and processor.
         settings: The settings of the search.
     """

@@ -261,7 +261,7 @@ def trial_rows(
 
 
 def _parameters(folder: Path, result: Any) -> dict[str, Any]:
-    """As the trial reported them; before that, as it wrote them down."""
+    """The values that the trial reported; until it has reported, those in the file that it wrote."""
     if isinstance(result, dict) and isinstance(result.get("parameters"), dict):
         return dict(result["parameters"])
     try:

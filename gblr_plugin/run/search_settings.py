@@ -114,7 +114,7 @@ class SearchSettings:
             With 0 it looks at the metric alone, and so at the largest budgets.
         network: ``"private"``: NNI's service and the trials run in a network of their own, where the system allows it.
             ``"host"``: the service listens on *every* interface of this machine; see docs/searching.md.
-        port: Of NNI's service in the host's network; default a free one.
+        port: Port of NNI's service in the host's network; default a free one.
     """
 
     run: RunSettings

@@ -39,7 +39,7 @@ class Training:
         label_smoothing: Label smoothing of the cross-entropy.
         distillation: Share of the loss that compares predictions with those of the dense network before compression
             (Hinton et al. 2015); 0 for none, at most 1. Only where a network is compressed.
-        temperature: By which both predictions are softened for that.
+        temperature: Temperature by which both predictions are softened for this comparison.
         limit_train_batches: Share of each epoch's batches that is used, in (0, 1], as Lightning's trainer means it.
     """
 
@@ -60,7 +60,7 @@ class Training:
             check_number(name, getattr(self, name), interval)
 
     def steps(self, batches: int) -> int:
-        """Optimizer steps of all epochs, of so many batches each."""
+        """Number of optimizer steps in all epochs, given the number of batches per epoch."""
         return self.epochs * max(int(batches * self.limit_train_batches), 1)
 
     def shortened(self, share: float) -> Training:

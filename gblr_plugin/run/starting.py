@@ -27,7 +27,7 @@ class Fold:
 
     Args:
         task: The task with all of its data.
-        index: Of the part, from 0.
+        index: Number of the part, from 0.
         count: Number of parts, at least 2.
     """
 
@@ -69,10 +69,10 @@ def best_start(context: RunContext, method: Method, network: nn.Module, seed: in
     seen: one is trained for every fold. Held-out data is not looked at. Every trial draws the same random numbers.
 
     Args:
-        context: Of the run.
-        method: With its starts.
+        context: Context of the run.
+        method: The method and its starts.
         network: The run's dense network.
-        seed: Of the split.
+        seed: Seed of the split.
     """
     task, training = context.task, context.training_of(method).shortened(method.trial)
     judged = task.metric if method.folds else "loss"

@@ -32,7 +32,7 @@ def next_parameters(output: Path | None) -> tuple[dict[str, Any], Path]:
     Outside an experiment there are none.
 
     Args:
-        output: In it the trial has its folder, by its number; default where NNI keeps the trial's files.
+        output: Folder in which the trial makes a folder named by its number; default NNI's folder for the trial.
     """
     if os.environ.get("NNI_PLATFORM") is None:
         return {}, output or Path("outputs") / "trial"
@@ -50,7 +50,7 @@ class Trial:
     hyperparameters, because NNI with several trials at a time was seen to list them beside the wrong one.
 
     Args:
-        settings: Of the run, which is checked.
+        settings: Settings of the run, which are checked.
         parameters: What the tuner chose.
         flops_price: Subtracted from the metric (added, where lower is better) for relative FLOPs of 1.
 

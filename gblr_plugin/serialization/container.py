@@ -31,7 +31,7 @@ INDEX = "model.safetensors.index.json"
 """Name of the index of a sharded folder, as Hugging Face writes it."""
 
 _CHECKSUM = "gblr_crc32"
-_HEADER_CHECKSUM = "gblr_header_crc32"  # of the header's text, with zeros in its place
+_HEADER_CHECKSUM = "gblr_header_crc32"  # checksum of the header's text, with zeros in its place
 _ZEROS = "0" * 8
 _MAX_INDEX_BYTES = 100_000_000  # as safetensors limits its headers
 _NAMES = {

@@ -34,7 +34,7 @@ def restore_matrix(record: Any, factors: Mapping[str, Tensor], shape: tuple[int,
     """The matrix that :func:`family_record` describes.
 
     Args:
-        record: From an untrusted file.
+        record: Record from an untrusted file.
         factors: Its factors by name, as :meth:`FamilyMatrix.factors` gives them.
         shape: (m, n) that it must have.
 

@@ -52,7 +52,7 @@ def flatten_weight(name: str, weight: GBLRTensor) -> tuple[dict[str, Tensor], di
     """The tensors and the record of a weight; :func:`unflatten_weight` gives the same weight back, bit by bit.
 
     Args:
-        name: Of the weight in the state dict.
+        name: Name of the weight in the state dict.
         weight: Any structured weight.
 
     Returns:
@@ -115,8 +115,8 @@ def unflatten_weight(
 
     Args:
         record: The record, from an untrusted file.
-        tensors: The tensors, likewise.
-        name: Of the weight.
+        tensors: The tensors, from an untrusted file.
+        name: Name of the weight.
         expected: Shape that the network has there.
 
     Raises:

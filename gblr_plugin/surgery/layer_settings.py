@@ -51,7 +51,7 @@ class LayerSettings:
         row_splits: Number of matrices packed along the rows (packed query, key, value: 3).
         align: Tile of rows and columns to which intervals snap; an integer or a pair.
         budget: Relative FLOPs to start at, for initialisers that take one.
-        seed: Of random initialisers.
+        seed: Seed of random initialisers.
     """
 
     initialiser: str = "svd"

@@ -28,7 +28,7 @@ class LayerReport:
         structure: ``"dense"``, the kind of structured weight, or ``"full"``: compressed, but no cheaper than dense and
             so stored dense.
         components: Live components; 0 for a dense weight.
-        multiply_adds: Of one forward pass of the example input.
+        multiply_adds: Multiply-adds of one forward pass of the example input.
         dense_multiply_adds: The same, had the weight been dense.
         parameters: Stored weight entries (a structured weight stores what it multiplies).
         dense_parameters: m * n.
@@ -37,7 +37,7 @@ class LayerReport:
         predicted: Cost of a token by the plan's cost model, padding and overheads included, over the dense product's.
         note: That a converted layer is stored dense, or that entries of a dense weight are zero.
         output_embedding: Whether its weight is that of an embedding too: the output layer of a language model.
-        matrix_bytes: Of the dense matrix that the plan of a converted weight keeps beside its factors; mostly 0.
+        matrix_bytes: Bytes of the dense matrix that the plan of a converted weight keeps beside its factors; mostly 0.
         left_dense: Why a dense weight stays so unless its layer is asked for by name, see
             :func:`~gblr_plugin.surgery.selection.select_layers`; empty where it can be structured.
     """

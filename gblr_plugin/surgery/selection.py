@@ -40,10 +40,10 @@ class Skipped:
     """A weight that was asked for and stays dense.
 
     Args:
-        name: Of the layer, or of a parameter of a module that is no layer.
+        name: Name of the layer, or of a parameter of a module that is no layer.
         reason: Why, as the end of a message.
-        share: Of the multiply-adds of all weight matrices of the model, each applied to one position (one token, one
-            place of an image): its share of their entries. :func:`gblr_plugin.report` counts with an input.
+        share: The weight's share of the entries of all weight matrices of the model, which is its share of the
+            multiply-adds if each is applied to one position. :func:`gblr_plugin.report` counts with an input.
     """
 
     name: str

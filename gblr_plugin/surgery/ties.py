@@ -42,7 +42,7 @@ def tied_layers(model: nn.Module) -> dict[int, str]:
                 found.setdefault(id(module), f"it shares memory with a parameter of {other_name!r}")
                 found.setdefault(id(other), f"it shares memory with a parameter of {name!r}")
         before.append((region, name, module))
-    for key in ("bias", "weight"):  # of a layer that shares both, the weight is told
+    for key in ("bias", "weight"):  # if a layer shares both, the message names the weight
         for module in model.modules():
             parameter = module._parameters.get(key)
             others = [other for other, holder in owners.get(id(parameter), ()) if holder is not module]

@@ -44,7 +44,7 @@ class Weight(Protocol):
     _checks: Checked | None
 
     def is_inference(self) -> bool:
-        """As of torch's tensors."""
+        """Whether the weight was made in inference mode, as for torch's tensors."""
 
     def dense_beside(self) -> Tensor | None:
         """The matrix that the plan asks for beside the factors."""

@@ -33,21 +33,21 @@ __all__ = ["shortest"]
 EXACT = 1e-5
 """Largest relative error of what is called the matrix itself."""
 SINGULAR = 1e-6
-"""Singular values below this part of the first are rounding."""
+"""Singular values below this share of the first are rounding."""
 GAP = 1e-3
-"""Largest ratio of the first singular value of the rounding to the last before it."""
+"""Largest ratio of the first singular value that counts as rounding to the last one that does not."""
 INDEPENDENT = 1e-3
-"""From which part of its norm on a row is independent of others: rounding lies below, small coefficients above."""
+"""Least share of its norm by which an independent row differs: above rounding, below small coefficients."""
 INDEPENDENT_IN_CELL = 1e-2
-"""The same on tiles, where one of a cell's rows has a large part; leaves better conditioned bases."""
+"""The same for tiles larger than 1, where a larger share gives better conditioned bases."""
 LARGEST_TABLE = 1 << 26
-"""Entries of the Gram matrices of all windows beyond which it is not tried."""
+"""Entries of the Gram matrices of all windows, beyond which exact recovery is not tried."""
 LARGEST_WORK = 1 << 35
 """Multiply-adds (about) after which no further exchange is looked for."""
 FITS = 10
 """Alternating fits of the factors on the intervals found."""
 RIDGE = 1e-13
-"""Of these fits: blocks that begin or end together leave Gram matrices that are nearly singular."""
+"""Ridge of these fits: blocks that begin or end together leave Gram matrices that are nearly singular."""
 
 
 def _independent(vectors: Tensor, count: int, least: float) -> list[int]:
