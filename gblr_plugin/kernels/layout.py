@@ -2,8 +2,8 @@
 
 Column block J keeps V[list, J] and row block I keeps U[list, I], both dense and row-major, where ``list`` names the
 components whose interval meets the block. A product takes a few dense products per block. Intervals that wrap around
-cost nothing extra; padding is the zeros where an interval ends inside a block, and there is none where all intervals
-end on block borders.
+cost no more than others. If an interval ends inside a block, the rest of the block's row is padded with zeros; if all
+intervals end on block borders, there is no padding.
 
 This file describes the layout; :mod:`~gblr_plugin.kernels.packing` lays matrices out, and
 :mod:`~gblr_plugin.kernels.buffers` reads them.
@@ -93,17 +93,17 @@ class Layout:
         intervals_at: First word of the index buffer of the (5, K) row widths and starts, column widths and starts, and
             original numbers of the components; see :func:`~gblr_plugin.kernels.buffers.interval_facts`.
         col_table_at: First word of (start, width, size, list_at, data_at) of each column block.
-        row_table_at: The same of the row blocks.
+        row_table_at: First word of the same table of the row blocks.
         col_groups_at: First word of the groups of components and the column blocks that they meet; 0 if ``narrow``.
-        row_groups_at: The same of the row blocks.
+        row_groups_at: First word of the groups of components and the row blocks that they meet; 0 if ``narrow``.
         dense: The factors are the (m, n) matrix itself, row-major (or (n, m) if ``transposed``).
         transposed: The matrix is the transpose of the one that was packed.
         narrow: Lists and intervals are 16 bits wide, two to a word, and there are no groups, which keeps the index
             buffer small. Kernels for CUDA do not take such lists.
 
     Raises:
-        ConfigError: If the numbers do not follow from one another as :mod:`~gblr_plugin.kernels.packing` lays things
-            out. A file may claim any numbers; a layout that exists is sound.
+        ConfigError: If the numbers are not those of a layout that :mod:`~gblr_plugin.kernels.packing` can make. Files
+            may hold any numbers; this check makes every layout that exists sound.
     """
 
     shape: tuple[int, int]
@@ -274,7 +274,8 @@ def _end_of(
         at: Where the first list and the first factors begin.
 
     Returns:
-        ``None`` if a block is not where it must be, or claims components that there are not.
+        First word after the last list and first entry after the last factors; ``None`` if a block is not where it must
+        be, or names components that do not exist.
     """
     per_split = len(blocks) // len(split_sizes)
     if not blocks or per_split * len(split_sizes) != len(blocks) or not all(map(_is_count, blocks[0][:5])):

@@ -1,4 +1,4 @@
-"""Lay structured matrices out in blocks.
+"""Packs structured matrices into the blocks of a layout, as flat buffers that kernels read.
 
 The flat factors hold the column blocks, then the row blocks. The index buffer (int32) holds the lists of all blocks in
 that order, the intervals of the components, a table of the blocks and, unless lists are narrow, the groups.
@@ -47,8 +47,8 @@ def _touches(intervals: Intervals, block: int) -> Tensor:
 def _meets(intervals: Intervals, block: int, split_sizes: tuple[int, ...], even: bool) -> Tensor:
     """Which component is active in which block of its row split, (K, splits * blocks) bool.
 
-    ``even`` adds components to blocks of the full width until all of those have as many, where their splits have them:
-    torch then takes all blocks in one product.
+    With ``even``, inactive components are added to the blocks of full width until all of these have equally many, as
+    far as their row splits have enough: torch then multiplies by all blocks in one batched product.
     """
     touches = _touches(intervals, block)
     split = torch.repeat_interleave(torch.tensor(split_sizes, device=touches.device))

@@ -57,7 +57,7 @@ class Comparison:
             check(self._contexts[budget])
 
     def run(self, output: Path, console: Console) -> ComparisonReport:
-        """Do it all; ``comparison.json`` in ``output`` is complete after every row.
+        """Run all rows; ``comparison.json`` in ``output`` is complete after every row.
 
         Args:
             output: An existing folder.

@@ -27,10 +27,10 @@ class ComparisonSettings:
             Without it there is no calibrated phase.
         reorder: As for ``gblr run``.
         model: Arguments of the task.
-        seeds: Each repeats the comparison with another split, initialisation and training.
+        seeds: Seeds; each repeats the comparison with another split, initialisation and training.
         dense: Training of the dense network.
         finetune: Training after (gblr: during) compression; the dense network gets it once more too.
-        methods: What to compare.
+        methods: Methods to compare.
         threads: CPU threads; default torch's.
     """
 

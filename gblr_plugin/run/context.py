@@ -1,4 +1,4 @@
-"""What every step of a run needs to know: the settings, the task, and where progress and events go."""
+"""The values that every step of a run needs: the settings, the task, the console, and the folder of events."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class RunContext:
         return replace(self, task=task, events=self.events / name)
 
     def training_of(self, method: Method) -> Training:
-        """How a method trains: as it says, or as the run's ``finetune`` does."""
+        """The training settings of a method; if it has none, the run's ``finetune``."""
         return method.training or self.settings.finetune
 
 

@@ -1,4 +1,4 @@
-"""What the network of a config costs, dense and as planned, before any data is read or anything is trained."""
+"""Counts the multiply-adds of a config's network, dense and as planned, before data is read or a network trained."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class Job:
         self.records = Records(context)
 
     def run(self, output: Path, console: Console) -> RunReport:
-        """Do it all; files appear in ``output``, the report last.
+        """Run all steps; files appear in ``output``, the report last.
 
         Args:
             output: An existing folder. Files of an earlier run stay until the new ones are complete. Trainings that a

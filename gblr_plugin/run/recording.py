@@ -1,4 +1,4 @@
-"""What a run has found so far: figures of every network, evaluated as it is and as it comes back from its file."""
+"""Records the figures of every network of a run, evaluated as trained and again after loading it from its file."""
 
 from __future__ import annotations
 

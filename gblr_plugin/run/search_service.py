@@ -108,7 +108,7 @@ def _wait_for_the_end_of_input(stop: threading.Event) -> None:
 
 
 def _adopt_orphans() -> None:
-    """Make children of children ours when their parents die, so that none escapes."""
+    """Make this process the parent of its descendants whose parents die, so that it can end all of them."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 

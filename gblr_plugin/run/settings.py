@@ -86,10 +86,11 @@ class Method:
         compact: Whether dead components are dropped at the freeze, for a cheaper cool-down (gblr).
         starts: Initialisers to choose from (gblr): each is trained for the share ``trial`` of the steps, and the one
             that then fits the training data best is trained in full. Default: the one of the config list.
-        trial: That share; with 1 all starts are trained in full, and the best of the networks is kept.
-        folds: Parts of the training data, 2 or more, for a choice that asks what generalises: each in turn is kept from
-            a dense network trained for this and from trials that start there, and judges them by the task's figure.
-            Then the best start is trained in full on all training data. 0: the loss on training data decides.
+        trial: Share of the steps in a trial of a start; with 1 all starts are trained in full and the best is kept.
+        folds: Number of parts of the training data, 2 or more, by which the start that generalises best is chosen. For
+            each part a dense network is trained without it, the trials start from that network, and the task's metric
+            on the part judges them. The best start is then trained in full on all training data. 0: the loss on
+            training data decides.
         calibration: Batches to which the one-shot start is fitted; default the run's.
         options: Further arguments of the compressor.
     """
@@ -138,12 +139,12 @@ class RunSettings:
         reorder: Pairs of layers whose hidden units are brought into an order that suits blocks on intervals before
             anything is compressed, by names or patterns as :func:`gblr_plugin.reorder` takes them.
         model: Arguments of the task: sizes of the network, the data's folder and split.
-        seeds: Each repeats the run with another split, initialisation and training.
+        seeds: Seeds; each repeats the run with another split, initialisation and training.
         weights: File with the weights of a trained dense network (``dense.pt`` of an earlier run, or a state dict), in
             place of training it. It has seen the training split of one seed, so ``seeds`` must be that one alone.
         dense: How the dense network is trained.
         finetune: How a network is trained after (gblr: during) compression.
-        methods: What to compare; the first is the one that is saved.
+        methods: Methods to compare; the network of the first one is saved.
         latency_batch: Batch sizes at which latency is measured.
         threads: CPU threads; default torch's.
     """

@@ -1,4 +1,4 @@
-"""What a run has trained so far, on disk until the run is complete: a run that was killed goes on from there."""
+"""Keeps a run's trained networks on disk until the run is complete, so that after a kill none is trained again."""
 
 from __future__ import annotations
 

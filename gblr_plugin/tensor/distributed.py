@@ -55,7 +55,7 @@ def component_part(weight: GBLRTensor, rank: int, world_size: int) -> GBLRTensor
     if weight.packing.dense:
         raise ConfigError("component parallel: a weight that is stored dense has no components; leave it as it is")
     matrix = weight.to_structured()
-    # From the most expensive component on, each next one goes to the next part, to and fro.
+    # Components are dealt out in order of falling cost: to the first process up to the last, then back again.
     order = matrix.component_multiply_adds.argsort(descending=True, stable=True)
     place = torch.arange(len(order), device=order.device) % (2 * world_size)
     mine = torch.zeros_like(order, dtype=torch.bool)

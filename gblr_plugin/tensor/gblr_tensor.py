@@ -259,7 +259,7 @@ class GBLRTensor(TorchAOBaseTensor):
     def quantize(self) -> GBLRTensor:
         """The weight with int8 factors (weight-only, symmetric) and a scale per component.
 
-        ``dtype`` stays what it is: that of inputs, outputs and scales. An int8 weight comes back itself.
+        ``dtype`` remains the dtype of inputs, outputs and scales. A weight that is int8 already is returned itself.
         """
         checked(self)
         if self.scales is not None:
@@ -280,12 +280,12 @@ class GBLRTensor(TorchAOBaseTensor):
         return result
 
     def replanned_here(self) -> GBLRTensor:
-        """The weight with a plan for where it is: itself, or measured anew if its plan was measured elsewhere.
+        """The weight with a plan for this machine: itself, or measured anew if its plan was measured elsewhere.
 
-        Elsewhere is another device, processor, dtype or number of threads. Plans that were not measured, or are
-        :meth:`~gblr_plugin.kernels.plan.Plan.unmeasured`, stay as they are, unless they name the compiled kernel where
-        it is missing: torch would take their blocks one by one, and a fixed plan is made in their place. Weights that
-        are loaded from files, or moved to another kind of device, pass through this.
+        Elsewhere means another device, processor, dtype or number of threads. Plans that were not measured, or are
+        :meth:`~gblr_plugin.kernels.plan.Plan.unmeasured`, are kept, unless they name the compiled kernel and it is
+        missing here: torch would then multiply by their blocks one by one, so a fixed plan replaces them. This method
+        is called for weights that are loaded from files, or moved to another kind of device.
         """
         if not self._can_be_replanned():
             return self
@@ -385,7 +385,7 @@ class GBLRTensor(TorchAOBaseTensor):
         return self.packing.num_components
 
     def share_memory_(self) -> NoReturn:
-        """Refused: sharing a wrapper without storage of its own crashes the process.
+        """Refuse to share the memory, since sharing a wrapper without storage of its own crashes the process.
 
         Raises:
             GBLRError: Always.
@@ -396,9 +396,9 @@ class GBLRTensor(TorchAOBaseTensor):
 
 
 def _set_state(weight: GBLRTensor, state: Any) -> None:
-    """Take what ``__getstate__`` gave; a file may claim anything.
+    """Restore the state that ``__getstate__`` gave, after a check, since a file may hold any values.
 
-    Its buffers are not read: files of torch's old format fill them later. The first use checks them.
+    The values of the buffers are not read here: files of torch's old format fill them later. The first use checks them.
     """
     if not isinstance(state, dict) or not state.keys() >= STATE:
         raise ConfigError("GBLR tensor: its state is damaged")

@@ -1,13 +1,14 @@
 """The factored product in two triton kernels, for CUDA devices: bfloat16, float16, float32. Optional.
 
-Stage 1 keeps the sums of a tile of components x tokens and walks over the column blocks that any of them meets; stage 2
-keeps a tile of tokens x rows and walks over the components of its row block; both write their result once, so that no
-atomics are needed and equal inputs give equal results. All sizes but the tiles are read from the index buffer on the
-device: nothing is specialised per layer, nothing synchronises, and a CUDA graph can hold the calls.
+In stage 1 a program keeps the sums of a tile of components x tokens, and iterates over the column blocks that any of
+these components meets. In stage 2 a program keeps a tile of tokens x rows, and iterates over the components of its row
+block. Both write their result once, so that no atomics are needed and equal inputs give equal results. All sizes except
+those of the tiles are read from the index buffer on the device: no code is specialised per layer, no call synchronises,
+and a CUDA graph can hold the calls.
 
-Tiles are tuned on first use, once per stage, range of tokens, block size and dtype, by timing the few that suit the
-number of tokens and the device's memory. While a graph is captured, in the interpreter, and with
-``GBLR_TRITON_TUNE=0``, nothing is timed and the first of them is taken.
+Tile sizes are tuned on first use, once per stage, range of tokens, block size and dtype, by timing those few that suit
+the number of tokens and the device's memory. While a graph is captured, in the interpreter, and with
+``GBLR_TRITON_TUNE=0``, nothing is timed and the first suitable size is used.
 """
 
 from __future__ import annotations
