@@ -1,7 +1,7 @@
-r"""Split one budget of multiply-adds over layers by a named rule, for every family alike.
+r"""Splits one budget of multiply-adds over layers by a named rule, in the same manner for every family.
 
-A rule gives each layer a curve: an error over the multiply-adds spent. The curves are those of low-rank approximations
-counted in trapezoid form (r (m + n) - r (r - 1) for rank r), read off one singular value decomposition a layer:
+A rule gives each layer a curve of its error over its multiply-adds. The curves are those of low-rank approximations
+counted in trapezoid form (r (m + n) - r (r - 1) for rank r), computed from one singular value decomposition per layer:
 
 * ``weight``: the share of ``||W||_F^2`` that is lost.
 * ``output``: the share of the output's energy ``E||W x||^2`` that is lost over calibration inputs.

@@ -1,8 +1,8 @@
 """Targets drawn from the model itself, so that second moments of loss gradients are the Fisher matrix.
 
-With the data's own targets these gradients vanish where a network has learned its training set by heart, and say
-nothing about what errors would cost. With targets drawn from the network's own predictions they measure the curvature
-of the loss (Kunstner et al. 2019, "Limitations of the empirical Fisher approximation").
+With the targets of the training data, these gradients vanish once a network fits that data exactly, and then do not
+show how errors raise the loss. With targets drawn from the network's predictions they measure the curvature of the loss
+(Kunstner et al. 2019, "Limitations of the empirical Fisher approximation").
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ _LOSSES: Mapping[Callable[..., Any], Callable[[dict[str, Any]], dict[str, Any]]]
 
 
 class SampledTargets(TorchFunctionMode):
-    """Within this context the losses of ``torch.nn.functional`` see targets drawn from the model's predictions.
+    """Within this context the losses of ``torch.nn.functional`` get targets drawn from the model's predictions.
 
-    For ``cross_entropy``, ``nll_loss``, ``binary_cross_entropy_with_logits`` and ``mse_loss`` (a Gaussian of variance
-    1), and the modules that call them. Positions of ``ignore_index`` stay ignored. Other losses are left as they are.
+    These losses are ``cross_entropy``, ``nll_loss``, ``binary_cross_entropy_with_logits`` and ``mse_loss`` (a Gaussian
+    of variance 1), also if modules call them. Positions of ``ignore_index`` stay ignored. Other losses do not change.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -64,7 +64,7 @@ def _apart(rows: Intervals, cols: Intervals, overlap: float, count: int) -> Tens
     Args:
         rows: K row intervals.
         cols: K column intervals.
-        overlap: Largest shared part of the smaller of two candidates.
+        overlap: Largest share of the smaller of two candidates that may lie in the other.
         count: Largest number of them.
     """
     on_rows, on_cols = rows.support().float(), cols.support().float()
@@ -72,7 +72,7 @@ def _apart(rows: Intervals, cols: Intervals, overlap: float, count: int) -> Tens
     area = inter.diagonal()
     yields = torch.tril(inter > overlap * torch.minimum(area, area[:, None]), -1)
     keep = torch.ones(len(area), dtype=torch.bool, device=area.device)
-    while True:  # each pass decides at least about the best candidate that is undecided
+    while True:  # each pass decides on at least the best undecided candidate
         kept = ~(yields & keep).any(1)
         if bool((kept == keep).all()):
             return keep.nonzero()[:count, 0]
@@ -103,7 +103,7 @@ def find_blocks(
         min_gain: Squared error that one multiply-add must save.
         shapes: Heights and widths of the tiles, in indices.
         refine: Alternations that choose a block's intervals by maximum sums, near its tile.
-        overlap: Largest shared part of two blocks, relative to the smaller.
+        overlap: Largest share of the smaller of two blocks that may lie in the other.
         offset: First row and column of the first tile; varying it between calls shows other tiles.
     """
     m, n = residual.shape

@@ -60,9 +60,9 @@ def interval_facts(layout: Layout, index: Tensor) -> Tensor:
 
 
 def quantize(layout: Layout, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 factors and a scale per component: symmetric, each of u_k and v_k by its own largest entry.
+    """Round factors to int8, symmetrically: each of u_k and v_k is scaled by its largest entry.
 
-    Only the product of the two scales of a component matters to the matrix, so that one number is kept. Kernels take
+    The matrix depends only on the product of a component's two scales, so that one number is kept. Kernels take
     int8 factors with the lists of :func:`narrowed`.
 
     Args:
@@ -113,9 +113,9 @@ def rows_as_components(matrix: Tensor) -> StructuredMatrix:
 
 
 def unpack(layout: Layout, values: Tensor, index: Tensor, scales: Tensor | None = None) -> StructuredMatrix:
-    """The structured matrix that was packed; a dense one comes back as its rows (m components of 1 x n).
+    """The structured matrix that was packed; a dense matrix is returned as its rows (m components of 1 x n).
 
-    int8 factors come back as floating-point ones, each of u_k and v_k times the root of the scale.
+    int8 factors are returned in floating point, each of u_k and v_k times the root of the scale.
 
     Raises:
         ConfigError: For the transpose of a matrix packed with row splits, whose columns are no single cyclic axis.

@@ -88,7 +88,8 @@ class Costs:
             product.
 
     Raises:
-        ValueError: If a case is missing or unknown, or a number is negative or not finite.
+        ValueError: If a case is missing or unknown, dense products are not in increasing order, or a number is out of
+            range.
     """
 
     threads: int

@@ -1,4 +1,4 @@
-"""Measured plans: pack the candidates that the cost model leaves, time them on the spot, keep the fastest."""
+"""Measured plans: packs the candidates of the cost model, times their products here, and keeps the fastest plan."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CACHE: dict[tuple[object, ...], Plan] = {}
 
 
 def circumstances(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
-    """For what a measurement holds, as fields of a plan."""
+    """The device, dtype, threads and processor for which a measurement holds, as fields of a plan."""
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     name = str(dtype).removeprefix("torch.")
     return {"device": device.type, "dtype": name, "threads": torch.get_num_threads(), "machine": machine}

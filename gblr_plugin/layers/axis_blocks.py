@@ -26,7 +26,7 @@ SLOPE_TOLERANCE = 1e-3
 
 @lru_cache(maxsize=32)
 def mask_reach(n: int, sigma: float | None) -> int:
-    """Count the samples beyond its interval after which a mask and its gradients are negligible.
+    """Number of samples beyond an interval after which its mask and the mask's gradients are negligible.
 
     Args:
         n: Axis length N.

@@ -162,7 +162,7 @@ def hooks_of(module: nn.Module) -> dict[str, Any]:
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
     """Replace modules, by identity, wherever a parent holds them; shared modules stay shared.
 
-    The new module takes over all hooks of the old one, and the caller's handles go on removing them.
+    The new module takes over all hooks of the old one, and the caller's handles still remove them.
 
     Args:
         model: Changed in place, unless it is itself replaced.

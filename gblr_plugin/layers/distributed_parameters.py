@@ -60,7 +60,8 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     values = [value.coalesce().values() if value.is_sparse else value for value in values]
     if not values:
         return True
-    # A sum is finite only if all entries are, and several times cheaper; a sum that overflowed is looked at closely.
+    # A finite sum proves that all entries are finite, and is several times cheaper than a test of each entry. If the
+    # sum is not finite, which may be an overflow, all entries are tested.
     answer = torch.isfinite(
         torch.stack([value.sum(dtype=torch.float32).to(values[0].device) for value in values])
     ).all()

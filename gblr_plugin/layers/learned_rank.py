@@ -20,11 +20,12 @@ __all__ = ["LearnedRankConv1d", "LearnedRankConv2d", "LearnedRankLinear", "learn
 class _LearnedRank(GBLRLayer):
     """A layer whose masks are one number on the full axis, a gate on each component: ``W = sum_k g_k h_k u_k v_k^T``.
 
-    A gate is ``max(0, 2 w - 1)`` for a width w. It reaches zero where the width rounds from the full axis to none, so
-    a component that is counted as off contributes nothing, and goes off without a jump. The widths begin such that the
-    gates are the square roots of the relative singular values; the learner's soft threshold then shrinks singular
-    values, which is the proximal step of the nuclear norm. Gradients pass through closed gates, so that components can
-    come back. The layer is counted, driven to its budget and converted as any GBLR layer whose tile is the full matrix.
+    A gate is ``max(0, 2 w - 1)`` for a width w. It is zero for all widths that round to no index of the axis, so that a
+    component that is counted as off contributes nothing, and the matrix does not jump when a component is switched off.
+    The widths begin such that the gates are the square roots of the relative singular values; the learner's soft
+    threshold then shrinks singular values, which is the proximal step of the nuclear norm. Gradients pass through
+    closed gates, so that components can reopen. The learner and conversion treat the layer as any GBLR layer whose tile
+    is the full matrix.
     """
 
     structure_name = "low_rank"

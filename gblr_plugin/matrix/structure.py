@@ -137,7 +137,7 @@ class StructuredMatrix:
         split_sizes: Number of components of each split; ``(K,)`` for an unsplit matrix.
 
     Raises:
-        ConfigError: If the parts do not fit together.
+        ConfigError: If factors, intervals and split sizes do not fit together.
     """
 
     u: Tensor
@@ -240,7 +240,7 @@ class StructuredMatrix:
     def narrow(self, dim: int, start: int, length: int) -> StructuredMatrix:
         """Rows (``dim=0``) or columns (``dim=1``) ``start : start + length``, as :func:`torch.narrow`; exact.
 
-        Rows of one split come back without splits; whole splits stay splits.
+        Rows within one row split give a matrix without row splits; complete row splits remain row splits.
 
         Raises:
             ConfigError: If the range is empty or leaves the axis.

@@ -40,7 +40,7 @@ _FIXED = {name: name for name in families.names()} | {"gblr": "gblr_fixed", "gbl
 
 
 class Comparison:
-    """A comparison that is known to be well configured. Interrupted, it goes on where it stopped.
+    """A comparison whose settings were checked. After an interruption it continues where it stopped.
 
     Args:
         settings: What to do.

@@ -90,7 +90,7 @@ class Trial:
         }
 
     def epoch(self, network: torch.nn.Module, batches: Any, device: torch.device) -> None:
-        """Report a network that is still being trained; the run goes on exactly as it would without."""
+        """Report a network that is still being trained; the report does not change the training."""
         task = self._job.context.task
         with torch.random.fork_rng(devices=[]):  # loaders draw from it
             there = ((x.to(device), target.to(device)) for x, target in batches)

@@ -61,7 +61,7 @@ def prepare(
         model: Changed in place.
         include: Full names, glob patterns, or types and their names; ``None`` for every layer that can gain. An output
             head is structured if it is given by its full name.
-        exclude: Taken away again.
+        exclude: Names, patterns or types of layers that are not replaced.
         settings: Of GBLR layers that learn their structure, one for all; default :class:`~gblr_plugin.LayerSettings`.
         family: Name of a family, see :func:`~gblr_plugin.families.names`; ``"gblr"`` too.
         budget: Of the family: relative FLOPs of all layers together.

@@ -115,9 +115,9 @@ def structured_from(
 def initial_matrix(weight: Tensor, settings: LayerSettings, metric: Metric | None = None) -> StructuredMatrix:
     """Make the GBLR matrix from which a layer begins to learn.
 
-    A family's member is within the budget by the family's own count. As components, its dense blocks of h x w cost
-    more, h w + min(h, w) multiply-adds, which learning takes away again. Where a budget does not allow the family's
-    smallest member, as an allocation may decide for a layer, the weight is decomposed by ``"gblr"`` instead.
+    A family's matrix is within the budget as the family counts. As components, its dense blocks of h x w cost more,
+    h w + min(h, w) multiply-adds each, until learning shrinks them to the budget. If the budget of a layer, as an
+    allocation may set it, is below the family's smallest matrix, the weight is decomposed by ``"gblr"`` instead.
 
     Args:
         weight: (m, n) to approximate.

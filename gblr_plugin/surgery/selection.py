@@ -168,7 +168,7 @@ def select_layers(
         model: Only looked at.
         include: Full names, glob patterns over names (``"blocks.*.mlp.*"``), or types and their names
             (``"Linear"``), which mean subclasses too. ``None``: every layer that can be structured and made cheaper.
-        exclude: The same kinds of patterns, taken away again.
+        exclude: Patterns of the same kinds; layers that match them are not chosen.
 
     Returns:
         The layers, and what was asked for and stays dense: what cannot be structured, what is tied, output heads.

@@ -307,9 +307,9 @@ class GBLRTensor(TorchAOBaseTensor):
         return "compiled" in dict(plan.kernels).values() and missing(self.device, self.dtype)
 
     def to_structured(self) -> StructuredMatrix:
-        """The components in their original order; a dense weight comes back as one component per row.
+        """The components in their original order; a dense weight is returned as one component per row.
 
-        Factors are floating point; int8 factors come back as they were rounded.
+        Factors are floating point; int8 factors are returned with their rounding.
 
         Raises:
             ConfigError: For the transpose of a matrix with row splits.
