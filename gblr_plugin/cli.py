@@ -82,6 +82,7 @@ def _add_compress(commands: Any) -> None:
     compress.add_argument(
         "--row-splits", nargs="+", default=[], metavar="PATTERN=N", help="matrices packed in the rows of these layers"
     )
+    compress.add_argument("--family", metavar="NAME", help="a structure family in place of GBLR, such as monarch")
     compress.add_argument("--factor-dtype", choices=["int8"], help="default: that of the weights")
     compress.add_argument("--seed", type=int, default=0)
     compress.set_defaults(call=_compress)
@@ -159,6 +160,7 @@ def _compress(arguments: argparse.Namespace) -> None:
         splits or 1,
         arguments.seed,
         arguments.factor_dtype,
+        arguments.family,
     )
     summary = compress_folder(arguments.folder, arguments.output, settings)
     if summary is not None:

@@ -140,6 +140,21 @@ def test_too_small_a_layer_alone(call, project):
     assert not (project / "outputs").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["monarhc"], "family: no structure named 'monarhc'; allowed are "),
+        (["monarch", "--align", "8"], "compress: align is of GBLR alone; leave it or family 'monarch' out"),
+    ],
+)
+def test_a_family_that_cannot_be_used_to_compress(call, project, arguments, message):
+    code, out, err = call("compress", "dense", "--budget", "0.5", "--output", "out", "--family", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"gblr: {message}")
+    assert err.count("\n") == 1
+    assert not (project / "out").exists()
+
+
 def test_files_that_are_missing_or_in_the_way(call, project):
     assert call("run", "nothing.yaml") == (2, "", "gblr: nothing.yaml: no such config file\n")
     assert call("report", "nowhere") == (2, "", "gblr: report: no file at 'nowhere'\n")

@@ -16,20 +16,24 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from ..decomposition import METHODS, decompose
 from ..errors import ConfigError
+from ..families.layers import FamilyLayer
+from ..families.registry import get
 from ..layers.dense import structurable, weight_matrix
 from ..serialization.container import INDEX, Container, Entry, entries_of, shard_paths, write_container, write_index
+from ..serialization.families import family_record, restore_on_meta
 from ..serialization.header import Header, read_headers
 from ..serialization.weights import flatten_weight, plan_record
-from ..surgery.conversion import frozen_like
+from ..surgery.conversion import frozen_layer, frozen_like
+from ..surgery.layer_settings import FamilySettings, structured_from
 from ..surgery.patterns import check_used, value_of
 from ..surgery.selection import Skipped, log_skipped, select_layers
 from ..tensor.gblr_tensor import FACTOR_DTYPES, GBLRTensor
@@ -41,6 +45,7 @@ __all__ = ["CompressSettings", "CompressSummary", "compress_folder"]
 
 _WORK = ".gblr"  # folder of unfinished work inside the output
 _WHO = "compress"
+_OF_GBLR = {"method": "gblr", "align": 1, "seed": 0, "factor_dtype": None}  # with their defaults
 _PATIENCE = timedelta(days=365)  # for which a process waits for the others
 
 
@@ -58,9 +63,12 @@ class CompressSettings:
         row_splits: Matrices packed in the rows (packed query, key, value: 3), for all layers or by pattern.
         seed: Seed of random draws.
         factor_dtype: ``None`` keeps that of the weight; ``"int8"`` rounds factors.
+        family: Name of a structure family, see :func:`~gblr_plugin.families.names`, onto which each layer is projected
+            at ``budget``; all that is saved is as :func:`gblr_plugin.convert` makes it of a layer of the family.
+            ``method``, ``align``, ``seed`` and ``factor_dtype`` are left out with it. ``None``: GBLR as they say.
 
     Raises:
-        ConfigError: If a value is out of range.
+        ConfigError: If a value is out of range, there is no such family, or it is given with settings of GBLR alone.
     """
 
     budget: float
@@ -71,6 +79,7 @@ class CompressSettings:
     row_splits: int | Mapping[str, int] = 1
     seed: int = 0
     factor_dtype: str | None = None
+    family: str | None = None
 
     def __post_init__(self) -> None:
         check_share(f"{_WHO}: budget", self.budget, "relative FLOPs")
@@ -80,6 +89,11 @@ class CompressSettings:
             check_count(f"{_WHO}: row_splits", count)
         if self.factor_dtype not in FACTOR_DTYPES:
             raise ConfigError(f"{_WHO}: factor_dtype must be None or 'int8', got {self.factor_dtype!r}")
+        if self.family is not None:
+            get(self.family)
+            given = next((name for name, default in _OF_GBLR.items() if getattr(self, name) != default), None)
+            if given is not None:
+                raise ConfigError(f"{_WHO}: {given} is of GBLR alone; leave it or family {self.family!r} out")
 
 
 @dataclass(frozen=True)
@@ -108,6 +122,7 @@ class CompressSummary:
 @dataclass(frozen=True)
 class _Layer:
     name: str
+    shape: tuple[int, int]  # of its weight matrix
     row_splits: int
     key: str  # of its weight in the source
     shard: Path
@@ -152,7 +167,7 @@ def compress_folder(
         from .folders import empty_network  # needs transformers
 
         network = empty_network(source, _WHO)
-    names = _names_of(network, {path: _entries(path) for path in shards}, source)
+    names, tied = _names_of(network, {path: _entries(path) for path in shards}, source)
     layers, skipped = _select(network, settings, names, output / _WORK)
     modules = dict(network.named_modules(remove_duplicate=False))
     with _together() as (rank, processes, wait):
@@ -166,7 +181,8 @@ def compress_folder(
             _decompose(modules[layer.name], layer, settings)
         wait()
         for shard in track([path for path in shards[rank::processes] if not (output / path.name).exists()], "writing"):
-            _write_shard(shard, output / shard.name, names[shard], [layer for layer in layers if layer.shard == shard])
+            inside = [layer for layer in layers if layer.shard == shard]
+            _write_shard(shard, output / shard.name, names[shard], inside, tied)
         wait()
     return _finish(source, output, shards, layers, model is None) if rank == 0 else None
 
@@ -207,8 +223,10 @@ def _entries(path: Path) -> dict[str, Entry]:
 
 def _names_of(
     network: nn.Module, files: Mapping[Path, Mapping[str, Entry]], source: Path
-) -> dict[Path, dict[str, str]]:
+) -> tuple[dict[Path, dict[str, str]], dict[str, str]]:
     """For each file, the network's name of each of its tensors; tensors that the network lacks are left out.
+
+    The second table gives for each name of the network whose tensor is in no file by that name the one by which it is.
 
     A checkpoint of a network's body names its tensors without the body's prefix, and one of a network with a head may
     be read for its body alone.
@@ -235,7 +253,7 @@ def _names_of(
     missing = [name for name, tensor in state.items() if first[id(tensor)] not in there]
     if missing:
         raise ConfigError(f"{_WHO}: {str(source)!r} has no tensor {missing[0]!r}, which the network needs")
-    return found
+    return found, {name: first[id(tensor)] for name, tensor in state.items() if name not in there}
 
 
 def _select(
@@ -248,11 +266,16 @@ def _select(
     places = {name: (path, key) for path, inside in names.items() for key, name in inside.items()}
     layers = []
     for number, (name, module) in enumerate(chosen.items()):
-        rows, splits = weight_matrix(module).shape[0], value_of(splits_of, name, module, 1)
+        (rows, cols), splits = weight_matrix(module).shape, value_of(splits_of, name, module, 1)
         if rows % splits:
             raise ConfigError(f"layer {name!r}: row_splits {splits} does not divide its {rows} rows")
+        if settings.family is not None:
+            try:
+                get(settings.family).layer_options(module)
+            except ConfigError as error:
+                raise ConfigError(f"layer {name!r}: {error}") from error
         path, key = places[f"{name}.weight"]
-        layers.append(_Layer(name, splits, key, path, work / f"{number:06d}.safetensors"))
+        layers.append(_Layer(name, (rows, cols), splits, key, path, work / f"{number:06d}.safetensors"))
     return layers, selection.skipped
 
 
@@ -303,22 +326,17 @@ def _decompose(module: Any, layer: _Layer, settings: CompressSettings) -> None:
         container.close()
         if not structurable(module):
             raise ConfigError("it cannot be structured")
-        matrix = decompose(
-            weight_matrix(module),
-            settings.budget,
-            method=settings.method,
-            align=settings.align,
-            row_splits=layer.row_splits,
-            seed=settings.seed,
-        )
-        frozen: Any = frozen_like(module, matrix, factor_dtype=settings.factor_dtype)
+        frozen = _frozen(module, layer, settings)
     except ConfigError as error:
         raise ConfigError(f"layer {layer.name!r}: {error}") from error
     finally:
         module.weight = empty
-    header, name, weight = Header(), f"{layer.name}.weight", frozen.weight.data
+    header, name = Header(), f"{layer.name}.weight"
     tensors: dict[str, Tensor]
-    if isinstance(weight, GBLRTensor):
+    if isinstance(frozen, FamilyLayer):
+        tensors = {f"{layer.name}.{key}": factor for key, factor in frozen.frozen_matrix().factors().items()}
+        header.families[layer.name] = family_record(frozen.geometry)
+    elif isinstance(weight := frozen.weight.data, GBLRTensor):
         tensors, record = flatten_weight(name, weight)
         header.weights[name] = {**record, "plan": header.number_of(plan_record(weight.plan))}
     else:
@@ -327,7 +345,25 @@ def _decompose(module: Any, layer: _Layer, settings: CompressSettings) -> None:
     write_container(layer.result, entries_of(tensors), header.to_metadata(), tensors.__getitem__)
 
 
-def _write_shard(source: Path, output: Path, names: Mapping[str, str], layers: Iterable[_Layer]) -> None:
+def _frozen(module: Any, layer: _Layer, settings: CompressSettings) -> Any:
+    """The converted layer in place of a dense one."""
+    if settings.family is not None:
+        trained = structured_from(module, FamilySettings(settings.family, settings.budget, layer.row_splits))
+        return frozen_layer(trained, trained.frozen_structure())
+    matrix = decompose(
+        weight_matrix(module),
+        settings.budget,
+        method=settings.method,
+        align=settings.align,
+        row_splits=layer.row_splits,
+        seed=settings.seed,
+    )
+    return frozen_like(module, matrix, factor_dtype=settings.factor_dtype)
+
+
+def _write_shard(
+    source: Path, output: Path, names: Mapping[str, str], layers: Iterable[_Layer], tied: Mapping[str, str]
+) -> None:
     """A shard with its layers' results in place of their weights; one tensor in memory at a time."""
     compressed = {layer.key: layer for layer in layers}
     dense = Container(source, _WHO)
@@ -346,7 +382,9 @@ def _write_shard(source: Path, output: Path, names: Mapping[str, str], layers: I
         container, key = places[name]
         return container.read(key)
 
-    write_container(output, entries, read_headers(results, _WHO).to_metadata(), read)
+    header = read_headers(results, _WHO)
+    header.tied.update({alias: name for alias, name in tied.items() if name in entries})
+    write_container(output, entries, header.to_metadata(), read)
     for container in (dense, *results):
         container.close()
 
@@ -355,19 +393,20 @@ def _finish(
     source: Path, output: Path, shards: list[Path], layers: list[_Layer], transformers_model: bool
 ) -> CompressSummary:
     """Index, other files and the config; then the work is no longer needed."""
-    files: dict[str, dict[str, Entry]] = {}
-    stored = dense = 0
-    for path in shards:
-        container = Container(output / path.name, _WHO)
+    containers = [Container(output / path.name, _WHO) for path in shards]
+    files = {path.name: container.entries for path, container in zip(shards, containers, strict=True)}
+    families = read_headers(containers, _WHO).families
+    for container in containers:
         container.close()
-        files[path.name] = container.entries
     before = {path: _entries(path) for path in shards}
     after = {name: entry for entries in files.values() for name, entry in entries.items()}
+    multiply_adds = 0
     for layer in layers:
-        size = before[layer.shard][layer.key].shape
-        dense += torch.Size(size).numel()
         name = f"{layer.name}.weight"
-        stored += torch.Size((after.get(f"{name}_factors") or after[name]).shape).numel()
+        if layer.name in families:
+            multiply_adds += restore_on_meta(families[layer.name], layer.name, after, layer.shape).multiply_adds
+        else:
+            multiply_adds += prod((after.get(f"{name}_factors") or after[name]).shape)
     if len(shards) > 1:
         write_index(output, files)
     for other in sorted(source.iterdir()):
@@ -384,7 +423,7 @@ def _finish(
     shutil.rmtree(output / _WORK)  # with the note of what was being done, which came first and goes last
     return CompressSummary(
         len(layers),
-        stored / dense,
+        multiply_adds / sum(prod(layer.shape) for layer in layers),
         sum(entry.nbytes for entries in before.values() for entry in entries.values()),
         sum(entry.nbytes for entry in after.values()),
     )

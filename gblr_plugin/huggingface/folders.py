@@ -33,7 +33,7 @@ from ..serialization.container import (
     write_container,
     write_index,
 )
-from ..serialization.families import restore_matrix
+from ..serialization.families import restore_on_meta
 from ..serialization.header import Header, read_headers
 from ..serialization.model import flatten_model
 from ..serialization.weights import part_names, unflatten_weight
@@ -278,16 +278,8 @@ class GBLRHfQuantizer(HfQuantizer):
             module = modules.get(name)
             if module is None or not structurable(module):
                 raise ConfigError(f"load: {name!r} is no layer that can be structured")
-            inside = {
-                key.removeprefix(f"{name}."): entry for key, entry in entries.items() if key.startswith(f"{name}.")
-            }
-            factors = {
-                key: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-                for key, entry in inside.items()
-                if key != "bias"
-            }
             rows, cols = weight_matrix(module).shape
-            replacements[id(module)] = layer_like(module, restore_matrix(record, factors, (rows, cols)))
+            replacements[id(module)] = layer_like(module, restore_on_meta(record, name, entries, (rows, cols)))
         replace_modules(model, replacements)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

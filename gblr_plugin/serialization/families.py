@@ -6,14 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..families import registry
 from ..families.base import FamilyMatrix, Stacked
 from ..families.partition import Partition
+from .container import Entry
 
-__all__ = ["family_record", "restore_matrix"]
+__all__ = ["family_record", "restore_matrix", "restore_on_meta"]
 
 
 def family_record(matrix: FamilyMatrix) -> dict[str, Any]:
@@ -55,6 +57,27 @@ def restore_matrix(record: Any, factors: Mapping[str, Tensor], shape: tuple[int,
     except Exception as error:  # shapes that do not fit raise many kinds
         raise ConfigError("the record and the factors of a family do not fit together") from error
     return matrix
+
+
+def restore_on_meta(record: Any, layer: str, entries: Mapping[str, Entry], shape: tuple[int, int]) -> FamilyMatrix:
+    """The matrix of a layer in a file whose tensors are not read: its factors are on the meta device.
+
+    Args:
+        record: From an untrusted file.
+        layer: Name of the layer.
+        entries: What the file's header says of the tensors, by name.
+        shape: (m, n) that the matrix must have.
+
+    Raises:
+        ConfigError: As :func:`restore_matrix`.
+    """
+    inside = {name.removeprefix(f"{layer}."): entry for name, entry in entries.items() if name.startswith(f"{layer}.")}
+    factors = {
+        name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        for name, entry in inside.items()
+        if name != "bias"
+    }
+    return restore_matrix(record, factors, shape)
 
 
 def _restore(record: Any, factors: Mapping[str, Tensor], shape: tuple[int, int]) -> FamilyMatrix:

@@ -29,7 +29,7 @@ from .layer_settings import FamilySettings, LayerSettings, structured_from
 from .selection import Pattern, log_skipped, select_layers
 from .ties import check_untied
 
-__all__ = ["convert", "frozen_like", "prepare", "prepare_layers"]
+__all__ = ["convert", "frozen_layer", "frozen_like", "prepare", "prepare_layers"]
 
 L = TypeVar("L", bound=nn.Module)
 
@@ -245,6 +245,26 @@ def frozen_like(
     return as_full(new) if full else use_kept_matrix(new)
 
 
+def frozen_layer(
+    layer: StructuredLayer, matrix: StructuredMatrix | None, *, plan: Any = None, factor_dtype: str | None = None
+) -> nn.Module:
+    """Freeze a trained structured layer.
+
+    Args:
+        layer: The layer.
+        matrix: What its ``frozen_structure`` returns.
+        plan: As :func:`frozen_like` takes it.
+        factor_dtype: The same.
+
+    Returns:
+        What :func:`frozen_like` makes of the matrix; without one, the layer itself, whose factors no longer train.
+    """
+    if matrix is None:
+        layer.freeze_factors()
+        return layer
+    return frozen_like(layer, matrix, plan=plan, factor_dtype=factor_dtype)
+
+
 def convert(model: nn.Module, *, plan: Any = None) -> nn.Module:
     """Replace the trainable structured layers of a model by frozen modules, in place.
 
@@ -269,10 +289,5 @@ def convert(model: nn.Module, *, plan: Any = None) -> nn.Module:
                 matrices[layer] = layer.frozen_structure()
             except ConfigError as error:
                 raise ConfigError(f"layer {name or type(layer).__name__!r}: {error}") from error
-    frozen: dict[int, nn.Module] = {}
-    for layer, matrix in matrices.items():
-        if matrix is None:
-            layer.freeze_factors()
-        else:
-            frozen[id(layer)] = frozen_like(layer, matrix, plan=plan)
+    frozen = {id(layer): frozen_layer(layer, matrix, plan=plan) for layer, matrix in matrices.items()}
     return replace_modules(model, frozen)

@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..kernels.plan import Plan
 from ..layers import StructuredLayer
 from ..layers.dense import can_gain, check_structurable, hooks_of, obstacle, weight_matrix
-from ..surgery.conversion import frozen_like
+from ..surgery.conversion import frozen_layer, frozen_like
 from ..surgery.layer_settings import INITIALISERS, FamilySettings, LayerSettings, structured_from
 from ..surgery.matrices import weight_matrices
 from ..surgery.selection import LayerFilter, Skipped, choose, log_skipped
@@ -197,7 +197,4 @@ def _frozen(layer: StructuredLayer, config: GBLRConfig) -> nn.Module:
         matrix = layer.frozen_structure()
     except ConfigError as error:
         raise ConfigError(f"GBLRConfig: {error}") from error
-    if matrix is None:
-        layer.freeze_factors()
-        return layer
-    return frozen_like(layer, matrix, plan=config._plan, factor_dtype=config.factor_dtype)
+    return frozen_layer(layer, matrix, plan=config._plan, factor_dtype=config.factor_dtype)

@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 import gblr_plugin
-from gblr_plugin import ConfigError, GBLRTensor, load
+from gblr_plugin import ConfigError, GBLRTensor, convert, load, prepare, report
 from gblr_plugin.cli import main
+from gblr_plugin.families.layers import FamilyLayer
 from gblr_plugin.huggingface import compress_folder as sharded
 from gblr_plugin.huggingface.compress_folder import CompressSettings, compress_folder
 from gblr_plugin.serialization.container import INDEX, entries_of, write_container
+from gblr_plugin.serialization.model import flatten_model
 
 transformers = pytest.importorskip("transformers")
 FAST = CompressSettings(0.5, method="trapezoid")
@@ -62,6 +64,55 @@ def test_a_folder_that_transformers_and_load_read(source, finished):
     assert torch.allclose(dense(tokens).logits, loaded(tokens).logits, atol=1e-4)
     again = transformers.AutoModelForCausalLM.from_pretrained(finished)
     assert torch.equal(again(tokens).logits, loaded(tokens).logits)
+
+
+@pytest.mark.usefixtures("plans")
+@pytest.mark.parametrize(("family", "kind"), [("block_low_rank", GBLRTensor), ("monarch", FamilyLayer)])
+def test_a_family_gives_the_folder_of_a_converted_model(source, tmp_path, family, kind):
+    settings = CompressSettings(0.5, row_splits={"*c_attn": 3}, family=family)
+    summary = compress_folder(source, tmp_path / "out", settings)
+    model = network()
+    prepare(model, ["*c_attn"], family=family, budget=0.5, row_splits=3)
+    prepare(model, ["*c_proj", "*c_fc"], family=family, budget=0.5)
+    convert(model)
+    tokens = torch.randint(0, 60, (2, 8))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tensors, header = flatten_model(model)
+    for loaded in (load(tmp_path / "out"), load(tmp_path / "out", network()), theirs):
+        found = [m if kind is FamilyLayer else getattr(m, "weight", None) for m in loaded.transformer.h.modules()]
+        assert sum(isinstance(value, kind) for value in found) == 12
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+        written, said = flatten_model(loaded)
+        assert (said.families, said.weights.keys(), said.full) == (header.families, header.weights.keys(), header.full)
+        assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+        assert report(loaded, tokens) == report(model, tokens)
+    layers = [layer for layer in report(model, tokens).layers if layer.structure != "dense"]
+    assert summary.layers == 12
+    spent, dense = (sum(getattr(layer, name) for layer in layers) for name in ("multiply_adds", "dense_multiply_adds"))
+    assert summary.relative_flops == pytest.approx(spent / dense)
+
+
+def test_a_family_goes_on_where_it_stopped_and_on_several_processes(source, tmp_path, together, monkeypatch):
+    settings, done = CompressSettings(0.5, family="monarch"), []
+    compress_folder(source, tmp_path / "finished", settings)
+    original = sharded._decompose
+
+    def killed(module, layer, settings):
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        done.append(original(module, layer, settings))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharded, "_decompose", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compress_folder(source, tmp_path / "out", settings)
+    with pytest.raises(ConfigError, match="unfinished work on another source or with other settings"):
+        compress_folder(source, tmp_path / "out", CompressSettings(0.5, family="block_low_rank"))
+    script = SCRIPT.replace('method="trapezoid"', 'family="monarch"')
+    both = [start(source, tmp_path / "out", script=script, RANK=str(rank), **together) for rank in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert files(tmp_path / "out") == files(tmp_path / "finished")
 
 
 def test_the_index_names_every_tensor_where_it_is(finished):
@@ -266,6 +317,8 @@ def test_what_is_refused(source, tmp_path):
         compress_folder(source, tmp_path / "out", FAST, model=other)
     with pytest.raises(ConfigError, match=r"has no tensor 'transformer\.h\.3"):
         compress_folder(source, tmp_path / "out", FAST, model=deeper)
+    with pytest.raises(ConfigError, match=r"layer 'transformer\.h\.0.*tucker2: only for Conv1d and Conv2d"):
+        compress_folder(source, tmp_path / "out", CompressSettings(0.5, family="tucker2"))
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="row_splits 5 does not divide"):
         compress_folder(source, tmp_path / "out", CompressSettings(0.5, row_splits=5))
@@ -275,6 +328,10 @@ def test_what_is_refused(source, tmp_path):
         {"budget": 0.5, "factor_dtype": "int4"},
         {"budget": 0.5, "align": 0},
         {"budget": 0.5, "row_splits": {"*": "3"}},
+        {"budget": 0.5, "family": "monarch", "method": "svd"},
+        {"budget": 0.5, "family": "monarch", "align": 8},
+        {"budget": 0.5, "family": "block_low_rank", "seed": 1},
+        {"budget": 0.5, "family": "block_low_rank", "factor_dtype": "int8"},
     ):
         with pytest.raises(ConfigError, match=r"^compress: "):
             CompressSettings(**bad)
