@@ -226,10 +226,10 @@ def _names_of(
 ) -> tuple[dict[Path, dict[str, str]], dict[str, str]]:
     """For each file, the network's name of each of its tensors; tensors that the network lacks are left out.
 
-    The second table gives for each name of the network whose tensor is in no file by that name the one by which it is.
-
     A checkpoint of a network's body names its tensors without the body's prefix, and one of a network with a head may
     be read for its body alone.
+
+    The second table is of tied tensors: names that no file has, each with the name by which a file has the tensor.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict(keep_vars=True).items()}
     prefix = f"{getattr(network, 'base_model_prefix', '')}."
@@ -383,7 +383,11 @@ def _write_shard(
         return container.read(key)
 
     header = read_headers(results, _WHO)
-    header.tied.update({alias: name for alias, name in tied.items() if name in entries})
+    for alias, name in tied.items():
+        if name in names.values():
+            first, other = name.removesuffix("weight"), alias.removesuffix("weight")
+            factors = [key for key in entries if key.startswith(first)] if first[:-1] in header.families else [name]
+            header.tied.update({other + key.removeprefix(first): key for key in factors})
     write_container(output, entries, header.to_metadata(), read)
     for container in (dense, *results):
         container.close()

@@ -366,6 +366,22 @@ def test_one_file_and_a_network_of_ones_own(tmp_path):
     torch.testing.assert_close(loaded(x), again(x))
 
 
+@pytest.mark.parametrize("family", [None, "block_low_rank", "monarch"])
+def test_a_layer_in_two_places(tmp_path, family):
+    def make():
+        shared = torch.nn.Linear(32, 32)
+        return torch.nn.Sequential(shared, torch.nn.ReLU(), shared).eval()
+
+    dense = make()
+    tensors = {name: value for name, value in dense.state_dict().items() if name.startswith("0.")}
+    write_container(tmp_path / "dense" / "model.safetensors", entries_of(tensors), {}, tensors.__getitem__)
+    compress_folder(tmp_path / "dense", tmp_path / "out", CompressSettings(0.5, family=family), model=make())
+    loaded = load(tmp_path / "out", make())
+    assert loaded[0] is loaded[2]
+    model = convert(torch.nn.Sequential(*prepare(dense, family=family or "gblr", budget=0.5).values()))
+    torch.testing.assert_close(loaded[0](torch.eye(32)), model(torch.eye(32)))
+
+
 def test_what_a_killed_process_left_is_removed_and_a_damaged_note_is_no_note(source, finished, tmp_path, monkeypatch):
     def killed(*arguments):
         raise KeyboardInterrupt
