@@ -25,10 +25,10 @@ _RIDGE = 1e-10  # share of the mean diagonal: keeps the normal equations of depe
 class Blast(FamilyMatrix):
     r"""Block (i, j) of a b x b grid is ``U_i diag(s_ij) V_j^T`` (Lee et al. 2024, Eq. 2).
 
-    It costs r (m + n + b^2) multiply-adds. The projection minimises the Frobenius error over one of U, V, s at a time,
-    each a linear least-squares problem with a closed solution, from the truncated SVD (all s_ij = 1 is a low-rank
-    matrix). Sweeps start from points extrapolated along the last step, and are taken only if they lower the error. (The
-    paper runs a preconditioned gradient descent whose preconditioners are the inverses of the same normal matrices.)
+    It costs r (m + n + b^2) multiply-adds. The projection starts from the truncated SVD (with all s_ij = 1 the matrix
+    has low rank) and minimises the Frobenius error over U, V and s in turn, each a linear least-squares problem. Each
+    sweep starts from a point extrapolated along the last step, and is kept only if it lowers the error. (The paper runs
+    a preconditioned gradient descent whose preconditioners are the inverses of the same normal matrices.)
 
     Options:
         blocks: b, default 16, or fewer so that the couplings take at most an eighth of the bases.

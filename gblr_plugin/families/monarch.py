@@ -19,16 +19,15 @@ __all__ = ["Monarch"]
 class Monarch(BlockGrid):
     r"""``W = P L P^T R`` with block-diagonal L and R (Dao et al. 2022, Definition 3.1): c b (m + n) multiply-adds.
 
-    R splits the n inputs in b consecutive blocks and sends c channels of each to each of the b blocks of L, whose
-    outputs P interleaves: output i belongs to block i mod b. Seen on the rows i = j (mod b) and the columns of input
-    block k, a
-    Monarch matrix therefore has rank c, 1 in the square case of the paper, and the closest one is found by an SVD of
-    each such sub-matrix (Theorem 1 there). Up to the order of its rows it is a block low-rank and so a GBLR matrix of
-    equal cost. m and n need not be multiples of b: blocks then differ in size by one.
+    R splits the n inputs in b consecutive blocks, and sends c channels of each block to each of the b blocks of L. P
+    interleaves the outputs of these: output i belongs to block i mod b. So the sub-matrix of the rows i = j (mod b) and
+    the columns of input block k has rank c (1 in the square case of the paper), and an SVD of each such sub-matrix
+    gives the closest Monarch matrix (Theorem 1 there). Up to the order of its rows it is a block low-rank matrix, and
+    so a GBLR matrix of equal cost. If m or n is no multiple of b, blocks differ in size by one.
 
     Options:
-        block_rank: c, default 1: the budget sets the number of blocks b.
-        blocks: b (published language and vision models: 4): the budget sets c, unless that is given too.
+        block_rank: c, default 1; the budget then sets the number of blocks b.
+        blocks: b (4 in the published language and vision models); the budget then sets c, unless c is given too.
     """
 
     name = "monarch"

@@ -27,13 +27,13 @@ class Tucker2(FamilyMatrix):
     costs ``c_in q prod(stride) + q p taps + p c_out`` multiply-adds (along an axis with one tap the first step is
     strided instead).
 
-    Ranks: those within the budget with the least sum of the two unfoldings' tail energies, which bounds the squared
-    error of the HOSVD (De Lathauwer et al. 2000, Property 10); then A and B are refined by alternating SVDs (HOOI).
+    The ranks p and q are those within the budget with the least sum of the two unfoldings' tail energies, which bounds
+    the squared error of the HOSVD (De Lathauwer et al. 2000, Property 10). Alternating SVDs (HOOI) then refine A and B.
     Calibration uses the mean square of each input channel.
 
     Options:
         kernel_size: Taps along each axis; taken from the module in the trainable form.
-        stride: Likewise, default 1.
+        stride: Stride along each axis, default 1; taken from the module in the trainable form.
         iterations: HOOI sweeps, default 10.
 
     Args:

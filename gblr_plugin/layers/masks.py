@@ -2,8 +2,8 @@
 
 Under the straight-through estimator (STE) widths and locations are integers in the forward pass, and masks and their
 gradients are differences of shifted copies of the two tables that :func:`~gblr_plugin.matrix.gaudi_mask.mask_tables`
-makes: one FFT per (N, sigma) instead of K of them per step. Where numba (on the CPU) or Triton (on CUDA) is installed,
-one compiled pass over memory makes them; torch operations serve elsewhere.
+makes. That takes one FFT per (N, sigma) instead of K per step. If numba (on the CPU) or Triton (on CUDA) is installed,
+compiled kernels compute masks and gradients in one pass over memory; otherwise torch operations do.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _chunks(num: int, n: int, like: Tensor, buffers: int) -> Iterator[tuple[slic
 def _edge_gradients(
     upstream: Tensor, factor: Tensor | None, tables: Tensor, w: Tensor, start: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (K,) of width and location from that of the mask, ``upstream * factor``, never held as a whole."""
+    """Gradients (K,) of width and location, without a full (K, N) gradient ``upstream * factor`` of the mask."""
     n = tables.shape[1] // 3
     first, last = _edges(tables, w, start)
     kernels = mask_kernels(tables, len(w) * n, (upstream,)) if factor is None else None

@@ -80,13 +80,13 @@ def similar_order(features: Sequence[Tensor]) -> Tensor:
 def reorder(model: nn.Module, pairs: Iterable[Pair], *, example_input: Any = None) -> dict[str, Tensor]:
     """Reorder hidden units in place, so that blocks on intervals fit better; the model computes the same as before.
 
-    Rows (and biases) of the layers that make the units and columns of the layer that takes them are permuted alike,
-    which changes nothing where only functions of single units lie between, such as ReLU, GELU, dropout, or the product
-    with a gate that is permuted too. A norm, a convolution, attention heads or a reshape in between are no such
-    functions: give ``example_input``, and a pair that is not what it seems is refused.
+    The rows (and biases) of the layers that make the units and the columns of the layer that takes them get the same
+    permutation. The model computes the same if only functions of single units lie between, such as ReLU, GELU, dropout,
+    or the product with a gate that is permuted too. A norm, a convolution, attention heads or a reshape are no such
+    functions. With ``example_input`` outputs are compared, and a pair that changes them is refused.
 
     Args:
-        model: Dense; before it is structured, and before an optimizer has a state for it.
+        model: Dense model, before it is structured and before an optimizer holds state for its parameters.
         pairs: Makers and taker of hidden units, by name or glob pattern: ``("blocks.*.fc1", "blocks.*.fc2")``, or
             ``(["*.gate_proj", "*.up_proj"], "*.down_proj")``. Patterns of a pair must match equally many layers.
         example_input: A tensor, a tuple of positional arguments, or a dict of keyword arguments: outputs are compared
