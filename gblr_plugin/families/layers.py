@@ -33,6 +33,17 @@ class FamilyLayer(StructuredLayer):
             setattr(self, name, nn.Parameter(factor))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
 
+    def set_matrix(self, matrix: FamilyMatrix) -> None:
+        """Take another matrix of the same shape, for instance that of a checkpoint, before optimizers are made."""
+        old = next(iter(self.matrix().factors().values()))
+        bias = self._parameters["bias"]
+        for name in list(self._parameters):
+            delattr(self, name)
+        self._init_factors(matrix.to(device=old.device, dtype=old.dtype), None)
+        for factor in self.matrix().factors().values():
+            factor.requires_grad_(old.requires_grad)
+        self.register_parameter("bias", bias)  # after the factors, as before: optimizers go by the order
+
     def matrix(self) -> FamilyMatrix:
         """The present matrix; its factors are the parameters themselves."""
         return self.geometry.with_factors({name: getattr(self, name) for name in self.geometry.factors()})

@@ -39,6 +39,16 @@ class StructuredLayer(nn.Module):
         return 0
 
     @property
+    def structure_frozen(self) -> bool:
+        """Whether the structure is fixed and the factors alone train; always so in families but GBLR."""
+        return True
+
+    @property
+    def sigma(self) -> float | None:
+        """Smoothness of the masks; ``None``: there are none, or exact boxcars."""
+        return None
+
+    @property
     def relative_flops(self) -> float:
         """Multiply-adds over m * n; above 1 before learning has shrunk a start of full widths."""
         m, n = self.matrix_shape

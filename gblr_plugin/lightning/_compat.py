@@ -11,6 +11,7 @@ __all__ = [
     "averages_weights",
     "drop_batches",
     "is_driven_by_nni",
+    "loaded_checkpoint",
     "loaders_of",
     "schedulers_of",
     "shards_parameters",
@@ -40,6 +41,12 @@ def shards_parameters(trainer: Any) -> str | None:
 def is_driven_by_nni(layer: nn.Module) -> bool:
     """Whether one of NNI's compressors has wrapped a layer."""
     return hasattr(layer, "_nni_wrapper")
+
+
+def loaded_checkpoint(trainer: Any) -> dict[str, Any]:
+    """The checkpoint that a Trainer restores at present, before callbacks are given it; otherwise empty."""
+    checkpoint: dict[str, Any] = trainer._checkpoint_connector._loaded_checkpoint
+    return checkpoint
 
 
 def schedulers_of(trainer: Any) -> list[Any]:

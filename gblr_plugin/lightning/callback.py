@@ -6,24 +6,27 @@ import copy
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..layers import GBLRLayer
+from ..families.layers import FamilyLayer
+from ..layers import GBLRLayer, StructuredLayer
 from ..learning.goals import LayerGoal
 from ..learning.learner import StructureLearner
 from ..learning.optimizers import split_structure_group
 from ..learning.schedule import Schedule
-from ..surgery.conversion import prepare_layers
-from ..surgery.layer_settings import LayerSettings
+from ..serialization.families import family_record
+from ..surgery.conversion import prepare_layers, split_by_family
+from ..surgery.layer_settings import FamilySettings, LayerSettings
 from ..surgery.patterns import as_patterns, check_used, matches, value_of
 from ..surgery.selection import Pattern, log_skipped, select_layers
-from ._compat import averages_weights, is_driven_by_nni, schedulers_of, shards_parameters, state_key
+from ._compat import averages_weights, is_driven_by_nni, loaded_checkpoint, schedulers_of, shards_parameters, state_key
 from .base import Callback
-from .checkpoint import match_checkpoint
+from .checkpoint import match_checkpoint, match_families
 from .reporter import StructureLog, log_pictures
 from .resuming import DataPosition
 from .settings import check_moment, read_options
@@ -33,7 +36,9 @@ __all__ = ["GBLRCallback"]
 _logger = logging.getLogger(__name__)
 
 _POSITION = "gblr_place"  # key of the position in the data in a checkpoint
+_FAMILIES = "gblr_families"  # key of the records of families' layers in a checkpoint
 _SHARED = "gblr"  # name of the group of all layers, where they share a budget
+_WARMUP, _COOLDOWN = 0.05, 0.8  # fractions of all steps
 
 
 class GBLRCallback(Callback):
@@ -44,9 +49,12 @@ class GBLRCallback(Callback):
     widths towards the budget. From the cool-down on the structure is frozen as exact boxcars, so that what is trained
     then is what is counted, converted and deployed. Works with ``pytorch_lightning`` and ``lightning.pytorch``.
 
+    With ``family`` it replaces them by layers of another structure family at the budget, whose structure is fixed and
+    whose factors train: there is no learner, and nothing is shrunk or frozen.
+
     With neither ``budget`` nor ``threshold`` it only watches structured layers that are already there and that
-    something else drives (the NNI pruner): it logs and draws, and changes nothing. Tell it the driving learner with
-    :meth:`watch`, and it logs lambda too.
+    something else drives (the NNI pruner), or that are fixed: it logs and draws, and changes nothing. Tell it the
+    driving learner with :meth:`watch`, and it logs lambda too.
 
     Args:
         budget: Relative FLOPs of the structured layers to end at, in (0, 1]; lambda is found automatically.
@@ -57,7 +65,8 @@ class GBLRCallback(Callback):
             structured layers already (from :func:`gblr_plugin.prepare`), those are driven as they are; frozen ones go
             on from their structure.
         exclude: The same kinds of patterns, taken away again.
-        group: Whether the layers share one budget, so that the structure decides who spends it; else each has its own.
+        group: Whether the layers share one budget, so that the structure decides who spends it (with ``family`` the
+            family's own rule, if it has one); else each has its own.
         warmup: Optimizer steps before anything shrinks; a float in [0, 1] is a fraction of the total number of steps.
         cooldown: Optimizer step, or fraction of the total, at which the budget is met and the structure is frozen.
         **options: Fields of :class:`~gblr_plugin.LayerSettings`, which say how layers start: ``initialiser``,
@@ -66,19 +75,21 @@ class GBLRCallback(Callback):
             and ``"random"``, ``budget`` for others). And fields of
             :class:`~gblr_plugin.lightning.settings.CallbackSettings`: ``structure_lr``, the learning rate of widths
             and locations; ``log_every_n_steps``, ``picture_every_n_epochs``, ``picture_every_n_steps`` and
-            ``picture_size``; ``compact``, ``freeze_at_end``, ``non_finite`` and ``replay``.
+            ``picture_size``; ``compact``, ``freeze_at_end``, ``non_finite`` and ``replay``; ``family`` and
+            ``family_options``, with which only those about logs, pictures, data and ``row_splits`` can be used.
 
     Attributes:
-        learner: The :class:`~gblr_plugin.StructureLearner` at work, or watched; ``None`` before fitting.
+        learner: The :class:`~gblr_plugin.StructureLearner` at work, or watched; ``None`` before fitting, and with
+            ``family``.
         history: ``{"relative_flops": [(step, value), ...], "sigma": ..., ...}`` of all layers together, as logged;
             steps are the learner's, where it is known.
 
     Logs ``gblr/relative_flops``, ``gblr/live_components``, ``gblr/mean_row_width``, ``gblr/mean_column_width``
     (fractions of the axis, over live components), ``gblr/sigma``, ``gblr/lambda`` (mean over layers), ``gblr/frozen``,
-    and the same per layer as ``gblr_layers/<layer>/...``. The progress bar shows them as ``rel_flops`` and ``sigma``
-    (infinite: exact boxcar); ``trainer.callback_metrics`` holds ``gblr/relative_flops`` and ``gblr/sigma`` for other
-    callbacks to monitor. Of several callbacks in one Trainer, each with its own ``layers`` (or ``exclude``) and budget,
-    the second's totals are ``gblr_2/...``.
+    and the same per layer as ``gblr_layers/<layer>/...``; layers without components have relative FLOPs alone. The
+    progress bar shows them as ``rel_flops`` and ``sigma`` (infinite: exact boxcar); ``trainer.callback_metrics`` holds
+    ``gblr/relative_flops`` and ``gblr/sigma`` for other callbacks to monitor. Of several callbacks in one Trainer, each
+    with its own ``layers`` (or ``exclude``) and budget, the second's totals are ``gblr_2/...``.
 
     A checkpoint taken before the freeze holds a larger network with smooth masks: let ``ModelCheckpoint`` keep the last
     one, or compare only what came after. DDP needs no option. Under ``ModelParallelStrategy`` (FSDP2) prepare and shard
@@ -103,8 +114,8 @@ class GBLRCallback(Callback):
         layers: Iterable[Pattern] | None = None,
         exclude: Iterable[Pattern] = (),
         group: bool = True,
-        warmup: int | float = 0.05,
-        cooldown: int | float = 0.8,
+        warmup: int | float = _WARMUP,
+        cooldown: int | float = _COOLDOWN,
         **options: Any,
     ) -> None:
         self.monitor_only = budget is None and threshold is None
@@ -119,9 +130,14 @@ class GBLRCallback(Callback):
             raise ConfigError(f"callback: warmup must be less than cooldown, got {warmup} and {cooldown}")
         self._settings, self._of_layers = read_options(options, budget, drives=not self.monitor_only)
         self._row_splits: int | Mapping[str, int] = self._of_layers.pop("row_splits", 1)
+        self._drives = not self.monitor_only and self._settings.family is None
+        if self._settings.family is not None and (warmup, cooldown) != (_WARMUP, _COOLDOWN):
+            raise ConfigError(
+                f"callback: family {self._settings.family!r} has a fixed structure; leave warmup and cooldown out"
+            )
 
         self.learner: StructureLearner | None = None
-        self._layers: dict[str, GBLRLayer] = {}
+        self._layers: dict[str, StructuredLayer] = {}
         self._total_steps: int | None = None
         self._restored: dict[str, Any] | None = None
         self._checkpoint_hook: Any = None
@@ -155,8 +171,8 @@ class GBLRCallback(Callback):
             self._check_trainer(trainer)
             pl_module.configure_model()  # a model that is built there; Lightning asks that a second call does nothing
             self._layers = self._existing(pl_module)
-            if self.learner is None or not _same(self.learner.layers, self._layers):
-                for layer in self._layers.values():  # before optimizers look which parameters train
+            if self._drives and (self.learner is None or not _same(self.learner.layers, self._layers)):
+                for layer in self._gblr_layers().values():  # before optimizers look which parameters train
                     if layer.structure_frozen:
                         layer.unfreeze_structure()
             if not self._layers:
@@ -170,9 +186,22 @@ class GBLRCallback(Callback):
                 found: int | tuple[int, int] = chooser._of_layers.get("align", 1)
                 return found
 
-            self._checkpoint_hook = pl_module.register_load_state_dict_pre_hook(
-                lambda module, state, *_: match_checkpoint(module, state, align)
-            )
+            def match(module: nn.Module, state: Mapping[str, Any], *_: Any) -> None:
+                match_checkpoint(module, state, align)
+                self._match_families(module, state, loaded_checkpoint(trainer))
+
+            self._checkpoint_hook = pl_module.register_load_state_dict_pre_hook(match)
+
+    def _match_families(self, module: nn.Module, state: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
+        records = checkpoint.get(_FAMILIES, {})
+        made = self._layers if checkpoint and self._settings.family is not None else {}
+        for name, layer in made.items():
+            if isinstance(layer, FamilyLayer) and name not in records:
+                raise ConfigError(
+                    f"layer {name!r}: the checkpoint does not say which structure of family "
+                    f"{layer.structure_name!r} it has; it must be saved beside GBLRCallback, with save_weights_only off"
+                )
+        match_families(module, state, records)
 
     def _check_trainer(self, trainer: Any) -> None:
         strategy = shards_parameters(trainer)
@@ -208,26 +237,38 @@ class GBLRCallback(Callback):
         included = self._include is None or any(matches(pattern, name, module) for pattern in self._include)
         return included and not any(matches(pattern, name, module) for pattern in self._exclude)
 
-    def _existing(self, pl_module: nn.Module) -> dict[str, GBLRLayer]:
+    def _existing(self, pl_module: nn.Module) -> dict[str, StructuredLayer]:
         found = {
             name: module
             for name, module in pl_module.named_modules()
-            if isinstance(module, GBLRLayer) and self._chooses(name, module)
+            if isinstance(module, GBLRLayer if self._drives else StructuredLayer) and self._chooses(name, module)
         }
+        family = self._settings.family
         for name, layer in found.items():
-            if not self.monitor_only and is_driven_by_nni(layer):
+            if family is not None and (layer.structure_name != family or not layer.structure_frozen):
+                kind = f"a {layer.structure_name} layer" + ("" if layer.structure_frozen else " that learns")
+                raise ConfigError(f"layer {name!r}: it is {kind} already, not one of family {family!r}; exclude it")
+            if self._drives and is_driven_by_nni(layer):
                 raise ConfigError(
                     f"layer {name!r}: an NNI pruner drives it already; give the callback neither budget nor threshold "
                     "and it only watches"
                 )
         return found
 
-    def _prepare(self, pl_module: nn.Module) -> dict[str, GBLRLayer]:
+    def _prepare(self, pl_module: nn.Module) -> dict[str, StructuredLayer]:
+        """Put layers of the family, or GBLR layers that learn their structure, in place of the chosen dense ones."""
         selection = select_layers(pl_module, self._include, self._exclude)
         log_skipped(selection.skipped)
         if isinstance(self._row_splits, Mapping):
             check_used("row_splits", self._row_splits, selection.layers, "chosen layer")
         splits = {name: value_of(self._row_splits, name, module, 1) for name, module in selection.layers.items()}
+        if self._settings.family is not None:
+            assert self._budget is not None  # checked with the options
+            setting = FamilySettings(self._settings.family, self._budget, 1, self._settings.family_options)
+            if self._group:
+                return prepare_layers(pl_module, split_by_family(selection.layers, setting, splits))
+            each = {name: replace(setting, row_splits=count) for name, count in splits.items()}
+            return prepare_layers(pl_module, each)
         return prepare_layers(
             pl_module, {name: LayerSettings(**self._of_layers, row_splits=count) for name, count in splits.items()}
         )
@@ -254,14 +295,19 @@ class GBLRCallback(Callback):
                 "in a configure_model that does nothing when called again"
             )
         self._layers = present
-        if not self.monitor_only:
+        if self._drives:
             if self.learner is None or restored is not None or not _same(self.learner.layers, self._layers):
                 self.learner = self._new_learner(trainer, restored)
             self._attach(self.learner, trainer)
         self._was_frozen = self._frozen()
 
+    def _gblr_layers(self) -> dict[str, GBLRLayer]:
+        return {name: layer for name, layer in self._layers.items() if isinstance(layer, GBLRLayer)}
+
     def _attach(self, learner: StructureLearner, trainer: Any) -> None:
-        structure = [parameter for layer in self._layers.values() for parameter in (layer.widths, layer.locations)]
+        structure = [
+            parameter for layer in self._gblr_layers().values() for parameter in (layer.widths, layer.locations)
+        ]
         schedulers = schedulers_of(trainer)
         for optimizer in trainer.optimizers:
             split_structure_group(optimizer, structure, lr=self._settings.structure_lr, schedulers=schedulers)
@@ -284,7 +330,7 @@ class GBLRCallback(Callback):
             cooldown = max(cooldown, warmup + 1)  # fractions of a very short training may round to one step
         goals, schedule = dict.fromkeys(self._layers, goal), Schedule(warmup, cooldown)
         learner = StructureLearner(
-            self._layers,
+            self._gblr_layers(),
             goals,
             schedule,
             compact=self._settings.compact,
@@ -316,7 +362,7 @@ class GBLRCallback(Callback):
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """Keep the loss for the diagnostic of a training that diverges."""
-        if self.learner is not None and not self.monitor_only:
+        if self.learner is not None and self._drives:
             self.learner.last_loss = loss.detach()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -345,7 +391,7 @@ class GBLRCallback(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Log and draw where training ended; say so if that was before the cool-down."""
-        learner = None if self.monitor_only else self.learner
+        learner = self.learner if self._drives else None
         if learner is not None and not learner.frozen:
             if self._settings.freeze_at_end:
                 learner.freeze()
@@ -363,7 +409,7 @@ class GBLRCallback(Callback):
     @torch.no_grad()
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Put a frozen structure back, which callbacks that average weights have averaged too."""
-        for layer, (widths, locations) in zip(self._layers.values(), self._frozen_at, strict=False):
+        for layer, (widths, locations) in zip(self._gblr_layers().values(), self._frozen_at, strict=False):
             layer.widths.copy_(widths)
             layer.locations.copy_(locations)
         self._frozen_at = []
@@ -371,7 +417,8 @@ class GBLRCallback(Callback):
     def _keep_frozen(self) -> None:
         if not self.monitor_only and self._frozen():
             self._frozen_at = [
-                (layer.widths.detach().clone(), layer.locations.detach().clone()) for layer in self._layers.values()
+                (layer.widths.detach().clone(), layer.locations.detach().clone())
+                for layer in self._gblr_layers().values()
             ]
 
     def _number(self, trainer: Any) -> str:
@@ -415,7 +462,7 @@ class GBLRCallback(Callback):
 
     def _leave(self) -> None:
         self._release_checkpoint_hook()
-        if self.learner is not None and not self.monitor_only:
+        if self.learner is not None and self._drives:
             self.learner.detach()
 
     def _release_checkpoint_hook(self) -> None:
@@ -438,7 +485,7 @@ class GBLRCallback(Callback):
             return self._restored
         return {
             "total_steps": self._total_steps,
-            "learner": None if self.learner is None or self.monitor_only else self.learner.state_dict(),
+            "learner": self.learner.state_dict() if self.learner is not None and self._drives else None,
             "history": self.history,
         }
 
@@ -447,9 +494,13 @@ class GBLRCallback(Callback):
         self._restored = state_dict
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Add random numbers and the position in the data."""
+        """Add random numbers, the position in the data, and the structure of families' layers."""
         if self._is_first(trainer):
             checkpoint[_POSITION] = self._position.state(trainer)
+        families = {name: layer for name, layer in self._layers.items() if isinstance(layer, FamilyLayer)}
+        if families:
+            records = {name: family_record(layer.geometry) for name, layer in families.items()}
+            checkpoint[_FAMILIES] = checkpoint.get(_FAMILIES, {}) | records
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Kept until fitting starts."""
@@ -460,5 +511,5 @@ class GBLRCallback(Callback):
             self.load_state_dict(copy.deepcopy(saved[0]))
 
 
-def _same(a: Mapping[str, GBLRLayer], b: Mapping[str, GBLRLayer]) -> bool:
+def _same(a: Mapping[str, StructuredLayer], b: Mapping[str, StructuredLayer]) -> bool:
     return a.keys() == b.keys() and all(a[name] is b[name] for name in a)

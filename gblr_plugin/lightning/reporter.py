@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..layers import GBLRLayer
+from ..layers import GBLRLayer, StructuredLayer
 from ..learning.learner import StructureLearner
+from ..matrix.structure import StructuredMatrix
 from ..monitoring.pictures import structure_image
 from ..monitoring.sinks import send_snapshot
 from ..monitoring.statistics import Statistics, layer_statistics, total_statistics
@@ -48,7 +49,7 @@ class StructureLog:
         return scalars_due, _due(before, self.last_step, self._picture_every)
 
     def log(
-        self, trainer: Any, layers: Mapping[str, GBLRLayer], learner: StructureLearner | None, totals: str
+        self, trainer: Any, layers: Mapping[str, StructuredLayer], learner: StructureLearner | None, totals: str
     ) -> dict[str, float]:
         """Log the scalars of this step, once, and return them by name.
 
@@ -115,7 +116,7 @@ def scalars(
 
 def log_pictures(
     loggers: Iterable[Any],
-    layers: Mapping[str, GBLRLayer],
+    layers: Mapping[str, StructuredLayer],
     step: int,
     *,
     max_size: int,
@@ -124,15 +125,27 @@ def log_pictures(
 ) -> None:
     """Draw each layer's structure, if a logger takes pictures, and send a snapshot where one is taken.
 
+    Layers of a family are drawn as the GBLR matrices that they are, and left out where they are none.
+
     Loggers that take pictures are TensorBoard's, which also gets the data of its GBLR tab, and any that has
     ``log_image`` (Weights & Biases).
     """
     takers = [(logger, how) for logger in loggers if (how := takes_pictures(logger))]
-    images = {f"gblr_structure/{name}": structure_image(layer, max_size) for name, layer in layers.items() if takers}
+    if not takers:
+        return
+    found = {name: _drawn(layer) for name, layer in layers.items()}
+    sources = {name: source for name, source in found.items() if source is not None}
+    images = {f"gblr_structure/{name}": structure_image(source, max_size) for name, source in sources.items()}
     for logger, how in takers:
         for name, image in images.items():
             if how == "log_image":
                 logger.log_image(key=name, images=[image.permute(1, 2, 0).numpy()], step=step)
             else:
                 logger.experiment.add_image(name, image, global_step=step)
-        send_snapshot(logger, layers, step, budget=budget, lambdas=lambdas)
+        if sources:
+            send_snapshot(logger, sources, step, budget=budget, lambdas=lambdas)
+
+
+def _drawn(layer: StructuredLayer) -> GBLRLayer | StructuredMatrix | None:
+    """What has the intervals of a layer."""
+    return layer if isinstance(layer, GBLRLayer) else layer.frozen_structure()

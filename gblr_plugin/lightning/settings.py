@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..errors import ConfigError
+from ..families.registry import get
 from ..learning.non_finite import NON_FINITE
 from ..surgery.layer_settings import INITIALISERS, UNBUDGETED, LayerSettings
 from ..utils.validation import check_choice, check_count, check_flag, check_number, did_you_mean, is_number, is_whole
 
 __all__ = ["CallbackSettings", "check_moment", "read_options"]
+
+# Arguments that a fixed structure has no use for.
+_LEARNED = ("structure_lr", "compact", "freeze_at_end", "non_finite")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,9 @@ class CallbackSettings:
         non_finite: ``"stop"`` with an error that names the layer where gradients are NaN or infinite, or ``"skip"``
             that optimizer step; see :class:`~gblr_plugin.StructureLearner`. Details are saved in the Trainer's
             ``default_root_dir``.
+        family: Name of a structure family, see :func:`gblr_plugin.families.names`: its layers take the place of the
+            dense ones at the budget, and keep their structure while their factors train.
+        family_options: The family's own, see its class.
         replay: Whether going on within an epoch fetches the batches that it has had, and drops them, so that the data
             go on where they stopped. Loaders with a ``state_dict`` need it not, and are left alone.
 
@@ -49,6 +56,8 @@ class CallbackSettings:
     freeze_at_end: bool = False
     non_finite: str = "stop"
     replay: bool = True
+    family: str | None = None
+    family_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.structure_lr is not None:
@@ -61,6 +70,13 @@ class CallbackSettings:
         for name in ("compact", "freeze_at_end", "replay"):
             check_flag(f"callback: {name}", getattr(self, name))
         check_choice("callback: non_finite", self.non_finite, NON_FINITE)
+        if self.family is not None:
+            get(self.family)
+        elif self.family_options:
+            raise ConfigError("callback: family_options are those of a family; give its name too")
+        for name in ("row_splits", "calibration"):
+            if name in self.family_options:
+                raise ConfigError(f"callback: family_options cannot have {name!r}; allowed are the family's own")
 
     @property
     def draws(self) -> bool:
@@ -87,7 +103,15 @@ def read_options(
         if name not in of_callback | of_layers:
             hint = did_you_mean(name, of_callback | of_layers)
             raise ConfigError(f"callback: unknown argument {name!r}{hint}")
+    settings = CallbackSettings(**{name: value for name, value in options.items() if name in of_callback})
     layer = {name: value for name, value in options.items() if name in of_layers}
+    if settings.family is not None:
+        if budget is None:
+            raise ConfigError(f"callback: family {settings.family!r} needs a budget, relative FLOPs in (0, 1]")
+        for name in (*_LEARNED, *sorted(of_layers - {"row_splits"})):
+            if name in options:
+                raise ConfigError(f"callback: family {settings.family!r} has a fixed structure; leave {name} out")
+        return settings, layer
     initialiser = layer.setdefault("initialiser", "svd")
     check_choice("callback: initialiser", initialiser, INITIALISERS)
     layer["budget"] = layer.pop("initial_budget", None)
@@ -95,7 +119,7 @@ def read_options(
         if budget is None and drives:
             raise ConfigError(f"callback: initialiser {initialiser!r} needs an initial_budget")
         layer["budget"] = budget
-    return CallbackSettings(**{name: value for name, value in options.items() if name in of_callback}), layer
+    return settings, layer
 
 
 def check_moment(name: str, value: float) -> float:

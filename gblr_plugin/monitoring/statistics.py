@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layers import GBLRLayer
+from ..layers import GBLRLayer, StructuredLayer
 from ..matrix.structure import multiply_adds
 
 __all__ = ["Statistics", "layer_statistics", "total_statistics"]
@@ -25,6 +25,7 @@ class Statistics:
         mean_row_width: Mean row width of the live components, as a fraction of the axis; 0 if none is live.
         mean_column_width: Likewise of the columns.
         dense: Multiply-adds of the dense product.
+        has_components: Whether there are components at all; layers of other families than GBLR have none.
     """
 
     relative_flops: float
@@ -32,9 +33,12 @@ class Statistics:
     mean_row_width: float
     mean_column_width: float
     dense: int
+    has_components: bool = True
 
     def items(self) -> dict[str, float]:
         """What is logged, by name."""
+        if not self.has_components:
+            return {"relative_flops": self.relative_flops}
         return {
             "relative_flops": self.relative_flops,
             "live_components": float(self.live_components),
@@ -44,10 +48,19 @@ class Statistics:
 
 
 @torch.no_grad()
-def layer_statistics(layers: Mapping[str, GBLRLayer]) -> dict[str, Statistics]:
-    """Statistics of each layer's present integer intervals, with one transfer from the device for all layers."""
-    if not layers:
-        return {}
+def layer_statistics(layers: Mapping[str, StructuredLayer]) -> dict[str, Statistics]:
+    """Statistics of each layer at present, with one transfer from the device for the intervals of all layers."""
+    gblr = {name: layer for name, layer in layers.items() if isinstance(layer, GBLRLayer)}
+    measured = _interval_statistics(gblr) if gblr else {}
+    for name, layer in layers.items():
+        if name not in gblr:
+            measured[name] = Statistics(
+                layer.relative_flops, 0, 0.0, 0.0, math.prod(layer.matrix_shape), has_components=False
+            )
+    return {name: measured[name] for name in layers}
+
+
+def _interval_statistics(layers: Mapping[str, GBLRLayer]) -> dict[str, Statistics]:
     sums: list[Tensor] = []
     for layer in layers.values():
         rows, cols = layer.intervals()
@@ -72,4 +85,5 @@ def total_statistics(layers: Mapping[str, Statistics]) -> Statistics:
         sum(layer.mean_row_width * layer.live_components for layer in layers.values()) / max(live, 1),
         sum(layer.mean_column_width * layer.live_components for layer in layers.values()) / max(live, 1),
         dense,
+        has_components=any(layer.has_components for layer in layers.values()),
     )

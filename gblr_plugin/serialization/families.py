@@ -15,7 +15,7 @@ from ..families.base import FamilyMatrix, Stacked
 from ..families.partition import Partition
 from .container import Entry
 
-__all__ = ["family_record", "restore_matrix", "restore_on_meta"]
+__all__ = ["family_record", "matrix_in_state", "restore_matrix", "restore_on_meta"]
 
 
 def family_record(matrix: FamilyMatrix) -> dict[str, Any]:
@@ -30,6 +30,13 @@ def family_record(matrix: FamilyMatrix) -> dict[str, Any]:
         elif not isinstance(value, Tensor):
             record[field.name] = value
     return record
+
+
+def matrix_in_state(state: Mapping[str, Tensor], name: str, record: Any, shape: tuple[int, int]) -> FamilyMatrix:
+    """The matrix of the layer ``name`` in a state dict; otherwise as :func:`restore_matrix`."""
+    prefix = f"{name}." if name else ""
+    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return restore_matrix(record, {key: value for key, value in inside.items() if key != "bias"}, shape)
 
 
 def restore_matrix(record: Any, factors: Mapping[str, Tensor], shape: tuple[int, int]) -> FamilyMatrix:
@@ -71,13 +78,12 @@ def restore_on_meta(record: Any, layer: str, entries: Mapping[str, Entry], shape
     Raises:
         ConfigError: As :func:`restore_matrix`.
     """
-    inside = {name.removeprefix(f"{layer}."): entry for name, entry in entries.items() if name.startswith(f"{layer}.")}
-    factors = {
+    state = {
         name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-        for name, entry in inside.items()
-        if name != "bias"
+        for name, entry in entries.items()
+        if name.startswith(f"{layer}.")
     }
-    return restore_matrix(record, factors, shape)
+    return matrix_in_state(state, layer, record, shape)
 
 
 def _restore(record: Any, factors: Mapping[str, Tensor], shape: tuple[int, int]) -> FamilyMatrix:

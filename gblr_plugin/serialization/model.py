@@ -17,7 +17,7 @@ from ..layers.full import FULL, as_full
 from ..tensor.frozen import use_kept_matrix
 from ..tensor.gblr_tensor import GBLRTensor
 from .container import Container, entries_of, shard_paths, write_container
-from .families import family_record, restore_matrix
+from .families import family_record, matrix_in_state
 from .header import Header, read_headers
 from .weights import flatten_weight, part_names, plan_record, unflatten_weight
 
@@ -280,12 +280,9 @@ def _restore_families(skeleton: nn.Module, state: Mapping[str, Tensor], header: 
             continue
         if module is None or not structurable(module):
             raise ConfigError(f"load: {path!r} does not fit the network: {name!r} is no layer that can be structured")
-        prefix = f"{name}." if name else ""
-        inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         m, n = weight_matrix(module).shape
         try:
-            matrix = restore_matrix(record, {key: value for key, value in inside.items() if key != "bias"}, (m, n))
-            layers[id(module)] = layer_like(module, matrix)
+            layers[id(module)] = layer_like(module, matrix_in_state(state, name, record, (m, n)))
         except ConfigError as error:
             raise ConfigError(f"load: {path!r} does not fit the network, or is damaged: {name!r}: {error}") from error
     return replace_modules(skeleton, layers)

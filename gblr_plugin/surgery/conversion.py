@@ -29,7 +29,7 @@ from .layer_settings import FamilySettings, LayerSettings, structured_from
 from .selection import Pattern, log_skipped, select_layers
 from .ties import check_untied
 
-__all__ = ["convert", "frozen_layer", "frozen_like", "prepare", "prepare_layers"]
+__all__ = ["convert", "frozen_layer", "frozen_like", "prepare", "prepare_layers", "split_by_family"]
 
 L = TypeVar("L", bound=nn.Module)
 
@@ -88,18 +88,36 @@ def prepare(
     selection = select_layers(model, include, exclude)
     log_skipped(selection.skipped)
     each = dict.fromkeys(selection.layers, setting)
-    gaining = {name: module for name, module in selection.layers.items() if can_gain(module, setting.row_splits)}
-    splits = dict.fromkeys(gaining, setting.row_splits)
-    shares: dict[str, float] = {}
     if allocation not in (None, "uniform"):
         if setting.budget is None:
             raise ConfigError("allocation: it splits a starting budget: give LayerSettings(budget=...)")
+        gaining = {name: module for name, module in selection.layers.items() if can_gain(module, setting.row_splits)}
+        splits = dict.fromkeys(gaining, setting.row_splits)
         shares = allocate(model, gaining, setting.budget, allocation, calibration=calibration, row_splits=splits)
+        each |= {name: replace(setting, budget=share) for name, share in shares.items()}
     elif isinstance(setting, FamilySettings) and allocation is None:
-        weights = {name: weight_matrix(module) for name, module in gaining.items()}
-        shares = get(setting.family).budgets(weights, setting.budget, row_splits=splits, **setting.options)
-    each |= {name: replace(setting, budget=share) for name, share in shares.items()}
+        return prepare_layers(model, split_by_family(selection.layers, setting), calibration=calibration)
     return prepare_layers(model, each, calibration=calibration)
+
+
+def split_by_family(
+    layers: Mapping[str, nn.Module], setting: FamilySettings, row_splits: Mapping[str, int] | None = None
+) -> dict[str, FamilySettings]:
+    """Split a budget that layers share by the family's own rule.
+
+    Args:
+        layers: Dense layers by name.
+        setting: Of all of them; its budget is that of all together.
+        row_splits: Number of matrices packed along the rows, by layer name; default as the setting says.
+
+    Returns:
+        Settings by name, as :func:`prepare_layers` takes them.
+    """
+    each = {name: replace(setting, row_splits=(row_splits or {}).get(name, setting.row_splits)) for name in layers}
+    splits = {name: each[name].row_splits for name, module in layers.items() if can_gain(module, each[name].row_splits)}
+    weights = {name: weight_matrix(layers[name]) for name in splits}
+    shares = get(setting.family).budgets(weights, setting.budget, row_splits=splits, **setting.options)
+    return each | {name: replace(each[name], budget=share) for name, share in shares.items()}
 
 
 def _setting(

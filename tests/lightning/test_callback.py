@@ -13,7 +13,7 @@ from torch import nn
 
 import gblr_plugin
 from gblr_plugin.errors import ConfigError
-from gblr_plugin.layers import GBLRLayer, GBLRLinear
+from gblr_plugin.layers import GBLRLayer, GBLRLinear, StructuredLayer
 from gblr_plugin.learning.learner import StructureLearner
 from gblr_plugin.learning.optimizers import STRUCTURE_KEY
 from gblr_plugin.lightning import GBLRCallback
@@ -574,3 +574,149 @@ def test_lbfgs_is_an_error(make_module, make_trainer):
 
     with pytest.raises(ConfigError, match="optimizer: LBFGS has no parameter groups; structure parameters need"):
         make_trainer([driver()]).fit(Module())
+
+
+# -- other families ----------------------------------------------------------------------------------------------------
+
+FAMILIES = {
+    "block_low_rank": {},
+    "monarch": {"blocks": 4},
+    "block_sparse": {},  # where its blocks lie is no parameter
+    "gblr": {},
+}
+
+
+def of_family(family="monarch", **options):
+    settings = {"budget": 0.5, "family": family, "family_options": FAMILIES.get(family, {}), "layers": ["net.[02]"]}
+    return GBLRCallback(**(settings | QUIET | options))
+
+
+def structured_of(module):
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, StructuredLayer)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_of_a_family_train_within_the_budget(make_module, make_trainer, tmp_path, family):
+    module, callback = make_module(), of_family(family, picture_every_n_epochs=1)
+    start = make_module()
+    prepare(start, ["net.[02]"], family=family, budget=0.5, **FAMILIES[family])
+    logger = pl.loggers.TensorBoardLogger(tmp_path)
+    trainer = make_trainer([callback], logger=logger)
+    trainer.fit(module)
+    layers = structured_of(module)
+    assert layers.keys() == {"net.0", "net.2"}
+    assert {layer.structure_name for layer in layers.values()} == {family}
+    assert all(layer.relative_flops <= 0.5 for layer in layers.values())
+    assert parameters_of(module).keys() == parameters_of(start).keys()
+    assert not torch.equal(layers["net.0"].to_dense(), structured_of(start)["net.0"].to_dense())
+    assert callback.learner is None
+    assert [len(optimizer.param_groups) for optimizer in trainer.optimizers] == [1]
+    assert 0 < callback.history["relative_flops"][-1][1] <= 0.5
+    assert callback.history["frozen"][0] == (0, 1.0)
+    assert ("live_components" in callback.history) == (family == "gblr")
+    assert float(trainer.callback_metrics["gblr/relative_flops"]) <= 0.5
+    x = torch.randn(5, 16)
+    before = module(x)
+    gblr_plugin.convert(module)
+    assert not any(parameter.requires_grad for parameter in module.net[0].parameters() if parameter.dim() > 1)
+    torch.testing.assert_close(module(x), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_of_a_family_resume_to_the_bit(make_module, make_trainer, tmp_path, family):
+    straight = make_module(by_step=True)
+    make_trainer([of_family(family)], max_steps=12).fit(straight)
+    trainer = make_trainer([of_family(family)], max_steps=5)
+    trainer.fit(make_module(by_step=True))
+    trainer.save_checkpoint(tmp_path / "stop.ckpt")
+    resumed, callback = make_module(by_step=True), of_family(family, budget=0.45)
+    with torch.no_grad():
+        resumed.net[2].weight.copy_(torch.randn(24, 24))  # another projection, whose structure differs
+    make_trainer([callback], max_steps=12).fit(resumed, ckpt_path=tmp_path / "stop.ckpt", weights_only=True)
+    assert_identical(parameters_of(resumed), parameters_of(straight))
+    x = torch.randn(5, 16)
+    assert torch.equal(resumed(x), straight(x))
+    assert [step for step, _ in callback.history["relative_flops"]] == [0, 1, 5, 6, 10, 12]
+
+    evaluated = make_module()
+    make_trainer([GBLRCallback()]).test(evaluated, ckpt_path=tmp_path / "stop.ckpt", verbose=False)
+    assert structured_of(evaluated).keys() == {"net.0", "net.2"}
+
+
+def test_a_checkpoint_of_weights_alone_does_not_say_the_structure(make_module, make_trainer, tmp_path):
+    trainer = make_trainer([of_family()], max_steps=2)
+    trainer.fit(make_module())
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    with pytest.raises(ConfigError, match=r"layer 'net.0': the checkpoint does not say which structure of family 'mon"):
+        make_trainer([of_family()]).fit(make_module(), ckpt_path=tmp_path / "weights.ckpt")
+
+
+def test_a_second_fit_goes_on_with_the_layers_of_a_family(make_module, make_trainer):
+    module, callback = make_module(), of_family()
+    make_trainer([callback], max_steps=2).fit(module)
+    layers = structured_of(module)
+    make_trainer([callback], max_steps=2).fit(module)
+    assert structured_of(module) == layers
+    with pytest.raises(
+        ConfigError, match=r"layer 'net.0': it is a monarch layer already, not one of family 'block_low"
+    ):
+        make_trainer([of_family("block_low_rank")]).fit(module)
+    watching = GBLRCallback(**QUIET)
+    make_trainer([watching], max_steps=2).fit(module)
+    assert watching.history["relative_flops"][0] == (0, callback.history["relative_flops"][-1][1])
+
+
+def test_a_family_beside_a_learned_structure(make_module, make_trainer, tmp_path):
+    module, fixed, learned = make_module(), of_family(layers=["net.0"]), driver(layers=["net.2"])
+    trainer = make_trainer([fixed, learned])
+    trainer.fit(module)
+    assert learned.learner.layers.keys() == {"net.2"}
+    assert {name: layer.structure_name for name, layer in structured_of(module).items()} == {
+        "net.0": "monarch",
+        "net.2": "gblr",
+    }
+    trainer.save_checkpoint(tmp_path / "both.ckpt")
+    evaluated = make_module()
+    make_trainer([GBLRCallback()]).test(evaluated, ckpt_path=tmp_path / "both.ckpt", verbose=False)
+    x = torch.randn(5, 16)
+    assert torch.equal(evaluated(x), module(x))
+
+
+def test_a_family_splits_the_budget_by_its_own_rule_and_rows_by_pattern(make_module, make_trainer):
+    module, alone = make_module(), make_module()
+    make_trainer([of_family("alds")], max_steps=1).fit(module)
+    make_trainer([of_family("alds", group=False, row_splits={"net.2": 2})], max_steps=1).fit(alone)
+    costs = {name: layer.multiply_adds for name, layer in structured_of(module).items()}
+    assert sum(costs.values()) <= 0.5 * (24 * 16 + 24 * 24)
+    assert all(layer.relative_flops <= 0.5 for layer in structured_of(alone).values())
+    expected = make_module()
+    prepare(expected, ["net.[02]"], family="alds", budget=0.5)
+    assert costs == {name: layer.multiply_adds for name, layer in structured_of(expected).items()}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"initialiser": "svd"}, "family 'monarch' has a fixed structure; leave initialiser out"),
+        ({"structure_lr": 0.1}, "leave structure_lr out"),
+        ({"num_components": 4}, "leave num_components out"),
+        ({"initial_budget": 0.5}, "leave initial_budget out"),
+        ({"align": 2}, "leave align out"),
+        ({"freeze_at_end": True}, "leave freeze_at_end out"),
+        ({"warmup": 3}, "leave warmup and cooldown out"),
+        ({"cooldown": 0.5}, "leave warmup and cooldown out"),
+        ({"budget": None}, "family 'monarch' needs a budget"),
+        ({"budget": None, "threshold": 0.5}, "family 'monarch' needs a budget"),
+        ({"family": "monarchy"}, "family: no structure named 'monarchy'.*did you mean 'monarch'"),
+        ({"family": None}, "family_options are those of a family"),
+        ({"family_options": {"row_splits": 2}}, "family_options cannot have 'row_splits'"),
+    ],
+)
+def test_arguments_that_contradict_a_family(options, message):
+    with pytest.raises(ConfigError, match=message):
+        GBLRCallback(**({"budget": 0.5, "family": "monarch", "family_options": {"blocks": 4}} | options))
+
+
+def test_an_unknown_option_of_a_family_is_an_error(make_module, make_trainer):
+    with pytest.raises(ConfigError, match=r"layer 'net.0': monarch: no option 'rank'"):
+        make_trainer([of_family(family_options={"rank": 4})]).fit(make_module())

@@ -111,6 +111,19 @@ def test_a_state_key_is_that_under_which_a_checkpoint_keeps_the_state(about, mak
     assert all(str(value) in key for value in about.values())
 
 
+def test_a_loaded_checkpoint_is_there_while_weights_are_loaded(make_module, make_trainer, tmp_path):
+    trainer = make_trainer([], max_steps=1)
+    module = make_module()
+    trainer.fit(module)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    again, seen = make_trainer([], max_steps=2), []
+    module.register_load_state_dict_pre_hook(lambda *_: seen.append(_compat.loaded_checkpoint(again)["global_step"]))
+    assert not _compat.loaded_checkpoint(again)
+    again.fit(module, ckpt_path=tmp_path / "end.ckpt")
+    assert seen == [1]
+    assert not _compat.loaded_checkpoint(again)
+
+
 def test_how_loggers_take_pictures(tmp_path):
     class Images(CSVLogger):
         def log_image(self, key, images, step=None):

@@ -8,9 +8,12 @@ import pytest
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
+from gblr_plugin.families import get
+from gblr_plugin.families.layers import trainable
 from gblr_plugin.lightning import GBLRCallback
-from gblr_plugin.lightning.reporter import scalars
+from gblr_plugin.lightning.reporter import log_pictures, scalars
 from gblr_plugin.monitoring.statistics import Statistics
 
 TOTALS = {"relative_flops", "live_components", "mean_row_width", "mean_column_width", "lambda"}
@@ -112,3 +115,9 @@ def test_scalars_leave_out_what_is_unknown():
     assert values["gblr/frozen"] == 1.0
     assert values["gblr_layers/fc/mean_row_width"] == 0.25
     assert not {"gblr/sigma", "gblr/lambda", "gblr_layers/fc/lambda"} & values.keys()
+
+
+def test_layers_of_a_family_are_drawn_where_they_are_gblr_matrices():
+    logger, kinds = ImageLogger(), ("block_low_rank", "monarch", "block_sparse")
+    log_pictures([logger], {kind: trainable(get(kind), nn.Linear(32, 32), 0.6) for kind in kinds}, 0, max_size=64)
+    assert list(logger.images) == ["gblr_structure/block_low_rank"]

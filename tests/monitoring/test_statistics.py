@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from gblr_plugin.families import get
+from gblr_plugin.families.layers import trainable
 from gblr_plugin.layers import GBLRConv2d, GBLRLinear
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 from gblr_plugin.monitoring.statistics import layer_statistics, total_statistics
@@ -43,6 +45,17 @@ def test_a_dead_layer_has_zero_widths():
         0.0,
         0.0,
     )
+
+
+def test_layers_without_components_count_by_their_cost():
+    layer = trainable(get("monarch"), nn.Linear(16, 16), 0.5)
+    each = layer_statistics({"fixed": layer, "fc": GBLRLinear(matrix([2, 4], [5, 3], 8, 10))})
+    assert list(each) == ["fixed", "fc"]
+    assert each["fixed"].items() == {"relative_flops": layer.relative_flops}
+    total = total_statistics(each)
+    assert total.relative_flops == pytest.approx((layer.multiply_adds + 14) / (256 + 80))
+    assert total.items().keys() == each["fc"].items().keys()
+    assert total_statistics({"fixed": each["fixed"]}).items() == {"relative_flops": layer.relative_flops}
 
 
 def test_nothing_to_count():
