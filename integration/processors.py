@@ -74,7 +74,7 @@ def main(options: list[str]) -> int:
             print(f"processors: {chosen.name}: left out, this machine has no {', '.join(chosen.missing)}", flush=True)
             continue
         print(f"processors: {chosen.name}: {' '.join(f'{k}={v}' for k, v in chosen.variables.items())}", flush=True)
-        command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", *TESTS]
+        command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *TESTS]
         command += [part for path in SAME_EVERYWHERE for part in ("--ignore", path)]
         with tempfile.TemporaryDirectory() as folder:  # what torch.compile makes with one set is not for another
             variables = {**os.environ, **chosen.variables, "TORCHINDUCTOR_CACHE_DIR": folder}

@@ -20,6 +20,28 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     own = Path(tempfile.gettempdir(), f"torchinductor-{capability}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own))
 
+# Files of few and long tests: begun first, so that two processes end together.
+LONGEST = (
+    "serialization/test_processors",
+    "run/test_search_service",
+    "trust/test_kills",
+    "kernels/cuda/",
+    "huggingface/test_compress_folder",
+    "exporting/test_program",
+    "tensor/test_",
+    "trust/",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; the others stay in their order."""
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((index for index, start in enumerate(LONGEST) if f"/tests/{start}" in path), len(LONGEST))
+
+    items.sort(key=place)
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
