@@ -23,9 +23,8 @@ def load(
     measured, or is :meth:`~gblr_plugin.kernels.plan.Plan.unmeasured`, is kept, unless its compiled kernel is missing.
 
     Args:
-        path: File written by :func:`gblr_plugin.save` (also by earlier versions), or a folder in the Hugging Face
-            layout with a file or shards of that kind (:func:`gblr_plugin.huggingface.folders.save_pretrained`,
-            ``gblr compress``).
+        path: File written by :func:`gblr_plugin.save`, or a folder in the Hugging Face layout with a file or shards of
+            that kind (:func:`gblr_plugin.huggingface.folders.save_pretrained`, ``gblr compress``).
         network: The dense network (any weights, also on the meta device), or a function that makes it. Changed in
             place; tensors are taken from the file, on the CPU. ``None`` for a folder whose ``config.json`` names a
             class of `transformers`: files hold weights, never code, so that any other network must be given.
