@@ -46,15 +46,27 @@ def test_plans_take_dense_where_structure_saves_too_little() -> None:
     assert fixed_plan(random_structure(24, 32, 0.25), int8=True).dense_tokens == ()
 
 
+def without_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gblr_plugin.kernels.compiled.available", lambda *_: False)
+    monkeypatch.setattr("gblr_plugin.kernels.plan.available", lambda *_: False)
+
+
+@needs_numba
 @pytest.mark.parametrize("flops", [0.25, 0.75])
 def test_without_a_compiled_kernel_dense_is_taken_more_often(flops: float, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = random_structure(1024, 1024, flops)
     before = {tokens for tokens in BUCKETS if fixed_plan(matrix).kernel(tokens) == "dense"}
-    monkeypatch.setattr("gblr_plugin.kernels.compiled.available", lambda *_: False)
-    monkeypatch.setattr("gblr_plugin.kernels.plan.available", lambda *_: False)
+    without_compiled_kernels(monkeypatch)
     plan = fixed_plan(matrix)
     dense = {tokens for tokens in BUCKETS if plan.kernel(tokens) == "dense"}
     assert before < dense or len(before) == len(BUCKETS)
+
+
+@pytest.mark.parametrize("flops", [0.25, 0.75])
+def test_plans_without_a_compiled_kernel_multiply_rightly(flops: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = random_structure(1024, 1024, flops)
+    without_compiled_kernels(monkeypatch)
+    plan = fixed_plan(matrix)
     assert plan.kernel(1) == "dense"
     assert (plan.kernel(1024) == "dense") == (flops > 0.5)
     layer = frozen_like(nn.Linear(1024, 1024), matrix)
