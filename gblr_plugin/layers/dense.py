@@ -146,7 +146,7 @@ def structured_like(module: nn.Module, matrix: StructuredMatrix, *, align: int |
 def take_flags(layer: nn.Module, dense: nn.Module) -> None:
     """Give a layer the training mode and the ``requires_grad`` flags of the dense layer that it replaces."""
     for name, parameter in layer.named_parameters(recurse=False):
-        parameter.requires_grad_(dense._parameters["bias" if name == "bias" else "weight"].requires_grad)  # type: ignore[union-attr]  # there
+        parameter.requires_grad_(dense._parameters["bias" if name == "bias" else "weight"].requires_grad)  # type: ignore[union-attr]  # it has both
     layer.train(dense.training)
 
 

@@ -64,7 +64,7 @@ class Side:
         around = self._around(index[:, None], index[None])
         return torch.minimum(around, around.T).clamp(max=self.grid.cells) - self.cells[:, None]
 
-    def hold(self, k: int, l: int) -> None:  # noqa: E741
+    def hold(self, k: int, l: int) -> None:  # noqa: E741  # as in the equations above
         """Extend interval k until it holds interval l as well."""
         first, second = torch.tensor(k), torch.tensor(l)
         from_k, from_l = int(self._around(first, second)), int(self._around(second, first))
