@@ -17,7 +17,10 @@ PICTURE = Path(__file__).parent / "images" / "rooms.svg"
 # rooms of lower rows alone.
 LEVELS: list[tuple[str, dict[str, str]]] = [
     ("command", {"cli": "the command gblr"}),
-    ("", {"run": "one run, comparisons, searches", "bench": "gblr bench"}),
+    (
+        "",
+        {"run": "one run, comparisons, searches", "compression": "pretrained networks", "bench": "gblr bench"},
+    ),
     ("", {"tasks": "networks and trainings"}),
     ("", {"data": "digits, text, images"}),
     ("", {"loading": "gblr_plugin.load: files, and folders of Hugging Face"}),

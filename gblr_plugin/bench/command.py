@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from ..kernels.cpu.threads import MOST_THREADS
 from ..utils.arguments import OneLineParser
 from ..utils.files import write_text
+from ..utils.running import torch_threads
 from ..utils.tables import table
 from .products import DTYPES, LAYER_FLOPS, LAYERS, SECTIONS, Row, rows_of
 
@@ -130,12 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.layer_flops = LAYER_FLOPS[1:2] if options.quick else LAYER_FLOPS
     options.shapes = options.shapes or [(256, 384)] * options.quick or [(3072, 768), (4096, 4096)]
     options.tokens = options.tokens or [1, 16] * options.quick or [1, 2, 4, 16, 64, 256, 1024]
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
+    with torch_threads(options.threads):
         return _run(options)
-    finally:
-        torch.set_num_threads(before)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from ..errors import ConfigError
 from .places import existing_folder, missing
 
-__all__ = ["ArrayImages", "EvalView", "ImageFolder", "TrainView", "image_folders"]
+__all__ = ["ArrayImages", "EvalView", "ImageFolder", "TrainView", "image_files", "image_folders", "read_image"]
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 # The mean and standard deviation of ImageNet's pixels, by which every published model of this kind normalises.
@@ -142,6 +142,19 @@ def _read(path: Path, view: View) -> Tensor:
     return _normalised(pixels.flip(2) if view.mirrored() else pixels)
 
 
+def read_image(path: Path) -> Any:
+    """An image file as a Pillow image in RGB, in its full size.
+
+    Raises:
+        ConfigError: If it cannot be read, or Pillow is missing.
+    """
+    try:
+        with _pillow().open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"data: {str(path)!r} is no image that can be read: {error}") from error
+
+
 class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
     """Image files in one subfolder per class, as ImageNet is laid out.
 
@@ -160,7 +173,7 @@ class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
         self.files: list[tuple[str, int]] = []
         for label, name in enumerate(classes):
             before = len(self.files)
-            self.files.extend((file, label) for file in _image_files(root / name))
+            self.files.extend((file, label) for file in image_files(root / name))
             if len(self.files) == before:
                 raise ConfigError(f"data: no image in {str(root / name)!r}; allowed are {', '.join(sorted(_SUFFIXES))}")
 
@@ -173,7 +186,8 @@ class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
         return _read(Path(file), self.view), torch.tensor(label)
 
 
-def _image_files(folder: Path) -> list[str]:
+def image_files(folder: Path) -> list[str]:
+    """Paths of the image files of a folder and of the folders in it, in the order of their names."""
     found: list[str] = []
     for place, folders, names in os.walk(folder):
         folders.sort()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-__all__ = ["mark_initialised", "quantized_by", "wrap_save_pretrained"]
+__all__ = ["decode", "mark_initialised", "quantized_by", "wrap_save_pretrained"]
 
 
 def mark_initialised(tensor: Tensor) -> Tensor:
@@ -40,3 +41,11 @@ def quantized_by(model: Any, quantizer: Any) -> Iterator[None]:
 def wrap_save_pretrained(wrap: Callable[[Any], Any]) -> None:
     """Put a function around the ``save_pretrained`` of all models; transformers has no hook for a model in memory."""
     PreTrainedModel.save_pretrained = wrap(PreTrainedModel.save_pretrained)
+
+
+def decode(network: Any, ids: Tensor) -> None:
+    """Run a causal language model over (1, tokens) ids, one token at a time, each with the cache of those before it."""
+    name = "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"  # until 5.2x
+    cache = None
+    for place in range(ids.shape[1]):
+        cache = getattr(network(input_ids=ids[:, place : place + 1], use_cache=True, **{name: cache}), name)

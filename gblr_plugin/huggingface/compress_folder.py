@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from ..errors import ConfigError
 from ..families.layers import FamilyLayer
 from ..families.registry import get
 from ..layers.dense import structurable, weight_matrix
-from ..serialization.container import INDEX, Container, Entry, entries_of, shard_paths, write_container, write_index
+from ..serialization.container import Container, Entry, entries_of, shard_paths, write_container, write_index
 from ..serialization.families import family_record, restore_on_meta
 from ..serialization.header import Header, read_headers
 from ..serialization.weights import flatten_weight, plan_record
@@ -37,13 +36,14 @@ from ..surgery.layer_settings import FamilySettings, structured_from
 from ..surgery.patterns import check_used, value_of
 from ..surgery.selection import Skipped, log_skipped, select_layers
 from ..tensor.gblr_tensor import FACTOR_DTYPES, GBLRTensor
-from ..utils.files import replacing, write_text
+from ..utils.files import write_text
 from ..utils.progress import track
+from ..utils.unfinished import WORK, begin_work, end_work
 from ..utils.validation import check_choice, check_count, check_share
+from .companions import copy_companions
 
 __all__ = ["CompressSettings", "CompressSummary", "compress_folder"]
 
-_WORK = ".gblr"  # folder of unfinished work inside the output
 _WHO = "compress"
 _OF_GBLR = {"method": "gblr", "align": 1, "seed": 0, "factor_dtype": None}  # with their defaults
 _PATIENCE = timedelta(days=365)  # for which a process waits for the others
@@ -168,7 +168,7 @@ def compress_folder(
 
         network = empty_network(source, _WHO)
     names, tied = _names_of(network, {path: _entries(path) for path in shards}, source)
-    layers, skipped = _select(network, settings, names, output / _WORK)
+    layers, skipped = _select(network, settings, names, output / WORK)
     modules = dict(network.named_modules(remove_duplicate=False))
     with _together() as (rank, processes, wait):
         if rank == 0:
@@ -282,30 +282,13 @@ def _select(
 def _begin(
     source: Path, output: Path, settings: CompressSettings, shards: Iterable[Path], layers: Iterable[_Layer]
 ) -> None:
-    """Note what is being done, or see that it is what was begun; remove what a killed process left half written."""
+    """Note what is being done, or see that it is what was begun."""
     task = {
-        "settings": json.loads(json.dumps(asdict(settings))),
+        "settings": asdict(settings),
         "layers": [layer.name for layer in layers],
         "source": {path.name: [path.stat().st_size, _header_checksum(path)] for path in shards},
     }
-    work, note = output / _WORK, output / _WORK / "task.json"
-    if note.exists():
-        try:
-            same = json.loads(note.read_text(encoding="utf-8")) == task
-        except ValueError:
-            same = False
-        if not same:
-            raise ConfigError(
-                f"{_WHO}: {str(output)!r} holds unfinished work on another source or with other settings; give these "
-                "again, or another output"
-            )
-    elif output.exists() and any(path.name != _WORK for path in output.iterdir()):
-        raise ConfigError(f"{_WHO}: {str(output)!r} is not empty; give a new folder")
-    for folder in (output, work):
-        for left in folder.glob(".*.*.*") if folder.exists() else ():
-            if left.is_file():
-                left.unlink()
-    write_text(note, json.dumps(task))
+    begin_work(output, task, _WHO)
 
 
 def _header_checksum(path: Path) -> int:
@@ -413,18 +396,12 @@ def _finish(
             multiply_adds += prod((after.get(f"{name}_factors") or after[name]).shape)
     if len(shards) > 1:
         write_index(output, files)
-    for other in sorted(source.iterdir()):
-        copied = other.is_file() and other.suffix in (".json", ".txt", ".model", ".jinja")
-        if copied and other.name not in (INDEX, "config.json"):
-            with other.open("rb") as file, replacing(output / other.name) as out:
-                shutil.copyfileobj(file, out)
+    copy_companions(source, output)
     if transformers_model:
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = {"quant_method": "gblr"}
         write_text(output / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for layer in layers:
-        layer.result.unlink(missing_ok=True)
-    shutil.rmtree(output / _WORK)  # with the note of what was being done, which came first and goes last
+    end_work(output / WORK)
     return CompressSummary(
         len(layers),
         multiply_adds / sum(prod(layer.shape) for layer in layers),

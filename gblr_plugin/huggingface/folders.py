@@ -51,7 +51,7 @@ with quiet_import("gblr_plugin.huggingface.folders", "transformers 5.14", "trans
 
     from ._compat import mark_initialised, quantized_by, wrap_save_pretrained
 
-__all__ = ["empty_network", "from_pretrained", "save_pretrained"]
+__all__ = ["class_of", "empty_network", "from_pretrained", "quiet_bar", "save_pretrained"]
 
 METHOD = "gblr"
 
@@ -93,8 +93,12 @@ def write_configs(model: Any, folder: Path) -> None:
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _class_of(folder: Path, who: str) -> tuple[Any, Any]:
-    """The class and config that a folder names: a model of transformers itself, never code of the folder."""
+def class_of(folder: Path, who: str) -> tuple[Any, Any]:
+    """The class and config that a folder names: a model of transformers itself, never code of the folder.
+
+    Raises:
+        ConfigError: If it names none.
+    """
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         name = (config.architectures or [None])[0]
@@ -112,7 +116,7 @@ def empty_network(folder: str | os.PathLike[str], who: str) -> Any:
     Raises:
         ConfigError: If it names no model of transformers.
     """
-    return _on_meta(*_class_of(Path(folder), who), Path(folder), who)
+    return _on_meta(*class_of(Path(folder), who), Path(folder), who)
 
 
 def _on_meta(kind: Any, config: Any, folder: Path, who: str) -> Any:
@@ -140,7 +144,7 @@ def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> nn.Module
         ConfigError: If it is not such a folder, or damaged.
     """
     folder = Path(folder)
-    kind, config = _class_of(folder, "load")
+    kind, config = class_of(folder, "load")
     paths = shard_paths(folder)
     containers = [Container(path) for path in paths]
     header = read_headers(containers)  # refused here with our own message, and there by transformers' machinery

@@ -1,4 +1,4 @@
-"""Run a model on an example, and leave it in the training mode in which it was."""
+"""Run a model on an example, in evaluation mode, with so many threads; afterwards all is as it was."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["evaluating", "run_example"]
+__all__ = ["evaluating", "run_example", "torch_threads"]
 
 
 @contextmanager
@@ -34,3 +35,14 @@ def run_example(model: nn.Module, example_input: Any) -> Any:
         if isinstance(example_input, Mapping):
             return model(**example_input)
         return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Torch with so many threads; ``None`` leaves their number as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

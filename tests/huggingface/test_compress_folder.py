@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -189,7 +190,7 @@ def test_killed_while_it_tidies_up(source, finished, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sharded.shutil, "rmtree", killed)
+        patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             compress_folder(source, tmp_path / "out", FAST)
     compress_folder(source, tmp_path / "out", FAST)
@@ -390,7 +391,7 @@ def test_what_a_killed_process_left_is_removed_and_a_damaged_note_is_no_note(sou
         patch.setattr(sharded, "_write_shard", killed)
         with pytest.raises(KeyboardInterrupt):
             compress_folder(source, tmp_path / "out", FAST)
-    work = tmp_path / "out" / sharded._WORK
+    work = tmp_path / "out" / sharded.WORK
     for folder in (tmp_path / "out", work):
         (folder / ".half.safetensors.x1y2").write_bytes(b"half")
         (folder / ".a.b.folder").mkdir()  # not what such a process leaves

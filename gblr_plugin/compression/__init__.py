@@ -1,0 +1,1 @@
+"""A pretrained network made smaller in one call: calibrated, refined, recovered, converted, and what became of it."""
