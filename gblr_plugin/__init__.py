@@ -34,6 +34,7 @@ _EXPORTS = {
     "Schedule": "learning.schedule",
     "StructureLearner": "learning.learner",
     "StructuredMatrix": "matrix.structure",
+    "compress": "compression.compress",
     "convert": "surgery.conversion",
     "decompose": "decomposition",
     "export": "exporting.program",

@@ -32,16 +32,23 @@ class Chain:
     """Blocks that follow each other.
 
     Args:
-        name: Of the list that holds them; empty if the model itself is the list.
-        blocks: The modules by their full names, in the order in which they run.
+        model: Holds them.
+        name: Of the list; empty if the model itself is the list.
+        names: Full names of the blocks in the order in which they run.
     """
 
+    model: nn.Module
     name: str
-    blocks: dict[str, nn.Module]
+    names: tuple[str, ...]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The modules that have these names at present; a block that is a layer may have been replaced."""
+        return [self.model.get_submodule(name) for name in self.names]
 
     def owner(self, layer: nn.Module) -> int | None:
         """Number of the block that holds a layer; ``None`` if none does."""
-        held = (n for n, block in enumerate(self.blocks.values()) if any(layer is m for m in block.modules()))
+        held = (n for n, block in enumerate(self.blocks) if any(layer is module for module in block.modules()))
         return next(held, None)
 
 
@@ -113,7 +120,7 @@ def recorded(
 @contextmanager
 def bypassed(chain: Chain, calls: Sequence[Call], hidden: Tensor) -> Iterator[None]:
     """Within this context the blocks are not run: each returns ``hidden``, the state after the last one."""
-    kept = {block: vars(block).get("forward") for block in chain.blocks.values()}  # hooks of accelerate put one there
+    kept = {block: vars(block).get("forward") for block in chain.blocks}  # hooks of accelerate put one there
     try:
         for block, call in zip(kept, calls, strict=True):
             vars(block)["forward"] = lambda *_args, _call=call, **_kwargs: _call.returning(hidden)
@@ -163,7 +170,7 @@ def find_chains(
 def _cheapest(gains: Mapping[Chain, float]) -> set[Chain]:
     """Of chains inside each other, those that gain most together."""
     chosen: set[Chain] = set()
-    for chain in sorted(gains, key=lambda chain: sum(len(list(b.modules())) for b in chain.blocks.values())):
+    for chain in sorted(gains, key=lambda chain: sum(len(list(b.modules())) for b in chain.blocks)):
         inside = {other for other in chosen if _overlap(chain, other)}
         if gains[chain] > sum(gains[other] for other in inside):
             chosen = {*(chosen - inside), chain}
@@ -182,13 +189,12 @@ def _following(model: nn.Module, run: Run) -> list[Chain]:
         if any(len(calls.get(id(block), ())) != 1 for block in blocks.values()) or len(blocks) < len(module):
             continue
         in_order = sorted(blocks, key=lambda at: order[id(blocks[at])])
-        blocks = {at: blocks[at] for at in in_order}
-        ids = [id(block) for block in blocks.values()]
+        ids = [id(blocks[at]) for at in in_order]
         states = [after[key] for key in ids]
         tensors = all(isinstance(state, Tensor) and state.is_floating_point() for state in [before[ids[0]], *states])
         if tensors and all(before[late] is after[early] for early, late in pairwise(ids)):
-            chains.append(Chain(name, blocks))
-    return sorted(chains, key=lambda chain: order[id(next(iter(chain.blocks.values())))])
+            chains.append(Chain(model, name, tuple(in_order)))
+    return sorted(chains, key=lambda chain: order[id(chain.blocks[0])])
 
 
 def _saved(chain: Chain, layers: Mapping[str, nn.Module], groups: Sequence[Sequence[str]]) -> float:
@@ -206,13 +212,13 @@ def _saved(chain: Chain, layers: Mapping[str, nn.Module], groups: Sequence[Seque
 
 
 def _overlap(chain: Chain, other: Chain) -> bool:
-    held = {id(module) for block in chain.blocks.values() for module in block.modules()}
-    return any(id(module) in held for block in other.blocks.values() for module in block.modules())
+    held = {id(module) for block in chain.blocks for module in block.modules()}
+    return any(id(module) in held for block in other.blocks for module in block.modules())
 
 
 def _refusal(model: nn.Module, chain: Chain, layers: Mapping[str, nn.Module], run: Run) -> str | None:
     """Why the blocks cannot be run one by one, as the end of a sentence; ``None`` if they can."""
-    blocks = list(chain.blocks.values())
+    blocks = chain.blocks
     _, calls, after = recorded(blocks, run)
     _, nudged, _ = recorded(blocks, run, nudge=True)
     kept = [calls[id(block)][0] for block in blocks]

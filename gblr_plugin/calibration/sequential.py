@@ -62,7 +62,7 @@ class Piece:
     @property
     def name(self) -> str:
         """Full name of the block, or ``None``."""
-        return "" if self.chain is None else list(self.chain.blocks)[self.place]
+        return "" if self.chain is None else self.chain.names[self.place]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +124,9 @@ def fit_pieces(
 ) -> Iterator[FittedPiece[M]]:
     """Fit layers as :func:`fit_layers` does, one piece of the model at a time.
 
-    While a piece is looked at, the layers of its block may be replaced for good, and its parameters may change: the
-    compressed stream then passes what is there. Layers outside of chains must be left as they are until the end.
+    While a piece is looked at, the layers of its block may be replaced by other modules for good, and other parameters
+    of the block may change: the compressed stream then passes what is there. Layers outside of chains must be left as
+    they are until the end.
 
     Args:
         model: As :func:`fit_layers` takes it.
@@ -188,7 +189,7 @@ class _Walk(Generic[M]):
             for chain in [owner[0] for owner in map(owners.get, group) if owner is not None]:
                 if id(chain) not in begun:
                     begun.add(id(chain))
-                    pieces += [Piece([], chain, place) for place in range(len(chain.blocks))]
+                    pieces += [Piece([], chain, place) for place in range(len(chain.names))]
             for owner in dict.fromkeys(owners[name] for name in group):
                 alike = [name for name in group if owners[name] == owner]
                 if owner is None:
@@ -216,9 +217,10 @@ class _Walk(Generic[M]):
             dense.advance()
             if piece.groups:
                 yield FittedPiece(piece.name, fitted, present, dense.states)
+        inside.keep_in(present.block)
         with inside.active():
             present.advance()
-        if present.place == len(piece.chain.blocks):
+        if present.place == len(piece.chain.names):
             self.finished.append(self.streams)
 
     def _restored(self, piece: Piece, restore: Callable[[str], bool]) -> bool:

@@ -32,6 +32,11 @@ class StandIns:
     def __len__(self) -> int:
         return len(self._done)
 
+    def keep_in(self, block: nn.Module) -> None:
+        """Leave out layers that are not in a block any more; what replaced them has their hooks."""
+        inside = {id(module) for module in block.modules()}
+        self._done = [entry for entry in self._done if id(entry[0]) in inside]
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within this context the model runs with them."""
@@ -62,13 +67,12 @@ class Stream:
 
     def __init__(self, chain: Chain, states: Iterable[Tensor], calls: Sequence[Sequence[Call]]) -> None:
         self.chain, self.states, self.calls = chain, list(states), calls
-        self._blocks = list(chain.blocks.values())
         self.place = 0
 
     @classmethod
     def begin(cls, chain: Chain, runs: Iterable[Callable[[], object]]) -> Stream:
         """The stream before the first block; the model is run as far as the last one, once a batch."""
-        blocks = list(chain.blocks.values())
+        blocks = chain.blocks
         states, calls = [], []
         for run in runs:
             before, found, _ = recorded(blocks, run, alone=True)
@@ -80,9 +84,14 @@ class Stream:
         """Another stream from the same states, which neither changes in place."""
         return Stream(self.chain, self.states, self.calls)
 
+    @property
+    def block(self) -> nn.Module:
+        """The block that runs next."""
+        return self.chain.blocks[self.place]
+
     def run(self, batch: int) -> Tensor:
         """The hidden state of a batch after the next block."""
-        return self.calls[batch][self.place].run(self._blocks[self.place], self.states[batch])
+        return self.calls[batch][self.place].run(self.block, self.states[batch])
 
     def advance(self) -> None:
         """Go on by one block."""

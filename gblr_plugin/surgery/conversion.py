@@ -283,7 +283,7 @@ def frozen_layer(
     return frozen_like(layer, matrix, plan=plan, factor_dtype=factor_dtype)
 
 
-def convert(model: nn.Module, *, plan: Any = None) -> nn.Module:
+def convert(model: nn.Module, *, plan: Any = None, factor_dtype: str | None = None) -> nn.Module:
     """Replace the trainable structured layers of a model by frozen modules, in place.
 
     A layer whose matrix is a GBLR matrix of equal cost becomes a plain module with a frozen
@@ -293,6 +293,7 @@ def convert(model: nn.Module, *, plan: Any = None) -> nn.Module:
     Args:
         model: A model with structured layers; changed in place (or replaced, if it is such a layer itself).
         plan: How kernels are chosen, see :class:`~gblr_plugin.GBLRTensor`.
+        factor_dtype: ``"int8"``: the factors of frozen weights are rounded to 8 bits.
 
     Returns:
         The model. Its outputs are those of the structured layers with exact boxcar masks.
@@ -307,5 +308,8 @@ def convert(model: nn.Module, *, plan: Any = None) -> nn.Module:
                 matrices[layer] = layer.frozen_structure()
             except ConfigError as error:
                 raise ConfigError(f"layer {name or type(layer).__name__!r}: {error}") from error
-    frozen = {id(layer): frozen_layer(layer, matrix, plan=plan) for layer, matrix in matrices.items()}
+    frozen = {
+        id(layer): frozen_layer(layer, matrix, plan=plan, factor_dtype=factor_dtype)
+        for layer, matrix in matrices.items()
+    }
     return replace_modules(model, frozen)

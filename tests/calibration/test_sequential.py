@@ -16,6 +16,7 @@ from gblr_plugin.calibration.layer_moments import layer_moments
 from gblr_plugin.calibration.sequential import FittedPiece, fit_layers, fit_pieces
 from gblr_plugin.decomposition import decompose
 from gblr_plugin.errors import ConfigError
+from gblr_plugin.layers.dense import replace_modules
 from gblr_plugin.matrix.metric import Metric
 from gblr_plugin.matrix.structure import StructuredMatrix
 from gblr_plugin.utils.progress import shown_by
@@ -374,4 +375,4 @@ def set_layer(model: nn.Module, name: str, matrix: StructuredMatrix, bias: Tenso
     layer.weight = nn.Parameter(matrix.to_dense())
     if bias is not None:
         layer.bias = nn.Parameter(bias)
-    model.set_submodule(name, layer)
+    replace_modules(model, {id(model.get_submodule(name)): layer})

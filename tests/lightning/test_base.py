@@ -24,6 +24,7 @@ def twin(monkeypatch):
     package, inner = ModuleType("lightning"), ModuleType("lightning.pytorch")
     package.__spec__, package.pytorch = ModuleSpec("lightning", None), inner
     inner.Callback = type("Callback", (), {})
+    inner.LightningModule = inner.Trainer = object
     monkeypatch.setitem(sys.modules, "lightning", package)
     monkeypatch.setitem(sys.modules, "lightning.pytorch", inner)
     return inner
