@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import __version__
+from .compression import command as compress
 from .errors import ConfigError, GBLRError, first_line
 from .utils.arguments import OneLineParser
 
@@ -62,30 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("path", type=Path, metavar="PATH", help="an output folder, a report.json, or a config.yaml")
     shown.add_argument("--json", action="store_true", help="as JSON instead of a table")
     shown.set_defaults(call=_show)
-    _add_compress(commands)
+    compress.add_parser(commands)
     bench = commands.add_parser("bench", help="time structured against dense layers", add_help=False)
     bench.add_argument("arguments", nargs=argparse.REMAINDER)
     return parser
-
-
-def _add_compress(commands: Any) -> None:
-    compress = commands.add_parser("compress", help="compress a folder of safetensors, one layer in memory at a time")
-    compress.add_argument("folder", type=Path, metavar="FOLDER", help="config.json and model.safetensors or its shards")
-    compress.add_argument("--budget", type=float, required=True, help="relative FLOPs of each layer, in (0, 1]")
-    compress.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="a new folder, or one to go on with"
-    )
-    compress.add_argument("--layers", nargs="+", metavar="PATTERN", help="default: all that can gain")
-    compress.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN")
-    compress.add_argument("--method", default="gblr", help="as gblr_plugin.decompose takes it; default: gblr, the best")
-    compress.add_argument("--align", type=int, default=1, metavar="T", help="intervals on multiples of T")
-    compress.add_argument(
-        "--row-splits", nargs="+", default=[], metavar="PATTERN=N", help="matrices packed in the rows of these layers"
-    )
-    compress.add_argument("--family", metavar="NAME", help="a structure family in place of GBLR, such as monarch")
-    compress.add_argument("--factor-dtype", choices=["int8"], help="default: that of the weights")
-    compress.add_argument("--seed", type=int, default=0)
-    compress.set_defaults(call=_compress)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,31 +123,6 @@ def _bench(arguments: Sequence[str]) -> int:
     return int(bench(arguments) or 0)
 
 
-def _compress(arguments: argparse.Namespace) -> None:
-    from .huggingface.compress_folder import CompressSettings, compress_folder
-
-    splits = {}
-    for text in arguments.row_splits:
-        pattern, _, count = text.rpartition("=")
-        if not pattern or not count.isdigit() or int(count) < 1:
-            raise ConfigError(f"--row-splits: need PATTERN=N with a positive N, got {text!r}")
-        splits[pattern] = int(count)
-    settings = CompressSettings(
-        arguments.budget,
-        None if arguments.layers is None else tuple(arguments.layers),
-        tuple(arguments.exclude),
-        arguments.method,
-        arguments.align,
-        splits or 1,
-        arguments.seed,
-        arguments.factor_dtype,
-        arguments.family,
-    )
-    summary = compress_folder(arguments.folder, arguments.output, settings)
-    if summary is not None:
-        print(f"{summary}; in {arguments.output}")
-
-
 def _show(arguments: argparse.Namespace) -> None:
     if arguments.path.suffix in (".yaml", ".yml"):
         _count(arguments.path, arguments.set, arguments.json)
@@ -175,19 +131,22 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _report(path: Path, as_json: bool) -> None:
+    from .compression.report import CompressionReport
     from .run.summary import RunReport
 
-    file = path / "report.json" if path.is_dir() else path
+    kinds = {"report.json": RunReport, "compress.json": CompressionReport}
+    files = [path / name for name in kinds if (path / name).is_file()] or [path / "report.json"]
+    file = files[0] if path.is_dir() else path
     try:
         text = file.read_text(encoding="utf-8")
         values = json.loads(text)
-        summary = RunReport.from_dict(values)
+        summary = kinds.get(file.name, RunReport).from_dict(values)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"report: no file at {str(file)!r}") from error
     except OSError as error:
         raise ConfigError(f"report: cannot read {str(file)!r}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"report: {str(file)!r} is not a report of gblr run") from error
+        raise ConfigError(f"report: {str(file)!r} is not a report of gblr run or gblr compress") from error
     print(json.dumps(values, indent=2) if as_json else summary)
 
 

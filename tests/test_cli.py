@@ -162,7 +162,11 @@ def test_files_that_are_missing_or_in_the_way(call, project):
     assert call("report", "folder") == (2, "", "gblr: report: no file at 'folder/report.json'\n")
     (project / "folder/report.json").mkdir()
     assert call("report", "folder")[0] == 2
-    assert call("report", "bad_task.py") == (2, "", "gblr: report: 'bad_task.py' is not a report of gblr run\n")
+    assert call("report", "bad_task.py") == (
+        2,
+        "",
+        "gblr: report: 'bad_task.py' is not a report of gblr run or gblr compress\n",
+    )
     assert call("report", "nothing.yaml") == (2, "", "gblr: nothing.yaml: no such config file\n")
     (project / "other.json").write_text(json.dumps({"a": 1}))
     assert call("report", "other.json")[0] == 2

@@ -82,8 +82,8 @@ def _cell(text: object) -> str:
 
 
 def _quality_rows(quality: Mapping[str, Any]) -> list[list[str]]:
-    first = [quality["metric"], f"{quality['before']:.4g}", f"{quality['after']:.4g}"]
-    return [first, *([name, "1", f"{value:.4g}"] for name, value in quality.get("others", {}).items())]
+    named = {quality["metric"]: quality, **quality.get("others", {})}
+    return [[name, f"{pair['before']:.4g}", f"{pair['after']:.4g}"] for name, pair in named.items()]
 
 
 def _settings_rows(values: Mapping[str, Any]) -> list[list[object]]:

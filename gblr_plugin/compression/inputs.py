@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.images import read_image
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..huggingface.pretrained import load_image_processor, load_tokenizer
 from ..utils.validation import check_count
 from .data_files import find_images, read_running_text, read_texts
@@ -25,7 +25,9 @@ Kind = Literal["decoder", "masked", "encoder", "images"]
 IGNORED = -100  # the label of a token that does not count, as in torch's losses
 
 _WHO = "compress"
-_BATCH = {"decoder": 8, "masked": 32, "encoder": 32, "images": 16}
+_IMAGES = 16  # of a batch
+_TOKENS = 2048  # of a batch of text, about what suits a step of refinement
+_SAMPLES = {"decoder": 256, "masked": 512, "encoder": 512, "images": 256}
 _LENGTH = {"decoder": 256, "masked": 128, "encoder": 128, "images": 0}
 _MASKED = 0.15  # share of the tokens that a masked language model has to find, as in BERT's training
 _CHARACTERS = 16  # of a text that are looked at for each token that is wanted
@@ -60,7 +62,7 @@ class DataReader:
         folder: Of the model, with its tokenizer or image processor.
         kind: What the model reads.
         longest: Most tokens that the model takes; ``None`` for no limit.
-        samples: Texts, sequences or images that are read.
+        samples: Texts, sequences or images that are read; ``None``: 512 texts, 256 of the others.
         length: Tokens of a sequence, or most tokens of a text; ``None``: 256 of a decoder's, 128 of other texts.
 
     Raises:
@@ -70,17 +72,23 @@ class DataReader:
     folder: Path
     kind: Kind
     longest: int | None = None
-    samples: int = 256
+    samples: int | None = None
     length: int | None = None
 
     def __post_init__(self) -> None:
-        check_count("--samples", self.samples)
+        if self.samples is not None:
+            check_count("--samples", self.samples)
         if self.length is not None:
             check_count("--length", self.length, 2)
         if self.length is not None and self.kind == "images":
             raise ConfigError(f"{_WHO}: --length is for text, and this model reads images")
         if self.length is not None and self.length > (self.longest or self.length):
             raise ConfigError(f"{_WHO}: --length must be at most the model's {self.longest} tokens, got {self.length}")
+
+    @property
+    def count(self) -> int:
+        """Texts, sequences or images that are read."""
+        return self.samples or _SAMPLES[self.kind]
 
     @property
     def tokens(self) -> int:
@@ -102,53 +110,56 @@ class DataReader:
             ConfigError: If the data cannot be used.
         """
         if self.kind == "images":
-            return self._images(_drawn(find_images(path, who), self.samples, seed), who)
+            return self._images(_drawn(find_images(path, who), self.count, seed), who)
         tokenizer = load_tokenizer(self.folder, _WHO)
         if self.kind == "decoder":
             return self._sequences(read_running_text(path, who), tokenizer, f"{who}: {str(path)!r}", seed)
-        texts = _drawn(read_texts(path, who), self.samples, seed)
+        texts = _drawn(read_texts(path, who), self.count, seed)
         return self._texts(texts, tokenizer, seed)
-
-    def _batches(self, samples: Any) -> list[Any]:
-        size = _BATCH[self.kind]
-        return [samples[start : start + size] for start in range(0, len(samples), size)]
 
     def _images(self, files: Sequence[Path], who: str) -> list[Batch]:
         processor = load_image_processor(self.folder, _WHO)
         batches = []
-        for some in self._batches(files):
+        for start in range(0, len(files), _IMAGES):
+            some = files[start : start + _IMAGES]
             images = [read_image(file) for file in some]
             try:
                 batches.append(dict(processor(images=images, return_tensors="pt")))
             except (ValueError, TypeError, RuntimeError) as error:
-                raise ConfigError(
-                    f"{who}: the image processor refuses an image of {str(some[0])!r}: {error}"
-                ) from error
+                said = first_line(error)
+                raise ConfigError(f"{who}: the image processor refuses images like {str(some[0])!r}: {said}") from error
         return batches
 
     def _texts(self, texts: Sequence[str], tokenizer: Any, seed: int) -> list[Batch]:
         """Padded batches, of texts of similar length, so that little is padding; masked where the model fills masks."""
         generator = torch.Generator().manual_seed(seed)
-        batches = []
-        for some in self._batches(sorted(texts, key=len)):
-            batch = tokenizer(list(some), padding=True, truncation=True, max_length=self.tokens, return_tensors="pt")
-            batches.append(_masked(dict(batch), tokenizer, generator) if self.kind == "masked" else dict(batch))
+        encoded = tokenizer(list(texts), truncation=True, max_length=self.tokens)
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        batches, some = [], list[int]()
+        order = sorted(range(len(texts)), key=lengths.__getitem__)
+        for place, text in enumerate(order):
+            some.append(text)
+            if place + 1 == len(order) or (len(some) + 1) * lengths[order[place + 1]] > _TOKENS:
+                rows = {name: [values[row] for row in some] for name, values in encoded.items()}
+                batch = dict(tokenizer.pad(rows, return_tensors="pt"))
+                batches.append(_masked(batch, tokenizer, generator) if self.kind == "masked" else batch)
+                some = []
         return batches
 
     def _sequences(self, text: str, tokenizer: Any, who: str, seed: int) -> list[Batch]:
         """Sequences of one length, cut from the running text; of a long text, from pieces all over it."""
         first = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
         size, length = _CHARACTERS * self.tokens, self.tokens - len(first)
-        pieces = _drawn([text[at : at + size] for at in range(0, len(text), size)], self.samples, seed)
+        pieces = _drawn([text[at : at + size] for at in range(0, len(text), size)], self.count, seed)
         stream = tokenizer("".join(pieces), add_special_tokens=False, verbose=False)["input_ids"]
         starts = range(0, len(stream) - length + 1, length)
         if not starts:
             raise ConfigError(
                 f"{who} holds {len(stream)} tokens, fewer than one sequence of {self.tokens}; see --length"
             )
-        sequences = [first + stream[start : start + length] for start in _drawn(starts, self.samples, seed)]
-        stacked = torch.tensor(sequences)
-        return [{"input_ids": ids, "labels": ids.clone()} for ids in self._batches(stacked)]
+        sequences = [first + stream[start : start + length] for start in _drawn(starts, self.count, seed)]
+        size = max(1, _TOKENS // self.tokens)
+        return [{"input_ids": ids, "labels": ids.clone()} for ids in torch.tensor(sequences).split(size)]
 
 
 def _drawn(samples: Sequence[Any], count: int, seed: int) -> list[Any]:

@@ -27,15 +27,15 @@ class Quality:
         before: Of the dense network; 1 where it is what the compressed one is compared to.
         after: Of the compressed network.
         samples: Samples over which it was taken.
-        others: More figures of the compressed network, by name: ``"nearest neighbours"``, the share of samples whose
-            nearest other sample is the same as with the dense network's outputs.
+        others: More figures of both, by name: ``"nearest neighbours"``, the share of samples whose nearest other sample
+            is the same as with the dense network's outputs.
     """
 
     metric: str
     before: float
     after: float
     samples: int
-    others: dict[str, float] = field(default_factory=dict)
+    others: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -65,7 +65,8 @@ def measure_quality(kind: Kind, dense: nn.Module, compressed: nn.Module, batches
             torch.cat([_embedding(network, batch) for batch in batches]) for network in (dense, compressed)
         )
         cosine = float(F.cosine_similarity(reference, other).mean())
-        others = {"nearest neighbours": _same_neighbours(reference, other)} if samples > 2 else {}
+        same = {"before": 1.0, "after": _same_neighbours(reference, other)}
+        others = {"nearest neighbours": same} if samples > 2 else {}
         return Quality("cosine", 1.0, cosine, samples, others)
     raise ConfigError(f"--eval: a {type(dense).__name__} gives neither logits nor hidden states to compare")
 

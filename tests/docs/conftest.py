@@ -177,7 +177,24 @@ def _calibration() -> dict[str, Any]:
     return {**_nni(), "MyNetwork": MyNetwork}
 
 
+def _compress() -> dict[str, Any]:
+    """A tiny encoder where the page has a sentence transformer, and the folder that the command would make of it."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    from gblr_plugin.huggingface.compress_folder import CompressSettings, compress_folder
+
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(["It works."], vocab_size=270, min_frequency=1, special_tokens=["[PAD]"])
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    BertModel(BertConfig(vocab_size=tokenizer.get_vocab_size(), **sizes)).save_pretrained("minilm")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, pad_token="[PAD]").save_pretrained("minilm")
+    compress_folder("minilm", "minilm-half", CompressSettings(0.5, method="trapezoid"))
+    return {}
+
+
 GIVEN = {
+    "compress": _compress,
     "README": _readme,
     "calibration": _calibration,
     "nni": _nni,

@@ -52,7 +52,8 @@ def test_the_command_says_so_in_one_line_and_goes_on_later(
         pytest.skip("this system does not let a process mount")
     (said,) = [line for line in folder.with_suffix(".log").read_text().splitlines() if line.startswith("gblr")]
     assert answer["code"] == 1
-    assert said.startswith("gblr: OSError: [Errno ")
+    assert said.startswith("gblr: compress: ")
+    assert said.endswith("; the same command goes on where it was")
     assert not (folder / "out" / "config.json").exists()
     assert contents(tmp_path / "dense") == source
     server.finish("command", folder)
