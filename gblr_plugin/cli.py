@@ -134,7 +134,7 @@ def _report(path: Path, as_json: bool) -> None:
     from .compression.report import CompressionReport
     from .run.summary import RunReport
 
-    kinds = {"report.json": RunReport, "compress.json": CompressionReport}
+    kinds: dict[str, Any] = {"report.json": RunReport, "compress.json": CompressionReport}
     files = [path / name for name in kinds if (path / name).is_file()] or [path / "report.json"]
     file = files[0] if path.is_dir() else path
     try:

@@ -180,7 +180,7 @@ class _Compression:
             skipped=tuple(SkippedRow(row.name, row.reason, row.share) for row in self.skipped),
             blocks=tuple(self.blocks),
             stages=self.stages.rows(),
-            quality=quality or None,
+            quality=_quality(quality),
         )
 
     def _settings_of_layers(self) -> dict[str, LayerSettings | FamilySettings]:
@@ -289,6 +289,16 @@ class _Compression:
                 seed=self.settings.seed,
             )
         self._convert(self.model)
+
+
+def _quality(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any] | None:
+    """The figures of an evaluation as a report holds them, the first one as its measure."""
+    pairs = {name: {"before": value, "after": found["after"][name]} for name, value in found.get("before", {}).items()}
+    if not pairs:
+        return None
+    metric = next(iter(pairs))
+    others = {name: pair for name, pair in pairs.items() if name != metric}
+    return {"metric": metric, **pairs[metric], **({"others": others} if others else {})}
 
 
 def _with_bias(layer: Any, bias: Tensor | None) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..utils.tables import table
@@ -89,8 +89,10 @@ class CompressionReport:
         skipped: Weights that stay dense, with the reasons.
         blocks: The blocks that were refined.
         stages: Time and memory.
-        quality: ``{"before": {name: value}, "after": {name: value}}``, if the network was evaluated.
-        speedup: Factor over the dense network by a description of the input, if it was measured.
+        quality: ``{"metric": name, "before": value, "after": value}``, if the network was evaluated; of further
+            figures ``"others"`` has ``{name: {"before": value, "after": value}}``.
+        speedup: Factor over the dense network by the number of texts, images or tokens at once, if it was measured.
+        speed: ``{"items": "texts", "dense": {count: seconds}, "compressed": {count: seconds}}``, the same.
     """
 
     settings: dict[str, Any]
@@ -99,7 +101,8 @@ class CompressionReport:
     blocks: tuple[BlockRow, ...] = ()
     stages: tuple[Stage, ...] = ()
     quality: dict[str, Any] | None = None
-    speedup: dict[str, float] | None = field(default=None)
+    speedup: dict[str, float] | None = None
+    speed: dict[str, Any] | None = None
 
     @property
     def relative_flops(self) -> float:
@@ -132,6 +135,7 @@ class CompressionReport:
             stages=tuple(Stage(**row) for row in values.get("stages", ())),
             quality=values.get("quality"),
             speedup=values.get("speedup"),
+            speed=values.get("speed"),
         )
 
     def __str__(self) -> str:
@@ -152,10 +156,9 @@ class CompressionReport:
         if self.stages:
             shown = [(stage.name, f"{stage.seconds:.1f}", _gibibytes(stage.peak_bytes)) for stage in self.stages]
             lines += ["", *table(("stage", "s", "peak GiB"), shown, total=("total", f"{self.seconds:.1f}", ""))]
-        for name, value in (self.quality or {}).get("after", {}).items():
-            before = (self.quality or {}).get("before", {}).get(name)
-            lines.append(f"{name}: {value:.4g}" + ("" if before is None else f", dense {before:.4g}"))
-        lines += [f"speed at {what}: {factor:.2f} times dense" for what, factor in (self.speedup or {}).items()]
+        lines += (
+            ["", *table(("measure", "dense", "compressed"), _figures(self))] if self.quality or self.speedup else []
+        )
         return "\n".join(lines)
 
 
@@ -165,3 +168,16 @@ def _count(row: LayerRow) -> str:
 
 def _gibibytes(size: int | None) -> str:
     return "" if size is None else f"{size / 2**30:.2f}"
+
+
+def _figures(report: CompressionReport) -> list[tuple[str, str, str]]:
+    """Rows of quality and speed: name, of the dense network, of the compressed one."""
+    rows = []
+    if report.quality is not None:
+        named = {report.quality["metric"]: report.quality, **report.quality.get("others", {})}
+        rows += [(name, f"{pair['before']:.4g}", f"{pair['after']:.4g}") for name, pair in named.items()]
+    items = (report.speed or {}).get("items", "")
+    for count, factor in (report.speedup or {}).items():
+        what = f"{count} {items[:-1] if int(count) == 1 else items}"
+        rows.append((f"speed at {what}".rstrip(), "1", f"{factor:.2f}"))
+    return rows

@@ -40,7 +40,7 @@ def test_a_table_and_the_same_from_report(call, quick, tmp_path):
     code, out, _ = call(*quick)
     assert code == 0
     assert "everything is in out" in out
-    for shown in ("encoder.layer.1.intermediate.dense", "cosine", "nearest neighbours", "at 1 text", "refinement"):
+    for shown in ("encoder.layer.1.intermediate.dense", "cosine", "nearest neighbours", "at 1 text", "decomposition"):
         assert shown in out, shown
     for path in ("out", f"out/{REPORT}"):
         code, again, _ = call("report", path)
