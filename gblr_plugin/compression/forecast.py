@@ -18,9 +18,11 @@ from .report import SkippedRow
 __all__ = ["Forecast", "PlannedLayer", "forecast"]
 
 _SIZE = 384  # of the matrices that this machine's speed is measured with
-_PASSES = 5  # of all tokens through a block: both streams, moments, the refined block's error before and after
-_STEP = 4  # passes of a batch that a step of gradients takes: forwards, backwards twice as much, and the optimizer
-_DECOMPOSED = 60.0  # products of a decomposition over m n min(m, n), in the speed of a large product
+# What parts of the work take, in the time of large products of dense matrices in float32; from a run on MiniLM at 50%.
+_PASSES = 15  # passes of all tokens through the layers: both streams, and moments in float64
+_STEP = 2  # passes of a batch for a step of refinement: forwards and backwards, at half the multiply-adds
+_LIBRARIES = 1 << 29  # bytes of the process before it has a model
+_DECOMPOSED, _PURSUED = 250.0, 1000.0  # products of a decomposition over m n min(m, n), with and without calibration
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,11 @@ def forecast(
     """
     shapes = {name: weight_matrix(module).shape for name, module in selection.layers.items()}
     rate = _products_per_second()
-    products = sum(_DECOMPOSED * m * n * min(m, n) for m, n in shapes.values())
+    each_layer = _PURSUED if batches is None else _DECOMPOSED
+    products = sum(each_layer * m * n * min(m, n) for m, n in shapes.values())
     largest = max(m * n for m, n in shapes.values())
     parameters = sum(tensor.numel() for tensor in network.state_dict().values())
-    tokens, peak = 0, 32 * largest
+    tokens, peak = 0, _LIBRARIES + 32 * largest
     if batches is not None:
         config: Any = network.config
         each = [_positions(batch, config) for batch in batches]
@@ -101,8 +104,8 @@ def forecast(
         products += entries * (_PASSES * tokens + _STEP * refine * tokens / len(each))
         products += (_STEP + 1) * recover * entries * tokens / len(each)
         states = 2 * tokens * _features(config) * 4
-        block = 40 * max(largest, entries // max(int(getattr(config, "num_hidden_layers", 1)), 1))
-        peak = 4 * parameters * (4 if recover else 2) + states + block
+        block = 80 * max(largest, entries // max(int(getattr(config, "num_hidden_layers", 1)), 1))
+        peak = _LIBRARIES + 4 * parameters * (4 if recover else 2) + states + block
     return Forecast(
         tuple(PlannedLayer(name, (m, n)) for name, (m, n) in shapes.items()),
         tuple(SkippedRow(row.name, row.reason, row.share) for row in selection.skipped),
