@@ -78,7 +78,7 @@ class FolderJob:
         """Compress, measure, write.
 
         Raises:
-            ConfigError: If model, data, settings or output cannot be used; before anything is written.
+            ConfigError: If model, data, settings or output cannot be used; nothing is left in the output then.
             OSError: If a file cannot be written.
         """
         source, network = self._network()
@@ -86,7 +86,12 @@ class FolderJob:
         calibration, evaluation = self._data(source, network)
         work = begin_work(self.output, self._task(source), _WHO)
         if not (work / _COMPRESSED).exists():
-            self._compress(source, work, settings, calibration)
+            try:
+                self._compress(source, work, settings, calibration)
+            except ConfigError:  # these settings lead nowhere: others may be given for this output
+                end_work(work)
+                self.output.rmdir()
+                raise
         if not (work / _COMPLETE).exists():
             self._describe(source, work, evaluation)
         for path in sorted((work / _RESULT).iterdir(), key=lambda path: _ORDER.get(path.name, 0)):

@@ -215,6 +215,18 @@ def test_data_that_cannot_be_used_are_refused_before_anything_is_written(job, tm
         assert not made.output.exists()
 
 
+def test_settings_that_turn_out_to_lead_nowhere_leave_the_output_free(job, monkeypatch):
+    def refused(*given, **named):
+        raise ConfigError("layer 'x': the budget allows no block")
+
+    made = job("encoder")
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "compress", refused)
+        with pytest.raises(ConfigError, match="allows no block"):
+            made.run()
+    assert not made.output.exists()
+
+
 def test_the_licence_of_the_dense_model_is_kept(job, dense_folder, tmp_path):
     shutil.copytree(dense_folder("encoder"), tmp_path / "dense")
     card = "---\nlicense: apache-2.0\nlanguage: en\ndatasets: [a]\n---\n\nlicense: mine\n"
