@@ -24,7 +24,8 @@ class Moments:
     """Running first and second moments of pairs of inputs (x0, x1), in float64.
 
     Memory is O(n^2), whatever the number of samples. The first batch's mean is subtracted from all samples before they
-    are summed, so that a large common offset costs no digits.
+    are summed, so that a large common offset costs no digits. Products of the samples of one call are summed in float32
+    unless the samples are float64, in half the time; their rounding is far below the damping of any metric.
 
     Args:
         size: Number n of features.
@@ -61,18 +62,19 @@ class Moments:
         if not len(x0):
             return
         if self._origin is None:
-            self._origin = x0.mean(0)
+            self._origin = x0.mean(0).double()  # exactly what is subtracted below
         same = x1 is x0
-        x0 = x0 - self._origin
-        x1 = x0 if same else x1 - self._origin
+        origin = self._origin.to(x0.dtype)
+        x0 = x0 - origin
+        x1 = x0 if same else x1 - origin
         self.count += len(x0)
-        self._sum0 += x0.sum(0)
-        self._sum1 += x1.sum(0)
-        square = x1.T @ x1
+        self._sum0 += x0.sum(0, dtype=torch.float64)
+        self._sum1 += x1.sum(0, dtype=torch.float64)
+        square = (x1.T @ x1).double()
         if not same and self._cross is None:
             self._cross = self._square.clone()
         if self._cross is not None:
-            self._cross += square if same else x0.T @ x1
+            self._cross += square if same else (x0.T @ x1).double()
         self._square += square
 
     def _rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -85,7 +87,7 @@ class Moments:
             rows = rows[mask.reshape(-1).to(rows.device) != 0]
         if not bool(torch.isfinite(rows).all()):
             raise ConfigError("moments: inputs hold NaN or infinite values")
-        return rows.to(device=self._sum0.device, dtype=torch.float64)
+        return rows.to(self._sum0.device, torch.promote_types(rows.dtype, torch.float32))
 
     def _centre(self) -> Tensor:
         if self._origin is None:

@@ -17,8 +17,11 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
     return x0, x0 + 0.1 * torch.randn(6, 10, 7, generator=g)
 
 
-def test_moments_are_those_of_all_samples(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x0, x1 = pair
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-6)])
+def test_moments_are_those_of_all_samples(
+    pair: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype, tolerance: float
+) -> None:
+    x0, x1 = (x.to(dtype) for x in pair)
     moments = Moments(7)
     for a, b in zip(x0.split(2), x1.split(2), strict=True):
         moments.add(a, b)
@@ -26,8 +29,8 @@ def test_moments_are_those_of_all_samples(pair: tuple[torch.Tensor, torch.Tensor
     assert moments.count == 60
     torch.testing.assert_close(moments.mean, (a.mean(0), b.mean(0)))
     cross, square = moments.second()
-    torch.testing.assert_close(cross, (a - a.mean(0)).T @ (b - b.mean(0)) / 60, atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(square, torch.cov(b.T, correction=0), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(cross, (a - a.mean(0)).T @ (b - b.mean(0)) / 60, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(square, torch.cov(b.T, correction=0), atol=tolerance, rtol=tolerance)
     cross, square = moments.second(centred=False)
     torch.testing.assert_close(cross, a.T @ b / 60)
     torch.testing.assert_close(square, b.T @ b / 60)
