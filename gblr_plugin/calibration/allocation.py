@@ -31,7 +31,7 @@ from ..utils.validation import check_choice, check_share
 from .batches import Calibration
 from .layer_moments import layer_moments
 
-__all__ = ["FLOOR", "RULES", "allocate", "check_rule"]
+__all__ = ["FLOOR", "RULES", "allocate", "allocate_by_moments", "check_rule"]
 
 RULES = ("uniform", "weight", "output", "sensitivity", "alds")
 """Names of the rules."""
@@ -94,42 +94,86 @@ def allocate(
     check_share("allocation: budget", budget, "relative FLOPs")
     for name, module in layers.items():
         check_structurable(module, name)
-    dense = {name: weight_matrix(module).numel() for name, module in layers.items()}
     splits = {name: 1 if row_splits is None else row_splits.get(name, 1) for name in layers}
-    total = sum(dense.values())
-    max_multiply_adds = budget * total
-    low, high = _limits(layers, splits, budget, bounds or {})
-    least, most = sum(low.values()), sum(high.values())
-    if not least <= max_multiply_adds * (1 + 1e-9) or not max_multiply_adds <= most * (1 + 1e-9):
-        raise ConfigError(
-            f"allocation: the bounds of the layers allow relative FLOPs from {least / total:.4g} to "
-            f"{most / total:.4g}, which excludes the budget {budget:g}"
-        )
+    weights = {name: weight_matrix(module) for name, module in layers.items()}
+    limits = _limits(weights, splits, budget, bounds or {})
     if rule == "uniform":
-        curves = {name: straight_curve(size) for name, size in dense.items()}
-        spent = least_maximum(curves, max_multiply_adds, low, high)
-    elif rule == "alds":
-        curves = {name: error_curve(weight_matrix(module), splits[name]) for name, module in layers.items()}
-        spent = least_maximum(curves, max_multiply_adds, low, high)
-    else:
-        curves = _spectral_curves(model, layers, rule, calibration, splits)
-        spent = least_sum(curves, max_multiply_adds, low, high)
-    return {name: min(1.0, spent[name] / dense[name]) for name in layers}
+        curves = {name: straight_curve(weight.numel()) for name, weight in weights.items()}
+        return _shares(weights, least_maximum(curves, budget * _size(weights), *limits))
+    if rule == "alds":
+        curves = {name: error_curve(weight, splits[name]) for name, weight in weights.items()}
+        return _shares(weights, least_maximum(curves, budget * _size(weights), *limits))
+    curves = _spectral_curves(model, layers, rule, calibration, splits)
+    return _shares(weights, least_sum(curves, budget * _size(weights), *limits))
+
+
+def allocate_by_moments(
+    weights: Mapping[str, Tensor],
+    budget: float,
+    metrics: Mapping[str, Metric],
+    gradients: Mapping[str, Tensor],
+    *,
+    bounds: Bounds | None = None,
+    row_splits: Mapping[str, int] | None = None,
+) -> dict[str, float]:
+    """Split one budget by the rule ``sensitivity``, from moments that were taken elsewhere.
+
+    Args:
+        weights: (m, n) matrices by layer name.
+        budget: Relative FLOPs of all layers together, in (0, 1].
+        metrics: Of each layer's inputs.
+        gradients: (m, m) second moment of the loss gradients at each layer's output; where all are zero, or there are
+            none, the shares of the outputs' energy that are lost are added up in their place.
+        bounds: As :func:`allocate` takes them.
+        row_splits: The same.
+
+    Returns:
+        Relative FLOPs by layer name; weighted by the layers' sizes they add up to at most the budget.
+
+    Raises:
+        ConfigError: If bounds exclude the budget.
+    """
+    splits = {name: 1 if row_splits is None else row_splits.get(name, 1) for name in weights}
+    limits = _limits(weights, splits, budget, bounds or {})
+    if not any(float(gradient.diagonal().sum()) > 0 for gradient in gradients.values()):
+        gradients = {}
+    curves = {
+        name: _curve(weight, metrics[name], gradients.get(name), splits[name]) for name, weight in weights.items()
+    }
+    return _shares(weights, least_sum(curves, budget * _size(weights), *limits))
+
+
+def _size(weights: Mapping[str, Tensor]) -> int:
+    return sum(weight.numel() for weight in weights.values())
+
+
+def _shares(weights: Mapping[str, Tensor], spent: Mapping[str, float]) -> dict[str, float]:
+    return {name: min(1.0, spent[name] / weight.numel()) for name, weight in weights.items()}
 
 
 def _limits(
-    layers: Mapping[str, nn.Module], splits: Mapping[str, int], budget: float, bounds: Bounds
+    weights: Mapping[str, Tensor], splits: Mapping[str, int], budget: float, bounds: Bounds
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Least and most multiply-adds of each layer, with the defaults where no bounds are given."""
+    """Least and most multiply-adds of each layer, with the defaults where no bounds are given.
+
+    Raises:
+        ConfigError: If they exclude the budget.
+    """
     low, high = {}, {}
-    for name, module in layers.items():
-        rows, cols = weight_matrix(module).shape
+    for name, weight in weights.items():
+        rows, cols = weight.shape
         size, (least, most) = rows * cols, bounds.get(name, (0.0, 1.0))
         low[name], high[name] = least * size, min(most, 1.0) * size
         if low[name] <= 0:
             smallest = SMALLEST * (rows + splits[name] * cols)
             low[name] = max(FLOOR * budget * size, min(smallest, budget * size))
         low[name] = min(low[name], high[name])
+    least, most, total = sum(low.values()), sum(high.values()), _size(weights)
+    if not least <= budget * total * (1 + 1e-9) or not budget * total <= most * (1 + 1e-9):
+        raise ConfigError(
+            f"allocation: the bounds of the layers allow relative FLOPs from {least / total:.4g} to "
+            f"{most / total:.4g}, which excludes the budget {budget:g}"
+        )
     return low, high
 
 

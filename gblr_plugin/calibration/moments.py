@@ -11,6 +11,9 @@ H = Cov(x1), with the same damping. A layer without a bias gets none: its moment
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -88,6 +91,33 @@ class Moments:
         if not bool(torch.isfinite(rows).all()):
             raise ConfigError("moments: inputs hold NaN or infinite values")
         return rows.to(self._sum0.device, torch.promote_types(rows.dtype, torch.float32))
+
+    def all_reduce(self) -> None:
+        """Add up the samples of all processes of ``torch.distributed``; original and present inputs are the same."""
+        total = torch.zeros(self.size + 1, self.size + 1, dtype=torch.float64, device=self._square.device)
+        if self.count:
+            total[0, 0] = self.count
+            total[0, 1:] = self.count * self.mean[1]
+            total[1:, 1:] = self.count * self.second(centred=False)[1]
+        torch.distributed.all_reduce(total)
+        self.count = int(total[0, 0])
+        if self.count:
+            self._origin = total[0, 1:] / self.count
+            self._sum0, self._sum1 = torch.zeros_like(self._origin), torch.zeros_like(self._origin)
+            self._square = total[1:, 1:] - self.count * torch.outer(self._origin, self._origin)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of samples and the sums, where original and present inputs are the same."""
+        origin = None if self._origin is None else self._origin.clone()
+        return {"count": self.count, "origin": origin, "sum": self._sum1.clone(), "square": self._square.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        device = self._square.device
+        self.count, origin = int(state["count"]), state["origin"]
+        self._origin = None if origin is None else origin.to(device)
+        self._sum0, self._sum1 = state["sum"].to(device), state["sum"].to(device).clone()
+        self._square = state["square"].to(device).clone()
 
     def _centre(self) -> Tensor:
         if self._origin is None:

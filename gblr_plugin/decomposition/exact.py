@@ -10,21 +10,31 @@ from ..matrix.tiles import TiledAxis
 from .problem import Problem
 from .recovery.exchange import Side
 
-__all__ = ["exact", "lines"]
+__all__ = ["exact", "lines", "whole"]
 
 
 def exact(problem: Problem) -> StructuredMatrix:
     """The weight as one component per row, or per column if there are fewer columns: one index wide, full across."""
-    m, n = problem.weight.shape
+    return whole(problem.weight, (problem.rows.tile, problem.cols.tile))
+
+
+def whole(weight: Tensor, tiles: tuple[int, int] = (1, 1)) -> StructuredMatrix:
+    """A weight as its rows, or as its columns if there are fewer: one factor of a component is a unit vector.
+
+    Args:
+        weight: (m, n).
+        tiles: Intervals begin and end at multiples of these numbers of rows and columns.
+    """
+    m, n = weight.shape
     by_rows = m <= n
-    grid = problem.rows if by_rows else problem.cols
+    grid = TiledAxis(m, tiles[0]) if by_rows else TiledAxis(n, tiles[1])
     count = min(m, n)
-    identity = torch.eye(count, dtype=problem.weight.dtype, device=problem.weight.device)
+    identity = torch.eye(count, dtype=weight.dtype, device=weight.device)
     index = torch.arange(count, dtype=torch.int64, device=identity.device) // grid.tile
     narrow = grid.intervals(torch.ones_like(index), index)
     if by_rows:
-        return StructuredMatrix.from_factors(identity, problem.weight.clone(), rows=narrow)
-    return StructuredMatrix.from_factors(problem.weight.T.contiguous(), identity, cols=narrow)
+        return StructuredMatrix.from_factors(identity, weight.clone(), rows=narrow)
+    return StructuredMatrix.from_factors(weight.T.contiguous(), identity, cols=narrow)
 
 
 def lines(problem: Problem) -> StructuredMatrix | None:

@@ -89,6 +89,14 @@ class GBLRLayer(StructureParameters):
         return int(self.component_multiply_adds.sum())
 
     @property
+    def holds_dense_weight(self) -> bool:
+        """Whether each component is one complete row or column, so that the factors are the dense weight."""
+        (rows, cols), (m, n) = self.intervals(), self.axis_lengths
+        by_rows = bool((rows.width <= self.align[0]).all() and (cols.width == n).all())
+        by_cols = bool((cols.width <= self.align[1]).all() and (rows.width == m).all())
+        return self.U.shape[0] == self.row_splits * min(m, n) and (by_rows or by_cols)
+
+    @property
     def num_components(self) -> int:
         """Number of live components (both widths non-zero)."""
         return int((self.component_multiply_adds > 0).sum())

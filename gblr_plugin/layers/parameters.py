@@ -68,27 +68,12 @@ class StructureParameters(StructuredLayer):
 
     def _init_structure(self, matrix: StructuredMatrix, align: tuple[int, int], dtype: torch.dtype) -> None:
         """Register parameters that represent ``matrix`` exactly; splits are padded to one component count."""
-        sizes = matrix.split_sizes
-        most = max(max(sizes), 1)
-
-        def padded(values: Tensor) -> Tensor:
-            blocks = [
-                F.pad(block, (0, 0) * (block.dim() - 1) + (0, most - block.shape[0])) for block in values.split(sizes)
-            ]
-            return torch.cat(blocks)
-
         rows, cols = matrix.rows, matrix.cols
         device = matrix.u.device
-        lengths = torch.tensor([[rows.length], [cols.length]], dtype=torch.float64, device=device)
         structure_dtype = torch.promote_types(dtype, torch.float32)
-        self.U = nn.Parameter(padded(matrix.u).to(dtype))
-        self.V = nn.Parameter(padded(matrix.v).to(dtype))
-        widths = torch.stack([padded(rows.width), padded(cols.width)])
-        starts = torch.stack([padded(rows.start), padded(cols.start)])
-        self.widths = nn.Parameter((widths / lengths).to(structure_dtype))
-        self.locations = nn.Parameter((starts / lengths).to(structure_dtype))
+        self.U, self.V, self.widths, self.locations = map(nn.Parameter, _values_of(matrix, dtype))
         self.align = align
-        self.row_splits = len(sizes)
+        self.row_splits = len(matrix.split_sizes)
         self._mask_state = MaskState()
         self._keeps_gradients = False
         self.register_buffer("mask_state", self._mask_state.to_tensor().to(device))
@@ -166,6 +151,32 @@ class StructureParameters(StructuredLayer):
         self.low_rank_components = self.low_rank_components[keep]
         self._set_mask_state(low_rank=self._ranks(self.low_rank_components))
 
+    # -- another matrix ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def take_matrix(self, matrix: StructuredMatrix, optimizers: Iterable[Optimizer] = (), *, slots: int = 1) -> None:
+        """Make a matrix of this layer's shape and row splits the layer's weight.
+
+        Parameters keep their identity, take as many components as the matrix needs, and lose their gradients and their
+        state in the optimizers, which was of other components.
+
+        Args:
+            matrix: The new weight; its low-rank part in trapezoid form.
+            optimizers: Those that hold the layer's parameters.
+            slots: Least number of components of each split; those that the matrix does not need have no width.
+        """
+        values = _values_of(matrix.to(device=self.U.device), self.U.dtype, slots)
+        for parameter, value in zip((self.U, self.V, self.widths, self.locations), values, strict=True):
+            if parameter.shape == value.shape:
+                parameter.copy_(value)
+                parameter.grad = None
+            else:
+                _replace_storage(parameter, value.to(parameter.dtype))
+            for optimizer in optimizers:
+                optimizer.state.pop(parameter, None)
+        self.low_rank_components = self.low_rank_components.new_zeros(self.U.shape[0])
+        self._set_mask_state(low_rank=())
+
     # -- what torch does to every module -----------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -229,6 +240,26 @@ class StructureParameters(StructuredLayer):
         align = f", align={self.align}" if self.align != (1, 1) else ""
         sigma = "boxcar" if self._mask_state.sigma is None else f"{self._mask_state.sigma:g}"
         return f"{super().extra_repr()}, components={self.U.shape[0]}{splits}{align}, sigma={sigma}"
+
+
+def _values_of(matrix: StructuredMatrix, dtype: torch.dtype, least: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """U, V, widths and locations of a matrix, every split padded to one count of at least ``least`` components."""
+    sizes = matrix.split_sizes
+    most = max(*sizes, least)
+    rows, cols = matrix.rows, matrix.cols
+
+    def padded(values: Tensor) -> Tensor:
+        blocks = [
+            F.pad(block, (0, 0) * (block.dim() - 1) + (0, most - block.shape[0])) for block in values.split(sizes)
+        ]
+        return torch.cat(blocks)
+
+    lengths = torch.tensor([[rows.length], [cols.length]], dtype=torch.float64, device=matrix.u.device)
+    structure_dtype = torch.promote_types(dtype, torch.float32)
+    widths = torch.stack([padded(rows.width), padded(cols.width)]) / lengths
+    starts = torch.stack([padded(rows.start), padded(cols.start)]) / lengths
+    factors = padded(matrix.u).to(dtype), padded(matrix.v).to(dtype)
+    return *factors, widths.to(structure_dtype), starts.to(structure_dtype)
 
 
 @torch.no_grad()

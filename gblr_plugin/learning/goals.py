@@ -118,10 +118,10 @@ class CostTargets:
         """(L,) bool: whether the layer's group has a budget and began within it."""
         if self.start_costs is None:
             return [False] * len(self._layers)
-        within = [start <= end for start, end in zip(*self._from_and_to(), strict=True)]
+        within = [start <= end for start, end in zip(*self.starts_and_ends(), strict=True)]
         return [within[group] and goal.budget is not None for goal, group in zip(self._goals, self.groups, strict=True)]
 
-    def _from_and_to(self) -> tuple[list[float], list[float]]:
+    def starts_and_ends(self) -> tuple[list[float], list[float]]:
         """Multiply-adds of each group at the start and the end of its descent; infinite ends for no descent."""
         starts = self.by_group(self._begun())
         dense = self.by_group([float(size) for size in self._dense])
@@ -141,7 +141,7 @@ class CostTargets:
             covered: Share of the descent from the starting cost to the budget that is done, in [0, 1].
             device: Device of the result.
         """
-        now = [_between(start, end, covered) for start, end in zip(*self._from_and_to(), strict=True)]
+        now = [_between(start, end, covered) for start, end in zip(*self.starts_and_ends(), strict=True)]
         return torch.tensor(now, dtype=torch.float64, device=device)
 
     def of_layers(self, covered: float) -> list[float]:

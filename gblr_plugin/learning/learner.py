@@ -20,14 +20,18 @@ from torch.optim import Optimizer
 from ..errors import ConfigError
 from ..layers import GBLRLayer
 from ..layers.distributed_parameters import replicated
+from .decomposing import PACE, Decomposer
 from .goals import CostTargets, LayerGoal
 from .non_finite import FiniteGuard
 from .optimizers import check_optimized, learning_rates
+from .pace import FactorPace
 from .schedule import Schedule
 from .shrinking import Shrinker
 from .step_hook import StepHook
 
 __all__ = ["StructureLearner"]
+
+_WATCHED = 32  # training steps over which moments are taken before layers are decomposed
 
 _logger = logging.getLogger(__name__)
 _DRIVING: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[StructureLearner]] = weakref.WeakKeyDictionary()
@@ -51,6 +55,8 @@ class StructureLearner:
         goals: A goal for each name.
         schedule: Warm-up, homotopy and cool-down. ``None``: the host gives the progress by :meth:`set_progress`.
         sigmas: Smoothness at the start and just before freezing where the host gives the progress.
+        pace: How far factors move in a step of an optimizer, see :class:`~gblr_plugin.learning.pace.FactorPace`. By
+            default those of layers that were decomposed move ``PACE`` times as far, others as the optimizer says.
         compact: At the freeze, also drop dead components from the parameters and from the state of the attached
             optimizers, which makes the cool-down cheaper. Parameters change shape then: leave it off where something
             else holds tensors of their shape (moving averages of the weights). Never done while several processes
@@ -73,6 +79,7 @@ class StructureLearner:
         schedule: Schedule | None,
         sigmas: tuple[float, float] = (1.0, 100.0),
         *,
+        pace: float | None = None,
         compact: bool = False,
         non_finite: str = "stop",
         diagnostics: str | os.PathLike[str] | None = None,
@@ -90,7 +97,27 @@ class StructureLearner:
         self._guard = FiniteGuard(self.layers, non_finite, diagnostics, self._facts)
         self._costs = CostTargets(self.layers, self.goals)
         self._shrinker = Shrinker(self.layers, self.goals, self._costs)
+        decomposes = self._begin_dense()
+        self._decomposer = Decomposer(self.layers, self.goals, self._costs) if decomposes else None
+        self._pace = FactorPace(list(self.layers.values()), pace or (PACE if decomposes else 1.0))
         self._hooks: list[StepHook] = []
+
+    def _begin_dense(self) -> bool:
+        """Whether the layers hold their dense weights, so that they are trained as such and then decomposed.
+
+        Raises:
+            ConfigError: If some do and others do not, or have a fixed lambda, which shrinks widths.
+        """
+        dense = {name: layer.holds_dense_weight for name, layer in self.layers.items()}
+        if not any(dense.values()):
+            return False
+        other = next((name for name, holds in dense.items() if not holds), None)
+        if other is not None:
+            raise ConfigError(f"layer {other!r}: initialiser 'dense' must be that of all layers, or of none")
+        fixed = next((name for name, goal in self.goals.items() if goal.budget is None), None)
+        if fixed is not None:
+            raise ConfigError(f"layer {fixed!r}: initialiser 'dense' needs a budget; a fixed lambda shrinks widths")
+        return True
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
@@ -98,6 +125,10 @@ class StructureLearner:
         """Set the starting smoothness and record the starting costs; a no-op once begun (also after a resume)."""
         if self._costs.start_costs is None:
             self._costs.begin()
+            if self._decomposer is not None:
+                for layer in self.layers.values():
+                    layer.freeze_structure(keep_gradients=self._replicated())
+                return
             for layer, hard in zip(self.layers.values(), self._costs.begins_within_budget(), strict=True):
                 if not hard:
                     layer.use_trapezoid_form()  # in this form every component can shrink
@@ -116,7 +147,7 @@ class StructureLearner:
                 optimizer,
                 lambda: self.after_step(optimizer),
                 self._before_step,
-                lambda: self._guard.is_usable(optimizer),
+                lambda: self._with_gradients(optimizer),
             )
         )
 
@@ -142,11 +173,16 @@ class StructureLearner:
             self._check_alone(optimizer)
         self.detach()
         self.begin()
-        widths = [layer.widths for layer in self.layers.values()]
         for optimizer in optimizers:
-            if any(rate is not None for rate in learning_rates(optimizer, widths)):
+            if self.is_held_by(optimizer):
                 self.attach(optimizer)
         self._refreeze(has_optimizers=True)
+
+    def is_held_by(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer holds what is learned of a layer: its widths, or the weight that is decomposed."""
+        layers = self.layers.values()
+        learned = [layer.widths if self._decomposer is None else layer.U for layer in layers]
+        return any(rate is not None for rate in learning_rates(optimizer, learned))
 
     def detach(self) -> None:
         """Detach from all optimizers, whose ``step`` is again what it was."""
@@ -158,18 +194,32 @@ class StructureLearner:
 
     def _refreeze(self, has_optimizers: bool) -> None:
         """Under DistributedDataParallel, freeze the layers anew, with gradients of zero only if a hook removes them."""
-        if self.frozen and self._replicated():
+        if self._fixed and self._replicated():
             for layer in self.layers.values():
                 layer.freeze_structure(keep_gradients=has_optimizers)
 
     def _replicated(self) -> bool:
         return replicated(layer.widths for layer in self.layers.values())
 
+    @property
+    def _fixed(self) -> bool:
+        """Whether steps of an optimizer leave the structure as it is."""
+        return self.frozen or (self._decomposer is not None and self._costs.start_costs is not None)
+
     def _before_step(self) -> None:
-        """Remove the zero gradients of a frozen structure before the optimizer sees them."""
-        if self.frozen:
+        """Remove the zero gradients of a fixed structure before the optimizer sees them."""
+        if self._fixed:
             for layer in self.layers.values():
                 layer.widths.grad = layer.locations.grad = None
+
+    def _with_gradients(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer may step with the gradients that there are now; see to what it is going to change."""
+        usable = self._guard.is_usable(optimizer)
+        dense = self._decomposer is not None and not self.frozen
+        if self._decomposer is not None and dense:
+            self._decomposer.drop_unit_gradients()
+        self._pace.before_step(optimizer, active=usable and not dense)
+        return usable
 
     # -- each step ---------------------------------------------------------------------------------------------------
 
@@ -178,12 +228,17 @@ class StructureLearner:
 
         If several optimizers are attached, only the steps of the first are counted.
         """
+        self._pace.after_step()
         optimizers = [hook.optimizer for hook in self._hooks]
         if not optimizers or optimizers[0] is optimizer:
             self.step_count += 1
             if self.schedule is not None and not self.frozen:
                 self.progress = self.schedule.progress(self.step_count)
         if self.frozen:
+            return
+        if self._decomposer is not None:
+            if not optimizers or optimizers[0] is optimizer:
+                self._watch_or_decompose()
             return
         self._shrink(optimizer, optimizers)
         if self.schedule is not None:
@@ -206,6 +261,16 @@ class StructureLearner:
             in_warmup=scheduled and self.progress <= 0.0,
         )
 
+    def _watch_or_decompose(self) -> None:
+        """Decompose dense weights if that is due; take moments in the steps before, or always if a host decides."""
+        assert self._decomposer is not None
+        if self.schedule is None:
+            self._decomposer.watch(restart_after=_WATCHED)
+        elif self.progress >= 1.0:
+            self.freeze()
+        elif self.step_count + _WATCHED >= self.schedule.cooldown_begin_step:
+            self._decomposer.watch()
+
     def set_progress(self, progress: float) -> None:
         """Set the share of the descent to the budget that is due, in [0, 1]; for hosts with their own schedules."""
         if self.frozen:
@@ -214,7 +279,7 @@ class StructureLearner:
         self._set_sigma()
 
     def _set_sigma(self) -> None:
-        if self.frozen:
+        if self._fixed:
             return
         schedule = self.schedule or Schedule(0, 1, *self.sigmas)
         for layer, hard in zip(self.layers.values(), self._costs.begins_within_budget(), strict=True):
@@ -229,6 +294,12 @@ class StructureLearner:
         self.begin()
         self.progress = 1.0
         has_optimizers = self._replicated() and bool(self._hooks)
+        if self._decomposer is not None:
+            self._decomposer.decompose([hook.optimizer for hook in self._hooks])
+            self._pace.steps = 0
+            self.frozen = True
+            self._report_unmet()
+            return
         for layer, widths in zip(self.layers.values(), self._shrinker.final_widths(), strict=True):
             layer.freeze_structure(widths, keep_gradients=has_optimizers)
         self.frozen = True
@@ -280,7 +351,7 @@ class StructureLearner:
 
     def lambdas(self) -> dict[str, float]:
         """Present lambda per layer: its threshold over its learning rate (paper Algorithm 1); 0 once frozen."""
-        if self.frozen:
+        if self._fixed:
             return dict.fromkeys(self.layers, 0.0)
         return dict(zip(self.layers, self._shrinker.lambdas(), strict=True))
 
@@ -301,6 +372,9 @@ class StructureLearner:
             "rates": self._shrinker.rates,
             "due": None if due is None else due.tolist(),
             "stepped": self._shrinker.stepped,
+            "pace": self._pace.pace,
+            "pace_steps": self._pace.steps,
+            "decomposer": None if self._decomposer is None else self._decomposer.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -325,7 +399,13 @@ class StructureLearner:
         self._shrinker.rates = [float(rate) for rate in state["rates"]]
         self._shrinker.due = None if due is None else torch.tensor(due, dtype=torch.float64, device=device)
         self._shrinker.stepped = list(state["stepped"])
-        if self.frozen:
+        self._pace.steps = int(state["pace_steps"])
+        if state["decomposer"] is not None:
+            if self._decomposer is None:  # the layers were loaded, and are decomposed already
+                self._decomposer = Decomposer(self.layers, self.goals, self._costs)
+            self._decomposer.load_state_dict(state["decomposer"])
+        self._pace.pace = float(state["pace"])
+        if self._fixed:
             for layer in self.layers.values():
                 layer.freeze_structure()
         elif state["start_costs"] is not None and not any(layer.structure_frozen for layer in self.layers.values()):

@@ -333,6 +333,7 @@ class GBLRCallback(Callback):
             self._gblr_layers(),
             goals,
             schedule,
+            pace=self._settings.pace,
             compact=self._settings.compact,
             non_finite=self._settings.non_finite,
             diagnostics=trainer.default_root_dir,

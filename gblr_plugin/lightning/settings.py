@@ -9,13 +9,13 @@ from typing import Any
 from ..errors import ConfigError
 from ..families.registry import get
 from ..learning.non_finite import NON_FINITE
-from ..surgery.layer_settings import INITIALISERS, UNBUDGETED, LayerSettings
+from ..surgery.layer_settings import DENSE, INITIALISERS, UNBUDGETED, LayerSettings
 from ..utils.validation import check_choice, check_count, check_flag, check_number, did_you_mean, is_number, is_whole
 
 __all__ = ["CallbackSettings", "check_moment", "read_options"]
 
 # Arguments that a fixed structure has no use for.
-_LEARNED = ("structure_lr", "compact", "freeze_at_end", "non_finite")
+_LEARNED = ("structure_lr", "pace", "compact", "freeze_at_end", "non_finite")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class CallbackSettings:
 
     Args:
         structure_lr: Learning rate of widths and locations; default that of the group they come from.
+        pace: How far factors move in a step of an optimizer that normalises gradients, see
+            :class:`~gblr_plugin.learning.pace.FactorPace`; default 8 after ``initialiser="dense"``, 1 after others.
         log_every_n_steps: Optimizer steps between scalars; default the Trainer's.
         picture_every_n_epochs: Epochs between pictures; there is also one at the start, at the freeze and at the end. 0
             draws none at all.
@@ -48,6 +50,7 @@ class CallbackSettings:
     """
 
     structure_lr: float | None = None
+    pace: float | None = None
     log_every_n_steps: int | None = None
     picture_every_n_epochs: int = 10
     picture_every_n_steps: int | None = None
@@ -65,6 +68,8 @@ class CallbackSettings:
         for name in ("log_every_n_steps", "picture_every_n_steps"):
             if getattr(self, name) is not None:
                 check_count(f"callback: {name}", getattr(self, name))
+        if self.pace is not None:
+            check_number("callback: pace", self.pace, "[1, inf)")
         check_count("callback: picture_every_n_epochs", self.picture_every_n_epochs, 0)
         check_count("callback: picture_size", self.picture_size, 16)
         for name in ("compact", "freeze_at_end", "replay"):
@@ -112,8 +117,10 @@ def read_options(
             if name in options:
                 raise ConfigError(f"callback: family {settings.family!r} has a fixed structure; leave {name} out")
         return settings, layer
-    initialiser = layer.setdefault("initialiser", "svd")
+    initialiser = layer.setdefault("initialiser", DENSE if drives and budget is not None else "svd")
     check_choice("callback: initialiser", initialiser, INITIALISERS)
+    if initialiser == DENSE and budget is None and drives:
+        raise ConfigError("callback: initialiser 'dense' needs a budget; a fixed threshold shrinks full widths ('svd')")
     layer["budget"] = layer.pop("initial_budget", None)
     if layer["budget"] is None and initialiser not in UNBUDGETED:
         if budget is None and drives:

@@ -100,6 +100,7 @@ KEYS_OF_GBLR = {
     "structure_lr": _number("(0, inf)"),
     "sigma_start": _number("(0, inf)"),
     "sigma_end": _number("(0, inf)"),
+    "pace": _number("[1, inf)"),
     "compact": _Key(lambda value: value if isinstance(value, bool) else None, "true or false"),
 }
 """All keys of gblr; those that are not of a start hold for the whole config list."""

@@ -47,7 +47,7 @@ class GBLRPruner(ScheduledPruner):
     ``sparse_threshold`` a fixed lambda, ``global_group_id`` pools a budget, ``min_sparse_ratio`` and
     ``max_sparse_ratio`` bound layers within their group, ``granularity: [a, b]`` snaps intervals to multiples of a rows
     and b columns. Own keys stand in a nested ``gblr:`` table or with the prefix ``gblr_``: num_components, initialiser,
-    row_splits, seed, start_budget, allocation, structure_lr, sigma_start, sigma_end, compact.
+    row_splits, seed, start_budget, allocation, structure_lr, pace, sigma_start, sigma_end, compact.
 
     Alone it follows its own warm-up and cool-down. Inside ``AGPPruner`` or ``LinearPruner`` these drive lambda and
     sigma, and the structure is frozen when they reach their goal; this class gets the evaluator, and the model is
@@ -344,9 +344,8 @@ def _prepare(
     layers = {name: {**ready, **prepared}[name] for name in config.layers if name in ready or name in prepared}
     goals = {name: config.layers[name].goal for name in layers}
     try:
-        learner = StructureLearner(
-            layers, goals, schedule, sigmas=(config.sigma_start, config.sigma_end), compact=config.compact
-        )
+        sigmas = config.sigma_start, config.sigma_end
+        learner = StructureLearner(layers, goals, schedule, sigmas=sigmas, pace=config.pace, compact=config.compact)
     except ConfigError:
         replace_modules(model, {id(layer): config.layers[name].module for name, layer in prepared.items()})
         raise

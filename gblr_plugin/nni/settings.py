@@ -55,6 +55,7 @@ class ModelConfig:
         structure_lr: Learning rate of widths and locations; ``None``: that of the weight they replace.
         sigma_start: Smoothness at the start.
         sigma_end: Smoothness before the structure is frozen.
+        pace: How far factors move in a step of an optimizer; ``None``: the default.
         compact: Whether dead components are dropped at the freeze.
     """
 
@@ -62,6 +63,7 @@ class ModelConfig:
     structure_lr: float | None
     sigma_start: float
     sigma_end: float
+    pace: float | None = None
     compact: bool = False
 
 
@@ -109,6 +111,7 @@ def read_config(model: nn.Module, config_list: Sequence[Mapping[str, Any]]) -> M
         shared.get("structure_lr"),
         shared.get("sigma_start", 1.0),
         shared.get("sigma_end", 100.0),
+        shared.get("pace"),
         shared.get("compact", False),
     )
 

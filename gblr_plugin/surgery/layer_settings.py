@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..decomposition import METHODS, initialise
 from ..decomposition.anchor import anchored
+from ..decomposition.exact import whole
 from ..errors import BudgetError, ConfigError
 from ..families.layers import FamilyLayer, trainable
 from ..families.registry import get
@@ -22,8 +23,9 @@ from ..layers.dense import structured_like, weight_matrix
 from ..layers.learned_rank import learned_rank_like
 from ..matrix.metric import Metric
 from ..matrix.structure import StructuredMatrix
+from ..utils.validation import check_row_splits, check_tile
 
-__all__ = ["EMBEDDED", "INITIALISERS", "UNBUDGETED", "FamilySettings", "LayerSettings", "structured_from"]
+__all__ = ["DENSE", "EMBEDDED", "INITIALISERS", "UNBUDGETED", "FamilySettings", "LayerSettings", "structured_from"]
 
 EMBEDDED = ("block_low_rank", "block_sparse", "block_diagonal")
 """Families whose members are GBLR matrices as they stand (and low rank, which is ``"svd"`` at a budget)."""
@@ -31,11 +33,14 @@ EMBEDDED = ("block_low_rank", "block_sparse", "block_diagonal")
 LEARNED_RANK = "learned_rank"
 """A full SVD whose components are learned to be on or off on both full axes; it has no other settings."""
 
-INITIALISERS = (*METHODS, *EMBEDDED, LEARNED_RANK)
+DENSE = "dense"
+"""The weight itself, one component a row or column; what is learned is then decomposed anew at the budget."""
+
+INITIALISERS = (DENSE, *METHODS, *EMBEDDED, LEARNED_RANK)
 """Names of all initialisers."""
 
-UNBUDGETED = ("svd", "random", LEARNED_RANK)
-"""Initialisers that begin with full widths unless they are given a budget."""
+UNBUDGETED = (DENSE, "svd", "random", LEARNED_RANK)
+"""Initialisers that begin with full widths unless they are given a budget (``"dense"`` takes none)."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,8 @@ class LayerSettings:
     """How a dense layer is turned into a trainable GBLR layer, whose structure is learned.
 
     Args:
-        initialiser: ``"svd"`` (full widths, as published), ``"trapezoid"``, ``"random"``, or at
+        initialiser: ``"dense"`` (the weight itself, which is decomposed anew while it is trained), ``"svd"`` (full
+            widths, as published), ``"trapezoid"``, ``"random"``, or at
             ``budget`` a decomposition (``"pursuit"``, ``"gblr"``) or a family that GBLR contains
             (``"block_low_rank"``, ``"block_sparse"``, ``"block_diagonal"``); ``"learned_rank"``: a full SVD whose
             components are learned to be on or off on both full axes, with no other settings.
@@ -128,6 +134,12 @@ def initial_matrix(weight: Tensor, settings: LayerSettings, metric: Metric | Non
         ConfigError: If the settings cannot be used for this weight.
     """
     method = settings.initialiser
+    if method == DENSE:
+        if settings.budget is not None or settings.num_components is not None:
+            raise ConfigError("initialise: 'dense' begins at the whole weight; leave its budget and num_components out")
+        check_row_splits("initialise: row_splits", settings.row_splits, len(weight))
+        tiles = check_tile("initialise: align", settings.align)
+        return StructuredMatrix.cat([whole(split, tiles) for split in weight.chunk(settings.row_splits)], 0)
     if method in EMBEDDED:
         matrix = _embedded(weight, settings, metric)
         if matrix is not None:
