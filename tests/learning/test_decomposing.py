@@ -187,3 +187,21 @@ def test_what_cannot_be_is_refused_in_one_line():
         StructureLearner(layers, dict.fromkeys(layers, LayerGoal(0.3)), Schedule(0, 5))
     with pytest.raises(ConfigError, match="'dense' begins at the whole weight"):
         prepare(network(), settings=LayerSettings("dense", budget=0.5))
+
+
+def test_convolutions():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 16, 3, bias=False))
+    layers = prepare(model, settings=LayerSettings("dense"))
+    learner = StructureLearner(layers, dict.fromkeys(layers, LayerGoal(0.4, group=1)), Schedule(0, 8))
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    learner.attach_all([optimizer])
+    for _ in range(12):
+        x = torch.randn(8, 6, 12, 12)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert learner.frozen
+    assert 0.35 <= learner.relative_flops <= 0.4
+    expected = model(x)
+    torch.testing.assert_close(gblr.convert(model)(x), expected, rtol=1e-4, atol=1e-5)
