@@ -429,6 +429,8 @@ class GBLRCallback(Callback):
         return f"_{index}" if index > 1 else ""
 
     def _frozen(self) -> bool:
+        if self.learner is not None:
+            return self.learner.frozen
         return all(layer.structure_frozen for layer in self._layers.values())
 
     def _log_scalars(self, trainer: Any) -> dict[str, float]:

@@ -61,7 +61,7 @@ class StructureLog:
         """
         statistics = layer_statistics(layers)
         sigma = next((layer.sigma for layer in layers.values() if layer.sigma is not None), None)
-        frozen = all(layer.structure_frozen for layer in layers.values())
+        frozen = all(layer.structure_frozen for layer in layers.values()) if learner is None else learner.frozen
         lambdas = {} if learner is None else learner.lambdas()
         values = scalars(statistics, total_statistics(statistics), sigma, frozen, lambdas, totals=totals)
         step = trainer.global_step

@@ -117,7 +117,8 @@ def read_options(
             if name in options:
                 raise ConfigError(f"callback: family {settings.family!r} has a fixed structure; leave {name} out")
         return settings, layer
-    initialiser = layer.setdefault("initialiser", DENSE if drives and budget is not None else "svd")
+    shrinks = budget is None or "num_components" in layer or layer.get("initial_budget") is not None
+    initialiser = layer.setdefault("initialiser", "svd" if shrinks or not drives else DENSE)
     check_choice("callback: initialiser", initialiser, INITIALISERS)
     if initialiser == DENSE and budget is None and drives:
         raise ConfigError("callback: initialiser 'dense' needs a budget; a fixed threshold shrinks full widths ('svd')")

@@ -71,6 +71,10 @@ def _interval_statistics(layers: Mapping[str, GBLRLayer]) -> dict[str, Statistic
     for (name, layer), (cost, live, row, col) in zip(layers.items(), torch.stack(sums).tolist(), strict=True):
         m, n = layer.axis_lengths
         dense = math.prod(layer.matrix_shape)
+        by_rows = row <= live * layer.align[0] and col == live * n
+        by_cols = col <= live * layer.align[1] and row == live * m
+        if live == layer.row_splits * min(m, n) and (by_rows or by_cols):
+            cost = dense  # the layer holds its dense weight, as `holds_dense_weight` says after one more transfer
         result[name] = Statistics(cost / dense, live, row / max(live * m, 1), col / max(live * n, 1), dense)
     return result
 

@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..layers import GBLRLayer
 from ..learning.goals import LayerGoal
-from ..surgery.layer_settings import UNBUDGETED, LayerSettings
+from ..surgery.layer_settings import DENSE, UNBUDGETED, LayerSettings
 from .keys import GOAL, KEYS_OF_GBLR, PREFIX, START, describe_ignored, read_values
 from .selection import select_modules
 
@@ -180,8 +180,9 @@ def _layer_values(values: Mapping[str, Any], where: str) -> tuple[LayerGoal, Lay
         max_flops=math.inf if least is None else 1.0 - least,
     )
     align = values.get("granularity", (1, 1))
-    initialiser = values.get("initialiser", "svd")
     start = values.get("start_budget")
+    shrinks = threshold is not None or start is not None or "num_components" in values
+    initialiser = values.get("initialiser", "svd" if shrinks else DENSE)
     if start is None and initialiser not in UNBUDGETED:
         start = goal.budget
         if start is None:

@@ -117,7 +117,7 @@ def test_steps_that_a_grad_scaler_skips_do_not_count(make_module, make_trainer, 
 
 def test_each_optimizer_shrinks_its_own_layers_of_a_group(make_module, make_trainer):
     module = make_module(manual=True, two_optimizers=True)
-    callback = driver(budget=0.25, structure_lr=0.01)
+    callback = driver(budget=0.25, structure_lr=0.01, initialiser="svd")
     moved = []
 
     class Watch(pl.Callback):
@@ -193,17 +193,17 @@ def test_stop_and_resume_gives_the_same_parameters(make_module, make_trainer, tm
 @pytest.mark.parametrize("stop", [12, 17], ids=["before the freeze", "after the freeze"])
 def test_compaction_is_resumed(make_module, make_trainer, tmp_path, stop):
     plain, straight = make_module(by_step=True), make_module(by_step=True)
-    make_trainer([driver(budget=0.1)], max_steps=24).fit(plain)
-    make_trainer([driver(budget=0.1, compact=True)], max_steps=24).fit(straight)
+    make_trainer([driver(budget=0.1, initialiser="svd")], max_steps=24).fit(plain)
+    make_trainer([driver(budget=0.1, initialiser="svd", compact=True)], max_steps=24).fit(straight)
     before, after = layers_of(plain), layers_of(straight)
     assert sum(layer.U.shape[0] for layer in after.values()) < sum(layer.U.shape[0] for layer in before.values())
     x = torch.randn(5, 16)
     torch.testing.assert_close(straight(x), plain(x))
 
-    trainer = make_trainer([driver(budget=0.1, compact=True)], max_steps=stop)
+    trainer = make_trainer([driver(budget=0.1, initialiser="svd", compact=True)], max_steps=stop)
     trainer.fit(make_module(by_step=True))
     trainer.save_checkpoint(tmp_path / "stop.ckpt")
-    resumed, callback = make_module(by_step=True), driver(budget=0.1, compact=True)
+    resumed, callback = make_module(by_step=True), driver(budget=0.1, initialiser="svd", compact=True)
     trainer = make_trainer([callback], max_steps=24)
     trainer.fit(resumed, ckpt_path=tmp_path / "stop.ckpt")
     assert_identical(parameters_of(resumed), parameters_of(straight))
@@ -454,7 +454,7 @@ def test_unknown_number_of_steps_is_an_error(make_module, make_trainer):
         ({"warmup": 10, "cooldown": 5}, "less than cooldown"),
         ({"layers": "net.0"}, "layers is a list"),
         ({"budget": None, "threshold": 1.0, "initialiser": "trapezoid"}, "initial_budget"),
-        ({"initialiser": "blast"}, "initialiser must be one of gblr, .*, got 'blast'"),
+        ({"initialiser": "blast"}, "initialiser must be one of dense, gblr, .*, got 'blast'"),
         ({"structure_lr": 0.0}, "structure_lr must be positive"),
         ({"log_every_n_steps": 0}, "log_every_n_steps"),
         ({"picture_size": 4}, "picture_size"),
@@ -720,3 +720,19 @@ def test_arguments_that_contradict_a_family(options, message):
 def test_an_unknown_option_of_a_family_is_an_error(make_module, make_trainer):
     with pytest.raises(ConfigError, match=r"layer 'net.0': monarch: no option 'rank'"):
         make_trainer([of_family(family_options={"rank": 4})]).fit(make_module())
+
+
+def test_by_default_layers_are_dense_until_the_cool_down(make_module, make_trainer):
+    module, callback = make_module(by_step=True), GBLRCallback(budget=0.3, cooldown=12)
+    make_trainer([callback], max_steps=11).fit(module)
+    assert all(layer.holds_dense_weight for layer in callback.learner.layers.values())
+    plain = make_module(by_step=True)
+    make_trainer([], max_steps=11).fit(plain)
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(module(x), plain(x), rtol=1e-4, atol=1e-5)
+    make_trainer([callback], max_steps=20).fit(module)
+    assert callback.learner.frozen
+    assert callback.learner.relative_flops <= 0.3
+    frozen = [value for _, value in callback.history["relative_flops"]]
+    assert frozen[0] == 1.0
+    assert frozen[-1] <= 0.3

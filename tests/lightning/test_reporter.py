@@ -52,7 +52,7 @@ def fit(make_module, make_trainer, logger, **options):
 
 def test_tensorboard_gets_scalars_pictures_and_the_tab(make_module, make_trainer, tmp_path):
     logger = TensorBoardLogger(tmp_path)
-    _, callback = fit(make_module, make_trainer, logger, picture_every_n_epochs=2)
+    _, callback = fit(make_module, make_trainer, logger, picture_every_n_epochs=2, initialiser="svd")
     events = EventAccumulator(logger.log_dir, size_guidance={"images": 0, "scalars": 0, "tensors": 0}).Reload()
     tags = events.Tags()
     assert {f"gblr/{what}" for what in TOTALS | {"sigma", "frozen"}} <= set(tags["scalars"])

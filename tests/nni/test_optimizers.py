@@ -159,7 +159,7 @@ def test_each_optimizer_shrinks_its_own_layers_of_a_group(kit: Any, driver: Any)
                 if not pruner.learner.frozen:
                     moved.append((not torch.equal(before, layer.widths), not torch.equal(held, other.widths)))
 
-    config = [{"op_names": ["fc1", "fc2"], "sparse_ratio": 0.6, "global_group_id": "all"}]
+    config = [{"op_names": ["fc1", "fc2"], "sparse_ratio": 0.6, "global_group_id": "all", "gblr_initialiser": "svd"}]
     evaluator = TorchEvaluator(train, made, kit.training_step)
     pruner = GBLRPruner(model, config, evaluator, *((2, 12) if driver is None else ()))
     (pruner if driver is None else driver(pruner, 2, 5)).compress(13, None)

@@ -48,7 +48,10 @@ def test_compaction_changes_no_result(kit: Any) -> None:
     for own in ({}, {"gblr_compact": True}, {"gblr": {"compact": True}}):
         torch.manual_seed(0)
         model = kit.MLP()
-        pruner = GBLRPruner(model, [{"op_names": ["fc1"], "sparse_ratio": 0.9, **own}], kit.evaluator(model), 3, 20)
+        entry = {"op_names": ["fc1"], "sparse_ratio": 0.9, "gblr_initialiser": "svd", **own}
+        if "gblr" in own:
+            entry["gblr"] = {"initialiser": entry.pop("gblr_initialiser"), **own["gblr"]}
+        pruner = GBLRPruner(model, [entry], kit.evaluator(model), 3, 20)
         pruner.compress(30, None)
         pruner.unwrap_model()
         sizes.append(model.fc1.U.shape[0])
@@ -68,6 +71,7 @@ def test_own_schedule_keeps_its_times(kit: Any, config: list[dict[str, Any]]) ->
             goal = pruner._target_spaces["fc1"]["weight"].sparse_ratio
             seen.append((net.fc1.sigma, net.fc1.relative_flops, pruner.learner.lambdas()["fc1"], goal))
 
+    config[0]["gblr_initialiser"] = "svd"
     pruner = GBLRPruner(model, config, kit.evaluator(model, loop=loop), 4, 14)
     start = model.fc1.relative_flops
     pruner.compress(16, None)
@@ -93,7 +97,7 @@ def test_other_schedules_drive_lambda_and_sigma(kit: Any, config: list[dict[str,
             kit.train(net, optimizer, step, None, 1)
             seen.append((net.fc1.sigma, pruner.learner.progress))
 
-    config[0]["gblr"] = {"sigma_start": 2, "sigma_end": 50}
+    config[0]["gblr"] = {"initialiser": "svd", "sigma_start": 2, "sigma_end": 50}
     pruner = GBLRPruner(model, config, kit.evaluator(model, loop=loop))
     outer = driver(pruner, 2, 5)
     _, masks = outer.compress(11, None)
@@ -501,3 +505,28 @@ def test_durations_that_cannot_work_are_refused(kit: Any, config: list[dict[str,
     model = kit.MLP()
     with pytest.raises(ConfigError, match="cooldown_begin_step is missing"):
         GBLRPruner(model, config, kit.evaluator(model)).compress(10, None)
+
+
+@pytest.mark.parametrize("driver", [None, AGPPruner, LinearPruner])
+def test_by_default_layers_are_dense_until_the_budget_is_met(
+    kit: Any, config: list[dict[str, Any]], driver: Any
+) -> None:
+    model = kit.MLP()
+    costs: list[float] = []
+
+    def loop(net: nn.Module, optimizer: Any, step: Any, scheduler: Any, max_steps: int, max_epochs: Any) -> None:
+        for _ in range(max_steps):
+            kit.train(net, optimizer, step, None, 1)
+            costs.append(net.fc1.relative_flops)
+
+    times = (2, 10) if driver is None else ()
+    pruner = GBLRPruner(model, config, kit.evaluator(model, loop=loop), *times)
+    outer = pruner if driver is None else driver(pruner, 2, 5)
+    outer.compress(14, None)
+    assert costs[:9] == [1.0] * 9
+    assert pruner.learner.frozen
+    assert max(costs[-3:]) <= 0.4
+    outer.unwrap_model()
+    x = kit.make_batches(1)[0][0]
+    expected = model(x)
+    torch.testing.assert_close(convert(model)(x), expected, rtol=1e-4, atol=1e-5)
