@@ -21,7 +21,7 @@ from ..learning.optimizers import split_structure_group
 from ..learning.schedule import Schedule
 from ..serialization.families import family_record
 from ..surgery.conversion import prepare_layers, split_by_family
-from ..surgery.layer_settings import FamilySettings, LayerSettings
+from ..surgery.layer_settings import DENSE, FamilySettings, LayerSettings
 from ..surgery.patterns import as_patterns, check_used, matches, value_of
 from ..surgery.selection import Pattern, log_skipped, select_layers
 from ._compat import averages_weights, is_driven_by_nni, loaded_checkpoint, schedulers_of, shards_parameters, state_key
@@ -39,14 +39,17 @@ _POSITION = "gblr_place"  # key of the position in the data in a checkpoint
 _FAMILIES = "gblr_families"  # key of the records of families' layers in a checkpoint
 _SHARED = "gblr"  # name of the group of all layers, where they share a budget
 _WARMUP, _COOLDOWN = 0.05, 0.8  # fractions of all steps
+_DECOMPOSED = 0.5  # the same, where dense weights are decomposed
 
 
 class GBLRCallback(Callback):
     """Learns the structure of a model's layers while a Trainer trains it.
 
     When fitting begins, before optimizers are made, the callback replaces the chosen dense layers by structured ones.
-    It gives widths and locations an optimizer group of their own, and after each real optimizer step it shrinks the
-    widths towards the budget. From the cool-down on the structure is frozen as exact boxcars, so that what is trained
+    By default these train as dense weights until the cool-down and are then decomposed at the budget, see
+    :class:`~gblr_plugin.learning.decomposing.Decomposer`. With another ``initialiser`` their intervals are learned:
+    widths and locations get an optimizer group of their own, and after each real optimizer step the widths shrink
+    towards the budget. From the cool-down on the structure is frozen as exact boxcars, so that what is trained
     then is what is counted, converted and deployed. Works with ``pytorch_lightning`` and ``lightning.pytorch``.
 
     With ``family`` it replaces them by layers of another structure family at the budget, whose structure is fixed and
@@ -68,11 +71,13 @@ class GBLRCallback(Callback):
         group: Whether the layers share one budget, so that the structure decides who spends it (with ``family`` the
             family's own rule, if it has one); else each has its own.
         warmup: Optimizer steps before anything shrinks; a float in [0, 1] is a fraction of the total number of steps.
-        cooldown: Optimizer step, or fraction of the total, at which the budget is met and the structure is frozen.
+        cooldown: Optimizer step, or fraction of the total, at which the budget is met and the structure is frozen;
+            default 0.5 where dense weights are decomposed then, else 0.8.
         **options: Fields of :class:`~gblr_plugin.LayerSettings`, which say how layers start: ``initialiser``,
             ``num_components``, ``row_splits`` (also by pattern: ``{"*.qkv": 3}``), ``align``, ``seed``, and
             ``initial_budget``, the relative FLOPs that the initialiser starts at (default: full widths for ``"svd"``
-            and ``"random"``, ``budget`` for others). And fields of
+            and ``"random"``, ``budget`` for others). The initialiser is ``"dense"`` by default, and ``"svd"`` with a
+            threshold, ``num_components`` or ``initial_budget``. And fields of
             :class:`~gblr_plugin.lightning.settings.CallbackSettings`: ``structure_lr``, the learning rate of widths
             and locations; ``log_every_n_steps``, ``picture_every_n_epochs``, ``picture_every_n_steps`` and
             ``picture_size``; ``compact``, ``freeze_at_end``, ``non_finite`` and ``replay``; ``family`` and
@@ -115,7 +120,7 @@ class GBLRCallback(Callback):
         exclude: Iterable[Pattern] = (),
         group: bool = True,
         warmup: int | float = _WARMUP,
-        cooldown: int | float = _COOLDOWN,
+        cooldown: int | float | None = None,
         **options: Any,
     ) -> None:
         self.monitor_only = budget is None and threshold is None
@@ -125,13 +130,16 @@ class GBLRCallback(Callback):
         self._include = None if layers is None else as_patterns("callback: layers", layers)
         self._exclude = as_patterns("callback: exclude", exclude)
         self._group = group
+        self._settings, self._of_layers = read_options(options, budget, drives=not self.monitor_only)
+        given = warmup, cooldown
+        if cooldown is None:
+            cooldown = _DECOMPOSED if self._of_layers.get("initialiser") == DENSE else _COOLDOWN
         self._warmup, self._cooldown = check_moment("warmup", warmup), check_moment("cooldown", cooldown)
         if type(warmup) is type(cooldown) and warmup >= cooldown:
             raise ConfigError(f"callback: warmup must be less than cooldown, got {warmup} and {cooldown}")
-        self._settings, self._of_layers = read_options(options, budget, drives=not self.monitor_only)
         self._row_splits: int | Mapping[str, int] = self._of_layers.pop("row_splits", 1)
         self._drives = not self.monitor_only and self._settings.family is None
-        if self._settings.family is not None and (warmup, cooldown) != (_WARMUP, _COOLDOWN):
+        if self._settings.family is not None and given != (_WARMUP, None):
             raise ConfigError(
                 f"callback: family {self._settings.family!r} has a fixed structure; leave warmup and cooldown out"
             )

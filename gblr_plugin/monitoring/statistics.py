@@ -73,9 +73,11 @@ def _interval_statistics(layers: Mapping[str, GBLRLayer]) -> dict[str, Statistic
         dense = math.prod(layer.matrix_shape)
         by_rows = row <= live * layer.align[0] and col == live * n
         by_cols = col <= live * layer.align[1] and row == live * m
-        if live == layer.row_splits * min(m, n) and (by_rows or by_cols):
-            cost = dense  # the layer holds its dense weight, as `holds_dense_weight` says after one more transfer
-        result[name] = Statistics(cost / dense, live, row / max(live * m, 1), col / max(live * n, 1), dense)
+        # As `holds_dense_weight` says, without another transfer.
+        holds_dense = live == layer.row_splits * min(m, n) and (by_rows or by_cols)
+        result[name] = Statistics(
+            1.0 if holds_dense else cost / dense, live, row / max(live * m, 1), col / max(live * n, 1), dense
+        )
     return result
 
 
