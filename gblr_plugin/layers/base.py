@@ -84,8 +84,8 @@ class GBLRLayer(StructureParameters):
     def stored(self) -> int:
         """Factor entries inside the present intervals: multiply-adds of one matrix-vector product (paper Eq. 4).
 
-        m * n for a layer that holds its dense weight. More than that for full widths; such a layer is stored as the dense
-        matrix by :func:`gblr_plugin.convert`.
+        m * n for a layer that holds its dense weight. More than that for full widths: :func:`gblr_plugin.convert`
+        stores such a layer as the dense matrix.
         """
         m, n = self.matrix_shape
         return m * n if self.holds_dense_weight else int(self.component_multiply_adds.sum())

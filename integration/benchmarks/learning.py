@@ -138,7 +138,7 @@ def learn(network: nn.Module, data: Any, task: dict[str, Any], setting: Any, bud
     )
     schedule = gblr.Schedule(
         round(arm.get("warmup", 0.02) * training.steps),
-        round(arm["cooldown"] * training.steps),
+        max(round(arm["cooldown"] * training.steps), 1),
         1.0 if not at_budget else 100.0,
     )
     goals = {name: gblr.LayerGoal(budget, group="all") for name in layers}
