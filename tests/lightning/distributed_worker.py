@@ -54,12 +54,13 @@ class Noisy(Plain):
         return super().training_step((nn.functional.dropout(batch[0], 0.3), batch[1]), index)
 
 
-def fit(module, strategy, folder, saver=None, path=None):
+def fit(module, strategy, folder, saver=None, path=None, initialiser="svd"):
     generator = torch.Generator().manual_seed(0)
     data = torch.utils.data.TensorDataset(
         *(torch.randn(64, n, generator=generator, dtype=torch.float64) for n in (16, 12))
     )
-    callback = GBLRCallback(budget=0.4, warmup=2, cooldown=8, picture_every_n_epochs=0)
+    options = {"initialiser": initialiser, "picture_every_n_epochs": 0}
+    callback = GBLRCallback(budget=0.4, warmup=2, cooldown=8, **options)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=2,
@@ -103,6 +104,7 @@ def main(folder: str, rank: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     results = {
         "ddp": fit(Plain(), DDPStrategy(process_group_backend="gloo"), folder),
+        "dense first": fit(Noisy(), DDPStrategy(process_group_backend="gloo"), folder, initialiser="dense"),
         "fsdp2": fit(Sharded(), ModelParallelStrategy(2, 1, process_group_backend="gloo"), folder),
     }
     results["going on"] = going_on(folder, rank)

@@ -46,6 +46,14 @@ def test_all_end_with_one_structure_within_the_budget(both):
             assert torch.allclose(result["parameters"][name], value, atol=1e-9), name
 
 
+def test_dense_weights_are_decomposed_alike_in_all_processes(both):
+    first, second = both[0]["dense first"], both[1]["dense first"]
+    assert 0.35 < first["relative_flops"] <= 0.4
+    assert first["steps"] == 12
+    for name, value in first["parameters"].items():
+        assert torch.equal(second["parameters"][name], value), name
+
+
 def test_each_process_goes_on_with_its_random_numbers_and_data(both):
     for result in both:
         for name, value in result["going on"]["whole"].items():
