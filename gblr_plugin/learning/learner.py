@@ -109,7 +109,7 @@ class StructureLearner:
             ConfigError: If some do and others do not, or have a fixed lambda, which shrinks widths.
         """
         dense = {name: layer.holds_dense_weight for name, layer in self.layers.items()}
-        if not any(dense.values()):
+        if not any(dense.values()) or all(goal.budget == 1.0 for goal in self.goals.values()):
             return False
         other = next((name for name, holds in dense.items() if not holds), None)
         if other is not None:

@@ -22,7 +22,7 @@ def test_moments_are_those_of_inputs_and_gradients(shape):
     layer(x).backward(g)
     rows, slopes = x.reshape(-1, 6).double(), g.reshape(-1, 4).double()
     assert watch.moments.count == len(rows)
-    torch.testing.assert_close(watch.moments.second(centred=False)[1], rows.T @ rows / len(rows))
+    torch.testing.assert_close(watch.moments.second(centred=False)[1], rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(watch.slope, slopes.T @ slopes)
 
 
@@ -34,7 +34,7 @@ def test_of_convolutions_they_are_of_patches():
     x = torch.randn(2, 3, 5, 5)
     layer(x).square().sum().backward()
     rows = input_rows(dense, x).reshape(-1, 27).double()
-    torch.testing.assert_close(watch.moments.second(centred=False)[1], rows.T @ rows / len(rows))
+    torch.testing.assert_close(watch.moments.second(centred=False)[1], rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
 
 
 def test_large_batches_are_sampled():
