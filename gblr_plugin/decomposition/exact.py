@@ -10,15 +10,15 @@ from ..matrix.tiles import TiledAxis
 from .problem import Problem
 from .recovery.exchange import Side
 
-__all__ = ["exact", "lines", "whole"]
+__all__ = ["exact", "full_lines", "lines"]
 
 
 def exact(problem: Problem) -> StructuredMatrix:
     """The weight as one component per row, or per column if there are fewer columns: one index wide, full across."""
-    return whole(problem.weight, (problem.rows.tile, problem.cols.tile))
+    return full_lines(problem.weight, (problem.rows.tile, problem.cols.tile))
 
 
-def whole(weight: Tensor, tiles: tuple[int, int] = (1, 1)) -> StructuredMatrix:
+def full_lines(weight: Tensor, tiles: tuple[int, int] = (1, 1)) -> StructuredMatrix:
     """A weight as its rows, or as its columns if there are fewer: one factor of a component is a unit vector.
 
     Args:

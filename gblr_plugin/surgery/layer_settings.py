@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..decomposition import METHODS, initialise
 from ..decomposition.anchor import anchored
-from ..decomposition.exact import whole
+from ..decomposition.exact import full_lines
 from ..errors import BudgetError, ConfigError
 from ..families.layers import FamilyLayer, trainable
 from ..families.registry import get
@@ -139,7 +139,7 @@ def initial_matrix(weight: Tensor, settings: LayerSettings, metric: Metric | Non
             raise ConfigError("initialise: 'dense' begins at the whole weight; leave its budget and num_components out")
         check_row_splits("initialise: row_splits", settings.row_splits, len(weight))
         tiles = check_tile("initialise: align", settings.align)
-        return StructuredMatrix.cat([whole(split, tiles) for split in weight.chunk(settings.row_splits)], 0)
+        return StructuredMatrix.cat([full_lines(split, tiles) for split in weight.chunk(settings.row_splits)], 0)
     if method in EMBEDDED:
         matrix = _embedded(weight, settings, metric)
         if matrix is not None:
