@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 import yaml
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gblr_plugin as gblr
 from gblr_plugin.calibration.batches import Calibration
 from gblr_plugin.learning.optimizers import split_structure_group
+from gblr_plugin.plot.style import ACCENT, HAIR, INK, MUTED, plain_axes
 from gblr_plugin.surgery.conversion import prepare
 from gblr_plugin.tasks.base import WarmupCosine
 from gblr_plugin.tasks.digits import DigitsTask
@@ -198,13 +200,18 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path(__file__).with_suffix(".yaml"))
     parser.add_argument("--only", nargs="*", default=[], metavar="KEY=VALUE,VALUE")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--against", default="gblr, frozen", metavar="ARM", help="what the table compares with")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the table's first part in place of training")
     arguments = parser.parse_args()
     config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
     only = {key: values.split("|") for key, values in (text.split("=", 1) for text in arguments.only)}
     lines = arguments.results.read_text(encoding="utf-8").splitlines() if arguments.results.exists() else []
     rows = [json.loads(line) for line in lines]
     if arguments.table:
-        print(table(rows))
+        print(table(rows, arguments.against))
+        return
+    if arguments.figure:
+        draw(rows, arguments.against, arguments.figure)
         return
     torch.set_num_threads(1)
     keys = ("task", "start", "budget", "arm", "seed")
@@ -231,22 +238,57 @@ def main() -> None:
                     file.write(json.dumps(row) + "\n")
 
 
-def table(rows: list[dict[str, Any]], reference: str = "gblr, frozen") -> str:
+def paired(cells: list[dict[str, Any]], reference: str) -> dict[str, tuple[list[float], list[float]]]:
+    """By arm its figures, and their differences to the reference seed by seed (percent where it is perplexity)."""
+    figure = FIGURE[cells[0]["task"]]
+    found: dict[str, dict[int, float]] = {}
+    for row in cells:
+        found.setdefault(row["arm"], {})[row["seed"]] = row[figure]
+    base, percent, result = found.get(reference, {}), figure == "perplexity", {}
+    for arm, values in found.items():
+        pairs = [(values[seed], base[seed]) for seed in sorted(values) if seed in base]
+        gaps = [100 * (a / b - 1) if percent else a - b for a, b in pairs]
+        result[arm] = list(values.values()), gaps
+    return result
+
+
+def error_of(gaps: list[float]) -> float:
+    """Standard error of a mean."""
+    return statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else math.nan
+
+
+def draw(rows: list[dict[str, Any]], reference: str, path: Path) -> None:
+    """Every seed's difference to the reference as a dot, and their mean with its standard error, for each arm."""
+    first = rows[0]
+    cells = [row for row in rows if all(row[key] == first[key] for key in ("task", "start", "budget"))]
+    arms = paired(cells, reference)
+    order = sorted((arm for arm in arms if arms[arm][1]), key=lambda arm: -statistics.mean(arms[arm][1]))
+    figure = Figure(figsize=(7, 0.38 * len(order) + 1), dpi=160, layout="constrained")
+    axes = plain_axes(figure)
+    axes.axvline(0, color=HAIR, linewidth=1)
+    for y, arm in enumerate(order):
+        gaps = arms[arm][1]
+        mean, color = statistics.mean(gaps), ACCENT if arm.startswith("gblr") else MUTED
+        axes.plot(gaps, [y] * len(gaps), "o", color=color, alpha=0.35, markersize=4, markeredgewidth=0)
+        if len(gaps) > 1 and arm != reference:
+            axes.errorbar(mean, y, xerr=error_of(gaps), color=color, marker="|", markersize=10, capsize=2)
+    axes.set_yticks(range(len(order)), order, fontsize=8.5, color=INK)
+    unit = "perplexity, %" if FIGURE[first["task"]] == "perplexity" else "accuracy, points"
+    axes.set_xlabel(f"difference to {reference!r} on the same seed ({unit})", fontsize=8, color=MUTED)
+    figure.savefig(path)
+
+
+def table(rows: list[dict[str, Any]], reference: str) -> str:
     """Means of every arm and its paired difference to the reference (percent of perplexity), with standard errors."""
     out = []
     for task, start, budget in sorted({(row["task"], row["start"], row["budget"]) for row in rows}):
         cells = [row for row in rows if (row["task"], row["start"], row["budget"]) == (task, start, budget)]
-        base = {row["seed"]: row[FIGURE[task]] for row in cells if row["arm"] == reference}
-        out += ["", f"{task}, from {start}, {budget:.1%}", "", "| arm | mean | against its frozen start | seeds |"]
+        out += ["", f"{task}, from {start}, {budget:.1%}", "", f"| arm | mean | against {reference} | seeds |"]
         out += ["|---|---|---|---|"]
-        for arm in dict.fromkeys(row["arm"] for row in cells):
-            found = {row["seed"]: row[FIGURE[task]] for row in cells if row["arm"] == arm}
-            pairs = [(found[seed], base[seed]) for seed in found if seed in base]
-            percent = FIGURE[task] == "perplexity"
-            gaps = [100 * (a / b - 1) if percent else a - b for a, b in pairs]
-            error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else math.nan
-            shown = f"{statistics.mean(gaps):+.2f} ± {error:.2f}{' %' if percent else ''}" if gaps else ""
-            out.append(f"| {arm} | {statistics.mean(found.values()):.3f} | {shown} | {len(found)} |")
+        unit = " %" if FIGURE[task] == "perplexity" else ""
+        for arm, (values, gaps) in paired(cells, reference).items():
+            shown = f"{statistics.mean(gaps):+.2f} ± {error_of(gaps):.2f}{unit}" if gaps else ""
+            out.append(f"| {arm} | {statistics.mean(values):.3f} | {shown} | {len(values)} |")
     return "\n".join(out).strip()
 
 
