@@ -12,9 +12,12 @@ from torch.nn import functional as F
 
 import gblr_plugin as gblr
 from gblr_plugin import ConfigError
-from gblr_plugin.calibration.allocation import FLOOR, RULES, allocate
+from gblr_plugin.calibration.allocation import FLOOR, RULES, allocate, allocate_by_moments
 from gblr_plugin.calibration.batches import Calibration
+from gblr_plugin.calibration.layer_moments import layer_moments
 from gblr_plugin.decomposition.curves import Curve, least_maximum, least_sum
+from gblr_plugin.layers.dense import weight_matrix
+from gblr_plugin.matrix.metric import Metric
 
 
 def random_curve(seed: int, size: int = 6) -> Curve:
@@ -162,6 +165,17 @@ def test_sensitivity_is_the_second_order_rise_of_the_loss() -> None:
     capped = allocate(net, chosen, 0.4, "sensitivity", calibration=data, bounds={"1": (0.0, 0.5)})
     assert capped["1"] == pytest.approx(0.5)
     assert capped["0"] == pytest.approx(0.3)
+
+
+def test_moments_that_were_taken_elsewhere_give_the_same_shares(
+    net: Net, layers: dict[str, nn.Module], calibration: Calibration
+) -> None:
+    weights = {name: weight_matrix(module) for name, module in layers.items()}
+    inputs, gradients = layer_moments(net, layers, calibration, gradients=True)
+    metrics = {name: Metric.from_moment(moment) for name, moment in inputs.items()}
+    for rule, slopes in (("sensitivity", gradients), ("output", {})):
+        expected = allocate(net, layers, 0.4, rule, calibration=calibration)
+        assert allocate_by_moments(weights, 0.4, metrics, slopes) == pytest.approx(expected)
 
 
 def test_frozen_parameters_are_as_sensitive(net: Net, layers: dict[str, nn.Module], calibration: Calibration) -> None:
