@@ -216,6 +216,11 @@ class GBLRCallback(Callback):
         if strategy:
             raise ConfigError(f"callback: {strategy} shards parameters, which structure learning cannot follow")
         averaging = next(filter(None, map(averages_weights, trainer.callbacks)), None)
+        if averaging and self._of_layers.get("initialiser") == DENSE:
+            raise ConfigError(
+                f"callback: {averaging} would average dense weights with the factors they become; choose another "
+                "initialiser than 'dense', such as 'gblr'"
+            )
         if self._settings.compact and averaging:
             raise ConfigError(
                 f"callback: {averaging} holds parameters of the shapes before compaction; leave compact off"

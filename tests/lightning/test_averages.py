@@ -20,6 +20,7 @@ AVERAGES = {
 
 
 def driver(**options):
+    options = {"initialiser": "svd", **options}
     return GBLRCallback(budget=0.4, warmup=2, cooldown=12, picture_every_n_epochs=0, **options)
 
 
@@ -58,5 +59,7 @@ def test_a_model_that_is_copied_before_it_is_structured(make_trainer, make_modul
 
 
 def test_an_average_of_parameters_that_are_sliced(make_trainer, make_module):
+    with pytest.raises(ConfigError, match="choose another initialiser than 'dense'"):
+        fit(make_trainer, make_module(), [driver(initialiser="dense"), *AVERAGES["from the beginning"]()])
     with pytest.raises(ConfigError, match="leave compact off"):
         fit(make_trainer, make_module(), [driver(compact=True), *AVERAGES["from the beginning"]()])

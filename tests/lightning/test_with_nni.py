@@ -15,7 +15,7 @@ from gblr_plugin.learning.learner import StructureLearner
 from gblr_plugin.lightning import GBLRCallback
 from gblr_plugin.nni import GBLRPruner, LightningEvaluator
 
-CONFIG = [{"op_names": ["net.0", "net.2"], "sparse_ratio": 0.6}]
+CONFIG = [{"op_names": ["net.0", "net.2"], "sparse_ratio": 0.6, "gblr_initialiser": "svd"}]
 
 
 def compress(make_module, tmp_path, callbacks, watch=None):
