@@ -26,6 +26,12 @@ OWN = [
     "--set",
     "finetune.batch_size=16",
 ]
+SHRINKING = [
+    "--set",
+    "budget=null",
+    "--set",
+    "config_list=[{op_names_re: ['network.*'], sparse_ratio: 0.5, global_group_id: all, gblr: {initialiser: svd}}]",
+]
 
 
 def test_compact_drops_dead_components_at_the_freeze(project, capfd, monkeypatch):
@@ -37,9 +43,9 @@ def test_compact_drops_dead_components_at_the_freeze(project, capfd, monkeypatch
         return compact(layer, optimizers)
 
     monkeypatch.setattr(GBLRLayer, "compact", counted)
-    assert main(["run", "config.yaml", *OWN]) == 0
+    assert main(["run", "config.yaml", *OWN, *SHRINKING]) == 0
     assert not compacted
-    assert main(["run", "config.yaml", *OWN, "--set", "methods.0.compact=true"]) == 0
+    assert main(["run", "config.yaml", *OWN, *SHRINKING, "--set", "methods.0.compact=true"]) == 0
     assert compacted == [((32, 8), True), ((2, 32), True)]  # each layer once, when its structure is fixed
 
 

@@ -45,7 +45,7 @@ def test_a_run_leaves_everything_and_can_be_repeated_from_its_dense_network(proj
     summary = RunReport.from_dict(values)
     assert str(summary) == (project / "out/report.txt").read_text().rstrip("\n")
     dense, learned = summary["dense"].seeds[0], summary["gblr"].seeds[0]
-    assert 0.49 < learned["relative_flops"] <= 0.5
+    assert 0.47 < learned["relative_flops"] <= 0.5  # of 16 channels a component costs some hundredths
     assert dense["relative_flops"] == 1.0
     assert learned["parameters"] < dense["parameters"]
     for figures in (dense, learned):

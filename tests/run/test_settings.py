@@ -51,7 +51,7 @@ def test_run_settings(arguments, message):
         (Training, {"temperature": 0.0}, "temperature must be positive"),
         (Training, {"limit_train_batches": 0.0}, "limit_train_batches must be a number in"),
         (Method, {"name": "low_rank", "starts": ["svd"]}, "starts are chosen for gblr alone, not for 'low_rank'"),
-        (Method, {"name": "gblr", "starts": ["svd", "monarch"]}, "starts must be one of gblr, .*got 'monarch'"),
+        (Method, {"name": "gblr", "starts": ["svd", "monarch"]}, "starts must be one of dense, gblr, .*got 'monarch'"),
         (Method, {"name": "gblr", "trial": 0.0}, "trial must be a share"),
         (Method, {"name": "gblr", "cooldown": 1.0}, "cooldown must be a number in"),
         (Method, {"name": "gblr", "warmup": -0.1}, "warmup must be a number in"),

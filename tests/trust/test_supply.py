@@ -126,7 +126,13 @@ def test_the_bill_of_materials_names_every_dependency_with_its_range() -> None:
     assert {name: versions for name, (versions, _) in table().items()} == stated()
 
 
-IMPORTED_AS = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn", "pytorch_lightning": "pytorch-lightning"}
+IMPORTED_AS = {
+    "huggingface_hub": "huggingface-hub",
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "pytorch_lightning": "pytorch-lightning",
+}
 BROUGHT = {
     "numpy": "nni",
     "psutil": "nni",
@@ -134,6 +140,7 @@ BROUGHT = {
     "scikit-learn": "nni",
     "werkzeug": "tensorboard",
     "llvmlite": "numba",
+    "huggingface-hub": "transformers",
 }
 OPTIONAL = {"triton", "lightning"}  # used where they are there; torch brings triton where there is a GPU
 
