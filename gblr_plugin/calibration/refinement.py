@@ -7,8 +7,7 @@ is then shared among all layers of the block.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..utils.rates import WarmupCosine
 from ..utils.validation import check_count, check_number
 from .batches import Calibration
 from .inputs import fitting_mask
@@ -30,7 +30,7 @@ class Refinement:
 
     Args:
         steps: Steps of Adam for each block, each on one calibration batch; 0: none.
-        lr: First learning rate; it falls to 0 along a cosine.
+        lr: Largest learning rate; it falls to 0 along a cosine.
         seed: Seed of the order of the batches.
     """
 
@@ -79,7 +79,7 @@ def refine(
     old = [parameter.detach().clone() for parameter in trained]
     with _training(trained), torch.enable_grad():
         optimizer = torch.optim.Adam(trained, lr=settings.lr)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(settings.steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, WarmupCosine(settings.steps, 0.0))
         for batch in _order(len(targets), settings):
             optimizer.zero_grad()
             loss = _squares(stream.run(batch), targets[batch], masks[batch]) / scale
@@ -109,10 +109,6 @@ def _training(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         for parameter, flag, gradient in zip(parameters, flags, gradients, strict=True):
             parameter.requires_grad_(flag)
             parameter.grad = gradient
-
-
-def _cosine(steps: int) -> Callable[[int], float]:
-    return lambda step: 0.5 + 0.5 * math.cos(math.pi * min(step, steps) / steps)
 
 
 def _order(batches: int, settings: Refinement) -> Iterator[int]:

@@ -168,8 +168,8 @@ class _Walk(Generic[M]):
         self.model, self.layers, self.calibration = model, layers, calibration
         self.fit, self.slopes = fit, slopes
         self.outside = StandIns()
-        self.streams: tuple[Stream, Stream] = ()  # type: ignore[assignment]  # dense and present, of the last chain begun
-        self.finished: list[tuple[Stream, Stream]] = []
+        self.streams: tuple[Stream, ...] = ()  # dense and present, of the last chain begun
+        self.finished: list[tuple[Stream, ...]] = []
         self.once: set[str] = set()
 
     def pieces(self) -> list[Piece]:

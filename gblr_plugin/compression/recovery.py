@@ -13,8 +13,7 @@ from ..calibration.batches import Calibration
 from ..calibration.inputs import fitting_mask
 from ..errors import ConfigError
 from ..families.layers import FamilyLayer
-from ..layers import GBLRConv1d, GBLRConv2d, GBLRLayer, GBLRLinear
-from ..layers.dense import replace_modules
+from ..layers.dense import layer_for, replace_modules
 from ..tensor.gblr_tensor import GBLRTensor
 
 __all__ = ["distillation_loss", "output_loss", "recover_from", "trainable_layers"]
@@ -36,24 +35,13 @@ def trainable_layers(model: nn.Module, names: Iterable[str], align: int) -> None
             for factor in module.matrix().factors().values():
                 factor.requires_grad_(True)
         elif isinstance(weight, GBLRTensor):
-            replacements[id(module)] = _trainable(module, weight, align)
+            layer = layer_for(module, weight.to_structured(), align)
+            layer.use_low_rank_form()
+            layer.freeze_structure()
+            replacements[id(module)] = layer
         else:  # stored dense, since its structure would not have been cheaper
             weight.requires_grad_(True)
     replace_modules(model, replacements)
-
-
-def _trainable(module: nn.Module, weight: GBLRTensor, align: int) -> GBLRLayer:
-    matrix, bias = weight.to_structured(), module._parameters.get("bias")
-    layer: GBLRLayer
-    if isinstance(module, nn.Conv1d):
-        layer = GBLRConv1d(matrix, module, bias, align=align)
-    elif isinstance(module, nn.Conv2d):
-        layer = GBLRConv2d(matrix, module, bias, align=align)
-    else:
-        layer = GBLRLinear(matrix, bias, align=align)
-    layer.use_low_rank_form()
-    layer.freeze_structure()
-    return layer
 
 
 def distillation_loss(student: Any, teacher: Any, mask: Tensor | None) -> Tensor:

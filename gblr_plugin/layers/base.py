@@ -44,9 +44,10 @@ class GBLRLayer(StructureParameters):
 
     structure_name = "gblr"
     _axes: tuple[MaskedAxis, MaskedAxis] | None = None
+    _dense_form: bool | None = None  # whether a fixed structure is that of `holds_dense_weight`; None: not looked at
 
     def _structure_changed(self) -> None:
-        self._axes = None
+        self._axes = self._dense_form = None
 
     # -- shapes and counts -------------------------------------------------------------------------------------------
 
@@ -92,11 +93,15 @@ class GBLRLayer(StructureParameters):
 
     @property
     def holds_dense_weight(self) -> bool:
-        """Whether each component is one complete row or column, so that the factors are the dense weight."""
-        (rows, cols), (m, n) = self.intervals(), self.axis_lengths
-        by_rows = bool((rows.width <= self.align[0]).all() and (cols.width == n).all())
-        by_cols = bool((cols.width <= self.align[1]).all() and (rows.width == m).all())
-        return self.U.shape[0] == self.row_splits * min(m, n) and (by_rows or by_cols)
+        """Whether one factor is unit vectors, one for each row (or column), so that the other is the dense weight."""
+        m, n = self.axis_lengths
+        if self.U.shape[0] != self.row_splits * min(m, n):
+            return False
+        unit = full_tensor(self.unit_factor).view(self.row_splits, min(m, n), -1)
+        if int(unit.count_nonzero()) != unit.shape[0] * unit.shape[1]:
+            return False
+        complete = self.intervals()[1 if m <= n else 0]
+        return bool(unit.diagonal(dim1=1, dim2=2).all() and (complete.width == complete.length).all())
 
     @property
     def num_components(self) -> int:
@@ -279,7 +284,33 @@ class GBLRLayer(StructureParameters):
 
     def to_dense(self) -> Tensor:
         """The (m, n) matrix of the present, possibly smooth, masks; differentiable."""
-        return self._dense(*self.masked_factors())
+        return self._from_rows_or_columns() if self.trains_dense_weight else self._dense(*self.masked_factors())
+
+    @property
+    def trains_dense_weight(self) -> bool:
+        """Whether the structure is fixed and :attr:`holds_dense_weight`; looked at once until the structure changes.
+
+        Not looked at within ``torch.compile``, which would have to break its graph.
+        """
+        if not self._mask_state.frozen:
+            return False
+        if self._dense_form is None and not torch.compiler.is_compiling():
+            self._dense_form = self.holds_dense_weight
+        return bool(self._dense_form)
+
+    @property
+    def unit_factor(self) -> Tensor:
+        """Of a layer that holds its dense weight the factor whose rows are unit vectors; the other is the weight."""
+        m, n = self.axis_lengths
+        return self.U if m <= n else self.V
+
+    def _from_rows_or_columns(self) -> Tensor:
+        """The (m, n) matrix of a layer that holds its dense weight, without a product of matrices."""
+        s, (m, n) = self.row_splits, self.axis_lengths
+        u, v = self._row_factors().view(s, -1, m), self.V.view(s, -1, n)
+        if self.unit_factor is self.U:
+            return (u.diagonal(dim1=1, dim2=2)[..., None] * v).flatten(0, 1)
+        return (u.transpose(1, 2) * v.diagonal(dim1=1, dim2=2)[:, None]).flatten(0, 1)
 
     def _dense(self, u: Tensor, v: Tensor, rows: MaskedAxis | None = None) -> Tensor:
         if rows is not None:

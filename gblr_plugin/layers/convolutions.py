@@ -80,8 +80,11 @@ class _GBLRConv(GBLRLayer):
     def forward(self, input: Tensor) -> Tensor:
         """The convolution by two factor convolutions or the dense kernel, whichever takes fewer multiply-adds."""
         conv: Any = self
-        u, v = self.masked_factors()
         kernel = (self.in_channels, *self.kernel_size)
+        if self.trains_dense_weight:
+            same: Tensor = conv._conv_forward(input, self._from_rows_or_columns().view(-1, *kernel), self.bias)
+            return same
+        u, v = self.masked_factors()
         product = self._choose_product(self._output_positions(input), linear=False)
         if not product.factored:
             weight = self._dense(u, v, product.rows).view(-1, *kernel)

@@ -21,6 +21,7 @@ __all__ = [
     "can_gain",
     "check_structurable",
     "hooks_of",
+    "layer_for",
     "obstacle",
     "replace_modules",
     "stored_weight",
@@ -130,17 +131,25 @@ def structured_like(module: nn.Module, matrix: StructuredMatrix, *, align: int |
     """
     check_structurable(module, type(module).__name__)
     weight: Any = module.weight
-    bias: Any = module.bias
-    matrix = matrix.to(device=weight.device, dtype=weight.dtype)
-    layer: GBLRLayer
-    if isinstance(module, nn.Conv1d):
-        layer = GBLRConv1d(matrix, module, bias, align=align)
-    elif isinstance(module, nn.Conv2d):
-        layer = GBLRConv2d(matrix, module, bias, align=align)
-    else:
-        layer = GBLRLinear(matrix, bias, align=align)
+    layer = layer_for(module, matrix.to(device=weight.device, dtype=weight.dtype), align)
     take_flags(layer, module)
     return layer
+
+
+def layer_for(module: nn.Module, matrix: StructuredMatrix, align: int | tuple[int, int] = 1) -> GBLRLayer:
+    """Make the trainable layer of a module's kind, with its geometry and its bias.
+
+    Args:
+        module: A linear layer or a convolution; its weight is not looked at.
+        matrix: Start of the (m, n) weight matrix, in the dtype and on the device of the layer.
+        align: Tile of rows and columns to which intervals snap.
+    """
+    bias: Any = module.bias
+    if isinstance(module, nn.Conv1d):
+        return GBLRConv1d(matrix, module, bias, align=align)
+    if isinstance(module, nn.Conv2d):
+        return GBLRConv2d(matrix, module, bias, align=align)
+    return GBLRLinear(matrix, bias, align=align)
 
 
 def take_flags(layer: nn.Module, dense: nn.Module) -> None:

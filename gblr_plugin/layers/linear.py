@@ -48,6 +48,8 @@ class GBLRLinear(GBLRLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``x W^T + b`` by the factored product or the dense reconstruction, whichever takes fewer multiply-adds."""
+        if self.trains_dense_weight:
+            return F.linear(input, self._from_rows_or_columns(), self.bias)
         product = self._choose_product(input.numel() // max(self.in_features, 1), linear=True)
         if product.rows is not None and product.cols is not None:
             return self._block_linear(input, product.rows, product.cols)

@@ -68,9 +68,7 @@ class Decomposer:
     def drop_unit_gradients(self) -> None:
         """Drop the gradients of factors that are unit vectors: the other factor is the dense weight."""
         for layer in self._layers.values():
-            rows, _ = layer.intervals()
-            narrow = layer.U if bool((rows.width < rows.length).any()) else layer.V
-            narrow.grad = None
+            layer.unit_factor.grad = None
 
     # -- the decomposition -------------------------------------------------------------------------------------------
 

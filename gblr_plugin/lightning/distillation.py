@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from ..utils.rates import WarmupCosine
 from .base import LightningModule, Trainer
 
 __all__ = ["distil"]
@@ -43,14 +44,8 @@ class _Distillation(LightningModule):
         """AdamW over all parameters that have gradients, with a learning rate for each step."""
         trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self._lr, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, WarmupCosine(self._steps, WARMUP))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _rate(self, step: int) -> float:
-        rising = max(1, round(WARMUP * self._steps))
-        if step < rising:
-            return (step + 1) / rising
-        return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - rising) / max(self._steps - rising, 1)))
 
 
 def distil(
@@ -67,7 +62,8 @@ def distil(
         seed: Seed of the orders.
     """
     generator = torch.Generator().manual_seed(seed)
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, shuffle=True, generator=generator)  # type: ignore[arg-type, var-annotated]  # a list is a map-style data set
+    examples: Any = batches  # a list is a map-style data set
+    loader: DataLoader[Any] = DataLoader(examples, batch_size=None, shuffle=True, generator=generator)
     device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
     module = _Distillation(student, loss, steps, lr)
     module.train(student.training)

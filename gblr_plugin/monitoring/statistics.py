@@ -71,12 +71,12 @@ def _interval_statistics(layers: Mapping[str, GBLRLayer]) -> dict[str, Statistic
     for (name, layer), (cost, live, row, col) in zip(layers.items(), torch.stack(sums).tolist(), strict=True):
         m, n = layer.axis_lengths
         dense = math.prod(layer.matrix_shape)
-        by_rows = row <= live * layer.align[0] and col == live * n
-        by_cols = col <= live * layer.align[1] and row == live * m
-        # As `holds_dense_weight` says, without another transfer.
-        holds_dense = live == layer.row_splits * min(m, n) and (by_rows or by_cols)
         result[name] = Statistics(
-            1.0 if holds_dense else cost / dense, live, row / max(live * m, 1), col / max(live * n, 1), dense
+            1.0 if layer.trains_dense_weight else cost / dense,
+            live,
+            row / max(live * m, 1),
+            col / max(live * n, 1),
+            dense,
         )
     return result
 

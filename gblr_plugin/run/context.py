@@ -78,14 +78,19 @@ def make_task(settings: RunSettings) -> Any:
 
 
 def config_list_of(method: Method, settings: RunSettings, task: Any) -> list[dict[str, Any]]:
-    """NNI's compression config of a method: its own, the run's, or the task's layers at the run's budget."""
+    """NNI's compression config of a method: its own, the run's, or the task's layers at the run's budget.
+
+    At the run's budget gblr begins at the decomposition of a network that is trained already.
+    """
     given = settings.config_list if method.config_list is None else method.config_list
     if given is not None:
         return copy.deepcopy(given)
     entry: dict[str, Any] = {"op_names": list(task.layers), "sparse_ratio": 1 - (settings.budget or 1.0)}
+    start: dict[str, Any] = {"initialiser": "gblr"} if method.name == "gblr" and method.start == "trained" else {}
     if settings.allocation is not None:
-        entry |= {"global_group_id": "all", "gblr": {"allocation": settings.allocation}}
-    return [entry]
+        entry["global_group_id"] = "all"
+        start["allocation"] = settings.allocation
+    return [{**entry, "gblr": start} if start else entry]
 
 
 def environment() -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pytorch_lightning as pl
@@ -14,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..errors import ConfigError
+from ..utils.rates import WarmupCosine
 from ..utils.validation import check_count
 
 __all__ = [
@@ -23,7 +22,6 @@ __all__ = [
     "PairsDataModule",
     "Task",
     "TrainSettings",
-    "WarmupCosine",
     "check_sizes",
     "make_network",
 ]
@@ -103,21 +101,6 @@ class BuiltInTask:
     def module(self, network: nn.Module, training: TrainSettings, steps: int) -> ClassifierModule:
         """Cross-entropy training."""
         return ClassifierModule(network, training, self.metric, steps)
-
-
-@dataclass(frozen=True)
-class WarmupCosine:
-    """Factor of the learning rate: linear up over the first ``warmup`` of ``steps``, then a half cosine to 0."""
-
-    steps: int
-    warmup: float
-
-    def __call__(self, step: int) -> float:
-        """Factor in [0, 1]."""
-        rise = max(self.warmup * self.steps, 1.0)
-        if step < rise:
-            return (step + 1) / (rise + 1)
-        return 0.5 * (1 + math.cos(math.pi * min((step - rise) / max(self.steps - rise, 1.0), 1.0)))
 
 
 class ClassifierModule(pl.LightningModule):

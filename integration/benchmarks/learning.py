@@ -27,9 +27,9 @@ from gblr_plugin.calibration.batches import Calibration
 from gblr_plugin.learning.optimizers import split_structure_group
 from gblr_plugin.plot.style import ACCENT, HAIR, INK, MUTED, plain_axes
 from gblr_plugin.surgery.conversion import prepare
-from gblr_plugin.tasks.base import WarmupCosine
 from gblr_plugin.tasks.digits import DigitsTask
 from gblr_plugin.tasks.text import TextTask
+from gblr_plugin.utils.rates import WarmupCosine
 
 TASKS: dict[str, Any] = {"byte_gpt": TextTask, "digits_vit": DigitsTask}
 FIGURE = {"byte_gpt": "perplexity", "digits_vit": "accuracy"}

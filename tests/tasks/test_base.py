@@ -5,7 +5,7 @@ import torch
 
 from gblr_plugin import ConfigError
 from gblr_plugin.tasks import get_task
-from gblr_plugin.tasks.base import IGNORED, ClassifierModule, WarmupCosine
+from gblr_plugin.tasks.base import IGNORED, ClassifierModule
 from gblr_plugin.tasks.digits import DigitsTask
 from gblr_plugin.tasks.text import TextTask
 
@@ -149,14 +149,3 @@ def test_unknown_tasks(name, message):
 
 def test_task_by_import_path():
     assert get_task("gblr_plugin.tasks.digits:DigitsTask") is DigitsTask
-
-
-def test_learning_rate_rises_then_falls_to_zero():
-    factor = WarmupCosine(100, 0.1)
-    values = [factor(step) for step in range(101)]
-    assert values[0] == pytest.approx(1 / 11)
-    assert all(a < b for a, b in pairwise(values[:11]))
-    assert max(values) == values[10] == 1.0
-    assert all(a > b for a, b in pairwise(values[10:]))
-    assert values[100] == pytest.approx(0.0, abs=1e-12)
-    assert WarmupCosine(1, 0.0)(0) <= 1.0
