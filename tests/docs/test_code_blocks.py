@@ -22,7 +22,7 @@ from gblr_plugin.run.settings import RunSettings
 from gblr_plugin.run.yaml_config import load_yaml, parse_overrides, read_settings
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>[^\n]*)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 SETTINGS = {"compare": ComparisonSettings, "report": RunSettings, "run": RunSettings, "search": SearchSettings}
 NOT_RUN = {"text", "{toctree}", "{eval-rst}"}

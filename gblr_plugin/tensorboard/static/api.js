@@ -1,3 +1,4 @@
+// @ts-check
 // Talks to the plugin's routes. Structures never change once written, so they are kept.
 
 const BASE = new URL('../', import.meta.url);
@@ -9,7 +10,7 @@ async function get(route, params) {
     if (value !== null && value !== undefined) url.searchParams.set(key, value);
   }
   const response = await fetch(url, { credentials: 'same-origin' });
-  let body = null;
+  let body;
   try {
     body = await response.json();
   } catch {

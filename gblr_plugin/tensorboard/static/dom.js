@@ -1,3 +1,4 @@
+// @ts-check
 // Builds nodes. Text only ever enters as text nodes and attributes, never as markup: names of runs and layers are hostile.
 
 const SVG = 'http://www.w3.org/2000/svg';

@@ -1,3 +1,4 @@
+// @ts-check
 // Saves figures as SVG or PNG and tables as CSV, without leaving the page.
 
 import { button, h } from './dom.js';

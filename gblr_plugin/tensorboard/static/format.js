@@ -1,3 +1,4 @@
+// @ts-check
 // Numbers and names as people read them.
 
 export function percent(share) {
@@ -9,6 +10,7 @@ export function percent(share) {
 /** For axes: no needless decimals. */
 export const share = (value) => `${Number((value * 100).toPrecision(3))}%`;
 
+/** @type {[number, string][]} */
 const UNITS = [[1e12, 'T'], [1e9, 'G'], [1e6, 'M'], [1e3, 'k']];
 
 export function compact(value) {

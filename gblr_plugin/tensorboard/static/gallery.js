@@ -1,3 +1,4 @@
+// @ts-check
 // All layers of a run as small maps.
 
 import { fetchLayer } from './api.js';
@@ -26,9 +27,10 @@ export class Gallery {
     this.visible = new Set();
     this.observer = new IntersectionObserver((entries) => {
       for (const { target, isIntersecting } of entries) {
-        if (isIntersecting) this.visible.add(target.dataset.layer);
-        else this.visible.delete(target.dataset.layer);
-        if (isIntersecting) this.load(target.dataset.layer).catch(() => {});
+        const { layer } = /** @type {HTMLElement} */ (target).dataset;
+        if (isIntersecting) this.visible.add(layer);
+        else this.visible.delete(layer);
+        if (isIntersecting) this.load(layer).catch(() => {});
       }
     }, { rootMargin: '200px' });
   }

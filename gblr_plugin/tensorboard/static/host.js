@@ -1,3 +1,4 @@
+// @ts-check
 // TensorBoard around us: tells when its data were reloaded. Outside of it, nothing ever comes.
 
 export function onReload(callback) {

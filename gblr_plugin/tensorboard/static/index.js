@@ -1,3 +1,4 @@
+// @ts-check
 // The GBLR tab. TensorBoard imports this module into an empty page and calls render().
 
 import { fetchRuns } from './api.js';
@@ -179,7 +180,7 @@ class App {
     const key = JSON.stringify([this.runs.map((run) => [run.run, run.steps.length > 0]), [...chosen], colours.runs]);
     if (key === this.runsKey) return;
     this.runsKey = key;
-    const focused = document.activeElement?.dataset?.run;
+    const focused = /** @type {HTMLElement | null} */ (document.activeElement)?.dataset?.run;
     const chips = this.runs.map((run, index) =>
       h('label', { class: 'chip', style: { '--run': runColour(colours, index) } },
         h('input', {

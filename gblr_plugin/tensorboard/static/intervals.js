@@ -1,3 +1,4 @@
+// @ts-check
 // Widths and locations as sorted intervals: one line a component.
 
 import { ticks } from './format.js';

@@ -1,3 +1,4 @@
+// @ts-check
 // The map of a layer: how many blocks cover each place, with the rank by position along its edges.
 
 import { h } from './dom.js';
@@ -38,7 +39,7 @@ export function layout(structure, width) {
 }
 
 /** Picture of the blocks inside `view`, one pixel per matrix entry or finer than the screen. */
-export function picture(structure, view, w, height, { colours, colourBy, scale, minus }) {
+export function picture(structure, view, w, height, { colours, colourBy, scale, minus = null }) {
   const ratio = Math.min(window.devicePixelRatio || 1, 2);
   const gw = Math.max(1, Math.min(view.c1 - view.c0, Math.round(w * ratio)));
   const gh = Math.max(1, Math.min(view.r1 - view.r0, Math.round(height * ratio)));

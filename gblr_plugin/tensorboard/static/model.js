@@ -1,3 +1,4 @@
+// @ts-check
 // The structure of one layer at one step, ready to be drawn: which blocks lie where, and how many cover each place.
 
 export class Structure {

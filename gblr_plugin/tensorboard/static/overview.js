@@ -1,3 +1,4 @@
+// @ts-check
 // All layers as bars of relative FLOPs.
 
 import { fetchOverview } from './api.js';
@@ -104,7 +105,7 @@ export class Overview {
 
   draw() {
     const colours = palette();
-    const focused = document.activeElement?.dataset?.layer;
+    const focused = /** @type {HTMLElement | null} */ (document.activeElement)?.dataset?.layer;
     this.totals.replaceChildren(...this.shown.map((run) => this.total(run, colours)));
     const reach = this.reach();
     const groups = this.groups();

@@ -1,3 +1,4 @@
+// @ts-check
 // One map with its caption, cross and zoom. Panes share a viewport, so that what is compared is seen at the same place.
 
 import { h } from './dom.js';
@@ -90,7 +91,7 @@ export class Pane {
         pointermove: (event) => this.onMove(event),
         pointerleave: () => !this.drag && this.viewport.point(null, null, this.index),
         pointerdown: (event) => this.onDown(event),
-        pointerup: (event) => this.onUp(event),
+        pointerup: () => this.onUp(),
         pointercancel: () => (this.drag = null),
         dblclick: () => this.viewport.reset(),
         keydown: (event) => this.onKey(event),

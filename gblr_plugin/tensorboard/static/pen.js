@@ -1,6 +1,10 @@
+// @ts-check
 // One set of drawing words for the screen (canvas) and for downloads (SVG), so that each figure is described once.
 
 import { svg } from './dom.js';
+
+/** @typedef {{ stroke?: string, width?: number, dash?: number[], fill?: string }} Line */
+/** @typedef {{ fill?: string, size?: number, align?: 'start' | 'middle' | 'end', weight?: number }} Lettering */
 
 export const FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif';
 
@@ -28,6 +32,7 @@ export class CanvasPen {
     this.ctx.strokeRect(x, y, w, h);
   }
 
+  /** @param {number[][]} points @param {Line} line */
   path(points, { stroke, width = 1, dash = [], fill } = {}) {
     const { ctx } = this;
     ctx.beginPath();
@@ -45,6 +50,7 @@ export class CanvasPen {
     }
   }
 
+  /** @param {number} x @param {number} y @param {string} text @param {Lettering} lettering */
   text(x, y, text, { fill, size = 11, align = 'start', weight = 400 } = {}) {
     const { ctx } = this;
     ctx.font = `${weight} ${size}px ${FONT}`;
@@ -70,6 +76,7 @@ export class CanvasPen {
 }
 
 // XML has no way to write most control characters: one in a name would make the whole file unreadable.
+// eslint-disable-next-line no-control-regex -- they are what it is there to find
 const UNWRITABLE = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\ud800-\udfff\ufffe\uffff]/gu;
 
 let clips = 0;
@@ -100,6 +107,7 @@ export class SvgPen {
     return this.add(svg('rect', { x, y, width: w, height: h, fill: 'none', stroke, 'stroke-width': width }));
   }
 
+  /** @param {number[][]} points @param {Line} line */
   path(points, { stroke, width = 1, dash = [], fill } = {}) {
     const d = points.map(([x, y], i) => `${i ? 'L' : 'M'}${Number(x.toFixed(2))} ${Number(y.toFixed(2))}`).join('');
     return this.add(
@@ -114,6 +122,7 @@ export class SvgPen {
     );
   }
 
+  /** @param {number} x @param {number} y @param {string} text @param {Lettering} lettering */
   text(x, y, text, { fill, size = 11, align = 'start', weight = 400 } = {}) {
     const props = { x, y, fill, 'font-size': size, 'text-anchor': align, 'dominant-baseline': 'central', 'font-weight': weight };
     return this.add(svg('text', props, text.replace(UNWRITABLE, '\ufffd')));

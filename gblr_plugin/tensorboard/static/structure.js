@@ -1,3 +1,4 @@
+// @ts-check
 // One layer: its map, its intervals, and what it is compared with. Or all layers as small maps.
 
 import { fetchLayer } from './api.js';

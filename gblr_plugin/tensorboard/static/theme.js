@@ -1,3 +1,4 @@
+// @ts-check
 // Light or dark, as TensorBoard is. It tells plugins by a class on its own page, which has our origin.
 
 function hostBody() {

@@ -1,3 +1,4 @@
+// @ts-check
 // Curves over the steps of training, on one axis of steps. A click moves the slider.
 
 import { fetchCurves } from './api.js';

@@ -1,3 +1,4 @@
+// @ts-check
 // The step slider, which plays learning.
 
 import { h } from './dom.js';
