@@ -1,6 +1,6 @@
 """Weights that somebody altered are refused before anything is multiplied, whichever way they came; no process crashes.
 
-``GBLR_ALTERED=10000`` alters as many as docs/trust.md says.
+``GBLR_ALTERED=10000`` alters as many as docs/notes/inputs.md says.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from gblr_plugin.layers.product import Product
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Path and dtype: relative error of the forward and of the gradients, in the Frobenius norm, against float64 on the same
-# rounded inputs. docs/trust.md prints this table.
+# rounded inputs. docs/notes/numerics.md prints this table.
 BOUNDS = {
     ("mask, tables", "float64"): (1e-12, 1e-10),
     ("mask, tables", "float32"): (1e-6, 2e-6),
@@ -157,7 +157,7 @@ def test_errors_against_float64(path: str, dtype: str) -> None:
 
 
 def test_the_documented_bounds_are_these() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "trust.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "notes" / "numerics.md").read_text()
     rows = re.findall(r"^\| ((?:mask|layer|kernel), [^|]+?) \| (\w+) \| (\S+) \| (\S+) \|$", page, re.MULTILINE)
     assert {(path, dtype): (float(a), float(b)) for path, dtype, a, b in rows} == BOUNDS
 

@@ -109,7 +109,7 @@ def test_the_search_finds_it(source: str) -> None:
 
 
 def table() -> dict[str, tuple[str, str]]:
-    page = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "notes" / "dependencies.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([a-zA-Z][\w-]*) \| ([<>=.,\d ]+) \| ([^|]+) \|", page, re.MULTILINE)
     return {name: (versions.replace(" ", ""), licence.strip()) for name, versions, licence in rows}
 
@@ -160,7 +160,7 @@ def imported() -> set[str]:
 
 def test_all_that_is_imported_is_stated_or_comes_with_something_that_is() -> None:
     assert imported() == {*stated(), *BROUGHT, *OPTIONAL} & imported()
-    page = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "notes" / "dependencies.md").read_text(encoding="utf-8")
     for name, by in BROUGHT.items():
         assert by in stated()
         needed = [
