@@ -14,6 +14,8 @@ version = release = gblr_plugin.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"gblr_plugin {version}"
 
 # Anchors as code-hosting sites make them, so that one link works on both; a broken one is a warning.

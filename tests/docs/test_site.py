@@ -20,6 +20,7 @@ def build(folder: Path, name: str) -> subprocess.CompletedProcess[str]:
     source = folder / "docs"
     source.mkdir()
     shutil.copy(DOCS / "conf.py", source)
+    shutil.copytree(DOCS / "_static", source / "_static")
     module = "```{py:module} something\n```"  # then there is an index of modules
     (source / "index.md").write_text(f"# Index\n\n{module}\n\n```{{toctree}}\n{name}\n```\n", encoding="utf-8")
     (source / f"{name}.md").write_text("# A page\n\nText.\n", encoding="utf-8")
