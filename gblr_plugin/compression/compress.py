@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from ..families.registry import get
 from ..layers import GBLRLayer, StructuredLayer
 from ..layers.dense import can_gain, replace_modules, weight_matrix
+from ..layers.separation import separated
 from ..matrix.metric import Metric
 from ..surgery.conversion import convert, split_by_family
 from ..surgery.layer_settings import FamilySettings, LayerSettings, structured_from
@@ -114,7 +115,8 @@ def compress(
         factor_dtype=factor_dtype,
         seed=seed,
     )
-    return _Compression(model, settings, _calibration(calibration, settings)).run(resume, evaluate)
+    with separated(model):
+        return _Compression(model, settings, _calibration(calibration, settings)).run(resume, evaluate)
 
 
 def _calibration(given: Sequence[Any] | Calibration | None, settings: CompressionSettings) -> Calibration | None:

@@ -27,12 +27,14 @@ from ..errors import ConfigError
 from ..families.layers import FamilyLayer
 from ..families.registry import get
 from ..layers.dense import structurable, weight_matrix
+from ..layers.separation import is_packed
 from ..serialization.container import Container, Entry, entries_of, shard_paths, write_container, write_index
 from ..serialization.families import family_record, restore_on_meta
 from ..serialization.header import Header, read_headers
 from ..serialization.weights import flatten_weight, plan_record
 from ..surgery.conversion import frozen_layer, frozen_like
 from ..surgery.layer_settings import FamilySettings, structured_from
+from ..surgery.matrices import weight_matrices
 from ..surgery.patterns import check_used, value_of
 from ..surgery.selection import Skipped, log_skipped, select_layers
 from ..tensor.gblr_tensor import FACTOR_DTYPES, GBLRTensor
@@ -46,6 +48,7 @@ __all__ = ["CompressSettings", "CompressSummary", "compress_folder"]
 
 _WHO = "compress"
 _OF_GBLR = {"method": "gblr", "align": 1, "seed": 0, "factor_dtype": None}  # with their defaults
+_PACKED = "attention packs its projections in one parameter, which is left as it is where no data are given"
 _PATIENCE = timedelta(days=365)  # for which a process waits for the others
 
 
@@ -260,7 +263,14 @@ def _select(
     network: nn.Module, settings: CompressSettings, names: Mapping[Path, Mapping[str, str]], work: Path
 ) -> tuple[list[_Layer], list[Skipped]]:
     selection = select_layers(network, settings.include, settings.exclude)
-    chosen, splits_of = selection.layers, settings.row_splits
+    total = sum(matrix.entries for matrix in weight_matrices(network))
+    packed = {
+        name: Skipped(name, _PACKED, weight_matrix(module).numel() / total)
+        for name, module in selection.layers.items()
+        if is_packed(network.get_submodule(name.rpartition(".")[0]))
+    }
+    chosen = {name: module for name, module in selection.layers.items() if name not in packed}
+    splits_of = settings.row_splits
     if isinstance(splits_of, Mapping):
         check_used(f"{_WHO}: row_splits", splits_of, chosen, "chosen layer")
     places = {name: (path, key) for path, inside in names.items() for key, name in inside.items()}
@@ -276,7 +286,7 @@ def _select(
                 raise ConfigError(f"layer {name!r}: {error}") from error
         path, key = places[f"{name}.weight"]
         layers.append(_Layer(name, (rows, cols), splits, key, path, work / f"{number:06d}.safetensors"))
-    return layers, selection.skipped
+    return layers, [*selection.skipped, *packed.values()]
 
 
 def _begin(

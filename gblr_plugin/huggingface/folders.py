@@ -11,7 +11,7 @@ import copy
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..families.layers import FamilyLayer, layer_like
 from ..layers import GBLRLayer
 from ..layers.dense import KINDS, replace_modules, structurable, weight_matrix
 from ..layers.full import FULL, as_full
+from ..layers.separation import separate
 from ..serialization.container import (
     INDEX,
     Container,
@@ -173,6 +174,7 @@ def _check_complete(network: nn.Module, containers: Sequence[Container], header:
     together.
     """
     entries = {name: entry for container in containers for name, entry in container.entries.items()}
+    separate(network, _tensor_names(entries, header))
     keys = {key for name in header.weights for key in part_names(name)}
     state = network.state_dict(keep_vars=True)
     said = f"load: {str(folder)!r} does not fit the network of its config.json, or is damaged: "
@@ -192,6 +194,11 @@ def _check_complete(network: nn.Module, containers: Sequence[Container], header:
     extra = [name for name in entries.keys() - state.keys() - keys if name.rpartition(".")[0] not in header.families]
     if extra and not header.torchao:
         raise ConfigError(f"{said}the network has no {min(extra)!r}")
+
+
+def _tensor_names(entries: Iterable[str], header: Header) -> list[str]:
+    """Names of tensors of the network in its files, with those that are stored in parts."""
+    return [*entries, *header.weights, *(f"{name}.weight" for name in header.families)]
 
 
 @contextlib.contextmanager
@@ -263,6 +270,9 @@ class GBLRHfQuantizer(HfQuantizer):
             container.close()
         if self._header.torchao:
             raise ConfigError("load: transformers cannot load weights of torchao and of gblr_plugin from one folder")
+        for _, attention in separate(model, _tensor_names(entries, self._header)).values():
+            mark_initialised(attention.in_proj_weight)  # some models initialise it themselves
+            mark_initialised(attention.in_proj_bias)
         modules = dict(model.named_modules(remove_duplicate=False))
         replacements: dict[int, nn.Module] = {}
         for name in self._header.weights:

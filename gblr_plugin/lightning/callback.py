@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..families.layers import FamilyLayer
 from ..layers import GBLRLayer, StructuredLayer
+from ..layers.separation import separated
 from ..learning.goals import LayerGoal
 from ..learning.learner import StructureLearner
 from ..learning.optimizers import split_structure_group
@@ -185,7 +186,8 @@ class GBLRCallback(Callback):
                         layer.unfreeze_structure()
             if not self._layers:
                 self._check_order(trainer)
-                self._layers = self._prepare(pl_module)
+                with separated(pl_module):
+                    self._layers = self._prepare(pl_module)
         if self._checkpoint_hook is None:
             siblings = self._siblings(trainer)
 

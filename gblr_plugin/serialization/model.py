@@ -14,6 +14,7 @@ from ..families.layers import FamilyLayer, layer_like
 from ..layers import GBLRLayer
 from ..layers.dense import replace_modules, structurable, weight_matrix
 from ..layers.full import FULL, as_full
+from ..layers.separation import separate
 from ..tensor.frozen import use_kept_matrix
 from ..tensor.gblr_tensor import GBLRTensor
 from .container import Container, entries_of, shard_paths, write_container
@@ -60,7 +61,7 @@ def load_into(path: str | os.PathLike[str], network: nn.Module | Callable[[], nn
         raise ConfigError(f"load: {place!r} is a file of torch.save; give one that gblr_plugin.save() wrote")
     containers = [Container(file) for file in (shard_paths(place) if os.path.isdir(place) else [place])]
     header = read_headers(containers)
-    skeleton = _skeleton(network, header)
+    skeleton = _skeleton(network, header, [name for container in containers for name in container.entries])
     stored = {name: tensor for container in containers for name, tensor in container.read_all()}
     for container in containers:
         container.close()
@@ -190,8 +191,9 @@ def _flatten_torchao(name: str, value: Tensor, header: Header) -> dict[str, Tens
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
-def _skeleton(network: nn.Module | Callable[[], nn.Module], header: Header) -> nn.Module:
+def _skeleton(network: nn.Module | Callable[[], nn.Module], header: Header, stored: list[str]) -> nn.Module:
     skeleton = network if isinstance(network, nn.Module) else network()
+    separate(skeleton, [*stored, *header.weights, *(f"{name}.weight" for name in header.families)])
     structured = {name.removesuffix(".weight") for name in header.weights if name.endswith(".weight")}
     _make_linear(skeleton, set(header.full) | structured)
     return skeleton

@@ -21,6 +21,7 @@ from ..families.registry import get
 from ..layers import StructuredLayer
 from ..layers.dense import can_gain, check_structurable, replace_modules, weight_matrix
 from ..layers.full import as_full
+from ..layers.separation import separated
 from ..matrix.metric import Metric
 from ..matrix.structure import StructuredMatrix
 from ..tensor.frozen import use_kept_matrix
@@ -85,18 +86,30 @@ def prepare(
         ['0']
     """
     setting = _setting(settings, family, budget, options)
-    selection = select_layers(model, include, exclude)
-    log_skipped(selection.skipped)
-    each = dict.fromkeys(selection.layers, setting)
+    with separated(model):
+        selection = select_layers(model, include, exclude)
+        log_skipped(selection.skipped)
+        return _prepare(model, selection.layers, setting, calibration, allocation)
+
+
+def _prepare(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    setting: LayerSettings | FamilySettings,
+    calibration: Calibration | None,
+    allocation: str | None,
+) -> dict[str, Any]:
+    """Replace layers, with the budget split over them by a rule."""
+    each = dict.fromkeys(layers, setting)
     if allocation not in (None, "uniform"):
         if setting.budget is None:
             raise ConfigError("allocation: it splits a starting budget: give LayerSettings(budget=...)")
-        gaining = {name: module for name, module in selection.layers.items() if can_gain(module, setting.row_splits)}
+        gaining = {name: module for name, module in layers.items() if can_gain(module, setting.row_splits)}
         splits = dict.fromkeys(gaining, setting.row_splits)
         shares = allocate(model, gaining, setting.budget, allocation, calibration=calibration, row_splits=splits)
         each |= {name: replace(setting, budget=share) for name, share in shares.items()}
     elif isinstance(setting, FamilySettings) and allocation is None:
-        return prepare_layers(model, split_by_family(selection.layers, setting), calibration=calibration)
+        return prepare_layers(model, split_by_family(layers, setting), calibration=calibration)
     return prepare_layers(model, each, calibration=calibration)
 
 

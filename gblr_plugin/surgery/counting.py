@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..layers import StructuredLayer
 from ..layers.full import FULL
+from ..layers.separation import separated
 from ..utils.running import run_example
 from .matrices import WeightMatrix, is_layer, weight_matrices, weight_shape
 from .raw_weights import RawWeights
@@ -161,7 +162,6 @@ _WITH_WEIGHT = {
 }
 
 
-@torch.no_grad()
 def report(model: nn.Module, example_input: Any) -> Report:
     """Count multiply-adds and parameters of a model on an example input.
 
@@ -173,8 +173,13 @@ def report(model: nn.Module, example_input: Any) -> Report:
         example_input: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
 
     Returns:
-        The report; print it for a table.
+        The report; print it for a table. Of attention with packed projections each projection is a layer.
     """
+    with separated(model), torch.no_grad():
+        return _report(model, example_input)
+
+
+def _report(model: nn.Module, example_input: Any) -> Report:
     matrices = [matrix for matrix in weight_matrices(model) if matrix.name or is_layer(matrix.module)]
     layers = {matrix.name: matrix.module for matrix in matrices if is_layer(matrix.module)}
     others = RawWeights((matrix for matrix in matrices if not is_layer(matrix.module)), model, _WITH_WEIGHT)

@@ -11,12 +11,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from ..errors import ConfigError
 from ..layers import StructuredLayer
+from ..layers.attention import ProjectedAttention
 from ..layers.dense import can_gain, check_structurable, obstacle
+from ..layers.separation import attention_of, is_packed, separated
 from .heads import output_heads
 from .matrices import WeightMatrix, weight_matrices
 from .patterns import as_patterns, check_used, matches
@@ -29,6 +32,10 @@ Pattern = str | type[nn.Module]
 
 HEAD = "it is an output head; give its full name to structure it too"
 SMALL = "it is too small to gain from structure"
+PACKED = (
+    "attention packs its projections in one parameter; gblr_plugin.layers.separation.separate(model), called before "
+    "the optimizer is made, turns them into layers"
+)
 
 _ALLOWED = "allowed are Linear, Conv1d, Conv2d and Hugging Face Conv1D"
 
@@ -73,6 +80,8 @@ class Policy:
 
     def __init__(self, model: nn.Module) -> None:
         self._tied, self._heads = tied_layers(model), output_heads(model)
+        packed: list[Any] = [module for module in model.modules() if is_packed(module)]
+        self._packed = {id(module) for attention in packed for module in (attention, attention.out_proj)}
 
     def reason(self, matrix: WeightMatrix) -> str | None:
         """Say why a weight stays dense; ``None`` if it can be structured."""
@@ -80,6 +89,8 @@ class Policy:
         parameter = module._parameters.get(matrix.parameter)
         if parameter is not None and matrix.parameter != "weight" and parameter.dim() == 3:
             return f"a {type(module).__name__} holds the matrices of several experts in one parameter"
+        if id(module) in self._packed:
+            return PACKED
         found = obstacle(module) or self._tied.get(id(module))
         return HEAD if found is None and id(module) in self._heads else found
 
@@ -131,10 +142,11 @@ def choose(
 
 
 class _Request:
-    """The patterns of what a user asks for, read against a model."""
+    """The patterns of what a user asks for, read against a model; patterns that mean attention mean its projections."""
 
     def __init__(self, model: nn.Module, include: Iterable[Pattern] | None, exclude: Iterable[Pattern]) -> None:
         modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+        self._attention = attention_of(model)
         self._names: dict[int, list[str]] = {}
         for name, module in modules.items():
             self._names.setdefault(id(module), []).append(name)
@@ -142,16 +154,19 @@ class _Request:
         self._exclude = as_patterns("layers: exclude", exclude)
         check_used("layers", [*(self._include or ()), *self._exclude], modules, "module of the model")
         self.default = self._include is None
-        asked = {self._names[id(modules[p])][0]: modules[p] for p in self._include or () if p in modules}
+        given = [p for p in self._include or () if p in modules and not isinstance(modules[p], ProjectedAttention)]
+        asked = {self._names[id(modules[p])][0]: modules[p] for p in given}
         self.named = [name for name, module in asked.items() if not self._matches(self._exclude, module)]
         owners = [matrix.module for matrix in weight_matrices(model)]
         for pattern in self._include or ():
-            if pattern not in modules and not any(self._matches([pattern], owner) for owner in owners):
+            if pattern not in given and not any(self._matches([pattern], owner) for owner in owners):
                 raise ConfigError(f"layers: pattern {pattern!r} matches no layer that can be structured; {_ALLOWED}")
 
     def _matches(self, patterns: Iterable[str], module: nn.Module) -> bool:
-        names = self._names.get(id(module), ())
-        return any(matches(pattern, name, module) for pattern in patterns for name in names)
+        meant = [module, *self._attention.get(id(module), ())]
+        return any(
+            matches(pattern, name, each) for pattern in patterns for each in meant for name in self._names[id(each)]
+        )
 
     def __call__(self, name: str, module: nn.Module) -> bool:
         return (self._include is None or self._matches(self._include, module)) and not self._matches(
@@ -165,7 +180,9 @@ def select_layers(
     """Choose the dense layers of a model that are to be structured.
 
     Args:
-        model: Only looked at.
+        model: Only looked at. Of attention with packed projections the layers are chosen that
+            :func:`~gblr_plugin.layers.separation.separated` makes of them; whoever replaces layers calls this within
+            that context.
         include: Full names, glob patterns over names (``"blocks.*.mlp.*"``), or types and their names
             (``"Linear"``), which mean subclasses too. ``None``: every layer that can be structured and made cheaper.
         exclude: Patterns of the same kinds; layers that match them are not chosen.
@@ -177,8 +194,9 @@ def select_layers(
         ConfigError: If a pattern matches nothing, a layer named in full cannot be structured or is tied, or nothing is
             left.
     """
-    request = _Request(model, include, exclude)
-    selection = choose(model, request, request.named, default=request.default)
+    with separated(model):
+        request = _Request(model, include, exclude)
+        selection = choose(model, request, request.named, default=request.default)
     if not selection.layers:
         if selection.skipped:
             largest = max(selection.skipped, key=lambda skipped: skipped.share)
@@ -193,13 +211,21 @@ class LayerFilter:
     """A ``filter_fn`` for torchao's ``quantize_``, see :func:`layer_filter`."""
 
     def __init__(self, model: nn.Module, include: Iterable[Pattern] | None, exclude: Iterable[Pattern]) -> None:
-        self._request = _Request(model, include, exclude)
-        self.selection = choose(model, self._request, self._request.named, default=self._request.default)
-        self._passed = {id(module): module for module in self.selection.layers.values()}
+        with separated(model):
+            self._request = _Request(model, include, exclude)
+            self.selection = choose(model, self._request, self._request.named, default=self._request.default)
+        present = {name: model.get_submodule(name.rpartition(".")[0]) for name in self.selection.layers}
+        self._packed = {name: module for name, module in present.items() if is_packed(module)}
+        chosen = {name: module for name, module in self.selection.layers.items() if name not in self._packed}
+        self._passed = {id(module): module for module in (*chosen.values(), *self._packed.values())}
 
     def __call__(self, module: nn.Module, name: str) -> bool:
-        """Whether a layer was chosen, or is asked for and was prepared before."""
+        """Whether a layer was chosen, attention has chosen projections, or a layer asked for was prepared before."""
         return id(module) in self._passed or (isinstance(module, StructuredLayer) and self._request(name, module))
+
+    def projections(self, attention: nn.Module) -> list[str]:
+        """Names, within attention with packed projections, of those that were chosen."""
+        return [name.rpartition(".")[2] for name, module in self._packed.items() if module is attention]
 
 
 def layer_filter(

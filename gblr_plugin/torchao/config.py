@@ -14,7 +14,9 @@ from ..decomposition import METHODS, decompose
 from ..errors import ConfigError
 from ..kernels.plan import Plan
 from ..layers import StructuredLayer
+from ..layers.attention import PROJECTIONS, ProjectedAttention
 from ..layers.dense import can_gain, check_structurable, hooks_of, obstacle, weight_matrix
+from ..layers.separation import is_packed, separated
 from ..surgery.conversion import frozen_layer, frozen_like
 from ..surgery.layer_settings import INITIALISERS, FamilySettings, LayerSettings, structured_from
 from ..surgery.matrices import weight_matrices
@@ -121,9 +123,28 @@ def _gblr_transform(module: nn.Module, config: GBLRConfig, *, parameter_name: st
     """
     if parameter_name != "weight" and not isinstance(module, StructuredLayer):
         return module
+    if is_packed(module):
+        return _become(module, _projections(module, config))
     if not isinstance(module, StructuredLayer) and _stays_dense(module):
         return module
-    new = _transformed(module, config)
+    return _become(module, _transformed(module, config))
+
+
+def _projections(attention: Any, config: GBLRConfig) -> nn.Module:
+    """Attention with layers of those of its projections that the filter of quantize_ chose, and can gain."""
+    passes = quantize_call().get("filter_fn")
+    names = passes.projections(attention) if isinstance(passes, LayerFilter) else PROJECTIONS
+    separate = ProjectedAttention(attention)
+    made = {name: _transformed(getattr(separate, name), config) for name in names}
+    if all(made[name] is getattr(separate, name) for name in names):
+        return attention  # type: ignore[no-any-return]  # a module
+    for name, layer in made.items():
+        setattr(separate, name, layer)
+    return separate
+
+
+def _become(module: nn.Module, new: nn.Module) -> nn.Module:
+    """Turn a module into another one, in place; returns it."""
     if new is not module:
         attributes = {**vars(new), **hooks_of(module)}
         module.__class__ = new.__class__
@@ -155,12 +176,18 @@ def _stays_dense(module: nn.Module) -> bool:
 
 def _left_dense(model: nn.Module, passes: Any) -> list[Skipped]:
     """What quantize_ leaves dense: with torchao's default filter, or of what the caller's filter passes."""
-    everything, modules = choose(model, lambda name, module: True, default=True), dict(model.named_modules())
+    with separated(model):
+        everything = choose(model, lambda name, module: True, default=True)
+        entries = {matrix.name: matrix.entries for matrix in weight_matrices(model)}
+    modules = dict(model.named_modules())
     if passes is not default_filter:
         return [skip for skip in everything.skipped if skip.name in modules and passes(modules[skip.name], skip.name)]
-    entries = {matrix.name: matrix.entries for matrix in weight_matrices(model)}
     reason = "the default filter of quantize_ takes linear layers only; give filter_fn=gblr_plugin.layer_filter(model)"
-    others = [name for name, module in everything.layers.items() if not passes(module)]
+    others = [
+        name
+        for name, module in everything.layers.items()
+        if not passes(module) or is_packed(modules[name.rpartition(".")[0]])
+    ]
     return everything.skipped + [Skipped(name, reason, entries[name] / sum(entries.values())) for name in others]
 
 

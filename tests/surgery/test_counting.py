@@ -117,8 +117,8 @@ def test_torchs_own_encoder_layer_is_counted_whole_and_left_as_it_was(training):
     counted = report(model, torch.randn(1, 8, 16))
     layers = by_name(counted)
     assert layers["linear1"].multiply_adds == layers["linear2"].multiply_adds == 8 * 16 * 32
-    assert layers["self_attn.in_proj_weight"].multiply_adds == 8 * 3 * 16 * 16
-    assert layers["self_attn.out_proj"].multiply_adds == 8 * 16 * 16
+    assert [layers[f"self_attn.{name}_proj"].multiply_adds for name in ("q", "k", "v", "out")] == [8 * 16 * 16] * 4
+    assert type(model.self_attn) is nn.MultiheadAttention
     assert counted.other_multiply_adds == counted.attention_multiply_adds == 2 * 8 * 8 * 16
     assert model.training is training
     assert torch.backends.mha.get_fastpath_enabled() == fastpath
