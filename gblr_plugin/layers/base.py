@@ -97,11 +97,11 @@ class GBLRLayer(StructureParameters):
         m, n = self.axis_lengths
         if self.U.shape[0] != self.row_splits * min(m, n):
             return False
-        unit = full_tensor(self.unit_factor).view(self.row_splits, min(m, n), -1)
-        if int(unit.count_nonzero()) != unit.shape[0] * unit.shape[1]:
+        vectors = full_tensor(self.unit_factor).view(self.row_splits, min(m, n), -1)
+        if int(vectors.count_nonzero()) != vectors.shape[0] * vectors.shape[1]:
             return False
         complete = self.intervals()[1 if m <= n else 0]
-        return bool(unit.diagonal(dim1=1, dim2=2).all() and (complete.width == complete.length).all())
+        return bool(vectors.diagonal(dim1=1, dim2=2).all() and (complete.width == complete.length).all())
 
     @property
     def num_components(self) -> int:
