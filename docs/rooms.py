@@ -17,9 +17,10 @@ PICTURE = Path(__file__).parent / "images" / "rooms.svg"
 # rooms of lower rows alone.
 LEVELS: list[tuple[str, dict[str, str]]] = [
     ("command", {"cli": "the command gblr"}),
+    ("", {"commands": "one file for each command"}),
     (
         "",
-        {"run": "one run, comparisons, searches", "compression": "pretrained networks", "bench": "gblr bench"},
+        {"run": "one run, comparisons, searches", "compression": "pretrained networks", "bench": "timings"},
     ),
     ("", {"tasks": "networks and trainings"}),
     ("", {"data": "digits, text, images"}),

@@ -157,17 +157,18 @@ def test_a_family_that_cannot_be_used_to_compress(call, project, arguments, mess
 
 def test_files_that_are_missing_or_in_the_way(call, project):
     assert call("run", "nothing.yaml") == (2, "", "gblr: nothing.yaml: no such config file\n")
-    assert call("report", "nowhere") == (2, "", "gblr: report: no file at 'nowhere'\n")
+    need = "need a folder with report.json or compress.json or comparison.json or search.json"
+    assert call("report", "nowhere") == (2, "", f"gblr: report: no file at 'nowhere'; {need}\n")
     (project / "folder").mkdir()
-    assert call("report", "folder") == (2, "", "gblr: report: no file at 'folder/report.json'\n")
+    assert call("report", "folder") == (2, "", f"gblr: report: no file at 'folder/report.json'; {need}\n")
     (project / "folder/report.json").mkdir()
     assert call("report", "folder")[0] == 2
     assert call("report", "bad_task.py") == (
         2,
         "",
-        "gblr: report: 'bad_task.py' is not a report of gblr run or gblr compress\n",
+        "gblr: report: 'bad_task.py' is no result of gblr run, compress, compare or search\n",
     )
-    assert call("report", "nothing.yaml") == (2, "", "gblr: nothing.yaml: no such config file\n")
+    assert call("plan", "nothing.yaml") == (2, "", "gblr: nothing.yaml: no such config file\n")
     (project / "other.json").write_text(json.dumps({"a": 1}))
     assert call("report", "other.json")[0] == 2
     code, _, err = call("run", "config.yaml", "--output", "config.yaml")
@@ -201,7 +202,7 @@ def failing_report(monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("in two\nlines")
 
-    monkeypatch.setattr("gblr_plugin.cli._report", fail)
+    monkeypatch.setattr("gblr_plugin.commands.report.result_file", fail)
 
 
 def test_an_unexpected_error_names_the_file_of_its_traceback(call, failing_report, tmp_path, monkeypatch):
@@ -232,7 +233,9 @@ def test_version_and_help(call):
     assert call("--version") == (0, f"gblr-plugin {gblr_plugin.__version__}\n", "")
     code, out, _ = call("--help")
     assert code == 0
-    assert all(word in out for word in ("run", "report", "bench", "--version"))
+    named = ("run", "compare", "search", "compress", "plan", "report", "inspect", "eval", "export", "bench")
+    assert all(f"\n    {word} " in out for word in named)
+    assert "--version" in out
     assert "--set KEY.SUB=VALUE" in call("run", "--help")[1]
 
 

@@ -28,7 +28,7 @@ HOSTS = {
     "torchao": {"exporting", "serialization", "tensor", "torchao"},
     "transformers": {"huggingface"},
 }
-COMMAND = {"bench", "cli", "data", "run", "tasks"}
+COMMAND = {"bench", "cli", "commands", "data", "run", "tasks"}
 TESTS = Path(__file__).parent
 # Folders of tests that are about the whole project.
 OF_THE_PROJECT = {"docs", "integration", "trust"}

@@ -9,22 +9,21 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import ConfigError
 from ..kernels.cpu.threads import MOST_THREADS
-from ..utils.arguments import OneLineParser
+from ..utils.arguments import OneLineParser, common_flags
 from ..utils.files import write_text
 from ..utils.running import torch_threads
 from ..utils.tables import table
 from .products import DTYPES, LAYER_FLOPS, LAYERS, SECTIONS, Row, rows_of
 
-__all__ = ["main"]
+__all__ = ["bench", "make_parser"]
 
 MOST = 1_000_000  # tokens, and indices of a tile
 HEADER = (
@@ -72,9 +71,14 @@ def _device(text: str) -> str:
     return text
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the arguments after ``gblr bench``."""
     count, seconds = _number(int, 1, MOST), _number(float, 0, 3600)
-    parser = OneLineParser(prog="gblr bench", description="Time structured products against dense ones.")
+    parser = OneLineParser(
+        prog="gblr bench",
+        description="Time structured products against dense ones.",
+        parents=[common_flags(output="also write the rows to this file, as JSON")],
+    )
     add = parser.add_argument
     add("sections", nargs="*", type=_section, metavar="SECTION", help=f"{', '.join(SECTIONS)}: all")
     add("--shapes", nargs="+", type=_shape, default=None, metavar="MxN", help="of products and layers")
@@ -88,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--seconds", type=seconds, default=0.3, help="time spent on each entry")
     add("--quick", action="store_true", help="small sizes: does everything run; no goals")
     add("--cpu-time", action="store_true", help="CPU seconds instead of wall time, for a busy machine")
-    add("--json", type=Path, metavar="FILE", help="also write the rows there")
     add("--wait", type=seconds, default=60.0, help="seconds to wait before a section for a quiet machine")
+    parser.set_defaults(call=bench)
     return parser
 
 
@@ -118,15 +122,17 @@ def _summary(rows: list[Row]) -> list[str]:
     return table(["goal of", "goal", "median", "worst", "worst case"], cells, left=(0, 4)) if cells else []
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the arguments, measure, print tables; returns the exit code.
+def bench(options: argparse.Namespace) -> int:
+    """Measure and print tables; returns the exit code.
 
     The figure of a product is its speed-up over the ideal one, 1 / relative FLOPs; that of a network its speed-up.
+
+    Args:
+        options: From :func:`make_parser`.
 
     Raises:
         ConfigError: If the JSON file cannot be written.
     """
-    options = _parser().parse_args(argv)
     options.layers = options.shapes or [(64, 64)] * options.quick or LAYERS
     options.layer_flops = LAYER_FLOPS[1:2] if options.quick else LAYER_FLOPS
     options.shapes = options.shapes or [(256, 384)] * options.quick or [(3072, 768), (4096, 4096)]
@@ -153,10 +159,10 @@ def _run(options: argparse.Namespace) -> int:
             print(row, flush=True)
         loads[section] = (load, os.getloadavg()[0])
     print("", *_summary(rows), sep="\n")
-    if options.json is not None:
+    if options.output is not None:
         found = {"title": title, "loads": loads, "rows": [asdict(row) for row in rows]}
         try:
-            write_text(options.json, json.dumps(found, indent=1))
+            write_text(options.output, json.dumps(found, indent=1))
         except OSError as error:
-            raise ConfigError(f"--json: cannot write {str(options.json)!r}: {error.strerror}") from error
+            raise ConfigError(f"--output: cannot write {str(options.output)!r}: {error.strerror}") from error
     return 0

@@ -10,12 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, GBLRError
+from ..utils.arguments import add_command, common_flags
+from ..utils.console import Console, captured_output
+from ..utils.progress import shown_by
 
 __all__ = ["add_parser"]
 
@@ -27,11 +31,25 @@ _OF_STREAMED = ("method",)
 
 def add_parser(commands: Any) -> None:
     """Add the command to the subparsers of ``gblr``."""
-    parser = commands.add_parser("compress", help="compress a pretrained model of transformers into a new folder")
+    parser = add_command(
+        commands,
+        "compress",
+        "compress a pretrained model of transformers into a new folder",
+        _compress,
+        flags=common_flags(
+            *("dry_run", "fresh", "json", "verbose", "quiet"),
+            output="a new folder, or one to go on with",
+            required=True,
+        ),
+        examples=(
+            "gblr compress path/to/model --budget 0.5 --calibration texts.txt --eval held-out.txt --output half",
+            "gblr compress path/to/model --budget 0.5 --calibration texts.txt --output half --dry-run",
+            "gblr compress path/to/model --budget 0.5 --output half",
+        ),
+    )
     add = parser.add_argument
     add("model", metavar="MODEL", help="a folder with config.json and safetensors, or a name in the local cache")
     add("--budget", type=float, required=True, help="relative FLOPs of the layers, in (0, 1]")
-    add("--output", type=Path, required=True, metavar="DIR", help="a new folder, or one to go on with")
     data = parser.add_argument_group("data")
     add = data.add_argument
     add(
@@ -60,11 +78,6 @@ def add_parser(commands: Any) -> None:
     add("--method", help="without --calibration: as gblr_plugin.decompose takes it; default: gblr, the best")
     add("--seed", type=int, default=0)
     add("--threads", type=int, metavar="N", help="default: as torch chooses")
-    shown = parser.add_argument_group("what is shown")
-    add = shown.add_argument
-    add("--dry-run", action="store_true", help="show what would be compressed, and time and memory; write nothing")
-    add("--json", action="store_true", help="as JSON instead of a table")
-    parser.set_defaults(call=_compress)
 
 
 def _compress(arguments: argparse.Namespace) -> None:
@@ -80,16 +93,30 @@ def _compress(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None:
             rule = "is for compression without --calibration" if calibrated else "needs --calibration"
             raise ConfigError(f"--{name.replace('_', '-')} {rule}")
-    with torch_threads(arguments.threads):
+    with captured_output(arguments.verbose) as captured, torch_threads(arguments.threads):
+        console = Console(captured.errors, arguments.quiet)
+        if arguments.fresh and not arguments.dry_run:
+            _forget(arguments.output)
         try:
-            result, values = (_calibrated if calibrated else _streamed)(arguments)
+            with shown_by(console.progress):
+                result, values = (_calibrated if calibrated else _streamed)(arguments)
         except OSError as error:
             place = f" {error.filename!r}" if error.filename else ""
             raise GBLRError(
                 f"{_WHO}: {error.strerror or error}{place}; the same command goes on where it was"
             ) from error
+        finally:
+            console.clear()
     if result is not None:
         print(json.dumps(values, indent=1) if arguments.json else result)
+
+
+def _forget(output: Path) -> None:
+    """Remove what an interrupted command left in the output."""
+    from ..utils.unfinished import WORK
+
+    if (output / WORK).is_dir():
+        shutil.rmtree(output / WORK)
 
 
 def _streamed(arguments: argparse.Namespace) -> tuple[object, Mapping[str, Any]]:

@@ -17,7 +17,7 @@ from ..huggingface.pretrained import load_image_processor, load_tokenizer
 from ..utils.validation import check_count
 from .data_files import find_images, read_running_text, read_texts
 
-__all__ = ["IGNORED", "DataReader", "Kind", "kind_of"]
+__all__ = ["IGNORED", "DataReader", "Kind", "default_length", "kind_of"]
 
 Kind = Literal["decoder", "masked", "encoder", "images"]
 """What a model reads: running text, texts with masked tokens, texts, or images."""
@@ -54,6 +54,20 @@ def kind_of(model: nn.Module) -> Kind:
     return "masked" if name.endswith("ForMaskedLM") else "encoder"
 
 
+def default_length(kind: Kind, longest: int | None, length: int | None = None) -> int:
+    """Tokens of a sequence, or most tokens of a text: the number that is given, or the default of the kind.
+
+    Raises:
+        ConfigError: If the number is out of range, or more than the model's longest.
+    """
+    if length is None:
+        return min(_LENGTH[kind], longest or _LENGTH[kind])
+    check_count("--length", length, 2)
+    if length > (longest or length):
+        raise ConfigError(f"{_WHO}: --length must be at most the model's {longest} tokens, got {length}")
+    return length
+
+
 @dataclass(frozen=True)
 class DataReader:
     """Reads data as batches of keyword arguments of a model.
@@ -78,12 +92,9 @@ class DataReader:
     def __post_init__(self) -> None:
         if self.samples is not None:
             check_count("--samples", self.samples)
-        if self.length is not None:
-            check_count("--length", self.length, 2)
         if self.length is not None and self.kind == "images":
             raise ConfigError(f"{_WHO}: --length is for text, and this model reads images")
-        if self.length is not None and self.length > (self.longest or self.length):
-            raise ConfigError(f"{_WHO}: --length must be at most the model's {self.longest} tokens, got {self.length}")
+        default_length(self.kind, self.longest, self.length)
 
     @property
     def count(self) -> int:
@@ -93,7 +104,7 @@ class DataReader:
     @property
     def tokens(self) -> int:
         """Tokens of a sequence, or most tokens of a text."""
-        return self.length or min(_LENGTH[self.kind], self.longest or _LENGTH[self.kind])
+        return default_length(self.kind, self.longest, self.length)
 
     def read(self, path: Path, who: str, seed: int = 0) -> list[Batch]:
         """Read data.

@@ -14,7 +14,10 @@ from torch.nn import functional as F
 from ..errors import ConfigError
 from .inputs import IGNORED, Batch, Kind
 
-__all__ = ["Quality", "measure_quality"]
+__all__ = ["PERPLEXITIES", "Quality", "measure_quality", "perplexity"]
+
+PERPLEXITIES: dict[Kind, str] = {"decoder": "perplexity", "masked": "masked perplexity"}
+"""Name of the figure of kinds that are judged without a dense network to compare to."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,9 @@ def measure_quality(kind: Kind, dense: nn.Module, compressed: nn.Module, batches
         ConfigError: If the network gives neither logits nor hidden states, or there is too little data.
     """
     samples = sum(len(next(iter(batch.values()))) for batch in batches)
-    if kind in ("decoder", "masked"):
-        name = "perplexity" if kind == "decoder" else "masked perplexity"
-        return Quality(name, _perplexity(kind, dense, batches), _perplexity(kind, compressed, batches), samples)
+    name = PERPLEXITIES.get(kind)
+    if name is not None:
+        return Quality(name, perplexity(kind, dense, batches), perplexity(kind, compressed, batches), samples)
     result = _result(dense, batches[0])
     if getattr(result, "logits", None) is not None:
         right = [_top(dense, batch) == _top(compressed, batch) for batch in batches]
@@ -75,8 +78,18 @@ def _result(network: nn.Module, batch: Batch) -> Any:
     return network(**{name: tensor for name, tensor in batch.items() if name != "labels"})
 
 
-def _perplexity(kind: Kind, network: nn.Module, batches: Sequence[Batch]) -> float:
-    """Exponential of the mean negative log likelihood of the tokens that count."""
+@torch.no_grad()
+def perplexity(kind: Kind, network: nn.Module, batches: Sequence[Batch]) -> float:
+    """Exponential of the mean negative log likelihood of the tokens that count.
+
+    Args:
+        kind: One of :data:`PERPLEXITIES`.
+        network: In evaluation mode.
+        batches: With ``"labels"``.
+
+    Raises:
+        ConfigError: If no token counts.
+    """
     loss, count = 0.0, 0
     for sample in _single(batches):
         logits, labels = _result(network, sample).logits, sample["labels"]

@@ -95,7 +95,7 @@ def structure(source: Any, *, title: str | None = None, max_panels: int = 48) ->
 
     Args:
         source: A :class:`~gblr_plugin.StructuredMatrix`, :class:`~gblr_plugin.GBLRTensor`, a structured or converted
-            layer, or a model that holds some.
+            layer, or a model that holds some, or a mapping of names to any of the first.
         title: Above the figure; default none.
         max_panels: Most layers of a model to show.
 
@@ -108,7 +108,9 @@ def structure(source: Any, *, title: str | None = None, max_panels: int = 48) ->
     try:
         blocks(source)
     except ConfigError:
-        layers = _structured_layers(source) if isinstance(source, nn.Module) else {}
+        layers = dict(source) if isinstance(source, Mapping) else {}
+        if isinstance(source, nn.Module):
+            layers = _structured_layers(source)
         if not layers:
             raise
         if len(layers) > 1:

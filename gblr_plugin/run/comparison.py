@@ -19,11 +19,11 @@ from ..errors import ConfigError
 from ..nni.settings import read_config
 from ..serialization import load_into, save
 from ..surgery.counting import report
+from ..utils.console import Console
 from ..utils.files import write_text
 from .comparison_report import PHASES, ComparisonReport, Row
 from .comparison_settings import ComparisonSettings
 from .compression import compress_once
-from .console import Console
 from .context import DENSE, RunContext, config_list_of, environment
 from .data import data_of
 from .dense import train_dense
@@ -49,12 +49,24 @@ class Comparison:
         ConfigError: If the task, the data or the config of a method cannot be used.
     """
 
+    LEFT = ("comparison.json", "dense")
+
     def __init__(self, settings: ComparisonSettings) -> None:
         self.settings = settings
         self._contexts = {budget: RunContext.of(settings.at(budget)) for budget in settings.budgets}
         self._any = next(iter(self._contexts.values()))
         for budget in {min(settings.budgets), max(settings.budgets)}:
             check(self._contexts[budget])
+
+    def forecast(self) -> str:
+        """What it would measure."""
+        settings = self.settings
+        phases = sum(len(list(self._phases(method))) for method in settings.methods)
+        methods = ", ".join(method.name for method in settings.methods)
+        return (
+            f"{methods} at budgets {', '.join(f'{budget:g}' for budget in settings.budgets)} over seeds "
+            f"{', '.join(map(str, settings.seeds))}: {phases * len(settings.budgets) * len(settings.seeds)} networks"
+        )
 
     def run(self, output: Path, console: Console) -> ComparisonReport:
         """Run all rows; ``comparison.json`` in ``output`` is complete after every row.

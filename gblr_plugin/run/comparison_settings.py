@@ -8,8 +8,8 @@ from typing import Any
 
 from ..calibration.batches import CalibrationSettings
 from ..errors import ConfigError
-from ..utils.validation import check_share
-from .settings import Method, RunSettings, Training
+from ..utils.declared import check_declared
+from .settings import Budget, Method, RunSettings, Seed, Threads, Training
 
 __all__ = ["ComparisonSettings"]
 
@@ -35,18 +35,19 @@ class ComparisonSettings:
     """
 
     task: str
-    budgets: list[float]
+    budgets: list[Budget]
     config_list: list[dict[str, Any]] | None = None
     calibration: CalibrationSettings | None = None
     reorder: list[Any] = field(default_factory=list)
     model: dict[str, Any] = field(default_factory=dict)
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2])
     dense: Training = field(default_factory=Training)
     finetune: Training = field(default_factory=Training)
     methods: list[Method] = field(default_factory=lambda: [Method("gblr"), Method("low_rank")])
-    threads: int | None = None
+    threads: Threads | None = None
 
     def __post_init__(self) -> None:
+        check_declared(self)
         if not self.budgets or len(set(self.budgets)) < len(self.budgets):
             raise ConfigError("budgets must be different relative FLOPs, at least one")
         for entry in self.config_list or []:
@@ -61,7 +62,6 @@ class ComparisonSettings:
         Raises:
             ConfigError: If a value is out of range.
         """
-        check_share("budgets", budget, "relative FLOPs")
         entries = None
         if self.config_list is not None:
             entries = [{**copy.deepcopy(entry), "sparse_ratio": 1.0 - budget} for entry in self.config_list]

@@ -14,7 +14,7 @@ from .. import __version__
 from ..errors import ConfigError
 from ..kernels.measure import circumstances
 from ..tasks import get_task
-from .console import Console
+from ..utils.console import Console
 from .measure import METRICS
 from .settings import Method, RunSettings, Training
 

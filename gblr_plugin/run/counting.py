@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from ..errors import ConfigError, first_line
 from ..nni.settings import read_config
 from ..surgery.counting import report
+from ..surgery.planning import planned
 from ..surgery.report import Report
 from .context import config_list_of, make_task
 from .settings import RunSettings
@@ -20,9 +20,8 @@ __all__ = ["count_config"]
 def count_config(settings: RunSettings) -> Report:
     """Count a config's network on the meta device: no memory for weights, no arithmetic.
 
-    Layers to which the config gives a budget are shown as ``planned``, at that budget. Layers that share a budget are
-    shown at equal relative FLOPs, though learning will split it. A fixed lambda has no known cost: its layers count
-    dense.
+    Layers to which the config gives a budget are shown as ``planned``, at that budget
+    (:func:`~gblr_plugin.surgery.planning.planned`). A fixed lambda has no known cost: its layers count dense.
 
     Args:
         settings: Settings of the run; the run's first method's ``config_list``, or its own.
@@ -38,20 +37,7 @@ def count_config(settings: RunSettings) -> Report:
         counted = report(network, example)
     except (RuntimeError, NotImplementedError, IndexError, TypeError, ValueError) as error:
         raise ConfigError(f"model: the network cannot be counted without weights: {first_line(error)}") from error
-    budgets = _budgets(settings, task, network)
-    layers = [
-        replace(
-            layer,
-            structure="planned",
-            multiply_adds=round(budget * layer.dense_multiply_adds),
-            parameters=round(budget * layer.dense_parameters),
-        )
-        if (budget := budgets.get(layer.name)) is not None
-        else layer
-        for layer in counted.layers
-    ]
-    saved = sum(layer.dense_parameters - layer.parameters for layer in layers if layer.structure == "planned")
-    return replace(counted, layers=layers, parameters=counted.parameters - saved)
+    return planned(counted, _budgets(settings, task, network), "the config does not ask for it")
 
 
 def _budgets(settings: RunSettings, task: Any, network: torch.nn.Module) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..serialization import read_state
 from ..tasks.base import ClassifierModule, PairsDataModule
-from .console import Console
+from ..utils.console import Console
 from .context import DENSE, RunContext
 from .data import data_of
 from .settings import Training

@@ -18,9 +18,9 @@ from ..errors import ConfigError, first_line
 from ..nni.training import check_comparable
 from ..surgery.counting import report
 from ..tasks.base import PairsDataModule
+from ..utils.console import Console
 from ..utils.progress import shown_by
 from .compression import Compressed, make_compressor
-from .console import Console
 from .context import DENSE, RunContext, environment
 from .data import data_of
 from .dense import dense_network, fit_dense
@@ -79,9 +79,21 @@ class Job:
         context: Says what to do; its console and events are those that :meth:`run` is given.
     """
 
+    LEFT = (".unfinished",)
+
     def __init__(self, context: RunContext) -> None:
         self.context = context
         self.records = Records(context)
+
+    def forecast(self) -> str:
+        """What it would train, a line for each method."""
+        context, settings = self.context, self.context.settings
+        dense = "loaded" if settings.weights is not None else f"trained, epochs {settings.dense.epochs}"
+        lines = [f"seeds {', '.join(map(str, settings.seeds))}; {DENSE}: {dense}"]
+        for method in settings.methods:
+            starts = f", starts to choose from: {', '.join(method.starts)}" if method.starts else ""
+            lines.append(f"{method.name}: from {method.start}, epochs {context.training_of(method).epochs}{starts}")
+        return "\n".join(lines)
 
     def run(self, output: Path, console: Console) -> RunReport:
         """Run all steps; files appear in ``output``, the report last.
@@ -101,7 +113,7 @@ class Job:
         self.context = replace(self.context, console=console, events=events)
         self.records = Records(self.context)
         about = {"settings": asdict(settings), "gblr_plugin": __version__, "torch": torch.__version__}
-        unfinished = Unfinished(output / ".unfinished", about)
+        unfinished = Unfinished(output / self.LEFT[0], about)
         for seed in settings.seeds:
             self._run_seed(seed, unfinished)
         names = [DENSE, *(method.name for method in settings.methods)]

@@ -18,8 +18,8 @@ import torch
 
 from ..errors import ConfigError, GBLRError
 from ..serialization import save
+from ..utils.console import Console
 from ..utils.files import write_text
-from .console import Console
 from .context import RunContext, environment
 from .dense import train_dense
 from .output import draw
@@ -47,6 +47,8 @@ class Search:
             cannot be used.
     """
 
+    LEFT = ("search.json", "trials")
+
     def __init__(self, located: Located) -> None:
         self.settings = read_settings(SearchSettings, located)
         self.space = SearchSpace.read(located)
@@ -62,6 +64,11 @@ class Search:
                     raise self.space.fail(key, value, error, located) from error
         if importlib.util.find_spec("nni_node") is None:
             raise ConfigError("search: NNI's manager (the package nni_node) is not part of this installation of NNI")
+
+    def forecast(self) -> str:
+        """What it would try."""
+        settings = self.settings
+        return f"at most {settings.trials} trials by {settings.tuner.name} over {', '.join(self.space.keys)}"
 
     def run(self, output: Path, console: Console) -> SearchReport:
         """Search; ``search.json`` in ``output`` is complete after every trial.

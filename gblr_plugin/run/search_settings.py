@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from ..errors import ConfigError
-from ..utils.validation import check_choice, check_count, check_number, did_you_mean
-from .settings import RunSettings
+from ..utils.declared import Interval, OneOf, Whole, check_declared
+from ..utils.validation import did_you_mean
+from .settings import Count, Positive, RunSettings
 from .yaml_config import Located
 
 __all__ = ["TUNERS", "SearchSettings", "Tuner", "refuse_plain_experiment"]
@@ -120,24 +121,16 @@ class SearchSettings:
     run: RunSettings
     space: dict[str, Any]
     tuner: Tuner = field(default_factory=Tuner)
-    trials: int = 20
-    concurrency: int = 1
-    trial_minutes: float | None = None
-    minutes: float | None = None
-    flops_price: float = 0.0
-    network: str = "private"
-    port: int | None = None
+    trials: Count = 20
+    concurrency: Count = 1
+    trial_minutes: Positive | None = None
+    minutes: Positive | None = None
+    flops_price: Annotated[float, Interval("[0, inf)")] = 0.0
+    network: Annotated[str, OneOf(("private", "host"))] = "private"
+    port: Annotated[int, Whole(1024, 65535)] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("trials", "concurrency"):
-            check_count(name, getattr(self, name))
-        for name in ("trial_minutes", "minutes"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), "(0, inf)")
-        check_number("flops_price", self.flops_price, "[0, inf)")
-        check_choice("network", self.network, ("private", "host"))
-        if self.port is not None and not 1024 <= self.port < 65536:
-            raise ConfigError(f"port must be from 1024 to 65535, got {self.port}")
+        check_declared(self)
         names = [method.name for method in self.run.methods]
         if len(names) != 1:
             raise ConfigError(

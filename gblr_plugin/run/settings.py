@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 from ..calibration.allocation import check_rule
 from ..calibration.batches import CalibrationSettings
 from ..errors import ConfigError
 from ..kernels.cpu.threads import MOST_THREADS
 from ..surgery.layer_settings import INITIALISERS
-from ..utils.validation import check_choice, check_count, check_number, check_share
+from ..utils.declared import Interval, OneOf, Whole, check_declared
 
-__all__ = ["Method", "RunSettings", "Training"]
+__all__ = ["Budget", "Count", "Method", "Positive", "RunSettings", "Seed", "Threads", "Training"]
 
-
-_INTERVALS = {
-    "lr": "(0, inf)",
-    "warmup_fraction": "[0, 1)",
-    "label_smoothing": "[0, 1)",
-    "weight_decay": "[0, 1)",
-    "distillation": "[0, 1]",
-    "temperature": "(0, inf)",
-    "limit_train_batches": "(0, 1]",
-}
+Budget = Annotated[float, Interval("(0, 1]", "relative FLOPs")]
+Count = Annotated[int, Whole(1)]
+Fraction = Annotated[float, Interval("[0, 1)")]
+Positive = Annotated[float, Interval("(0, inf)")]
+Seed = Annotated[int, Whole(0, 2**31 - 1)]
+Threads = Annotated[int, Whole(1, MOST_THREADS)]  # torch ends the process where it gets no more
 
 
 @dataclass
@@ -43,21 +39,18 @@ class Training:
         limit_train_batches: Share of each epoch's batches that is used, in (0, 1], as Lightning's trainer means it.
     """
 
-    epochs: int = 30
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    warmup_fraction: float = 0.1
-    batch_size: int = 64
-    label_smoothing: float = 0.0
-    distillation: float = 0.0
-    temperature: float = 1.0
-    limit_train_batches: float = 1.0
+    epochs: Count = 30
+    lr: Positive = 1e-3
+    weight_decay: Fraction = 0.05
+    warmup_fraction: Fraction = 0.1
+    batch_size: Count = 64
+    label_smoothing: Fraction = 0.0
+    distillation: Annotated[float, Interval("[0, 1]")] = 0.0
+    temperature: Positive = 1.0
+    limit_train_batches: Annotated[float, Interval("(0, 1]")] = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            check_count(name, getattr(self, name))
-        for name, interval in _INTERVALS.items():
-            check_number(name, getattr(self, name), interval)
+        check_declared(self)
 
     def steps(self, batches: int) -> int:
         """Number of optimizer steps in all epochs, given the number of batches per epoch."""
@@ -98,29 +91,24 @@ class Method:
     name: str
     config_list: list[dict[str, Any]] | None = None
     training: Training | None = None
-    warmup: float = 0.05
-    cooldown: float = 0.3
+    warmup: Fraction = 0.05
+    cooldown: Fraction = 0.3
     calibration: CalibrationSettings | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    start: str = "trained"
+    start: Annotated[str, OneOf(("trained", "initial"))] = "trained"
     compact: bool = False
-    starts: list[str] = field(default_factory=list)
-    trial: float = 0.2
-    folds: int = 0
+    starts: list[Annotated[str, OneOf(tuple(INITIALISERS))]] = field(default_factory=list)
+    trial: Annotated[float, Interval("(0, 1]", "a share of the steps")] = 0.2
+    folds: Annotated[int, Whole(0)] = 0
 
     def __post_init__(self) -> None:
         if self.starts and self.name != "gblr":
             raise ConfigError(f"starts are chosen for gblr alone, not for {self.name!r}")
-        for name in self.starts:
-            check_choice("starts", name, INITIALISERS)
-        check_share("trial", self.trial, "a share of the steps")
-        if self.folds < 0 or self.folds == 1:
-            raise ConfigError(f"folds must be 0 or at least 2, got {self.folds}")
+        check_declared(self)
+        if self.folds == 1:
+            raise ConfigError("folds must be 0 or at least 2, got 1")
         if self.folds and not self.starts:
             raise ConfigError("folds judge starts: give the starts to choose from")
-        check_choice("start", self.start, ("trained", "initial"))
-        for name in ("warmup", "cooldown"):
-            check_number(name, getattr(self, name), "[0, 1)")
         if self.warmup + self.cooldown >= 1:
             raise ConfigError(f"warmup and cooldown leave no steps to learn in: {self.warmup} + {self.cooldown} >= 1")
 
@@ -150,25 +138,24 @@ class RunSettings:
     """
 
     task: str
-    budget: float | None = None
+    budget: Budget | None = None
     config_list: list[dict[str, Any]] | None = None
     allocation: str | None = None
     calibration: CalibrationSettings | None = None
     reorder: list[Any] = field(default_factory=list)
     model: dict[str, Any] = field(default_factory=dict)
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2])
     weights: str | None = None
     dense: Training = field(default_factory=Training)
     finetune: Training = field(default_factory=Training)
     methods: list[Method] = field(default_factory=lambda: [Method("gblr"), Method("low_rank")])
-    latency_batch: list[int] = field(default_factory=lambda: [1, 64])
-    threads: int | None = None
+    latency_batch: list[Count] = field(default_factory=lambda: [1, 64])
+    threads: Threads | None = None
 
     def __post_init__(self) -> None:
         if (self.budget is None) == (self.config_list is None):
             raise ConfigError("give either budget or config_list")
-        if self.budget is not None:
-            check_share("budget", self.budget, "relative FLOPs")
+        check_declared(self)
         if self.allocation is not None:
             check_rule(self.allocation, self.calibration)
             if self.budget is None:
@@ -176,22 +163,16 @@ class RunSettings:
         for name in ("seeds", "methods", "latency_batch"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must not be empty")
-        if len(set(self.seeds)) < len(self.seeds) or not all(0 <= seed < 2**31 for seed in self.seeds):
-            raise ConfigError(f"seeds must be different whole numbers from 0 to 2^31 - 1, got {self.seeds}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds must be different, got {self.seeds}")
         if self.weights is not None and len(self.seeds) > 1:
             raise ConfigError("weights has seen the training data of one seed: give seeds with that one alone")
         if self.weights is not None and any(method.folds and method.start == "trained" for method in self.methods):
             raise ConfigError(
                 "methods: folds need training data that the dense network has not seen; weights has seen all"
             )
-        for batch in self.latency_batch:
-            check_count("latency_batch: a batch size", batch)
         names = [method.name for method in self.methods]
         if "dense" in names:
             raise ConfigError("methods: 'dense' is always measured and is no method")
         if len(set(names)) < len(names):
             raise ConfigError(f"methods: each name may stand once, got {', '.join(names)}")
-        if self.threads is not None:
-            check_count("threads", self.threads)
-        if self.threads is not None and self.threads > MOST_THREADS:  # torch ends the process where it gets no more
-            raise ConfigError(f"threads must be at most {MOST_THREADS}, got {self.threads}")

@@ -14,8 +14,8 @@ import torch
 
 from ..errors import GBLRError
 from ..surgery.counting import report
+from ..utils.console import Console
 from ..utils.files import write_text
-from .console import Console
 from .context import DENSE
 from .measure import evaluate
 from .pipeline import prepare_run
@@ -57,6 +57,12 @@ class Trial:
     Raises:
         ConfigError: If something in the settings cannot be used.
     """
+
+    LEFT = ()
+
+    def forecast(self) -> str:
+        """What it would train."""
+        return self._job.forecast()
 
     def __init__(self, settings: RunSettings, parameters: dict[str, Any], flops_price: float = 0.0) -> None:
         self._job = prepare_run(settings, _EpochResults(self))

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from gblr_plugin.bench import command, products
-from gblr_plugin.bench.command import main
 from gblr_plugin.bench.networks import GPT, ViT, replace_weights
 from gblr_plugin.bench.products import Row, random_structure, speed
 from gblr_plugin.errors import ConfigError
@@ -24,6 +23,10 @@ def test_random_structures_hold_the_aim(align: int) -> None:
     for part in (matrix.rows, matrix.cols):
         assert not bool((part.width % align).any())
         assert not bool((part.start % align).any())
+
+
+def main(arguments: list[str]) -> int:
+    return command.bench(command.make_parser().parse_args(arguments))
 
 
 def test_random_structures_refuse_what_cannot_be() -> None:
@@ -48,7 +51,7 @@ def test_split_structures_hold_the_aim() -> None:
 def test_table_and_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     before = torch.get_num_threads()
     file = tmp_path / "rows.json"
-    arguments = "products --shapes 64x96 --tokens 1 5 --align 16 1 --seconds 0 --threads 1 --wait 0 --json"
+    arguments = "products --shapes 64x96 --tokens 1 5 --align 16 1 --seconds 0 --threads 1 --wait 0 --output"
     assert main([*arguments.split(), str(file)]) == 0
     assert torch.get_num_threads() == before
     out = capsys.readouterr().out
@@ -152,7 +155,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         "0",
         "--wait",
         "0",
-        "--json",
+        "--output",
     ]
     with pytest.raises(ConfigError, match="cannot write"):
         main([*arguments, str(tmp_path / "file" / "rows.json")])

@@ -24,7 +24,7 @@ from gblr_plugin.run.yaml_config import load_yaml, parse_overrides, read_setting
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>[^\n]*)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
-SETTINGS = {"compare": ComparisonSettings, "report": RunSettings, "run": RunSettings, "search": SearchSettings}
+SETTINGS = {"compare": ComparisonSettings, "plan": RunSettings, "run": RunSettings, "search": SearchSettings}
 NOT_RUN = {"text", "{toctree}", "{eval-rst}", "{include}"}
 
 
@@ -116,10 +116,10 @@ def test_command(place, words):
     if words == ["gblr", "--version"]:
         return
     if program == "gblr" and arguments[0] == "bench":
-        bench._parser().parse_args(arguments[1:])
+        bench.make_parser().parse_args(arguments[1:])
     elif program == "gblr":
         parsed = cli._parser().parse_args(arguments)
-        config = getattr(parsed, "config", getattr(parsed, "path", Path()))
+        config = Path(getattr(parsed, "config", getattr(parsed, "what", "")))
         if config.suffix == ".yaml":
             located = load_yaml(ROOT / config)
             parse_overrides(located, parsed.set)

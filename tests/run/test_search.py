@@ -13,7 +13,6 @@ from gblr_plugin import plot
 from gblr_plugin.cli import main
 from gblr_plugin.errors import ConfigError, GBLRError
 from gblr_plugin.run import private_network, search
-from gblr_plugin.run.console import Console
 from gblr_plugin.run.pipeline import prepare_run
 from gblr_plugin.run.search_report import SearchReport, TrialResult
 from gblr_plugin.run.search_service import ServiceSpec, trial_rows
@@ -21,6 +20,7 @@ from gblr_plugin.run.search_settings import TUNERS, SearchSettings, Tuner
 from gblr_plugin.run.search_space import SearchSpace, overrides, with_parameters
 from gblr_plugin.run.trial import Trial, next_parameters
 from gblr_plugin.run.yaml_config import load_yaml, read_settings
+from gblr_plugin.utils.console import Console
 
 RUN = """\
 run:

@@ -13,11 +13,11 @@ from gblr_plugin import GBLRTensor
 from gblr_plugin.cli import main
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.run import compression, starting
-from gblr_plugin.run.console import Console
 from gblr_plugin.run.context import RunContext
 from gblr_plugin.run.data import data_of
 from gblr_plugin.run.pipeline import prepare_run
 from gblr_plugin.run.settings import Method, RunSettings, Training
+from gblr_plugin.utils.console import Console
 
 OWN = [
     "--set",

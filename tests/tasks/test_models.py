@@ -13,7 +13,6 @@ from torch import nn
 from gblr_plugin import ConfigError, report
 from gblr_plugin.cli import main
 from gblr_plugin.nni import create_compressor
-from gblr_plugin.run.console import Console
 from gblr_plugin.run.context import make_task
 from gblr_plugin.run.counting import count_config
 from gblr_plugin.run.pipeline import prepare_run
@@ -22,6 +21,7 @@ from gblr_plugin.run.yaml_config import load_yaml, parse_overrides, read_setting
 from gblr_plugin.tasks.base import TrainSettings
 from gblr_plugin.tasks.mixer import Mixer
 from gblr_plugin.tasks.positions import KernelPositions, split_kernel_positions
+from gblr_plugin.utils.console import Console
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(

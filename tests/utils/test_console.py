@@ -2,8 +2,9 @@ import io
 import logging
 import os
 import sys
+import time
 
-from gblr_plugin.run.console import Console, captured_output
+from gblr_plugin.utils.console import Console, captured_output
 
 
 class Terminal(io.StringIO):
@@ -58,12 +59,37 @@ def test_the_log_is_appended_to(tmp_path):
     assert log.read_text() == "first\nsecond\n"
 
 
-def test_progress_is_silent_off_a_terminal():
+def test_off_a_terminal_progress_is_a_line_now_and_then(monkeypatch):
     stream = io.StringIO()
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     console = Console(stream)
+    for minutes in (0.1, 1.1, 1.2, 2.2):
+        now[0] = 1000 + 60 * minutes
+        console.progress(f"after {minutes}")
+    console.line("done")
+    assert stream.getvalue() == "after 1.1\nafter 2.2\ndone\n"
+
+
+def test_a_quiet_console_writes_results_alone():
+    stream = Terminal()
+    console = Console(stream, quiet=True)
     console.progress("half done")
     console.line("done")
-    assert stream.getvalue() == "done\n"
+    console.result("the result")
+    assert stream.getvalue() == "the result\n"
+
+
+def test_what_is_shown_goes_to_standard_error_and_to_no_log(tmp_path, capfd):
+    with captured_output(shown=True) as captured:
+        captured.send_to(tmp_path / "run.log")
+        print("a host")
+        captured.terminal.write("ours\n")
+        captured.errors.write("ours too\n")
+    shown = capfd.readouterr()
+    assert shown.out == "ours\n"
+    assert sorted(shown.err.splitlines()) == ["a host", "ours too"]
+    assert not (tmp_path / "run.log").exists()
 
 
 def test_progress_is_rewritten_in_place_and_cleared():
