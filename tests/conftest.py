@@ -28,6 +28,7 @@ LONGEST = (
     "kernels/cuda/",
     "huggingface/test_compress_folder",
     "exporting/test_program",
+    "docs/test_commands",
     "tensor/test_",
     "trust/",
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from ..errors import ConfigError
-from ..utils.declared import Interval, OneOf, Whole, check_declared
+from ..utils.declared import Integer, Interval, OneOf, check_declared
 from ..utils.validation import did_you_mean
 from .settings import Count, Positive, RunSettings
 from .yaml_config import Located
@@ -127,7 +127,7 @@ class SearchSettings:
     minutes: Positive | None = None
     flops_price: Annotated[float, Interval("[0, inf)")] = 0.0
     network: Annotated[str, OneOf(("private", "host"))] = "private"
-    port: Annotated[int, Whole(1024, 65535)] | None = None
+    port: Annotated[int, Integer(1024, 65535)] | None = None
 
     def __post_init__(self) -> None:
         check_declared(self)

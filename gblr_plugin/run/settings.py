@@ -10,16 +10,16 @@ from ..calibration.batches import CalibrationSettings
 from ..errors import ConfigError
 from ..kernels.cpu.threads import MOST_THREADS
 from ..surgery.layer_settings import INITIALISERS
-from ..utils.declared import Interval, OneOf, Whole, check_declared
+from ..utils.declared import Integer, Interval, OneOf, check_declared
 
 __all__ = ["Budget", "Count", "Method", "Positive", "RunSettings", "Seed", "Threads", "Training"]
 
 Budget = Annotated[float, Interval("(0, 1]", "relative FLOPs")]
-Count = Annotated[int, Whole(1)]
+Count = Annotated[int, Integer(1)]
 Fraction = Annotated[float, Interval("[0, 1)")]
 Positive = Annotated[float, Interval("(0, inf)")]
-Seed = Annotated[int, Whole(0, 2**31 - 1)]
-Threads = Annotated[int, Whole(1, MOST_THREADS)]  # torch ends the process where it gets no more
+Seed = Annotated[int, Integer(0, 2**31 - 1)]
+Threads = Annotated[int, Integer(1, MOST_THREADS)]  # torch ends the process where it gets no more
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Method:
     compact: bool = False
     starts: list[Annotated[str, OneOf(tuple(INITIALISERS))]] = field(default_factory=list)
     trial: Annotated[float, Interval("(0, 1]", "a share of the steps")] = 0.2
-    folds: Annotated[int, Whole(0)] = 0
+    folds: Annotated[int, Integer(0)] = 0
 
     def __post_init__(self) -> None:
         if self.starts and self.name != "gblr":

@@ -100,7 +100,7 @@ class TextTask(BuiltInTask):
         return torch.frombuffer(text[:limit], dtype=torch.uint8).clone()
 
     def data(self, seed: int, batch_size: int) -> PairsDataModule:
-        """Whole files go to either side; which, is drawn by ``seed``."""
+        """Integer files go to either side; which, is drawn by ``seed``."""
         files = sorted(self.folder.glob("*.py"))
         if len(files) < 10:
             raise ConfigError(f"data: looked for *.py files in {self.folder}, found {len(files)}; need at least 10")

@@ -80,7 +80,7 @@ def add_command(
         what: What it does, as a phrase.
         call: Is given the parsed arguments.
         flags: From :func:`common_flags`.
-        examples: Whole commands that its help shows.
+        examples: Integer commands that its help shows.
     """
     shown = "".join(f"\n  {example}" for example in examples)
     parser: OneLineParser = commands.add_parser(

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from ..errors import ConfigError
 from .validation import check_choice, check_count, check_number, in_interval, is_whole
 
-__all__ = ["Interval", "OneOf", "Whole", "bounds_of", "check_declared"]
+__all__ = ["Integer", "Interval", "OneOf", "bounds_of", "check_declared"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Whole:
+class Integer:
     """A whole number.
 
     Args:
@@ -86,14 +86,14 @@ class OneOf:
         return {"enum": list(self.names)}
 
 
-Bound = Interval | Whole | OneOf
+Bound = Interval | Integer | OneOf
 
 
 def bounds_of(hint: Any) -> list[Bound]:
     """The bounds in an annotation itself, not those of what it holds."""
     if typing.get_origin(hint) is not Annotated:
         return []
-    return [bound for bound in typing.get_args(hint)[1:] if isinstance(bound, Interval | Whole | OneOf)]
+    return [bound for bound in typing.get_args(hint)[1:] if isinstance(bound, Interval | Integer | OneOf)]
 
 
 def check_declared(settings: Any) -> None:
@@ -111,7 +111,7 @@ def _bounded(hint: Any, value: Any) -> Iterator[tuple[Bound, Any]]:
     """Each bound, and the value that it is about; the entries of a list one by one."""
     for bound in bounds_of(hint):
         yield bound, value
-    inner = [part for part in typing.get_args(hint) if part is not type(None)]
+    inner = [argument for argument in typing.get_args(hint) if argument is not type(None)]
     if typing.get_origin(hint) is Annotated or value is None or not inner:
         return
     if typing.get_origin(hint) is list:

@@ -1,4 +1,4 @@
-"""Whole compressions of small networks."""
+"""Integer compressions of small networks."""
 
 from __future__ import annotations
 

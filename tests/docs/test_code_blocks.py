@@ -117,6 +117,9 @@ def test_command(place, words):
         return
     if program == "gblr" and arguments[0] == "bench":
         bench.make_parser().parse_args(arguments[1:])
+    elif program == "gblr" and "--help-config" in arguments:
+        with pytest.raises(SystemExit, match="0"):
+            cli._parser().parse_args(arguments)
     elif program == "gblr":
         parsed = cli._parser().parse_args(arguments)
         config = Path(getattr(parsed, "config", getattr(parsed, "what", "")))

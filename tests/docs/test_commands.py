@@ -55,7 +55,7 @@ def test_the_commands_of_a_section(folder, heading, capfd):
     pytest.importorskip("matplotlib")
     pytest.importorskip("onnxruntime")
     section = PAGE.read_text(encoding="utf-8").split(f"## {heading}\n")[1].split("\n## ")[0]
-    lines = section.split("```shell\n")[1].split("```")[0].splitlines()
+    lines = section.split("```shell\n")[1].split("```")[0].replace("\\\n", "").splitlines()
     assert len(lines) >= 6
     for line in lines:
         assert main(shlex.split(line)[1:]) == 0, line

@@ -4,17 +4,17 @@ from typing import Annotated, Any
 import pytest
 
 from gblr_plugin import ConfigError
-from gblr_plugin.utils.declared import Interval, OneOf, Whole, check_declared
+from gblr_plugin.utils.declared import Integer, Interval, OneOf, check_declared
 
 
 @dataclass
 class Settings:
     rate: Annotated[float, Interval("(0, inf)")] = 0.1
     share: Annotated[float, Interval("(0, 1]", "a share of the steps")] = 0.5
-    count: Annotated[int, Whole(1, 8)] | None = None
-    least: Annotated[int, Whole(2)] = 2
+    count: Annotated[int, Integer(1, 8)] | None = None
+    least: Annotated[int, Integer(2)] = 2
     kind: Annotated[str, OneOf(("new", "old"))] = "new"
-    sizes: list[Annotated[int, Whole(1)]] = field(default_factory=lambda: [1])
+    sizes: list[Annotated[int, Integer(1)]] = field(default_factory=lambda: [1])
     anything: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -48,8 +48,8 @@ def test_values_out_of_range_are_refused(values, message):
         (Interval("[0, 1)"), {"minimum": 0, "exclusiveMaximum": 1}),
         (Interval("(0, inf)"), {"exclusiveMinimum": 0}),
         (Interval("(0, 1]"), {"exclusiveMinimum": 0, "maximum": 1}),
-        (Whole(1, 8), {"minimum": 1, "maximum": 8}),
-        (Whole(0), {"minimum": 0}),
+        (Integer(1, 8), {"minimum": 1, "maximum": 8}),
+        (Integer(0), {"minimum": 0}),
         (OneOf(("a", "b")), {"enum": ["a", "b"]}),
     ],
 )
