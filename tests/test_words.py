@@ -31,7 +31,7 @@ WORDS = {
     "ungauged": "low-rank form",
     "pinned": "fixed",
     "settled": "rounded, or replanned",
-    "sharp": "hard masks",
+    "sharp": "exact boxcar",
     "swap": "replace",
     "hasten": "what is made faster, and how",
     "house": "what the thing is",

@@ -32,7 +32,7 @@ def trainable_layers(model: nn.Module, names: Iterable[str], align: int) -> None
     for module in (modules[name] for name in names):
         weight: Any = module.weight
         if isinstance(module, FamilyLayer):
-            for factor in module.matrix().factors().values():
+            for factor in module.factors().values():
                 factor.requires_grad_(True)
         elif isinstance(weight, GBLRTensor):
             layer = layer_for(module, weight.to_structured(), align)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from ..decomposition import decompose
+from ..decomposition import decompose, initialise
 from ..matrix.metric import Metric
 from ..matrix.structure import StructuredMatrix
 from .base import FamilyMatrix
@@ -25,6 +26,7 @@ class Gblr(FamilyMatrix):
 
     Options:
         method, calibration, align, max_components, row_splits, seed: As :func:`gblr_plugin.decompose` takes them.
+        trains: Whether its factors are going to train, for which the low-rank part keeps trapezoid form.
 
     Args:
         structured: The matrix.
@@ -47,17 +49,14 @@ class Gblr(FamilyMatrix):
         max_components: int | None = None,
         row_splits: int = 1,
         seed: int = 0,
+        trains: bool = False,
     ) -> Gblr:
-        matrix = decompose(
-            weight,
-            max_multiply_adds / weight.numel(),
-            method=method,
-            calibration=calibration,
-            align=align,
-            max_components=max_components,
-            row_splits=row_splits,
-            seed=seed,
-        )
+        budget = max_multiply_adds / weight.numel()
+        shared: dict[str, Any] = {"align": align, "row_splits": row_splits, "seed": seed, "calibration": calibration}
+        if trains:
+            matrix = initialise(weight, method, budget=budget, num_components=max_components, **shared)
+        else:
+            matrix = decompose(weight, budget, method=method, max_components=max_components, **shared)
         return cls(matrix, align)
 
     @property

@@ -35,23 +35,22 @@ class FamilyLayer(StructuredLayer):
 
     def set_matrix(self, matrix: FamilyMatrix) -> None:
         """Take another matrix of the same shape, for instance that of a checkpoint, before optimizers are made."""
-        old = next(iter(self.matrix().factors().values()))
+        old = next(iter(self.factors().values()))
         bias = self._parameters["bias"]
         for name in list(self._parameters):
             delattr(self, name)
         self._init_factors(matrix.to(device=old.device, dtype=old.dtype), None)
-        for factor in self.matrix().factors().values():
+        for factor in self.factors().values():
             factor.requires_grad_(old.requires_grad)
         self.register_parameter("bias", bias)  # after the factors, as before: optimizers go by the order
 
     def matrix(self) -> FamilyMatrix:
         """The present matrix; its factors are the parameters themselves."""
-        return self.geometry.with_factors({name: getattr(self, name) for name in self.geometry.factors()})
+        return self.geometry.with_factors(self.factors())
 
     def frozen_matrix(self) -> FamilyMatrix:
         """A detached copy of the present matrix."""
-        factors = self.matrix().factors()
-        return self.geometry.with_factors({name: value.detach().clone() for name, value in factors.items()})
+        return self.geometry.with_factors({name: value.detach().clone() for name, value in self.factors().items()})
 
     def frozen_structure(self) -> StructuredMatrix | None:
         """The matrix as a GBLR matrix of equal cost; ``None`` where there is none, or its rows are in another order."""
@@ -59,11 +58,9 @@ class FamilyLayer(StructuredLayer):
         structured = matrix.to_structured() if matrix.row_order is None else None
         return structured if structured is not None and structured.stored == matrix.multiply_adds else None
 
-    def freeze_factors(self) -> None:
-        """Fix the factors as they are; the bias still trains if it did."""
-        for factor in self.matrix().factors().values():
-            factor.requires_grad_(False)
-            factor.grad = None
+    def factors(self) -> dict[str, nn.Parameter]:
+        """The factors of the family's matrix."""
+        return {name: getattr(self, name) for name in self.geometry.factors()}
 
     @property
     def structure_name(self) -> str:  # type: ignore[override]  # read alone
@@ -210,6 +207,8 @@ def trainable(
         ConfigError: If the layer, the budget or an option cannot be used.
     """
     options |= family.layer_options(dense)
+    if issubclass(family, Gblr):
+        options["trains"] = True
     matrix = family.from_dense(weight_matrix(dense) if weight is None else weight, budget, **options)
     if not isinstance(matrix, Gblr):
         return layer_like(dense, matrix)

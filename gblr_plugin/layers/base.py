@@ -115,31 +115,23 @@ class GBLRLayer(StructureParameters):
         """Smoothness of the masks; ``None`` is the exact boxcar."""
         return self._mask_state.sigma
 
-    @property
-    def hard(self) -> bool:
-        """Whether the masks are exact boxcars, of which at most the gradients are smooth."""
-        return self._mask_state.hard or self._mask_state.sigma is None
-
-    def set_sigma(self, sigma: float | None, *, hard: bool = False) -> None:
+    def set_sigma(self, sigma: float | None) -> None:
         """Set the smoothness of the masks; updates the tables in place.
 
         Args:
             sigma: Smoothness, > 0; ``None`` is the exact boxcar.
-            hard: Multiply by the exact boxcar and smooth only its gradients. A matrix that lies within its budget is
-                then the one that is counted, where smooth masks would blur the edges of its intervals, by some
-                samples where the axis is longer than sigma.
 
         Raises:
             GBLRError: If masks are to be smoothed whose structure is frozen.
         """
-        if (sigma, hard) == self._mask_state[:2]:
+        if sigma == self._mask_state.sigma:
             return
         if sigma is not None and self._mask_state.frozen:
             raise GBLRError(
                 "the structure is frozen as exact boxcars: its masks cannot be smoothed again; for a second round call "
                 "unfreeze_structure() first"
             )
-        self._set_mask_state(sigma=sigma, hard=hard)
+        self._set_mask_state(sigma=sigma)
 
     @property
     def structure_frozen(self) -> bool:
@@ -211,11 +203,6 @@ class GBLRLayer(StructureParameters):
         if not self._mask_state.low_rank:
             return u, v, rows, cols
         return to_trapezoid_form(u, v, rows, cols, self.low_rank_components, self._component_sizes(), self.align)
-
-    @property
-    def fixed_components(self) -> Tensor | None:
-        """(K,) bool, the components in low-rank form, whose intervals are not learned; ``None`` if there are none."""
-        return self.low_rank_components if self._mask_state.low_rank else None
 
     # -- dropping components -----------------------------------------------------------------------------------------
 
@@ -332,18 +319,16 @@ class GBLRLayer(StructureParameters):
         Raises:
             ConfigError: If the masks are still smooth.
         """
-        if not self.hard:
+        if self.sigma is not None:
             raise ConfigError(
                 f"its masks are still smooth (sigma {self.sigma:g}); finish training or call freeze_structure() before "
                 "converting"
             )
         return self.structure()
 
-    def freeze_factors(self) -> None:
-        """Fix the factors as they are; the bias still trains if it did."""
-        for factor in (self.U, self.V):
-            factor.requires_grad_(False)
-            factor.grad = None
+    def factors(self) -> dict[str, nn.Parameter]:
+        """U and V."""
+        return {"U": self.U, "V": self.V}
 
     def _choose_product(self, positions: int, linear: bool) -> Product:
         """Choose the product with fewest multiply-adds over ``positions`` inputs."""

@@ -26,26 +26,24 @@ class MaskState(NamedTuple):
 
     Args:
         sigma: Smoothness; ``None`` is the exact boxcar.
-        hard: Whether smooth masks multiply by the exact boxcar and smooth only its gradients.
         frozen: Whether widths and locations are fixed.
         low_rank: How many of the first components of each row split train in low-rank form; empty if none does.
     """
 
     sigma: float | None = None
-    hard: bool = False
     frozen: bool = False
     low_rank: tuple[int, ...] = ()
 
     def to_tensor(self) -> Tensor:
-        """(2,) float64, as a state dict holds it: sigma, and the sum of 1 if hard and 2 if frozen."""
+        """(2,) float64, as a state dict holds it: sigma, and 1 if the structure is frozen."""
         sigma = math.inf if self.sigma is None else self.sigma
-        return torch.tensor([sigma, self.hard + 2 * self.frozen], dtype=torch.float64)
+        return torch.tensor([sigma, self.frozen], dtype=torch.float64)
 
     @classmethod
     def from_tensor(cls, values: Tensor, low_rank: tuple[int, ...]) -> MaskState:
         """Inverse of :meth:`to_tensor`."""
-        sigma, flags = float(values[0]), int(values[1])
-        return cls(None if math.isinf(sigma) else sigma, bool(flags & 1), bool(flags & 2), low_rank)
+        sigma = float(values[0])
+        return cls(None if math.isinf(sigma) else sigma, bool(values[1]), low_rank)
 
 
 class StructureParameters(StructuredLayer):
@@ -118,7 +116,7 @@ class StructureParameters(StructuredLayer):
         return ("row_tables", self.row_tables), ("column_tables", self.column_tables)
 
     def _new_tables(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return mask_tables(n, self._mask_state.sigma, dtype, device, hard=self._mask_state.hard)
+        return mask_tables(n, self._mask_state.sigma, dtype, device)
 
     def _in_low_rank_form(self, device: torch.device) -> Tensor:
         """(K,) bool, the components that train in low-rank form."""
@@ -134,7 +132,7 @@ class StructureParameters(StructuredLayer):
         """Fix or free widths and locations; with ``keep_gradients`` they still receive gradients, of zero."""
         self._keeps_gradients = keep_gradients
         if frozen:
-            self._set_mask_state(sigma=None, hard=False, frozen=True)
+            self._set_mask_state(sigma=None, frozen=True)
         else:
             self._set_mask_state(frozen=False)
         for parameter in (self.widths, self.locations):

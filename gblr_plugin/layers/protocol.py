@@ -54,6 +54,10 @@ class StructuredLayer(nn.Module):
         m, n = self.matrix_shape
         return self.multiply_adds / (m * n)
 
+    def factors(self) -> dict[str, nn.Parameter]:
+        """The parameters by name whose products are the weight."""
+        raise NotImplementedError
+
     def frozen_structure(self) -> StructuredMatrix | None:
         """A copy of the weight as the GBLR matrix that conversion freezes.
 
@@ -67,4 +71,6 @@ class StructuredLayer(nn.Module):
 
     def freeze_factors(self) -> None:
         """Fix the factors as they are; the bias still trains if it did."""
-        raise NotImplementedError
+        for factor in self.factors().values():
+            factor.requires_grad_(False)
+            factor.grad = None

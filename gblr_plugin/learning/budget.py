@@ -54,7 +54,6 @@ class WidthBudget:
         lower: Least multiply-adds of each layer within its group (``max_sparse_ratio``); default 0.
         upper: Most multiply-adds of each layer within its group (``min_sparse_ratio``); default none.
         device: Device of the widths.
-        fixed: (C,) bool, components whose widths are counted but never change; default none.
 
     Raises:
         ConfigError: If a lower bound exceeds an upper bound.
@@ -67,9 +66,7 @@ class WidthBudget:
         lower: Sequence[float] | None = None,
         upper: Sequence[float] | None = None,
         device: torch.device | str | None = None,
-        fixed: Tensor | None = None,
     ) -> None:
-        self._fixed = fixed
         self.num_layers = len(specs)
         self._groups = list(groups)
         self.num_groups = max(groups) + 1
@@ -118,8 +115,6 @@ class WidthBudget:
     def _shrunk_cost(self, widths: Tensor, threshold: Tensor, growing: bool) -> Tensor:
         """(W, L) cost after shrinking by thresholds (W, L); a negative threshold grows live widths only."""
         step = threshold.to(widths.dtype)[:, None, self._layer]
-        if self._fixed is not None:
-            step = torch.where(self._fixed, 0, step)
         if growing:
             step = torch.where((step < 0) & (widths <= 0), 0, step)
         return self._layer_cost((widths - step).clamp_(0, 1))
@@ -267,8 +262,6 @@ class WidthBudget:
         score = torch.where(empty, widths, torch.inf).amin(0)
         column = torch.arange(samples.shape[1], device=samples.device)
         usable = empty.any(0) & (score > 0)
-        if self._fixed is not None:
-            usable = usable & ~self._fixed
         chosen = self._affordable(score, first.sum(0), column, usable, self._slack(samples, targets))
         samples[:, chosen] = first[:, chosen]
         return chosen.numel() > 0
@@ -277,8 +270,6 @@ class WidthBudget:
         """Raise live widths by one tile each, in place, within the slack; return whether any was raised."""
         step = torch.minimum(self._tile, self._length - samples)
         usable = (samples > 0).all(0) & (step > 0)
-        if self._fixed is not None:
-            usable = usable & ~self._fixed
         lost = widths - samples / self._length
         column = torch.arange(samples.shape[1], device=samples.device).repeat(2)
         chosen = self._affordable(

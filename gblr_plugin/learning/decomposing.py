@@ -16,17 +16,13 @@ from torch.optim import Optimizer
 from ..calibration.allocation import allocate_by_moments
 from ..calibration.moments import output_shift
 from ..decomposition import initialise
-from ..decomposition.anchor import anchored
 from ..layers import GBLRLayer
 from ..matrix.metric import DAMPING, Metric
 from ..matrix.structure import StructuredMatrix
 from .goals import CostTargets, LayerGoal
 from .watching import LayerWatch
 
-__all__ = ["PACE", "Decomposer"]
-
-PACE = 8.0
-"""Pace of the factors of decomposed layers where a host is told none; see docs/results/pattern-or-allocation.md."""
+__all__ = ["Decomposer"]
 
 
 class Decomposer:
@@ -99,7 +95,7 @@ class Decomposer:
         matrices = {}
         for name, share in self._shares(metrics).items():
             layer = self._layers[name]
-            matrix = initialise(
+            matrices[name] = initialise(
                 layer.to_dense(),
                 "gblr",
                 row_splits=layer.row_splits,
@@ -107,7 +103,6 @@ class Decomposer:
                 align=layer.align,
                 calibration=metrics[name],
             )
-            matrices[name] = anchored(matrix, layer.align)
         return matrices
 
     def _metric(self, name: str) -> Metric:

@@ -59,7 +59,7 @@ class CostTargets:
     """Multiply-adds that layers, and groups of layers that share one budget, may have while training goes on.
 
     The target of a group descends from the cost with which the group began to its budget. A group that began within
-    its budget has the budget as its target from the start.
+    its budget, with each layer within its bounds, has nothing to descend to.
 
     Args:
         layers: Structured layers by name.
@@ -118,19 +118,24 @@ class CostTargets:
         """(L,) bool: whether the layer's group has a budget and began within it."""
         if self.start_costs is None:
             return [False] * len(self._layers)
-        within = [start <= end for start, end in zip(*self.starts_and_ends(), strict=True)]
-        return [within[group] and goal.budget is not None for goal, group in zip(self._goals, self.groups, strict=True)]
+        _, ends = self.starts_and_ends()
+        return [
+            math.isinf(ends[group]) and goal.budget is not None
+            for goal, group in zip(self._goals, self.groups, strict=True)
+        ]
 
     def starts_and_ends(self) -> tuple[list[float], list[float]]:
-        """Multiply-adds of each group at the start and the end of its descent; infinite ends for no descent."""
+        """Multiply-adds of each group at the start and the end of its descent; infinite ends for those that do not descend."""
         starts = self.by_group(self._begun())
         dense = self.by_group([float(size) for size in self._dense])
-        sizes = zip(self._goals, self._dense, strict=True)
+        sizes = list(zip(self._goals, self._dense, strict=True))
         ends = self.by_group([math.inf if goal.budget is None else goal.budget * size for goal, size in sizes])
-        bounded = self.by_group([float(goal.max_flops < 1) for goal in self._goals])
-        for group, most in enumerate(dense):
-            # A budget of 1 needs no shrinkage: a layer that costs more than its dense matrix is stored as that matrix.
-            if ends[group] >= most <= starts[group] and not bounded[group]:
+        # A layer that costs more than its dense matrix is stored as that matrix, so that a budget of 1 is always met.
+        stored = [min(start, float(size)) for start, size in zip(self._begun(), self._dense, strict=True)]
+        most = [goal.max_flops * size for goal, size in sizes]
+        too_large = self.by_group([float(cost > limit) for cost, limit in zip(stored, most, strict=True)])
+        for group, end in enumerate(ends):
+            if not too_large[group] and end >= min(starts[group], dense[group]):
                 ends[group] = math.inf
         return starts, ends
 

@@ -20,11 +20,11 @@ from torch.optim import Optimizer
 from ..errors import ConfigError
 from ..layers import GBLRLayer
 from ..layers.distributed_parameters import replicated
-from .decomposing import PACE, Decomposer
+from .decomposing import Decomposer
 from .goals import CostTargets, LayerGoal
 from .non_finite import FiniteGuard
 from .optimizers import check_optimized, learning_rates
-from .pace import FactorPace
+from .pace import PACE, FactorPace
 from .schedule import Schedule
 from .shrinking import Shrinker
 from .step_hook import StepHook
@@ -44,8 +44,8 @@ class StructureLearner:
     (``gblr_plugin.learning.shrinking``), and updates sigma. The proximal step uses a fixed lambda, or the lambda at
     which the layers meet the present target of their descent to the budget. When the progress reaches 1, the learner
     rounds the widths to integers within the budget and freezes the structure as exact boxcars. Groups of layers that
-    begin within their budget have hard masks from the start, with gradients smoothed by the final sigma, since smooth
-    masks would change the matrices with which they start.
+    begin within their budget, as a decomposition makes them, are frozen from the start: learning their intervals
+    further gains nothing (docs/results/pattern-or-allocation.md).
 
     Several optimizers may hold the layers, even those of one group; only the first optimizer's steps are counted. The
     freeze brings all layers to the budget together.
@@ -56,7 +56,8 @@ class StructureLearner:
         schedule: Warm-up, homotopy and cool-down. ``None``: the host gives the progress by :meth:`set_progress`.
         sigmas: Smoothness at the start and just before freezing where the host gives the progress.
         pace: How far factors move in a step of an optimizer, see :class:`~gblr_plugin.learning.pace.FactorPace`. By
-            default those of layers that were decomposed move ``PACE`` times as far, others as the optimizer says.
+            default ``PACE`` times as far where all layers were decomposed, by the learner or before it, else as the
+            optimizer says.
         compact: At the freeze, also drop dead components from the parameters and from the state of the attached
             optimizers, which makes the cool-down cheaper. Parameters change shape then: leave it off where something
             else holds tensors of their shape (moving averages of the weights). Never done while several processes
@@ -97,9 +98,9 @@ class StructureLearner:
         self._guard = FiniteGuard(self.layers, non_finite, diagnostics, self._facts)
         self._costs = CostTargets(self.layers, self.goals)
         self._shrinker = Shrinker(self.layers, self.goals, self._costs)
-        decomposes = self._begin_dense()
-        self._decomposer = Decomposer(self.layers, self.goals, self._costs) if decomposes else None
-        self._pace = FactorPace(list(self.layers.values()), pace or (PACE if decomposes else 1.0))
+        self._decomposer = Decomposer(self.layers, self.goals, self._costs) if self._begin_dense() else None
+        self._given_pace = pace
+        self._pace = FactorPace(list(self.layers.values()), pace or 1.0)
         self._hooks: list[StepHook] = []
 
     def _begin_dense(self) -> bool:
@@ -123,16 +124,21 @@ class StructureLearner:
 
     def begin(self) -> None:
         """Set the starting smoothness and record the starting costs; a no-op once begun (also after a resume)."""
-        if self._costs.start_costs is None:
-            self._costs.begin()
-            if self._decomposer is not None:
-                for layer in self.layers.values():
-                    layer.freeze_structure(keep_gradients=self._replicated())
-                return
-            for layer, hard in zip(self.layers.values(), self._costs.begins_within_budget(), strict=True):
-                if not hard:
-                    layer.use_trapezoid_form()  # in this form every component can shrink
-            self._set_sigma()
+        if self._costs.start_costs is not None:
+            return
+        self._costs.begin()
+        within = self._costs.begins_within_budget()
+        for layer, fixed in zip(self.layers.values(), within, strict=True):
+            if fixed or self._decomposer is not None:
+                layer.freeze_structure(keep_gradients=self._replicated())
+            else:
+                layer.use_trapezoid_form()  # in this form every component can shrink
+        if self._given_pace is None and (all(within) or self._decomposer is not None):
+            self._pace.pace = PACE
+        if all(within):
+            self.frozen, self.progress = True, 1.0
+            self._report_unmet()
+        self._set_sigma()
 
     def attach(self, optimizer: Optimizer) -> None:
         """Run :meth:`after_step` after each real step of the optimizer that holds the structure parameters.
@@ -194,23 +200,21 @@ class StructureLearner:
 
     def _refreeze(self, has_optimizers: bool) -> None:
         """Under DistributedDataParallel, freeze the layers anew, with gradients of zero only if a hook removes them."""
-        if self._fixed and self._replicated():
-            for layer in self.layers.values():
+        if self._replicated():
+            for layer in self._frozen_layers():
                 layer.freeze_structure(keep_gradients=has_optimizers)
 
     def _replicated(self) -> bool:
         return replicated(layer.widths for layer in self.layers.values())
 
-    @property
-    def _fixed(self) -> bool:
-        """Whether steps of an optimizer leave the structure as it is."""
-        return self.frozen or (self._decomposer is not None and self._costs.start_costs is not None)
+    def _frozen_layers(self) -> list[GBLRLayer]:
+        """Layers whose structure no step of an optimizer changes."""
+        return [layer for layer in self.layers.values() if layer.structure_frozen]
 
     def _before_step(self) -> None:
         """Remove the zero gradients of a fixed structure before the optimizer sees them."""
-        if self._fixed:
-            for layer in self.layers.values():
-                layer.widths.grad = layer.locations.grad = None
+        for layer in self._frozen_layers():
+            layer.widths.grad = layer.locations.grad = None
 
     def _with_gradients(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer may step with the gradients that there are now; see to what it is going to change."""
@@ -279,11 +283,10 @@ class StructureLearner:
         self._set_sigma()
 
     def _set_sigma(self) -> None:
-        if self._fixed:
-            return
         schedule = self.schedule or Schedule(0, 1, *self.sigmas)
-        for layer, hard in zip(self.layers.values(), self._costs.begins_within_budget(), strict=True):
-            layer.set_sigma(schedule.sigma(1.0 if hard else self.progress), hard=hard)
+        for layer in self.layers.values():
+            if not layer.structure_frozen:
+                layer.set_sigma(schedule.sigma(self.progress))
 
     @torch.no_grad()
     def freeze(self) -> None:
@@ -292,16 +295,19 @@ class StructureLearner:
             return
         self._guard.check_parameters()
         self.begin()
+        if self.frozen:
+            return
         self.progress = 1.0
         has_optimizers = self._replicated() and bool(self._hooks)
         if self._decomposer is not None:
             self._decomposer.decompose([hook.optimizer for hook in self._hooks])
-            self._pace.steps = 0
+            self._pace.restart()
             self.frozen = True
             self._report_unmet()
             return
         for layer, widths in zip(self.layers.values(), self._shrinker.final_widths(), strict=True):
-            layer.freeze_structure(widths, keep_gradients=has_optimizers)
+            if not layer.structure_frozen:
+                layer.freeze_structure(widths, keep_gradients=has_optimizers)
         self.frozen = True
         self._report_unmet()
         if self.compact and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -347,11 +353,11 @@ class StructureLearner:
     @property
     def sigma(self) -> float | None:
         """Present smoothness; ``None`` is the exact boxcar."""
-        return next((layer.sigma for layer in self.layers.values()), None)
+        return next((layer.sigma for layer in self.layers.values() if not layer.structure_frozen), None)
 
     def lambdas(self) -> dict[str, float]:
         """Present lambda per layer: its threshold over its learning rate (paper Algorithm 1); 0 once frozen."""
-        if self._fixed:
+        if self.frozen or self._decomposer is not None:
             return dict.fromkeys(self.layers, 0.0)
         return dict(zip(self.layers, self._shrinker.lambdas(), strict=True))
 
@@ -405,8 +411,10 @@ class StructureLearner:
                 self._decomposer = Decomposer(self.layers, self.goals, self._costs)
             self._decomposer.load_state_dict(state["decomposer"])
         self._pace.pace = float(state["pace"])
-        if self._fixed:
-            for layer in self.layers.values():
+        if state["start_costs"] is None:
+            return
+        within = self._costs.begins_within_budget()
+        for layer, fixed in zip(self.layers.values(), within, strict=True):
+            if fixed or self.frozen or self._decomposer is not None:
                 layer.freeze_structure()
-        elif state["start_costs"] is not None and not any(layer.structure_frozen for layer in self.layers.values()):
-            self._set_sigma()  # where layers are yet to be loaded and frozen, their own state sets it
+        self._set_sigma()

@@ -47,7 +47,7 @@ class Shrinker:
         self.stepped: list[int] = []
         self._lambdas: Tensor | None = None
         self._budget: WidthBudget | None = None
-        self._budget_made_for: tuple[torch.device, int, list[bool]] | None = None
+        self._budget_made_for: tuple[torch.device, int] | None = None
 
     def widths(self) -> Tensor:
         """(2, C) present widths of all layers side by side, without gradient; under FSDP2 all processes call it."""
@@ -117,9 +117,8 @@ class Shrinker:
         return self.width_budget(flat.device).thresholds(flat, targets, rates, upper=self._costs.of_layers(covered))
 
     def width_budget(self, device: torch.device) -> WidthBudget:
-        """The search for thresholds; it is made anew after components were dropped or forms have changed."""
-        total = sum(layer.U.shape[0] for layer in self._layers)
-        made_for = device, total, [layer.fixed_components is not None for layer in self._layers]
+        """The search for thresholds; it is made anew after components were dropped."""
+        made_for = device, sum(layer.U.shape[0] for layer in self._layers)
         if self._budget is None or self._budget_made_for != made_for:
             specs = [
                 AxisSpec(layer.axis_lengths, layer.align, layer.U.shape[0], math.prod(layer.matrix_shape))
@@ -128,15 +127,9 @@ class Shrinker:
             sizes = list(zip(self._goals, specs, strict=True))
             lower = [goal.min_flops * spec.dense for goal, spec in sizes]
             upper = [goal.max_flops * spec.dense for goal, spec in sizes]
-            self._budget = WidthBudget(specs, self._costs.groups, lower, upper, device, self._not_learned(device))
+            self._budget = WidthBudget(specs, self._costs.groups, lower, upper, device)
             self._budget_made_for = made_for
         return self._budget
-
-    def _not_learned(self, device: torch.device) -> Tensor | None:
-        """(C,) bool, components whose intervals are not learned; ``None``: all are."""
-        if all(layer.fixed_components is None for layer in self._layers):
-            return None
-        return torch.cat([layer.low_rank_components for layer in self._layers]).to(device)
 
     def _prox_and_clip(self, thresholds: Tensor, places: Sequence[int] | None = None) -> None:
         """Take the proximal step of the layers at these indices, by default of all layers."""
@@ -144,14 +137,8 @@ class Shrinker:
         if places is not None and len(places) < len(layers):
             layers, thresholds = [layers[place] for place in places], thresholds[list(places)]
         # Under FSDP2 each process shrinks the widths that it holds; all have found the same thresholds.
-        widths = [local_part(layer.widths) for layer in layers]
-        held = [
-            None if layer.fixed_components is None else each.clone() for layer, each in zip(layers, widths, strict=True)
-        ]
-        prox_and_clip_(widths, [local_part(layer.locations) for layer in layers], thresholds)
-        for layer, each, before in zip(layers, widths, held, strict=True):
-            if before is not None:
-                each.copy_(torch.where(layer.low_rank_components, before, each))
+        widths, locations = ([local_part(getattr(layer, name)) for layer in layers] for name in ("widths", "locations"))
+        prox_and_clip_(widths, locations, thresholds)
 
     def _have_budgets(self, device: torch.device) -> Tensor:
         return torch.tensor([goal.budget is not None for goal in self._goals], device=device)

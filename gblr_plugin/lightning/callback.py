@@ -19,6 +19,7 @@ from ..layers.separation import separated
 from ..learning.goals import LayerGoal
 from ..learning.learner import StructureLearner
 from ..learning.optimizers import split_structure_group
+from ..learning.pace import FactorPace
 from ..learning.schedule import Schedule
 from ..serialization.families import family_record
 from ..surgery.conversion import prepare_layers, split_by_family
@@ -48,10 +49,12 @@ class GBLRCallback(Callback):
 
     When fitting begins, before optimizers are made, the callback replaces the chosen dense layers by structured ones.
     By default these train as dense weights until the cool-down and are then decomposed at the budget, see
-    :class:`~gblr_plugin.learning.decomposing.Decomposer`. With another ``initialiser`` their intervals are learned:
-    widths and locations get an optimizer group of their own, and after each real optimizer step the widths shrink
-    towards the budget. From the cool-down on the structure is frozen as exact boxcars, so that what is trained
-    then is what is counted, converted and deployed. Works with ``pytorch_lightning`` and ``lightning.pytorch``.
+    :class:`~gblr_plugin.learning.decomposing.Decomposer`: right for a training from scratch. ``initialiser="gblr"``
+    decomposes them before the first step and freezes their structure: right for a network that is trained already.
+    With ``initialiser="svd"``, as published, their intervals are learned: widths and locations get an optimizer group
+    of their own, and after each real optimizer step the widths shrink towards the budget. From the cool-down on the
+    structure is frozen as exact boxcars, so that what is trained then is what is counted, converted and deployed. Works
+    with ``pytorch_lightning`` and ``lightning.pytorch``.
 
     With ``family`` it replaces them by layers of another structure family at the budget, whose structure is fixed and
     whose factors train: there is no learner, and nothing is shrunk or frozen.
@@ -81,8 +84,9 @@ class GBLRCallback(Callback):
             threshold, ``num_components`` or ``initial_budget``. And fields of
             :class:`~gblr_plugin.lightning.settings.CallbackSettings`: ``structure_lr``, the learning rate of widths
             and locations; ``log_every_n_steps``, ``picture_every_n_epochs``, ``picture_every_n_steps`` and
-            ``picture_size``; ``compact``, ``freeze_at_end``, ``non_finite`` and ``replay``; ``family`` and
-            ``family_options``, with which only those about logs, pictures, data and ``row_splits`` can be used.
+            ``picture_size``; ``pace``, ``compact``, ``freeze_at_end``, ``non_finite`` and ``replay``; ``family`` and
+            ``family_options``, with which only ``pace``, ``row_splits`` and those about logs, pictures and data can be
+            used.
 
     Attributes:
         learner: The :class:`~gblr_plugin.StructureLearner` at work, or watched; ``None`` before fitting, and with
@@ -147,6 +151,7 @@ class GBLRCallback(Callback):
 
         self.learner: StructureLearner | None = None
         self._layers: dict[str, StructuredLayer] = {}
+        self._pace: FactorPace | None = None  # of a family's factors; a learner has its own
         self._total_steps: int | None = None
         self._restored: dict[str, Any] | None = None
         self._checkpoint_hook: Any = None
@@ -314,6 +319,10 @@ class GBLRCallback(Callback):
             if self.learner is None or restored is not None or not _same(self.learner.layers, self._layers):
                 self.learner = self._new_learner(trainer, restored)
             self._attach(self.learner, trainer)
+        elif self._settings.family is not None:
+            self._pace = FactorPace(list(self._layers.values()), self._settings.pace or 1.0)
+            for optimizer in trainer.optimizers:
+                self._pace.follow(optimizer)
         self._was_frozen = self._frozen()
 
     def _gblr_layers(self) -> dict[str, GBLRLayer]:
@@ -482,6 +491,8 @@ class GBLRCallback(Callback):
         self._release_checkpoint_hook()
         if self.learner is not None and self._drives:
             self.learner.detach()
+        if self._pace is not None:
+            self._pace.release()
 
     def _release_checkpoint_hook(self) -> None:
         if self._checkpoint_hook is not None:

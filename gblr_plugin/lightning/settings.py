@@ -15,7 +15,7 @@ from ..utils.validation import check_choice, check_count, check_flag, check_numb
 __all__ = ["CallbackSettings", "check_moment", "read_options"]
 
 # Arguments that a fixed structure has no use for.
-_LEARNED = ("structure_lr", "pace", "compact", "freeze_at_end", "non_finite")
+_LEARNED = ("structure_lr", "compact", "freeze_at_end", "non_finite")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class CallbackSettings:
     Args:
         structure_lr: Learning rate of widths and locations; default that of the group they come from.
         pace: How far factors move in a step of an optimizer that normalises gradients, see
-            :class:`~gblr_plugin.learning.pace.FactorPace`; default 8 after ``initialiser="dense"``, 1 after others.
+            :class:`~gblr_plugin.learning.pace.FactorPace`. Default: 8 where layers begin as decompositions at the
+            budget or are decomposed at the cool-down, otherwise, and with ``family``, 1.
         log_every_n_steps: Optimizer steps between scalars; default the Trainer's.
         picture_every_n_epochs: Epochs between pictures; there is also one at the start, at the freeze and at the end. 0
             draws none at all.

@@ -62,9 +62,9 @@ def _frequencies(n: int, sigma: float | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @lru_cache(maxsize=32)  # sigma changes every step: only the axes of one model are worth keeping
-def _tables(n: int, sigma: float | None, hard: bool) -> Tensor:
+def _tables(n: int, sigma: float | None) -> Tensor:
     k, dirichlet, window = _frequencies(n, sigma)
-    if sigma is None or hard:
+    if sigma is None:
         narrowest = torch.zeros(n, dtype=torch.float64)
         narrowest[0] = 1.0
     else:
@@ -76,12 +76,7 @@ def _tables(n: int, sigma: float | None, hard: bool) -> Tensor:
 
 
 def mask_tables(
-    n: int,
-    sigma: float | None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    *,
-    hard: bool = False,
+    n: int, sigma: float | None, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> Tensor:
     """The two tables from which every STE mask of an axis and its gradients are read.
 
@@ -90,7 +85,6 @@ def mask_tables(
         sigma: Smoothness, > 0; ``None`` for the exact boxcar.
         dtype: Result dtype; default ``torch.get_default_dtype()``. Computed in float64.
         device: Result device.
-        hard: Whether masks are exact boxcars and only their gradients are smoothed.
 
     Returns:
         (2, 3N): running sums of the width-1 mask over three periods, and three periods of the width derivative at the
@@ -103,7 +97,7 @@ def mask_tables(
         raise ConfigError(f"gaudi mask: axis length must be at least 1, got {n}")
     if sigma is not None and not sigma > 0:
         raise ConfigError(f"gaudi mask: sigma must be positive, or None for the exact boxcar, got {sigma}")
-    return _tables(n, sigma, hard).to(device=device, dtype=dtype or torch.get_default_dtype(), copy=True)
+    return _tables(n, sigma).to(device=device, dtype=dtype or torch.get_default_dtype(), copy=True)
 
 
 def fft_mask(width: Tensor, location: Tensor, n: int, sigma: float | None) -> Tensor:

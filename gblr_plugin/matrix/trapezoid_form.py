@@ -9,8 +9,6 @@ entries do not grow much.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -30,27 +28,27 @@ def lu_no_pivot(matrix: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
     """(L, U) with L unit lower triangular and ``L U = matrix``, without exchanging rows.
 
     Args:
-        matrix: (r, r) floating point, all leading minors non-zero (else the factors are not finite).
+        matrix: (..., r, r) floating point, all leading minors non-zero (else the factors are not finite).
         block: Size below which columns are eliminated one by one.
     """
-    size = len(matrix)
+    size = matrix.shape[-1]
     if size <= block:
         work = matrix.clone()
         for k in range(size - 1):
-            work[k + 1 :, k] /= work[k, k].clone()
-            work[k + 1 :, k + 1 :] -= torch.outer(work[k + 1 :, k], work[k, k + 1 :])
+            work[..., k + 1 :, k] /= work[..., k, k, None].clone()
+            work[..., k + 1 :, k + 1 :] -= work[..., k + 1 :, k, None] * work[..., k, None, k + 1 :]
         return torch.tril(work, -1) + torch.eye(size, dtype=work.dtype, device=work.device), torch.triu(work)
     half = size // 2
     lower, upper = torch.zeros_like(matrix), torch.zeros_like(matrix)
-    lower[:half, :half], upper[:half, :half] = lu_no_pivot(matrix[:half, :half], block)
-    upper[:half, half:] = torch.linalg.solve_triangular(
-        lower[:half, :half], matrix[:half, half:], upper=False, unitriangular=True
+    lower[..., :half, :half], upper[..., :half, :half] = lu_no_pivot(matrix[..., :half, :half], block)
+    upper[..., :half, half:] = torch.linalg.solve_triangular(
+        lower[..., :half, :half], matrix[..., :half, half:], upper=False, unitriangular=True
     )
-    lower[half:, :half] = torch.linalg.solve_triangular(
-        upper[:half, :half], matrix[half:, :half], upper=True, left=False
+    lower[..., half:, :half] = torch.linalg.solve_triangular(
+        upper[..., :half, :half], matrix[..., half:, :half], upper=True, left=False
     )
-    schur = matrix[half:, half:] - lower[half:, :half] @ upper[:half, half:]
-    lower[half:, half:], upper[half:, half:] = lu_no_pivot(schur, block)
+    schur = matrix[..., half:, half:] - lower[..., half:, :half] @ upper[..., :half, half:]
+    lower[..., half:, half:], upper[..., half:, half:] = lu_no_pivot(schur, block)
     return lower, upper
 
 
@@ -78,26 +76,50 @@ def trapezoid_form(left: Tensor, right: Tensor, rows: TiledAxis, cols: TiledAxis
         keeps the growth below ``MAX_GROWTH`` (leading minors that vanish, e.g. of block-diagonal matrices).
     """
     rank = len(right)
+    # Norms of columns of `left @ x`, and of rows of `x @ right`, are those of products with these (r, r) matrices.
+    core_left, core_right = torch.linalg.qr(left, mode="r").R, torch.linalg.qr(right.T, mode="r").R.T
+    scale = float(torch.linalg.norm(core_left) * torch.linalg.norm(core_right)) or 1.0
+    across = list(_offsets(cols, COL_OFFSETS))
+    best: tuple[float, int, int] | None = None
+    for down in _offsets(rows, ROW_OFFSETS):
+        basis = _lowering(left, down)
+        leading = [torch.roll(basis.T @ right, -offset, 1)[:, :rank] for offset in across]
+        lower, _ = lu_no_pivot(torch.stack(leading))
+        product = _norms(core_left @ basis, lower, basis.T @ core_right)
+        growth = (product.amax(1) / scale).nan_to_num(nan=torch.inf)
+        least = int(growth.argmin())
+        if growth[least] <= MAX_GROWTH and (best is None or growth[least] < best[0]):
+            best = float(growth[least]), down, across[least]
+    return None if best is None else _trapezoids(left, right, rows, cols, best[1:])
+
+
+def _lowering(left: Tensor, down: int) -> Tensor:
+    """(r, r) orthogonal matrix with which the rows of ``left`` from ``down`` on become lower trapezoidal."""
+    rank = left.shape[1]
+    # LQ of the leading block, as the QR of its transpose.
+    basis: Tensor = torch.linalg.qr(torch.roll(left, -down, 0)[:rank].T).Q
+    return basis
+
+
+def _norms(left: Tensor, lower: Tensor, right: Tensor) -> Tensor:
+    """(offsets, r) norms of the components: of the columns of ``left L`` times those of the rows of ``L^-1 right``."""
+    solved = torch.linalg.solve_triangular(lower, right.expand_as(lower), upper=False, unitriangular=True)
+    return torch.linalg.norm(left @ lower, dim=1) * torch.linalg.norm(solved, dim=2)
+
+
+def _trapezoids(
+    left: Tensor, right: Tensor, rows: TiledAxis, cols: TiledAxis, offsets: tuple[int, int]
+) -> StructuredMatrix:
+    """The trapezoids that begin at these offsets of the rows and of the columns."""
+    down, across = offsets
+    rank, basis = len(right), _lowering(left, down)
+    turned = torch.roll(basis.T @ right, -across, 1)
+    lower, _ = lu_no_pivot(turned[:, :rank])
+    new_left = torch.roll(left, -down, 0) @ basis @ lower
+    new_right = torch.linalg.solve_triangular(lower, turned, upper=False, unitriangular=True)
+    norm_left, norm_right = torch.linalg.norm(new_left, dim=0), torch.linalg.norm(new_right, dim=1)
+    balance = torch.where(norm_left * norm_right > 0, (norm_right / norm_left).sqrt(), torch.ones_like(norm_left))
+    u = torch.roll((new_left * balance).T, down, 1)
+    v = torch.roll(new_right / balance[:, None], across, 1)
     row_intervals, col_intervals = rows.trailing(rank, left.device), cols.trailing(rank, left.device)
-    scale = float(torch.linalg.norm(left) * torch.linalg.norm(right)) or 1.0
-    best: tuple[float, StructuredMatrix] | None = None
-    for down, across in itertools.product(_offsets(rows, ROW_OFFSETS), _offsets(cols, COL_OFFSETS)):
-        # LQ of the leading block of `left`, as the QR of its transpose: left @ basis is lower trapezoidal.
-        lowered = torch.roll(left, -down, 0)
-        basis, _ = torch.linalg.qr(lowered[:rank].T)
-        lowered, turned = lowered @ basis, torch.roll(basis.T @ right, -across, 1)
-        lower, upper = lu_no_pivot(turned[:, :rank])
-        if not bool(torch.isfinite(lower).all() and torch.isfinite(upper).all()):
-            continue
-        new_left = lowered @ lower
-        new_right = torch.linalg.solve_triangular(lower, turned, upper=False, unitriangular=True)
-        norm_left, norm_right = torch.linalg.norm(new_left, dim=0), torch.linalg.norm(new_right, dim=1)
-        product = norm_left * norm_right
-        growth = float(product.max()) / scale
-        if not growth <= MAX_GROWTH or (best is not None and growth >= best[0]):
-            continue
-        balance = torch.where(product > 0, (norm_right / norm_left).sqrt(), torch.ones_like(product))
-        u = torch.roll((new_left * balance).T, down, 1)
-        v = torch.roll(new_right / balance[:, None], across, 1)
-        best = growth, StructuredMatrix.from_factors(u, v, _shift(row_intervals, down), _shift(col_intervals, across))
-    return None if best is None else best[1]
+    return StructuredMatrix.from_factors(u, v, _shift(row_intervals, down), _shift(col_intervals, across))

@@ -8,16 +8,18 @@ from typing import Any
 
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .. import families
 from ..calibration.batches import CalibrationSettings
 from ..errors import ConfigError
 from ..layers.dense import weight_matrix
+from ..learning.pace import FactorPace
 from ..surgery.conversion import prepare_layers
 from ..surgery.layer_settings import FamilySettings
 from .calibration import allocated_budgets, calibration_data
 from .evaluators import record_optimizers, train_bound
-from .optimizers import check_recorded, rename_recorded
+from .optimizers import adopt, check_recorded, rename_recorded
 from .settings import LayerConfig, read_config
 
 __all__ = ["FamilyCompressor", "family_factory"]
@@ -34,7 +36,8 @@ class FamilyCompressor:
         family: Name of the family, see :mod:`gblr_plugin.families`.
         model: Changed in place.
         config_list: As for gblr: ``sparse_ratio`` r gives a budget of 1 - r; layers that share a ``global_group_id``
-            share a budget, which the family may split among them (ALDS does).
+            share a budget, which the family may split among them (ALDS does). gblr's key ``pace`` says how far
+            factors move in a step, see :class:`~gblr_plugin.learning.pace.FactorPace`; default 1.
         evaluator: Fine-tunes; without one :meth:`compress` only returns the model.
         calibration: ``CalibrationSettings``, a table of their fields, or ``True``: the projection is fitted to the
             layers' outputs over training batches of the evaluator.
@@ -53,7 +56,8 @@ class FamilyCompressor:
         calibration: CalibrationSettings | Mapping[str, Any] | bool | None = None,
         **options: Any,
     ) -> None:
-        config = read_config(model, config_list).layers
+        read = read_config(model, config_list)
+        config = read.layers
         calibrated = CalibrationSettings.read(calibration)
         fixed = next((name for name, layer in config.items() if layer.goal.budget is None), None)
         if fixed is not None:
@@ -76,7 +80,12 @@ class FamilyCompressor:
         _check_bounds(family, config, modules)
         if evaluator is not None:
             rename_recorded(evaluator, {f"{name}.weight": _factor_names(name, new) for name, new in modules.items()})
+            adopt(evaluator, (), None, self._optimizer_built)
+        self._pace = FactorPace(list(modules.values()), read.pace or 1.0)
         self.bound_model, self.evaluator = model, evaluator
+
+    def _optimizer_built(self, optimizer: Optimizer) -> None:
+        self._pace.follow(optimizer)
 
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
         """Fine-tune for so many steps or epochs.
@@ -85,7 +94,10 @@ class FamilyCompressor:
             The model, and no masks: the layers hold their factors alone.
         """
         if self.evaluator is not None and (max_steps or max_epochs):
-            train_bound(self.evaluator, self.bound_model, max_steps=max_steps, max_epochs=max_epochs)
+            try:
+                train_bound(self.evaluator, self.bound_model, max_steps=max_steps, max_epochs=max_epochs)
+            finally:
+                self._pace.release()
         return self.bound_model, {}
 
     def unwrap_model(self) -> None:

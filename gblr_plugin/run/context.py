@@ -10,9 +10,10 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from .. import __version__
+from .. import __version__, families
 from ..errors import ConfigError
 from ..kernels.measure import circumstances
+from ..learning.pace import PACE
 from ..tasks import get_task
 from ..utils.console import Console
 from .measure import METRICS
@@ -80,17 +81,23 @@ def make_task(settings: RunSettings) -> Any:
 def config_list_of(method: Method, settings: RunSettings, task: Any) -> list[dict[str, Any]]:
     """NNI's compression config of a method: its own, the run's, or the task's layers at the run's budget.
 
-    At the run's budget gblr begins at the decomposition of a network that is trained already.
+    Where the weights are trained already, gblr begins at their decomposition if the run names a budget alone, and the
+    factors of other families move as far as those of gblr do then, unless the config gives their ``pace``.
     """
+    trained = method.start == "trained" or "pretrained" in settings.model
     given = settings.config_list if method.config_list is None else method.config_list
-    if given is not None:
-        return copy.deepcopy(given)
-    entry: dict[str, Any] = {"op_names": list(task.layers), "sparse_ratio": 1 - (settings.budget or 1.0)}
-    start: dict[str, Any] = {"initialiser": "gblr"} if method.name == "gblr" and method.start == "trained" else {}
-    if settings.allocation is not None:
-        entry["global_group_id"] = "all"
-        start["allocation"] = settings.allocation
-    return [{**entry, "gblr": start} if start else entry]
+    if given is None:
+        start: dict[str, Any] = {"initialiser": "gblr"} if method.name == "gblr" and trained else {}
+        given = [{"op_names": list(task.layers), "sparse_ratio": 1 - (settings.budget or 1.0), "gblr": start}]
+        if settings.allocation is not None:
+            given[0]["global_group_id"] = "all"
+            start["allocation"] = settings.allocation
+    entries = copy.deepcopy(given)
+    if trained and method.name in (*families.names(), "gblr_fixed") and method.name != "gblr":
+        for entry in entries:
+            if "gblr_pace" not in entry:
+                entry["gblr"] = {"pace": PACE, **entry.get("gblr", {})}
+    return entries
 
 
 def environment() -> dict[str, Any]:

@@ -139,9 +139,7 @@ def learn(network: nn.Module, data: Any, task: dict[str, Any], setting: Any, bud
         lr=arm.get("structure_lr", 1.0) * training.lr,
     )
     schedule = gblr.Schedule(
-        round(arm.get("warmup", 0.02) * training.steps),
-        max(round(arm["cooldown"] * training.steps), 1),
-        1.0 if not at_budget else 100.0,
+        round(arm.get("warmup", 0.02) * training.steps), max(round(arm.get("cooldown", 0.6) * training.steps), 1)
     )
     goals = {name: gblr.LayerGoal(budget, group="all") for name in layers}
     learner = gblr.StructureLearner(layers, goals, schedule, pace=arm["pace"])
@@ -232,7 +230,7 @@ def main() -> None:
             if wanted and tuple(values.values()) not in done:
                 arm = dict(config["arms"][values["arm"]])
                 if isinstance(arm.get("pace"), dict):
-                    arm["pace"] = arm["pace"][values["start"]]
+                    arm["pace"] = arm["pace"][values["start"].split(",")[0]]
                 row = one(task, job, dense, values, arm)
                 with arguments.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")

@@ -19,8 +19,7 @@ from gblr_plugin.layers.product import Product
 from gblr_plugin.learning.optimizers import param_groups
 from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
 
-SIGMAS = [(1.0, False), (20.0, False), (20.0, True), (None, False)]
-"""Smoothness, and whether it is that of the gradients alone."""
+SIGMAS = [1.0, 20.0, None]
 
 
 def random_matrix(m, n, num=6, splits=1, dtype=torch.float64, seed=0, align=(1, 1)):
@@ -70,7 +69,7 @@ class LayerCase:
         weight = self.dense_module().weight
         return weight.flatten(1).shape
 
-    def create(self, dtype=torch.float64, sigma=None, hard=False):
+    def create(self, dtype=torch.float64, sigma=None):
         m, n = self.matrix_shape()
         matrix = random_matrix(m, n, splits=self.splits, align=self.align)
         layer = structured_like(self.dense_module().to(torch.float64), matrix, align=self.align)
@@ -81,7 +80,7 @@ class LayerCase:
             )
             for factor in (layer.U, layer.V):
                 factor.normal_(generator=generator)
-        layer.set_sigma(sigma, hard=hard)
+        layer.set_sigma(sigma)
         return layer.to(dtype)
 
     def formula(self, layer, x):
@@ -92,9 +91,6 @@ class LayerCase:
         masked = []
         for i, (factor, length) in enumerate(((u, rows), (v, n))):
             mask = gaudi_mask(widths[i], locations[i], length, layer.sigma, form="fft", align=layer.align[i])
-            if layer.hard:
-                exact = gaudi_mask(widths[i], locations[i], length, None, form="fft", align=layer.align[i])
-                mask = mask + (exact - mask).detach()
             masked.append(factor * mask)
         per_split = u.shape[0] // layer.row_splits
         weight = torch.cat(
@@ -106,10 +102,10 @@ class LayerCase:
     # -- the tests that every structure inherits -----------------------------------------------------------------------
 
     @pytest.mark.parametrize("product", ["factored", "dense", "block_factored", "block_dense"])
-    @pytest.mark.parametrize(("sigma", "hard"), SIGMAS)
+    @pytest.mark.parametrize("sigma", SIGMAS)
     @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
-    def test_values_and_gradients_match_the_dense_formula(self, monkeypatch, product, sigma, hard, dtype, tolerance):
-        layer = self.create(dtype, sigma, hard)
+    def test_values_and_gradients_match_the_dense_formula(self, monkeypatch, product, sigma, dtype, tolerance):
+        layer = self.create(dtype, sigma)
         force(monkeypatch, layer, product)
         x = self.example().requires_grad_()
         x_layer = x.detach().to(dtype).requires_grad_()
@@ -139,23 +135,17 @@ class LayerCase:
         assert int(layer.structure().component_multiply_adds.sum()) == layer.stored
         assert layer.structure().num_components == layer.num_components
 
-    def test_hard_masks_multiply_by_what_is_counted_and_survive_saving(self):
-        layer = self.create(sigma=20.0, hard=True)
-        assert layer.hard
-        torch.testing.assert_close(layer.structure().to_dense(), layer.to_dense())
-        twin = self.create(sigma=3.0)
-        assert not twin.hard
+    def test_smoothness_survives_saving(self):
+        layer, twin = self.create(sigma=20.0), self.create(sigma=3.0)
+        assert not torch.allclose(layer.structure().to_dense(), layer.to_dense())
         twin.load_state_dict(layer.state_dict())
-        assert (twin.sigma, twin.hard) == (20.0, True)
+        assert twin.sigma == 20.0
         torch.testing.assert_close(twin.to_dense(), layer.to_dense(), rtol=0, atol=0)
         twin.load_state_dict(self.create(sigma=3.0).state_dict())
-        assert (twin.sigma, twin.hard) == (3.0, False)
+        assert twin.sigma == 3.0
         missing, _ = layer.load_state_dict({}, strict=False)  # a state of other layers
         assert {"U", "mask_state", "low_rank_components"} <= set(missing)
-        assert (layer.sigma, layer.hard) == (20.0, True)
-        layer.set_sigma(20.0)
-        assert not layer.hard
-        assert not torch.allclose(layer.structure().to_dense(), layer.to_dense())
+        assert layer.sigma == 20.0
 
     def test_count_is_that_of_the_masks(self):
         layer = self.create(sigma=None)

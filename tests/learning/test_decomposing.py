@@ -8,7 +8,7 @@ from torch.optim import SGD, AdamW
 
 import gblr_plugin as gblr
 from gblr_plugin.errors import ConfigError
-from gblr_plugin.learning.decomposing import PACE
+from gblr_plugin.learning.pace import PACE
 from gblr_plugin.learning.goals import LayerGoal
 from gblr_plugin.learning.learner import StructureLearner
 from gblr_plugin.learning.optimizers import param_groups

@@ -634,48 +634,42 @@ def test_a_frozen_training_goes_back_to_an_earlier_state(learner_first: bool) ->
         assert torch.equal(value, end[name]), name
 
 
-def test_a_start_within_its_budget_has_hard_masks() -> None:
+def test_a_start_within_its_budget_is_frozen() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 24))
     x = torch.randn(5, 24)
     layers = prepare_layers(model, {"0": LayerSettings("trapezoid", budget=0.5), "2": LayerSettings("svd")})
-    start = model(x)
+    start, before = model(x), layers["0"].widths.detach().clone()
     learner = StructureLearner(layers, {name: LayerGoal(budget=0.5) for name in layers}, Schedule(2, 20))
-    learner.begin()
-    assert (layers["0"].sigma, layers["0"].hard) == (100.0, True)
-    assert (layers["2"].sigma, layers["2"].hard) == (1.0, False)
+    optimizer = AdamW(param_groups(model, lr=1e-2))
+    learner.attach_all([optimizer])
+    assert (layers["0"].structure_frozen, layers["0"].sigma) == (True, None)
+    assert (layers["2"].structure_frozen, layers["2"].sigma) == (False, 1.0)
+    assert learner.sigma == 1.0
     layers["2"].set_sigma(None)
     torch.testing.assert_close(model(x), start, rtol=0, atol=0)
+    for _ in range(25):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert learner.frozen
+    assert torch.equal(layers["0"].widths, before)
+    assert layers["2"].relative_flops <= 0.5
 
 
-def test_cancelling_components_outlive_an_interval_that_grows() -> None:
-    """Two large components that nearly cancel: blurred edges would change each by a share of its size."""
-    n = 256
-    generator = torch.Generator().manual_seed(0)
-    u, v = torch.zeros(3, n), torch.randn(3, n, generator=generator)
-    u[0, :2], u[1, :2], u[2] = 50.0, -50.0, torch.randn(n, generator=generator)
-    v[0] *= 40.0
-    v[1] = v[0] + 0.1 * v[1]
-    rows = Intervals(torch.tensor([2, 2, n]), torch.tensor([0, 0, 0]), n)
-    cols = Intervals(torch.tensor([n, n, n]), torch.tensor([0, 0, 0]), n)
-    layer = GBLRLinear(StructuredMatrix.from_factors(u, v, rows, cols))
-    learner = StructureLearner({"layer": layer}, {"layer": LayerGoal(budget=0.5)}, Schedule(2, 20))
+@pytest.mark.parametrize("bounds", [{}, {"max_flops": 0.6}])
+def test_a_group_within_its_budget_descends_where_a_layer_exceeds_its_bound(bounds: dict[str, float]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 24))
+    layers = prepare_layers(
+        model, {"0": LayerSettings("trapezoid", budget=0.8), "2": LayerSettings("trapezoid", budget=0.2)}
+    )
+    goals = {name: LayerGoal(budget=0.5, group="all", **bounds) for name in layers}
+    learner = StructureLearner(layers, goals, Schedule(2, 20))
     learner.begin()
-    before = layer.to_dense().detach()
-    with torch.no_grad():
-        layer.widths[0, 0] = 3 / n
-    torch.testing.assert_close(layer.to_dense().detach(), before, rtol=0, atol=0)
-
-
-def test_a_gauge_that_is_fixed_by_hand_is_noticed() -> None:
-    layers = prepare_layers(nn.Sequential(nn.Linear(24, 32)), {"0": LayerSettings("trapezoid", budget=0.5)})
-    learner = StructureLearner(layers, {"0": LayerGoal(budget=0.5)}, Schedule(2, 20))
-    learner.begin()
-    assert layers["0"].use_low_rank_form() > 0
-    pinned = learner._shrinker.width_budget(torch.device("cpu"))
-    assert learner._shrinker.width_budget(torch.device("cpu")) is pinned
-    layers["0"].use_trapezoid_form()
-    assert learner._shrinker.width_budget(torch.device("cpu")) is not pinned
+    assert learner.frozen == (not bounds)
+    learner.freeze()
+    assert layers["0"].relative_flops <= bounds.get("max_flops", 0.8)
 
 
 @pytest.mark.parametrize("start", ["gblr", "svd"])

@@ -622,6 +622,21 @@ def test_layers_of_a_family_train_within_the_budget(make_module, make_trainer, t
     torch.testing.assert_close(module(x), before)
 
 
+def test_factors_of_a_family_move_at_their_pace(make_module, make_trainer):
+    moved = {}
+    for pace in (1.0, 4.0):
+        module = make_module()
+        start = copy.deepcopy(module)
+        prepare(start, ["net.[02]"], family="monarch", budget=0.5, **FAMILIES["monarch"])
+        make_trainer([of_family("monarch", pace=pace)], max_steps=1).fit(module)
+        before = dict(start.named_parameters())
+        moved[pace] = {name: value.detach() - before[name] for name, value in module.named_parameters()}
+    factors = {f"net.{place}.{name}" for place in "02" for name in module.net[int(place)].factors()}
+    assert factors
+    for name, step in moved[1.0].items():
+        torch.testing.assert_close(moved[4.0][name], step * (4 if name in factors else 1), rtol=1e-2, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_of_a_family_resume_to_the_bit(make_module, make_trainer, tmp_path, family):
     straight = make_module(by_step=True)

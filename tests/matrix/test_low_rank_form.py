@@ -54,7 +54,7 @@ def test_other_structures_are_left_alone(kind):
     layer = GBLRLinear(decompose(weight, 0.4, method=kind))
     before = layer.U.detach().clone()
     assert layer.use_low_rank_form() == 0
-    assert layer.fixed_components is None
+    assert not bool(layer.low_rank_components.any())
     assert torch.equal(layer.U, before)
 
 
@@ -93,12 +93,12 @@ def test_state_dict_keeps_the_form():
     layer, other = GBLRLinear(matrix), GBLRLinear(matrix)
     layer.use_low_rank_form()
     other.load_state_dict(layer.state_dict())
-    assert torch.equal(other.fixed_components, layer.fixed_components)
+    assert torch.equal(other.low_rank_components, layer.low_rank_components)
     assert torch.equal(other.to_dense(), layer.to_dense())
     other.load_state_dict({}, strict=False)  # a state of other layers
-    assert torch.equal(other.fixed_components, layer.fixed_components)
+    assert torch.equal(other.low_rank_components, layer.low_rank_components)
     other.load_state_dict(GBLRLinear(matrix).state_dict())
-    assert other.fixed_components is None
+    assert not bool(other.low_rank_components.any())
     torch.testing.assert_close(other.to_dense(), matrix.to_dense())
 
 
@@ -120,7 +120,7 @@ def test_trapezoid_form_keeps_the_matrix():
     layer = GBLRLinear(matrix)
     layer.use_low_rank_form()
     layer.use_trapezoid_form()
-    assert layer.fixed_components is None
+    assert not bool(layer.low_rank_components.any())
     assert layer.stored == matrix.stored
     torch.testing.assert_close(layer.to_dense(), matrix.to_dense(), rtol=1e-8, atol=1e-8)
 
@@ -144,21 +144,19 @@ def train(model, learner, steps=12):
     return x
 
 
-def test_within_the_budget_the_low_rank_part_stays_and_the_blocks_learn():
+def test_within_the_budget_the_structure_stays_and_the_factors_train():
     model, layers = two_layers(0.4)
-    assert all(layer.fixed_components is not None for layer in layers.values())
-    before = {name: layer.widths.detach().clone() for name, layer in layers.items()}
+    assert all(bool(layer.low_rank_components.any()) for layer in layers.values())
+    before = {name: (layer.widths.detach().clone(), layer.U.detach().clone()) for name, layer in layers.items()}
     learner = StructureLearner(
         layers, {name: LayerGoal(budget=0.4, group="all") for name in layers}, Schedule(0, 10, 100.0, 100.0)
     )
     x = train(model, learner)
     assert learner.frozen
     assert 0.39 < learner.relative_flops <= 0.4
-    moved = False
     for name, layer in layers.items():
-        assert torch.equal(layer.widths[:, layer.fixed_components], before[name][:, layer.fixed_components])
-        moved |= not torch.equal(layer.widths[:, ~layer.fixed_components], before[name][:, ~layer.fixed_components])
-    assert moved
+        assert torch.equal(layer.widths, before[name][0])
+        assert not torch.equal(layer.U, before[name][1])
     expected = model(x).detach()
     converted = convert(copy.deepcopy(model))
     torch.testing.assert_close(converted(x), expected, rtol=1e-6, atol=1e-6)
@@ -170,6 +168,6 @@ def test_a_smaller_budget_shrinks_the_low_rank_part_too():
         layers, {name: LayerGoal(budget=0.2, group="all") for name in layers}, Schedule(0, 10, 100.0, 100.0)
     )
     train(model, learner)
-    assert all(layer.fixed_components is None for layer in layers.values())
+    assert not any(bool(layer.low_rank_components.any()) for layer in layers.values())
     assert learner.frozen
     assert learner.relative_flops <= 0.2

@@ -42,6 +42,25 @@ def test_projected_then_fine_tuned_with_the_group_of_the_weight(kit: Any, name: 
     assert not any(key.startswith("fc2.") and not key.endswith("bias") for key in changed)  # its group's rate is 0
 
 
+@pytest.mark.parametrize("name", ["low_rank", "gblr_fixed"])
+def test_factors_move_at_their_pace(kit: Any, name: str) -> None:
+    moved = {}
+    for pace in (1, 4):
+        torch.manual_seed(0)
+        model = kit.MLP()
+        evaluator = TorchEvaluator(
+            kit.train, nni.trace(torch.optim.Adam)(model.parameters(), lr=1e-4), kit.training_step
+        )
+        entry = {"op_names": ["fc1"], "sparse_ratio": 0.5, "gblr": {"pace": pace}}
+        compressor = create_compressor(name, model, [entry], evaluator)
+        before = {key: value.detach().clone() for key, value in model.named_parameters()}
+        compressor.compress(1, None)
+        moved[pace] = {key: value.detach() - before[key] for key, value in model.named_parameters()}
+    factors = {f"fc1.{name}" for name in model.fc1.factors()}
+    for key, step in moved[1].items():
+        torch.testing.assert_close(moved[4][key], step * (4 if key in factors else 1), rtol=1e-2, atol=1e-6)
+
+
 def test_a_family_has_no_lambda_and_needs_an_optimizer_that_holds_the_layer(kit: Any) -> None:
     model = kit.MLP()
     with pytest.raises(ConfigError, match="layer 'fc1': low_rank has no lambda"):
