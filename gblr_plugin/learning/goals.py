@@ -125,7 +125,7 @@ class CostTargets:
         ]
 
     def starts_and_ends(self) -> tuple[list[float], list[float]]:
-        """Multiply-adds of each group at the start and the end of its descent; infinite ends for those that do not descend."""
+        """Multiply-adds of each group at the start and the end of its descent; an end is infinite without descent."""
         starts = self.by_group(self._begun())
         dense = self.by_group([float(size) for size in self._dense])
         sizes = list(zip(self._goals, self._dense, strict=True))

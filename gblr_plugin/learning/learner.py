@@ -133,12 +133,12 @@ class StructureLearner:
                 layer.freeze_structure(keep_gradients=self._replicated())
             else:
                 layer.use_trapezoid_form()  # in this form every component can shrink
+                layer.set_sigma(self._due_sigma())
         if self._given_pace is None and (all(within) or self._decomposer is not None):
             self._pace.pace = PACE
         if all(within):
             self.frozen, self.progress = True, 1.0
             self._report_unmet()
-        self._set_sigma()
 
     def attach(self, optimizer: Optimizer) -> None:
         """Run :meth:`after_step` after each real step of the optimizer that holds the structure parameters.
@@ -282,11 +282,13 @@ class StructureLearner:
         self.progress = min(1.0, max(0.0, progress))
         self._set_sigma()
 
+    def _due_sigma(self) -> float:
+        return (self.schedule or Schedule(0, 1, *self.sigmas)).sigma(self.progress)
+
     def _set_sigma(self) -> None:
-        schedule = self.schedule or Schedule(0, 1, *self.sigmas)
         for layer in self.layers.values():
             if not layer.structure_frozen:
-                layer.set_sigma(schedule.sigma(self.progress))
+                layer.set_sigma(self._due_sigma())
 
     @torch.no_grad()
     def freeze(self) -> None:

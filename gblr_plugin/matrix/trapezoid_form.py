@@ -104,7 +104,8 @@ def _lowering(left: Tensor, down: int) -> Tensor:
 def _norms(left: Tensor, lower: Tensor, right: Tensor) -> Tensor:
     """(offsets, r) norms of the components: of the columns of ``left L`` times those of the rows of ``L^-1 right``."""
     solved = torch.linalg.solve_triangular(lower, right.expand_as(lower), upper=False, unitriangular=True)
-    return torch.linalg.norm(left @ lower, dim=1) * torch.linalg.norm(solved, dim=2)
+    products: Tensor = torch.linalg.norm(left @ lower, dim=1) * torch.linalg.norm(solved, dim=2)
+    return products
 
 
 def _trapezoids(

@@ -8,10 +8,10 @@ from torch.optim import SGD, AdamW
 
 import gblr_plugin as gblr
 from gblr_plugin.errors import ConfigError
-from gblr_plugin.learning.pace import PACE
 from gblr_plugin.learning.goals import LayerGoal
 from gblr_plugin.learning.learner import StructureLearner
 from gblr_plugin.learning.optimizers import param_groups
+from gblr_plugin.learning.pace import PACE
 from gblr_plugin.learning.schedule import Schedule
 from gblr_plugin.surgery.conversion import prepare
 from gblr_plugin.surgery.layer_settings import LayerSettings

@@ -11,14 +11,13 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
 from gblr_plugin.errors import ConfigError, GBLRError
-from gblr_plugin.layers import GBLRLinear
 from gblr_plugin.layers.dense import structured_like, weight_matrix
 from gblr_plugin.layers.masks import gaudi_mask
 from gblr_plugin.learning.goals import LayerGoal
 from gblr_plugin.learning.learner import StructureLearner
 from gblr_plugin.learning.optimizers import param_groups
 from gblr_plugin.learning.schedule import Schedule
-from gblr_plugin.matrix.structure import Intervals, StructuredMatrix
+from gblr_plugin.matrix.structure import StructuredMatrix
 from gblr_plugin.surgery.conversion import convert, prepare_layers
 from gblr_plugin.surgery.counting import report
 from gblr_plugin.surgery.layer_settings import LayerSettings

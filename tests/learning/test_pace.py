@@ -14,7 +14,6 @@ def test_factors_move_further_under_optimizers_that_normalise(kind, further):
     layer = prepare(nn.Sequential(nn.Linear(12, 16)), settings=LayerSettings("svd"))["0"]
     optimizer = kind(layer.parameters(), lr=1e-2)
     pace = FactorPace([layer], 4.0)
-    pace.steps = 100  # behind the rise
     layer(torch.randn(5, 12)).square().sum().backward()
     before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
     pace.before_step(optimizer, active=True)
@@ -30,6 +29,7 @@ def test_it_rises_after_factors_were_replaced():
     layer = prepare(nn.Sequential(nn.Linear(12, 16)), settings=LayerSettings("svd"))["0"]
     optimizer = AdamW([layer.U], lr=1e-2)
     pace, moves = FactorPace([layer], 3.0), []
+    pace.restart()
     for _ in range(12):
         layer.U.grad = torch.ones_like(layer.U)
         before = layer.U.detach().clone()
