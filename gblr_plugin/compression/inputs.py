@@ -26,7 +26,7 @@ IGNORED = -100  # the label of a token that does not count, as in torch's losses
 
 _WHO = "compress"
 _IMAGES = 16  # of a batch
-_TOKENS = 2048  # of a batch of text, about what suits a step of refinement
+_TOKENS = 512  # of a batch of text: more steps of refinement with fewer tokens gain more than fewer with more
 _SAMPLES = {"decoder": 256, "masked": 512, "encoder": 512, "images": 256}
 _LENGTH = {"decoder": 256, "masked": 128, "encoder": 128, "images": 0}
 _MASKED = 0.15  # share of the tokens that a masked language model has to find, as in BERT's training

@@ -11,7 +11,7 @@ from ..utils.validation import check_count, check_number, check_share, check_til
 
 __all__ = ["REFINE", "CompressionSettings"]
 
-REFINE = 64
+REFINE = 256
 """Steps of refinement for each block, unless they are given."""
 
 
