@@ -82,7 +82,7 @@ def compress(
             ``None``: ``"uniform"``, and the family's own rule where it has one.
         align: Tile of rows and columns to which intervals of GBLR matrices snap.
         row_splits: Number of matrices packed along the rows (packed query, key, value: 3), of all layers or by name.
-        refine: Steps of refinement for each block; ``None``: 64; 0: none.
+        refine: Steps of refinement for each block; ``None``: 256; 0: none.
         recover: Steps of distillation; needs Lightning, and memory for a copy of the dense network.
         factor_dtype: ``"int8"``: factors are rounded to 8 bits; blocks after a rounded one make up for it.
         seed: Seed of everything that is drawn.

@@ -42,8 +42,8 @@ def test_texts_are_padded_cut_and_sorted(dense_folder, data):
     sizes = [tuple(batch["input_ids"].shape) for batch in batches]
     assert sum(size[0] for size in sizes) == 400
     assert max(size[1] for size in sizes) == 10
-    assert all(size[0] * size[1] <= 2048 for size in sizes)
-    assert all(size[0] * size[1] > 1024 for size in sizes[:-1])
+    assert all(size[0] * size[1] <= 512 for size in sizes)
+    assert all(size[0] * size[1] > 256 for size in sizes[:-1])
     lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches])
     assert lengths.min() < 10
     assert "labels" not in batches[0]
