@@ -40,6 +40,7 @@ ACROSS = {
     "learning/test_synchronisations": "how often learning waits for a GPU",
     "lightning/test_averages": "averages of weights",
     "lightning/test_distributed": "DDP and FSDP2",
+    "lightning/test_with_lightning_cli": "the callback in a config of LightningCLI",
     "lightning/test_with_nni": "the callback beside NNI's pruner",
     "nni/test_fusion": "a distiller, a pruner and a quantizer together",
     "nni/test_import": "what the import prints and leaves",

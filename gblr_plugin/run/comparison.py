@@ -27,9 +27,9 @@ from .compression import compress_once
 from .context import DENSE, RunContext, config_list_of, environment
 from .data import data_of
 from .dense import train_dense
-from .measure import evaluate
 from .output import draw
 from .pipeline import check
+from .recording import evaluate_both
 from .settings import Method
 from .starting import compress
 
@@ -182,8 +182,7 @@ class Comparison:
         start: float,
     ) -> None:
         data = data_of(context.task, seed, self.settings.finetune)
-        held_out = evaluate(network, data.test_dataloader(), result.metric)
-        train = evaluate(network, data.train_sample(), result.metric)
+        held_out, train = evaluate_both(network, data, context)
         result.rows.append(
             Row(
                 method,

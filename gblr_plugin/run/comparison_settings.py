@@ -9,7 +9,7 @@ from typing import Any
 from ..calibration.batches import CalibrationSettings
 from ..errors import ConfigError
 from ..utils.declared import check_declared
-from .settings import Budget, Method, RunSettings, Seed, Threads, Training
+from .settings import Budget, Count, Method, RunSettings, Seed, Threads, Training
 
 __all__ = ["ComparisonSettings"]
 
@@ -31,6 +31,8 @@ class ComparisonSettings:
         dense: Training of the dense network.
         finetune: Training after (gblr: during) compression; the dense network gets it once more too.
         methods: Methods to compare.
+        trainer: As for ``gblr run``.
+        evaluate_on: The same.
         threads: CPU threads; default torch's.
     """
 
@@ -44,6 +46,8 @@ class ComparisonSettings:
     dense: Training = field(default_factory=Training)
     finetune: Training = field(default_factory=Training)
     methods: list[Method] = field(default_factory=lambda: [Method("gblr"), Method("low_rank")])
+    trainer: dict[str, Any] = field(default_factory=dict)
+    evaluate_on: Count | None = None
     threads: Threads | None = None
 
     def __post_init__(self) -> None:
@@ -76,5 +80,7 @@ class ComparisonSettings:
             dense=self.dense,
             finetune=self.finetune,
             methods=self.methods,
+            trainer=self.trainer,
+            evaluate_on=self.evaluate_on,
             threads=self.threads,
         )

@@ -18,6 +18,7 @@ from .context import RunContext, config_list_of
 from .data import data_of
 from .dense import make_module, make_trainer
 from .settings import Method
+from .trainer import accumulated
 
 __all__ = ["Compressed", "compress_once", "make_compressor"]
 
@@ -55,7 +56,7 @@ def make_compressor(
     evaluator = LightningEvaluator(make_trainer(context, training, watching, seed, label or method.name), data)
     options = dict(method.options)
     if method.name in ("gblr", "movement"):
-        steps = training.steps(batches)
+        steps = training.steps(batches, accumulated(settings.trainer))
         options.setdefault("warmup_step", round(method.warmup * steps))
         options.setdefault("cooldown_begin_step", max(round((1 - method.cooldown) * steps), 1))
     calibration = method.calibration or settings.calibration

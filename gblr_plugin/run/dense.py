@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from ..utils.console import Console
 from .context import DENSE, RunContext
 from .data import data_of
 from .settings import Training
+from .trainer import accumulated, trainer_options
 
 __all__ = ["dense_network", "fit_dense", "make_module", "make_trainer", "train_dense"]
 
@@ -34,7 +36,8 @@ class _Progress(pl.Callback):
         self._start = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
-        total = int(trainer.num_training_batches) * int(trainer.max_epochs or 1)
+        total = math.ceil(int(trainer.num_training_batches) / trainer.accumulate_grad_batches)
+        total *= int(trainer.max_epochs or 1)
         done = max(trainer.global_step, 1)
         left = (time.monotonic() - self._start) / done * max(total - done, 0)
         extra = "".join(
@@ -53,7 +56,6 @@ def make_trainer(
     logger = TensorBoardLogger(str(context.events), name=f"seed{seed}-{name}", version="")
     return nni.trace(pl.Trainer)(
         max_epochs=training.epochs,
-        accelerator="auto",
         logger=logger,
         callbacks=[*callbacks, _Progress(context.console, f"seed {seed}  {name}")],
         limit_train_batches=training.limit_train_batches,
@@ -62,13 +64,15 @@ def make_trainer(
         enable_model_summary=False,
         num_sanity_val_steps=0,
         limit_val_batches=0,
-        log_every_n_steps=10,
+        **trainer_options(context.settings.trainer),
     )
 
 
 def make_module(context: RunContext, network: nn.Module, training: Training, batches: int) -> ClassifierModule:
     """The task's Lightning module for a phase of so many batches an epoch; NNI can make its optimizers anew."""
-    module: ClassifierModule = context.task.module(network, training, training.steps(batches))
+    module: ClassifierModule = context.task.module(
+        network, training, training.steps(batches, accumulated(context.settings.trainer))
+    )
     module.optimizer_class = nni.trace(torch.optim.AdamW)
     module.scheduler_class = nni.trace(torch.optim.lr_scheduler.LambdaLR)
     return module

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,14 +20,28 @@ __all__ = ["METRICS", "evaluate", "interleaved_latency"]
 METRICS = ("accuracy", "perplexity")
 
 
+@contextmanager
+def _placed(network: nn.Module, device: torch.device | None) -> Iterator[torch.device]:
+    """A network on a device, and afterwards on its own again; ``None``: it stays there."""
+    parameter = next(network.parameters(), None)
+    before = torch.device("cpu") if parameter is None else parameter.device
+    device = before if device is None else device
+    try:
+        network.to(device)
+        yield device
+    finally:
+        network.to(before)
+
+
 @torch.no_grad()
-def evaluate(network: nn.Module, batches: Any, metric: str) -> dict[str, float]:
+def evaluate(network: nn.Module, batches: Any, metric: str, device: torch.device | None = None) -> dict[str, float]:
     """Loss and metric of a network over (input, target) batches.
 
     Args:
         network: Maps inputs to logits whose last dimension is the class.
         batches: An iterable of batches; targets of -100 do not count.
         metric: ``"accuracy"`` (percent) or ``"perplexity"``.
+        device: Where to evaluate; default where the network is.
 
     Returns:
         ``loss`` (mean cross-entropy, nats per target) and the metric.
@@ -35,9 +50,10 @@ def evaluate(network: nn.Module, batches: Any, metric: str) -> dict[str, float]:
         ConfigError: If there is no batch.
     """
     loss, correct, count = 0.0, 0, 0
-    with evaluating(network):
+    with evaluating(network), _placed(network, device) as there:
         for x, target in batches:
-            logits: Tensor = network(x)
+            target = target.to(there)
+            logits: Tensor = network(x.to(there))
             loss += float(F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="sum"))
             correct += int((logits.argmax(-1) == target).sum())
             count += int((target != -100).sum())  # what cross_entropy ignores

@@ -29,6 +29,7 @@ from .recording import Records
 from .settings import Method, RunSettings
 from .starting import Fold, compress, starting_from
 from .summary import MethodResult, RunReport
+from .trainer import check_trainer
 from .unfinished import Unfinished
 
 __all__ = ["Job", "check", "prepare_run"]
@@ -41,6 +42,7 @@ def check(context: RunContext) -> None:
         ConfigError: If the data, the weights to load, the network or a compressor's config cannot be used.
     """
     settings, task = context.settings, context.task
+    check_trainer(settings.trainer)
     seed = settings.seeds[0]
     network = dense_network(context)
     data = data_of(task, seed, settings.dense)

@@ -15,8 +15,20 @@ from ..surgery.report import Report
 from ..tasks.base import PairsDataModule
 from .context import RunContext
 from .measure import evaluate, interleaved_latency
+from .trainer import device_of
 
-__all__ = ["Records"]
+__all__ = ["Records", "evaluate_both"]
+
+
+def evaluate_both(
+    network: nn.Module, data: PairsDataModule, context: RunContext
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Figures of a network on held-out data and on training data, on the device of the trainings."""
+    device, most = device_of(context.settings.trainer), context.settings.evaluate_on
+    held_out, train = (
+        evaluate(network, data.sample(unseen, most), context.task.metric, device) for unseen in (True, False)
+    )
+    return held_out, train
 
 
 class Records:
@@ -42,7 +54,7 @@ class Records:
     def evaluate(
         self, network: nn.Module, data: PairsDataModule, start: float, seed: int
     ) -> tuple[dict[str, Any], nn.Module]:
-        """Figures of a network, and the network that its file gives back.
+        """Save a network; the network that its file gives back, which is what users get, and its figures.
 
         Args:
             network: Dense, or converted.
@@ -52,20 +64,17 @@ class Records:
         """
         task = self._context.task
         metric = task.metric
-        figures = evaluate(network, data.test_dataloader(), metric)
-        train = evaluate(network, data.train_dataloader(), metric)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.safetensors"
             save(network, path)
             reloaded = load_into(path, task.network)
             size = path.stat().st_size
-        again = evaluate(reloaded, data.test_dataloader(), metric)
+        figures, train = evaluate_both(reloaded, data, self._context)
         counted = report(network, task.example_input())
         result = {
             "seed": seed,
             **figures,
             f"train_{metric}": train[metric],
-            f"reloaded_{metric}": again[metric],
             "relative_flops": counted.relative_flops,
             "model_relative_flops": counted.model_relative_flops,
             "multiply_adds": counted.multiply_adds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -52,9 +53,14 @@ class Training:
     def __post_init__(self) -> None:
         check_declared(self)
 
-    def steps(self, batches: int) -> int:
-        """Number of optimizer steps in all epochs, given the number of batches per epoch."""
-        return self.epochs * max(int(batches * self.limit_train_batches), 1)
+    def steps(self, batches: int, accumulated: int = 1) -> int:
+        """Number of optimizer steps in all epochs.
+
+        Args:
+            batches: Per epoch.
+            accumulated: Batches whose gradients make one step; the last step of an epoch may have fewer.
+        """
+        return self.epochs * math.ceil(max(int(batches * self.limit_train_batches), 1) / accumulated)
 
     def shortened(self, share: float) -> Training:
         """The same, in ``share`` of the steps."""
@@ -134,6 +140,10 @@ class RunSettings:
         finetune: How a network is trained after (gblr: during) compression.
         methods: Methods to compare; the network of the first one is saved.
         latency_batch: Batch sizes at which latency is measured.
+        trainer: Arguments of Lightning's Trainer in all trainings, such as ``precision``, ``gradient_clip_val`` and
+            ``accumulate_grad_batches``; what a run sets itself is refused.
+        evaluate_on: Most held-out examples, and most training examples, on which networks are evaluated; default all
+            held-out ones, and as many training ones.
         threads: CPU threads; default torch's.
     """
 
@@ -150,6 +160,8 @@ class RunSettings:
     finetune: Training = field(default_factory=Training)
     methods: list[Method] = field(default_factory=lambda: [Method("gblr"), Method("low_rank")])
     latency_batch: list[Count] = field(default_factory=lambda: [1, 64])
+    trainer: dict[str, Any] = field(default_factory=dict)
+    evaluate_on: Count | None = None
     threads: Threads | None = None
 
     def __post_init__(self) -> None:

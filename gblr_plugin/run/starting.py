@@ -18,6 +18,7 @@ from .data import data_of
 from .dense import train_dense
 from .measure import evaluate
 from .settings import Method
+from .trainer import device_of
 
 __all__ = ["Fold", "best_start", "compress", "starting_from"]
 
@@ -86,12 +87,14 @@ def best_start(context: RunContext, method: Method, network: nn.Module, seed: in
 
     for ground, begun in _trial_grounds(context, method, network, seed):
         data = data_of(ground.task, seed, training)
-        sample = data.test_dataloader() if method.folds else data.train_sample()
+        sample = data.sample(method.folds > 0, context.settings.evaluate_on)
         for start in method.starts:
             set_random_state(kept)
             short = replace(starting_from(context, method, start), training=training)
             tried = compress_once(ground, short, copy.deepcopy(begun), seed, label=f"{method.name}-from-{start}")
-            figures[start] += evaluate(tried[0], sample, task.metric)[judged] / max(method.folds, 1)
+            figures[start] += evaluate(tried[0], sample, task.metric, device_of(context.settings.trainer))[
+                judged
+            ] / max(method.folds, 1)
             if method.trial == 1 and not method.folds and (found is None or badness(start) < badness(best)):
                 best, found = start, tried
     best = min(method.starts, key=badness)

@@ -18,7 +18,7 @@ class MethodResult:
 
     Args:
         name: ``"dense"`` or a compressor's name.
-        seeds: Figures per seed: the metric on held-out and training data, the same after reloading the saved file,
+        seeds: Figures per seed: the metric on held-out and training data, of the network that its file gives back;
             relative FLOPs, parameters, bytes on disk, seconds.
         latency: Median milliseconds of a forward pass by batch size, measured turn by turn with the other methods.
         layers: What the layers of the first seed's network cost.

@@ -99,8 +99,7 @@ class Trial:
         """Report a network that is still being trained; the report does not change the training."""
         task = self._job.context.task
         with torch.random.fork_rng(devices=[]):  # loaders draw from it
-            there = ((x.to(device), target.to(device)) for x, target in batches)
-            quality = evaluate(network, there, task.metric)[task.metric]
+            quality = evaluate(network, batches, task.metric, device)[task.metric]
             counted = report(network, task.example_input().to(device))
         result = self.result(quality, counted.relative_flops)
         if math.isfinite(result["default"]):

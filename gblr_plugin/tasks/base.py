@@ -251,10 +251,19 @@ class PairsDataModule(pl.LightningDataModule):
             self.train_set, self.batch_size, shuffle=True, drop_last=True, generator=generator, persistent_workers=keep
         )
 
-    def train_sample(self) -> DataLoader[Any]:
-        """As many training examples as there are held-out ones, in a fixed order."""
-        sizes: list[Any] = [self.train_set, self.held_out]
-        return self._loader(Subset(self.train_set, range(min(map(len, sizes)))), self.batch_size)
+    def sample(self, held_out: bool, most: int | None = None) -> DataLoader[Any]:
+        """Examples to evaluate on, evenly spread over a set, in a fixed order.
+
+        Args:
+            held_out: Whether of the held-out set, or of the training set, as it is trained on.
+            most: Largest number of examples; of either set no more are taken than there are held-out ones.
+        """
+        examples: Any = self.held_out if held_out else self.train_set
+        unseen: Any = self.held_out
+        there = len(examples)
+        count = min(there, len(unseen), most or there)
+        chosen = Subset(examples, [place * there // count for place in range(count)])
+        return self._loader(chosen, self.evaluation * self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Held-out batches in order."""

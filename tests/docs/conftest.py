@@ -103,6 +103,32 @@ def _lightning() -> dict[str, Any]:
     return {"module": Module("network"), "data": data, "Module": Module}
 
 
+def _lightning_page() -> dict[str, Any]:
+    """With the classes that LightningCLI makes, and the page's config beside them."""
+    import pytorch_lightning as pl
+
+    names = _lightning()
+
+    class MyModule(pl.LightningModule):
+        def __init__(self, lr: float = 1e-3) -> None:
+            super().__init__()
+            self.network, self.lr = MyNetwork(), lr
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.network(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+    class MyData(pl.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return names["data"].train_dataloader()
+
+    page = (Path(__file__).parents[2] / "docs" / "lightning.md").read_text(encoding="utf-8")
+    Path("config.yaml").write_text(page.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    return {**names, "MyModule": MyModule, "MyData": MyData}
+
+
 def _nni() -> dict[str, Any]:
     names = _lightning()
     return {
@@ -198,7 +224,7 @@ GIVEN = {
     "README": _readme,
     "calibration": _calibration,
     "nni": _nni,
-    "lightning": _lightning,
+    "lightning": _lightning_page,
     "models": _models,
     "data": _data,
 }

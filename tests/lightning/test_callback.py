@@ -102,6 +102,22 @@ def test_one_proximal_step_per_optimizer_step(
     assert callback.learner.step_count == expected // len(trainer.optimizers)
 
 
+@pytest.mark.parametrize("initialiser", ["dense", "gblr", "svd"])
+def test_mixed_precision_accumulation_and_clipping_end_within_the_budget(make_module, make_trainer, initialiser):
+    """24 epochs of 6 batches, 4 of which make a step: 2 steps an epoch."""
+    callback = driver(initialiser=initialiser, layers=["net.0", "net.2"], warmup=0.05, cooldown=0.6)
+    options = {"precision": "bf16-mixed", "accumulate_grad_batches": 4, "gradient_clip_val": 0.5}
+    module = make_module()
+    make_trainer([callback], max_steps=-1, max_epochs=24, **options).fit(module)
+    learner = callback.learner
+    assert learner.step_count == 48
+    assert learner.frozen
+    assert 0.3 < learner.relative_flops <= 0.4
+    for layer in layers_of(module).values():
+        assert {parameter.dtype for parameter in layer.parameters()} == {torch.float32}
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
+
+
 def test_steps_that_a_grad_scaler_skips_do_not_count(make_module, make_trainer, steps):
     class Overflowing(make_module):
         def training_step(self, batch, batch_idx):

@@ -48,8 +48,6 @@ def test_a_run_leaves_everything_and_can_be_repeated_from_its_dense_network(proj
     assert 0.47 < learned["relative_flops"] <= 0.5  # of 16 channels a component costs some hundredths
     assert dense["relative_flops"] == 1.0
     assert learned["parameters"] < dense["parameters"]
-    for figures in (dense, learned):
-        assert figures["reloaded_accuracy"] == figures["accuracy"]
 
     # The saved file is the network that was reported.
     task = get_task("digits_vit")(dim=16, depth=1, heads=2, held_out=0.5)
@@ -118,4 +116,3 @@ def test_a_family_that_keeps_modules_of_its_own_comes_back_from_its_file(project
     assert main(["run", "config.yaml", *OWN, *options, "--set", "budget=0.9", "--output", "out"]) == 0
     figures = json.loads((project / "out/report.json").read_text())["methods"][1]["seeds"][0]
     assert figures["relative_flops"] <= 0.9
-    assert figures["reloaded_accuracy"] == figures["accuracy"]

@@ -93,8 +93,6 @@ def test_a_recipe_runs_from_end_to_end(name, here, tmp_path, monkeypatch):
     assert gblr.mean("relative_flops") <= budget + 1e-9
     assert gblr.mean("relative_flops") > 0.6 * budget
     assert dense.mean("relative_flops") == 1.0
-    metric = found.metric
-    assert gblr.seeds[0][f"reloaded_{metric}"] == pytest.approx(gblr.seeds[0][metric], rel=1e-5)
     compressed = {layer.name for layer in gblr.layers.layers if layer.structure != "dense"}
     too_small = {layer.name for layer in gblr.layers.layers if "too small" in layer.left_dense}
     assert compressed | too_small == planned(settings)
