@@ -126,9 +126,11 @@ def test_folds_judge_starts_on_data_that_neither_network_has_seen(monkeypatch, c
         trained.append((kind, network.home[1], training))
         return network
 
-    def loss(network, loader, metric):
+    def loss(network, loader, metric, device):
         kind, part = network.home
-        judged.append((kind, part, network.begun, tuple(loader.dataset.indices)))
+        examples = loader.dataset  # all of the part, in order
+        unseen = tuple(examples.dataset.indices[place] for place in examples.indices)
+        judged.append((kind, part, network.begun, unseen))
         return {"loss": {"gblr": 1.0, "block_sparse": 2.0}[kind], metric: {"gblr": 50.0, "block_sparse": 60.0}[kind]}
 
     context = replace(prepare_run(settings).context, events=tmp_path)
@@ -163,7 +165,7 @@ def test_folds_judge_starts_on_data_that_neither_network_has_seen(monkeypatch, c
     ("options", "message"),
     [
         ({"folds": 1}, "folds must be 0 or at least 2, got 1"),
-        ({"folds": -2}, "folds must be 0 or at least 2, got -2"),
+        ({"folds": -2}, "folds must be a whole number of at least 0, got -2"),
         ({"folds": 2, "starts": []}, "folds judge starts: give the starts to choose from"),
     ],
 )
