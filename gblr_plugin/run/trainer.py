@@ -43,7 +43,7 @@ _REFUSED = {
     "use_distributed_sampler": "a run is one process",
     "num_nodes": "a run is one process; train on several with GBLRCallback in a script of your own",
 }
-_ONE = "a run is one process on one device; train on several with GBLRCallback in a script of your own"
+_ALONE = "a run is one process on one device; train on several with GBLRCallback in a script of your own"
 
 
 def trainer_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,10 +61,10 @@ def trainer_options(given: Mapping[str, Any]) -> dict[str, Any]:
     devices = given.get("devices", 1)
     if devices != 1 and not (isinstance(devices, list) and len(devices) == 1):
         raise ConfigError(
-            f"trainer: devices must be 1, or a list with the number of one device, got {devices!r}: {_ONE}"
+            f"trainer: devices must be 1, or a list with the number of one device, got {devices!r}: {_ALONE}"
         )
     if "strategy" in given and given["strategy"] not in ("auto", "single_device"):
-        raise ConfigError(f"trainer: strategy must be auto, got {given['strategy']!r}: {_ONE}")
+        raise ConfigError(f"trainer: strategy must be auto, got {given['strategy']!r}: {_ALONE}")
     check_count("trainer: accumulate_grad_batches", given.get("accumulate_grad_batches", 1))
     return {"accelerator": "auto", "devices": 1, "log_every_n_steps": 10, **given}
 
