@@ -5,7 +5,7 @@ import torch
 
 from gblr_plugin import ConfigError
 from gblr_plugin.tasks import get_task
-from gblr_plugin.tasks.base import IGNORED, ClassifierModule
+from gblr_plugin.tasks.base import IGNORED, ClassifierModule, PairsDataModule
 from gblr_plugin.tasks.digits import DigitsTask
 from gblr_plugin.tasks.text import TextTask
 
@@ -149,3 +149,18 @@ def test_unknown_tasks(name, message):
 
 def test_task_by_import_path():
     assert get_task("gblr_plugin.tasks.digits:DigitsTask") is DigitsTask
+
+
+@pytest.mark.parametrize(
+    ("held_out", "most", "expected"),
+    [
+        (True, None, [0, 1, 2, 3]),
+        (True, 2, [0, 2]),
+        (True, 9, [0, 1, 2, 3]),
+        (False, None, [0, 2, 5, 7]),  # as many as there are held-out ones
+        (False, 2, [0, 5]),
+    ],
+)
+def test_samples_are_spread_evenly_and_in_order(held_out, most, expected):
+    data = PairsDataModule(list(range(10)), list(range(4)), batch_size=2, seed=0)
+    assert [number for batch in data.sample(held_out, most) for number in batch.tolist()] == expected
