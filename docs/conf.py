@@ -36,7 +36,7 @@ nitpick_ignore_regex = [
     # Internal, though docstrings name them.
     (
         r"py:.*",
-        r"(gblr_plugin\.)?(kernels\.layout\.Layout|calibration\.batches|matrix\.metric\.Metric|calibration\.sequential\.M|calibration\.calls\.Call|learning\.goals\.CostTargets|overlap_map|families\.base\.Self)",
+        r"(gblr_plugin\.)?(kernels\.layout\.Layout|layers\.protocol\.StructuredLayer|calibration\.batches|matrix\.metric\.Metric|calibration\.sequential\.M|calibration\.calls\.Call|learning\.goals\.CostTargets|overlap_map|families\.base\.Self)",
     ),
     # Annotations that Sphinx cuts at their commas.
     (r"py:class", r"(list|dict)\[.*"),
