@@ -47,7 +47,7 @@ _EXPORTS = {
     "report": "surgery.counting",
     "save": "serialization",
 }
-_BRIDGES = ("lightning", "nni", "plot", "tensorboard")
+_BRIDGES = ("huggingface", "lightning", "nni", "plot", "tensorboard")
 
 __all__ = ["__version__", *_EXPORTS, *_BRIDGES]
 

@@ -24,6 +24,7 @@ from ..layers.separation import separated
 from ..matrix.metric import Metric
 from ..surgery.conversion import convert, split_by_family
 from ..surgery.layer_settings import FamilySettings, LayerSettings, structured_from
+from ..surgery.row_splits import RowSplits, row_splits_of
 from ..surgery.selection import SMALL, Skipped, log_skipped, select_layers
 from ..tensor.gblr_tensor import GBLRTensor
 from ..utils.running import run_example
@@ -52,7 +53,7 @@ def compress(
     exclude: Sequence[str] = (),
     allocation: str | None = None,
     align: int = 1,
-    row_splits: int | Mapping[str, int] = 1,
+    row_splits: RowSplits = 1,
     refine: int | None = None,
     recover: int = 0,
     factor_dtype: str | None = None,
@@ -81,7 +82,8 @@ def compress(
         allocation: Rule by which the budget is split, see :func:`~gblr_plugin.calibration.allocation.allocate`.
             ``None``: ``"uniform"``, and the family's own rule where it has one.
         align: Tile of rows and columns to which intervals of GBLR matrices snap.
-        row_splits: Number of matrices packed along the rows (packed query, key, value: 3), of all layers or by name.
+        row_splits: Number of matrices packed along the rows (packed query, key, value: 3), of all layers or by pattern,
+            their numbers of rows, or ``"auto"``; see :func:`~gblr_plugin.surgery.row_splits.row_splits_of`.
         refine: Steps of refinement for each block; ``None``: 256; 0: none.
         recover: Steps of distillation; needs Lightning, and memory for a copy of the dense network.
         factor_dtype: ``"int8"``: factors are rounded to 8 bits; blocks after a rounded one make up for it.
@@ -149,7 +151,8 @@ class _Compression:
 
     def _selected(self) -> tuple[dict[str, nn.Module], list[Skipped]]:
         selection = select_layers(self.model, self.settings.layers, self.settings.exclude)
-        small = [n for n, module in selection.layers.items() if not can_gain(module, self.settings.splits_of(n))]
+        self.splits = row_splits_of(self.model, selection.layers, self.settings.row_splits)
+        small = [name for name, module in selection.layers.items() if not can_gain(module, self.splits[name])]
         if len(small) == len(selection.layers):
             raise ConfigError(f"compress: layer {small[0]!r}: {SMALL}, and so are all others")
         total = sum(weight_matrix(module).numel() for module in selection.layers.values())
@@ -188,7 +191,7 @@ class _Compression:
     def _settings_of_layers(self) -> dict[str, LayerSettings | FamilySettings]:
         """What each layer is to become, with its share of the budget."""
         asked = self.settings
-        splits = {name: asked.splits_of(name) for name in self.layers}
+        splits = {name: self.splits[name] for name in self.layers}
         if asked.allocation is None:
             family = split_by_family(self.layers, FamilySettings(asked.family, asked.budget), splits)
             shares = {name: setting.budget for name, setting in family.items()}

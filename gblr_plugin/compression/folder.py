@@ -25,7 +25,7 @@ from ..huggingface.folders import empty_network, save_pretrained
 from ..huggingface.pretrained import find_folder, load_dense, stored_dtype
 from ..loading import load
 from ..serialization.container import shard_paths
-from ..surgery.patterns import check_used, value_of
+from ..surgery.row_splits import row_splits_of
 from ..surgery.selection import select_layers
 from ..utils.files import write_text
 from ..utils.unfinished import begin_work, end_work
@@ -124,11 +124,9 @@ class FolderJob:
         get(settings.family)
         if settings.allocation is not None:
             check_rule(settings.allocation, self.calibration)
-        chosen, splits = select_layers(network, settings.layers, settings.exclude).layers, settings.row_splits
-        if isinstance(splits, Mapping):
-            check_used(f"{_WHO}: row_splits", splits, chosen, "chosen layer")
-            splits = {name: value_of(splits, name, module, 1) for name, module in chosen.items()}
-        return replace(settings, row_splits=splits)
+        chosen = select_layers(network, settings.layers, settings.exclude).layers
+        splits = row_splits_of(network, chosen, settings.row_splits)
+        return replace(settings, row_splits=settings.row_splits if isinstance(settings.row_splits, int) else splits)
 
     def _data(self, source: Path, network: nn.Module) -> tuple[list[Batch], list[Batch] | None]:
         """The batches of both data."""

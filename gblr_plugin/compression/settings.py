@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
+from ..surgery.row_splits import RowSplits, check_row_splits_given
 from ..utils.validation import check_count, check_number, check_share, check_tile
 
 __all__ = ["REFINE", "CompressionSettings"]
@@ -27,7 +28,7 @@ class CompressionSettings:
         allocation: Rule by which the budget is split over the layers; ``None``: the default.
         align: Tile of rows and columns to which intervals of GBLR matrices snap.
         row_splits: Number of matrices packed along the rows of a weight (packed query, key, value: 3); of all layers,
-            or by full layer name.
+            or by full layer name; see :func:`~gblr_plugin.surgery.row_splits.row_splits_of`.
         refine: Steps of Adam for each block; 0: none.
         refine_lr: Its first learning rate.
         recover: Steps of distillation of the network from the dense one; 0: none.
@@ -46,7 +47,7 @@ class CompressionSettings:
     exclude: tuple[str, ...] = ()
     allocation: str | None = None
     align: int = 1
-    row_splits: int | Mapping[str, int] = 1
+    row_splits: RowSplits = 1
     refine: int = REFINE
     refine_lr: float = 1e-3
     recover: int = 0
@@ -68,13 +69,7 @@ class CompressionSettings:
             raise ConfigError(f"compress: factor_dtype must be 'int8' or None, got {self.factor_dtype!r}")
         if self.align != 1 and self.family != "gblr":
             raise ConfigError(f"compress: align is for intervals of gblr; leave it out for {self.family!r}")
-        splits = self.row_splits.values() if isinstance(self.row_splits, Mapping) else [self.row_splits]
-        for count in splits:
-            check_count("compress: row_splits", count)
-
-    def splits_of(self, layer: str) -> int:
-        """Number of matrices packed along the rows of a layer's weight."""
-        return self.row_splits.get(layer, 1) if isinstance(self.row_splits, Mapping) else self.row_splits
+        check_row_splits_given("compress: row_splits", self.row_splits)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""

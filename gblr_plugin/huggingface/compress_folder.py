@@ -35,7 +35,7 @@ from ..serialization.weights import flatten_weight, plan_record
 from ..surgery.conversion import frozen_layer, frozen_like
 from ..surgery.layer_settings import FamilySettings, structured_from
 from ..surgery.matrices import weight_matrices
-from ..surgery.patterns import check_used, value_of
+from ..surgery.row_splits import RowSplits, check_row_splits_given, row_splits_of
 from ..surgery.selection import Skipped, log_skipped, select_layers
 from ..tensor.gblr_tensor import FACTOR_DTYPES, GBLRTensor
 from ..utils.files import write_text
@@ -63,7 +63,8 @@ class CompressSettings:
         exclude: Patterns of layers that stay dense all the same.
         method: As :func:`gblr_plugin.decompose` takes it.
         align: Tile of rows and columns to which intervals snap.
-        row_splits: Matrices packed in the rows (packed query, key, value: 3), for all layers or by pattern.
+        row_splits: Matrices packed in the rows (packed query, key, value: 3), for all layers or by pattern, see
+            :func:`~gblr_plugin.surgery.row_splits.row_splits_of`.
         seed: Seed of random draws.
         factor_dtype: ``None`` keeps that of the weight; ``"int8"`` rounds factors.
         family: Name of a structure family, see :func:`~gblr_plugin.families.names`, onto which each layer is projected
@@ -79,7 +80,7 @@ class CompressSettings:
     exclude: tuple[str, ...] = ()
     method: str = "gblr"
     align: int = 1
-    row_splits: int | Mapping[str, int] = 1
+    row_splits: RowSplits = 1
     seed: int = 0
     factor_dtype: str | None = None
     family: str | None = None
@@ -88,8 +89,7 @@ class CompressSettings:
         check_share(f"{_WHO}: budget", self.budget, "relative FLOPs")
         check_choice(f"{_WHO}: method", self.method, METHODS)
         check_count(f"{_WHO}: align", self.align)
-        for count in self.row_splits.values() if isinstance(self.row_splits, Mapping) else (self.row_splits,):
-            check_count(f"{_WHO}: row_splits", count)
+        check_row_splits_given(f"{_WHO}: row_splits", self.row_splits)
         if self.factor_dtype not in FACTOR_DTYPES:
             raise ConfigError(f"{_WHO}: factor_dtype must be None or 'int8', got {self.factor_dtype!r}")
         if self.family is not None:
@@ -270,13 +270,11 @@ def _select(
         if is_packed(network.get_submodule(name.rpartition(".")[0]))
     }
     chosen = {name: module for name, module in selection.layers.items() if name not in packed}
-    splits_of = settings.row_splits
-    if isinstance(splits_of, Mapping):
-        check_used(f"{_WHO}: row_splits", splits_of, chosen, "chosen layer")
+    splits_of = row_splits_of(network, chosen, settings.row_splits)
     places = {name: (path, key) for path, inside in names.items() for key, name in inside.items()}
     layers = []
     for number, (name, module) in enumerate(chosen.items()):
-        (rows, cols), splits = weight_matrix(module).shape, value_of(splits_of, name, module, 1)
+        (rows, cols), splits = weight_matrix(module).shape, splits_of[name]
         if rows % splits:
             raise ConfigError(f"layer {name!r}: row_splits {splits} does not divide its {rows} rows")
         if settings.family is not None:

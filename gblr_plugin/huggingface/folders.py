@@ -46,15 +46,13 @@ from ..utils.optional_imports import quiet_import
 with quiet_import("gblr_plugin.huggingface.folders", "transformers 5.14", "transformers>=5.14,<6"):
     import transformers
     from transformers.modeling_utils import PreTrainedModel
-    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.auto import register_quantizer
     from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from ._compat import mark_initialised, quantized_by, wrap_save_pretrained
+    from .config import METHOD, GBLRHfConfig, compress_loaded
 
 __all__ = ["class_of", "empty_network", "from_pretrained", "quiet_bar", "save_pretrained"]
-
-METHOD = "gblr"
 
 
 def save_pretrained(model: Any, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000) -> None:
@@ -214,14 +212,6 @@ def quiet_bar() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-@register_quantization_config(METHOD)
-class GBLRHfConfig(QuantizationConfigMixin):
-    """``{"quant_method": "gblr"}`` of a ``config.json``; the structure itself is in the safetensors files."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        self.quant_method = METHOD
-
-
 class _Carrier(nn.Module):
     """Stands where a structured layer will be, while transformers loads the tensors of its weight one by one."""
 
@@ -254,15 +244,17 @@ class GBLRHfQuantizer(HfQuantizer):
         self.flat: tuple[dict[str, Tensor], dict[str, str]] | None = None  # the state to write, where it is at hand
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """A dense model is converted first, not while it is loaded.
+        """A dense model is compressed once it is loaded.
 
         Raises:
-            ConfigError: If the folder is of a dense model.
+            ConfigError: If the folder is of a dense model, and the config has no budget.
         """
-        if not self.pre_quantized:
-            raise ConfigError("gblr: load the dense model, then convert it (or use `gblr compress` on its folder)")
+        if not self.pre_quantized and self.quantization_config.budget is None:
+            raise ConfigError("gblr: the folder holds a dense model; give its quantization config a budget")
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            return
         containers = [Container(path) for path in checkpoint_files or []]
         self._header = read_headers(containers)
         entries = {name: entry for container in containers for name, entry in container.entries.items()}
@@ -297,6 +289,9 @@ class GBLRHfQuantizer(HfQuantizer):
         replace_modules(model, replacements)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self.pre_quantized:
+            compress_loaded(model, self.quantization_config)
+            return model
         replacements: dict[int, nn.Module] = {}
         for module in model.modules():
             if isinstance(module, _Carrier):
@@ -393,7 +388,8 @@ def _quantizer_of(model: Any) -> GBLRHfQuantizer:
             f"save_pretrained: the model has structured weights and is quantized by "
             f"{before.quantization_config.quant_method!s}; a folder names one method"
         )
-    quantizer = GBLRHfQuantizer(GBLRHfConfig())
+    said = getattr(before, "quantization_config", None)
+    quantizer = GBLRHfQuantizer(said if isinstance(said, GBLRHfConfig) else GBLRHfConfig())
     quantizer.flat = _flat(model)
     return quantizer
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..families.layers import FamilyLayer
 from ..layers import GBLRLayer, StructuredLayer
+from ..layers.checkpoint import match_checkpoint
 from ..layers.separation import separated
 from ..learning.goals import LayerGoal
 from ..learning.learner import StructureLearner
@@ -24,11 +25,12 @@ from ..learning.schedule import Schedule
 from ..serialization.families import family_record
 from ..surgery.conversion import prepare_layers, split_by_family
 from ..surgery.layer_settings import DENSE, FamilySettings, LayerSettings
-from ..surgery.patterns import as_patterns, check_used, matches, value_of
+from ..surgery.patterns import as_patterns, matches
+from ..surgery.row_splits import RowSplits, check_row_splits_given, row_splits_of
 from ..surgery.selection import Pattern, log_skipped, select_layers
 from ._compat import averages_weights, is_driven_by_nni, loaded_checkpoint, schedulers_of, shards_parameters, state_key
 from .base import Callback
-from .checkpoint import match_checkpoint, match_families
+from .checkpoint import match_families
 from .reporter import StructureLog, log_pictures
 from .resuming import DataPosition
 from .settings import check_moment, read_options
@@ -78,10 +80,10 @@ class GBLRCallback(Callback):
         cooldown: Optimizer step, or fraction of the total, at which the budget is met and the structure is frozen;
             default 0.5 where dense weights are decomposed then, else 0.8.
         **options: Fields of :class:`~gblr_plugin.LayerSettings`, which say how layers start: ``initialiser``,
-            ``num_components``, ``row_splits`` (also by pattern: ``{"*.qkv": 3}``), ``align``, ``seed``, and
-            ``initial_budget``, the relative FLOPs that the initialiser starts at (default: full widths for ``"svd"``
-            and ``"random"``, ``budget`` for others). The initialiser is ``"dense"`` by default, and ``"svd"`` with a
-            threshold, ``num_components`` or ``initial_budget``. And fields of
+            ``num_components``, ``row_splits`` (also by pattern or ``"auto"``, as in :func:`gblr_plugin.prepare`),
+            ``align``, ``seed``, and ``initial_budget``, the relative FLOPs that the initialiser starts at (default:
+            full widths for ``"svd"`` and ``"random"``, ``budget`` for others). The initialiser is ``"dense"`` by
+            default, and ``"svd"`` with a threshold, ``num_components`` or ``initial_budget``. And fields of
             :class:`~gblr_plugin.lightning.settings.CallbackSettings`: ``structure_lr``, the learning rate of widths
             and locations; ``log_every_n_steps``, ``picture_every_n_epochs``, ``picture_every_n_steps`` and
             ``picture_size``; ``pace``, ``compact``, ``freeze_at_end``, ``non_finite`` and ``replay``; ``family`` and
@@ -142,7 +144,8 @@ class GBLRCallback(Callback):
         self._warmup, self._cooldown = check_moment("warmup", warmup), check_moment("cooldown", cooldown)
         if type(warmup) is type(cooldown) and warmup >= cooldown:
             raise ConfigError(f"callback: warmup must be less than cooldown, got {warmup} and {cooldown}")
-        self._row_splits: int | Mapping[str, int] = self._of_layers.pop("row_splits", 1)
+        self._row_splits: RowSplits = self._of_layers.pop("row_splits", 1)
+        check_row_splits_given("callback: row_splits", self._row_splits)
         self._drives = not self.monitor_only and self._settings.family is None
         if self._settings.family is not None and given != (_WARMUP, None):
             raise ConfigError(
@@ -279,9 +282,7 @@ class GBLRCallback(Callback):
         """Put layers of the family, or GBLR layers that learn their structure, in place of the chosen dense ones."""
         selection = select_layers(pl_module, self._include, self._exclude)
         log_skipped(selection.skipped)
-        if isinstance(self._row_splits, Mapping):
-            check_used("row_splits", self._row_splits, selection.layers, "chosen layer")
-        splits = {name: value_of(self._row_splits, name, module, 1) for name, module in selection.layers.items()}
+        splits = row_splits_of(pl_module, selection.layers, self._row_splits)
         if self._settings.family is not None:
             assert self._budget is not None  # checked with the options
             setting = FamilySettings(self._settings.family, self._budget, 1, self._settings.family_options)

@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..layers import GBLRConv1d, GBLRConv2d, GBLRLinear
 from ..layers.learned_rank import LearnedRankConv1d, LearnedRankConv2d, LearnedRankLinear
 from ..surgery.layer_settings import INITIALISERS
+from ..surgery.row_splits import check_row_splits_given
 from ..utils.validation import describe_interval, did_you_mean, in_interval, is_whole
 
 __all__ = ["GOAL", "KEYS_OF_GBLR", "PREFIX", "SELECTION", "START", "describe_ignored", "nni_schema", "read_values"]
@@ -73,6 +74,16 @@ def _read_tile(value: Any) -> tuple[int, int] | None:
     return (value[0], value[1]) if pair else None
 
 
+def _read_row_splits(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return None  # an entry of the config list is for layers of one kind
+    try:
+        check_row_splits_given("row_splits", value)
+    except ConfigError:
+        return None
+    return value
+
+
 GOAL = {
     "sparse_ratio": _number("[0, 1)"),
     "sparse_threshold": _number("[0, inf)"),
@@ -88,7 +99,7 @@ GOAL = {
 START = {
     "num_components": _integer(1),
     "initialiser": _choice(INITIALISERS),
-    "row_splits": _integer(1),
+    "row_splits": _Key(_read_row_splits, "a positive integer, a list of numbers of rows, or 'auto'"),
     "seed": _integer(0),
     "start_budget": _number("(0, 1]"),
     "allocation": _choice(RULES),

@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nni.compression.base.config import trans_legacy_config_list
@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..layers import GBLRLayer
 from ..learning.goals import LayerGoal
 from ..surgery.layer_settings import DENSE, UNBUDGETED, LayerSettings
+from ..surgery.row_splits import row_splits_of
 from .keys import GOAL, KEYS_OF_GBLR, PREFIX, START, describe_ignored, read_values
 from .selection import select_modules
 
@@ -93,15 +94,17 @@ def read_config(model: nn.Module, config_list: Sequence[Mapping[str, Any]]) -> M
                 raise ConfigError(
                     f"{where}: {key} is {_plain(values[key])} here and {_plain(shared[key])} in another entry; give one"
                 )
-        for name, module in select_modules(model, entry, where).items():
+        selected = select_modules(model, entry, where)
+        dense = {name: module for name, module in selected.items() if not isinstance(module, GBLRLayer)}
+        splits = row_splits_of(model, dense, values.get("row_splits", 1))
+        for name, module in selected.items():
             if name in layers:
                 _logger.warning("%s: layer %r is chosen by an earlier entry already, which holds", where, name)
                 continue
             if isinstance(module, GBLRLayer):
                 _check_structured(module, name, values, where)
-            layers[name] = LayerConfig(
-                module, settings, goal, {"op_names": [name], **nni_entry}, values.get("allocation")
-            )
+            start = replace(settings, row_splits=splits.get(name, 1))
+            layers[name] = LayerConfig(module, start, goal, {"op_names": [name], **nni_entry}, values.get("allocation"))
     if ignored:
         _logger.warning("config_list: gblr leaves out %s", describe_ignored(ignored))
     ordered = {name: layers[name] for name, _ in model.named_modules() if name in layers}
@@ -190,7 +193,6 @@ def _layer_values(values: Mapping[str, Any], where: str) -> tuple[LayerGoal, Lay
     settings = LayerSettings(
         initialiser=initialiser,
         num_components=values.get("num_components"),
-        row_splits=values.get("row_splits", 1),
         align=align,
         budget=start,
         seed=values.get("seed", 0),

@@ -27,6 +27,7 @@ from ..matrix.structure import StructuredMatrix
 from ..tensor.frozen import use_kept_matrix
 from ..utils.progress import track
 from .layer_settings import FamilySettings, LayerSettings, structured_from
+from .row_splits import RowSplits, row_splits_of
 from .selection import Pattern, log_skipped, select_layers
 from .ties import check_untied
 
@@ -45,6 +46,7 @@ def prepare(
     *,
     family: str | None = None,
     budget: float | None = None,
+    row_splits: RowSplits | None = None,
     calibration: Calibration | None = None,
     allocation: str | None = None,
     **options: Any,
@@ -66,12 +68,15 @@ def prepare(
         settings: Of GBLR layers that learn their structure, one for all; default :class:`~gblr_plugin.LayerSettings`.
         family: Name of a family, see :func:`~gblr_plugin.families.names`; ``"gblr"`` too.
         budget: Of the family: relative FLOPs of all layers together.
+        row_splits: Matrices that layers pack in their rows (query, key, value: 3), for all layers or by pattern, or
+            their numbers of rows, or ``"auto"``; see
+            :func:`~gblr_plugin.surgery.row_splits.row_splits_of`. Default: as the settings say, else 1.
         calibration: Training batches: layers that start at a budget are fitted to their outputs, with corrected
             biases, see :func:`~gblr_plugin.calibration.sequential.fit_layers`.
         allocation: Rule by which the budget is split over the layers, see
             :func:`~gblr_plugin.calibration.allocation.allocate`. By default all get the same, except in a family that
             has a rule of its own (alds).
-        options: The family's own, see its class; of every family ``row_splits``.
+        options: The family's own, see its class.
 
     Returns:
         The new layers by name: of GBLR as a :class:`~gblr_plugin.StructureLearner` takes them.
@@ -89,27 +94,30 @@ def prepare(
     with separated(model):
         selection = select_layers(model, include, exclude)
         log_skipped(selection.skipped)
-        return _prepare(model, selection.layers, setting, calibration, allocation)
+        splits = row_splits_of(model, selection.layers, setting.row_splits if row_splits is None else row_splits)
+        each = {name: replace(setting, row_splits=count) for name, count in splits.items()}
+        return _prepare(model, selection.layers, each, setting, calibration, allocation)
 
 
 def _prepare(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
+    each: Mapping[str, LayerSettings | FamilySettings],
     setting: LayerSettings | FamilySettings,
     calibration: Calibration | None,
     allocation: str | None,
 ) -> dict[str, Any]:
-    """Replace layers, with the budget split over them by a rule."""
-    each = dict.fromkeys(layers, setting)
+    """Replace layers, with the budget of their common setting split over them by a rule."""
     if allocation not in (None, "uniform"):
         if setting.budget is None:
             raise ConfigError("allocation: it splits a starting budget: give LayerSettings(budget=...)")
-        gaining = {name: module for name, module in layers.items() if can_gain(module, setting.row_splits)}
-        splits = dict.fromkeys(gaining, setting.row_splits)
+        gaining = {name: module for name, module in layers.items() if can_gain(module, each[name].row_splits)}
+        splits = {name: each[name].row_splits for name in gaining}
         shares = allocate(model, gaining, setting.budget, allocation, calibration=calibration, row_splits=splits)
-        each |= {name: replace(setting, budget=share) for name, share in shares.items()}
+        each = {**each, **{name: replace(each[name], budget=share) for name, share in shares.items()}}
     elif isinstance(setting, FamilySettings) and allocation is None:
-        return prepare_layers(model, split_by_family(layers, setting), calibration=calibration)
+        splits = {name: settings.row_splits for name, settings in each.items()}
+        return prepare_layers(model, split_by_family(layers, setting, splits), calibration=calibration)
     return prepare_layers(model, each, calibration=calibration)
 
 
@@ -147,7 +155,7 @@ def _setting(
         raise ConfigError("prepare: settings are of GBLR layers that learn their structure; leave them or family out")
     if budget is None:
         raise ConfigError(f"prepare: family {family!r} needs a budget, relative FLOPs in (0, 1]")
-    return FamilySettings(family, budget, options.pop("row_splits", 1), options)
+    return FamilySettings(family, budget, options=options)
 
 
 def prepare_layers(

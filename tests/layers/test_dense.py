@@ -12,6 +12,7 @@ import gblr_plugin as gblr
 from gblr_plugin import GBLRConfig, LayerSettings, convert, load, prepare, save
 from gblr_plugin.errors import ConfigError
 from gblr_plugin.layers import GBLRConv1d, GBLRConv2d, GBLRLinear
+from gblr_plugin.layers.checkpoint import match_checkpoint
 from gblr_plugin.layers.dense import (
     can_gain,
     check_structurable,
@@ -20,7 +21,6 @@ from gblr_plugin.layers.dense import (
     structured_like,
     weight_matrix,
 )
-from gblr_plugin.lightning.checkpoint import match_checkpoint
 from gblr_plugin.matrix.structure import StructuredMatrix
 from gblr_plugin.surgery.reorder import reorder
 
