@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from ..huggingface.folders import METHOD, class_of
+from ..huggingface.config import METHOD
+from ..huggingface.folders import class_of
 from ..huggingface.pretrained import find_folder, load_dense, stored_dtype
 from ..loading import load
 from ..utils.tables import table
