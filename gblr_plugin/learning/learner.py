@@ -107,14 +107,11 @@ class StructureLearner:
         """Whether the layers hold their dense weights, so that they are trained as such and then decomposed.
 
         Raises:
-            ConfigError: If some do and others do not, or have a fixed lambda, which shrinks widths.
+            ConfigError: If some of them have a fixed lambda, which shrinks widths.
         """
-        dense = {name: layer.holds_dense_weight for name, layer in self.layers.items()}
-        if not any(dense.values()) or all(goal.budget == 1.0 for goal in self.goals.values()):
+        dense = [layer.holds_dense_weight for layer in self.layers.values()]
+        if not dense or not all(dense) or all(goal.budget == 1.0 for goal in self.goals.values()):
             return False
-        other = next((name for name, holds in dense.items() if not holds), None)
-        if other is not None:
-            raise ConfigError(f"layer {other!r}: initialiser 'dense' must be that of all layers, or of none")
         fixed = next((name for name, goal in self.goals.items() if goal.budget is None), None)
         if fixed is not None:
             raise ConfigError(f"layer {fixed!r}: initialiser 'dense' needs a budget; a fixed lambda shrinks widths")
@@ -123,11 +120,19 @@ class StructureLearner:
     # -- setting up --------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Set the starting smoothness and record the starting costs; a no-op once begun (also after a resume)."""
+        """Set the starting smoothness and record the starting costs; a no-op once begun (also after a resume).
+
+        Raises:
+            ConfigError: If some layers hold their dense weights and others do not, and exceed their budget together.
+        """
         if self._costs.start_costs is not None:
             return
         self._costs.begin()
         within = self._costs.begins_within_budget()
+        for (name, layer), fixed in zip(self.layers.items(), within, strict=True):
+            if not fixed and self._decomposer is None and layer.holds_dense_weight:
+                self._costs.start_costs = None
+                raise ConfigError(f"layer {name!r}: initialiser 'dense' must be that of all layers, or of none")
         for layer, fixed in zip(self.layers.values(), within, strict=True):
             if fixed or self._decomposer is not None:
                 layer.freeze_structure(keep_gradients=self._replicated())

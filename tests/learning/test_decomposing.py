@@ -13,7 +13,7 @@ from gblr_plugin.learning.learner import StructureLearner
 from gblr_plugin.learning.optimizers import param_groups
 from gblr_plugin.learning.pace import PACE
 from gblr_plugin.learning.schedule import Schedule
-from gblr_plugin.surgery.conversion import prepare
+from gblr_plugin.surgery.conversion import prepare, prepare_layers
 from gblr_plugin.surgery.layer_settings import LayerSettings
 
 STEPS, COOLDOWN = 40, 20
@@ -183,10 +183,22 @@ def test_what_cannot_be_is_refused_in_one_line():
         StructureLearner(layers, dict.fromkeys(layers, LayerGoal(threshold=0.1)), Schedule(0, 5))
     model = network()
     layers = {**prepare(model, ["0"], settings=LayerSettings("dense")), **prepare(model, ["2"])}
-    with pytest.raises(ConfigError, match="layer '2': initialiser 'dense' must be that of all layers"):
-        StructureLearner(layers, dict.fromkeys(layers, LayerGoal(0.3)), Schedule(0, 5))
+    learner = StructureLearner(layers, dict.fromkeys(layers, LayerGoal(0.3)), Schedule(0, 5))
+    with pytest.raises(ConfigError, match="layer '0': initialiser 'dense' must be that of all layers"):
+        learner.begin()
     with pytest.raises(ConfigError, match="'dense' begins at the whole weight"):
         prepare(network(), settings=LayerSettings("dense", budget=0.5))
+
+
+def test_a_share_that_reaches_the_dense_weight_is_frozen_with_the_others():
+    model = network()
+    starts = {"0": LayerSettings("gblr", budget=1.0), "2": LayerSettings("gblr", budget=0.2)}
+    layers = prepare_layers(model, starts)
+    assert layers["0"].holds_dense_weight
+    learner = StructureLearner(layers, dict.fromkeys(layers, LayerGoal(0.7, group="all")), Schedule(0, 5))
+    learner.begin()
+    assert learner.frozen
+    assert learner.relative_flops <= 0.7
 
 
 def test_convolutions():
