@@ -141,7 +141,7 @@ def test_parameters_change_the_run(located):
         ("minutes: 0", "minutes must be positive"),
         ("flops_price: -1", "flops_price must be a finite number of at least 0"),
         ("network: public", "network must be one of private, host, got 'public'"),
-        ("port: 80", "port must be from 1024"),
+        ("port: 80", "port must be a whole number from 1024 to 65535"),
         ("trails: 3", "search.yaml:13: trails: unknown key; did you mean 'trials'?"),
     ],
 )

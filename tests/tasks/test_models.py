@@ -203,7 +203,7 @@ def test_known_widths_by_hand(here):
 
 
 def test_the_command_counts_a_config(capfd):
-    assert main(["report", str(CONFIGS / "vit_base.yaml"), "--set", "config_list.0.sparse_ratio=0.5"]) == 0
+    assert main(["plan", str(CONFIGS / "vit_base.yaml"), "--set", "config_list.0.sparse_ratio=0.5"]) == 0
     shown = capfd.readouterr()
     assert shown.err == ""
     lines = shown.out.splitlines()
@@ -212,9 +212,9 @@ def test_the_command_counts_a_config(capfd):
     row = next(line for line in lines if re.match(r"\S*11\.mlp\.fc2 ", line))
     assert row.split()[1:] == ["768x3072", "planned", "-", "232M", "1.18M", "0.500", "2.5%"]
     assert any(line.endswith("of 1.72e+10 dense (51.38%)") for line in lines)
-    assert main(["report", str(CONFIGS / "gpt2_small.yaml"), "--json"]) == 0
+    assert main(["plan", str(CONFIGS / "gpt2_small.yaml"), "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["published_dense_multiply_adds"] == 96636764160
-    assert main(["report", str(CONFIGS / "vit_base.yaml"), "--set", "model.hidden_sise=4"]) == 2
+    assert main(["plan", str(CONFIGS / "vit_base.yaml"), "--set", "model.hidden_sise=4"]) == 2
     assert "unknown argument 'hidden_sise' of ViTConfig; did you mean 'hidden_size'?" in capfd.readouterr().err
 
 
