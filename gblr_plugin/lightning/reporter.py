@@ -61,7 +61,7 @@ class StructureLog:
         """
         statistics = layer_statistics(layers)
         sigma = next((layer.sigma for layer in layers.values() if layer.sigma is not None), None)
-        frozen = all(layer.structure_frozen for layer in layers.values()) if learner is None else learner.frozen
+        frozen = _frozen(layers) if learner is None else learner.frozen
         lambdas = {} if learner is None else learner.lambdas()
         values = scalars(statistics, total_statistics(statistics), sigma, frozen, lambdas, totals=totals)
         step = trainer.global_step
@@ -80,6 +80,12 @@ class StructureLog:
             if curve and curve[-1][0] == step:  # a second fit starts where the first ended
                 curve.pop()
             curve.append((step, value))
+
+
+def _frozen(layers: Mapping[str, StructuredLayer]) -> bool:
+    """Whether the structure is final: fixed, and not that of layers that are all trained as dense weights first."""
+    fixed = all(layer.structure_frozen for layer in layers.values())
+    return fixed and not all(isinstance(layer, GBLRLayer) and layer.trains_dense_weight for layer in layers.values())
 
 
 def _due(before: int, now: int, every: int | None) -> bool:
